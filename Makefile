@@ -1,0 +1,25 @@
+# Everything from a bare machine: python3 with venv, make and a C compiler are enough.
+PYTHON ?= python3
+BIN := .venv/bin
+
+.PHONY: quickstart test lint benchmark clean
+
+quickstart: .venv/installed  ## the whole workflow on a CPU: corpus, tokenizer, preparation, pretraining, resume, conversion
+	@bash scripts/quickstart.sh
+
+test: .venv/installed
+	$(BIN)/pytest -n 2 --dist loadfile
+
+lint: .venv/installed
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+.venv/installed: pyproject.toml
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf .venv out/quickstart data/quickstart

@@ -1,0 +1,290 @@
+"""Pretrain a model: the recipe, to be read from top to bottom.
+
+    python pretrain/train.py --config configs/pretrain/tinyllama_1.1b.yaml --train.max_steps 20
+    srun --nodes 2 --ntasks-per-node 8 python pretrain/train.py --config configs/pretrain/tinyllama_1.1b.yaml
+
+Exit codes: 0 done; 2 bad input or config; 75 stopped by a signal or by train.max_time with a checkpoint: the same
+command goes on; 1 anything else.
+"""
+
+import contextlib
+import os
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricOptimizer
+
+from tinyllama import InputError, checkpoint, cli, durable
+from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
+from tinyllama.checkpointer import Checkpointer
+from tinyllama.data.loader import Loader, validation_batches
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import check_datasets, open_packed
+from tinyllama.distributed import Preemption, build_fabric, dtypes, rank_map, ranks, reshard, shard_size
+from tinyllama.guard import Guard, Verdict
+from tinyllama.logger import Row, RunLog, max_memory_gb, start_card
+from tinyllama.model import GPT
+from tinyllama.ops.cross_entropy import IGNORE_INDEX
+from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
+from tinyllama.owner import Owner
+from tinyllama.run import Run
+from tinyllama.state import TrainState
+from tinyllama.throughput import Meter, flops_per_token, peak_flops
+from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc
+
+DONE, DEFECT, STOPPED = 0, 1, 75
+
+
+def setup(args: PretrainArgs) -> Run:
+    """Find every fault of the input before anything is started or written."""
+    config = check(args)
+    devices, nodes = ranks(args.parallel)
+    shard_size(args.parallel, devices, nodes)
+    accumulation = gradient_accumulation(args.train, devices * nodes)
+    sources = [open_packed(source.path) for source in args.data.sources]
+    validation = [open_packed(source.path) for source in args.data.validation]
+    check_datasets([*sources, *validation], vocab_size=config.vocab_size, block_size=config.block_size)
+    num_blocks = [source.num_blocks(config.block_size) for source in sources]
+    if sum(num_blocks) < args.train.global_batch_size:
+        raise InputError(
+            f"data.sources hold {sum(num_blocks)} blocks of {config.block_size + 1} tokens, less than one batch of "
+            f"train.global_batch_size {args.train.global_batch_size}: give more data or lower it"
+        )
+    weights = [source.weight for source in args.data.sources]
+    mixture = Mixture(num_blocks, weights, args.data.seed, [source.fingerprint for source in sources])
+    max_steps = total_steps(args, config.block_size, sum(num_blocks))
+    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, find_checkpoint(args))
+    if run.resume is not None:
+        saved = checkpoint.read_state(run.resume)
+        now = run.data_facts()
+        checkpoint.refuse_changes(run.resume, {key: saved.get(key) for key in now}, now)
+        if saved["step"] > max_steps:
+            raise InputError(f"{run.resume} is beyond the run's {max_steps} steps: raise train.max_steps")
+    return run
+
+
+def find_checkpoint(args: PretrainArgs) -> Path | None:
+    """The step directory to resume from; None for a fresh start."""
+    out_dir = Path(args.out_dir)
+    if (out_dir / "STOPPED").exists():
+        raise InputError(
+            f"{out_dir / 'STOPPED'} says why this run ended: {(out_dir / 'STOPPED').read_text().strip()}; to go on, "
+            "delete the file, and give --train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
+        )
+    latest, passed_over = checkpoint.newest(out_dir / "checkpoints")
+    if args.train.resume == "auto":
+        for fault in passed_over:
+            print(f"passed over: {fault}")
+        return latest
+    if args.train.resume == "never":
+        if latest is not None:
+            raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
+        return None
+    chosen = checkpoint.resolve(args.train.resume)
+    if latest is not None and latest.resolve() != chosen.resolve():
+        raise InputError(f"{latest} is newer than train.resume {chosen}: give another out_dir to branch off there")
+    return chosen
+
+
+def main(run: Run) -> int:
+    """Start every rank, build the model, resume if there is something to resume from, and train."""
+    args = run.args
+    fabric = build_fabric(args.parallel, args.train)
+    fabric.launch()
+    preemption = Preemption(args.train.max_time)
+    gpt, model, optimizer = build(run, fabric)
+    state = TrainState() if run.resume is None else checkpoint.load(run.resume, gpt, optimizer.optimizer)
+    hosts = rank_map()
+    if fabric.is_global_zero:
+        shard = shard_size(args.parallel, *ranks(args.parallel))
+        print(*start_card(run, fabric.world_size, shard, dtypes(gpt), hosts), sep="\n")
+    if args.dry_run:
+        return DONE
+    rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
+    owner = Owner(run.out_dir, os.environ.get("SLURM_JOB_ID")) if rank == 0 else contextlib.nullcontext()
+    with owner, Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog:
+        code = fit(run, fabric, gpt, model, optimizer, state, preemption, watchdog)
+    fabric.barrier()  # Fabric's launcher ends a rank that outlives another by more than seconds
+    return code
+
+
+def build(run: Run, fabric: Fabric) -> tuple[GPT, torch.nn.Module, _FabricOptimizer]:
+    """The model, sharded and with its start weights, as itself and as Fabric calls it, and its optimizer."""
+    with torch.device("meta"):
+        gpt = GPT(run.config)
+    model = fabric.setup_module(gpt)
+    return gpt, model, fabric.setup_optimizers(build_optimizer(gpt, run.args.optim))
+
+
+def fit(
+    run: Run,
+    fabric: Fabric,
+    gpt: GPT,
+    model: torch.nn.Module,
+    optimizer: _FabricOptimizer,
+    state: TrainState,
+    preemption: Preemption,
+    watchdog: Watchdog,
+) -> int:
+    """Train from ``state`` to the last step, a signal or a stop; gives the exit code."""
+    args = run.args
+    log = RunLog(run, state.step if run.resume else None, speaks=fabric.is_global_zero)
+    settings = cli.dump(run.resolved())
+    if fabric.is_global_zero:
+        durable.write(run.out_dir / "config.yaml", settings.encode())
+    origin = f"resumed from {run.resume}" if run.resume else "a new run"
+    log.event("start", f"start    {origin} at step {state.step}", step=state.step, world_size=fabric.world_size)
+    checkpointer = Checkpointer(
+        run.out_dir / "checkpoints",
+        config=settings,
+        facts=run.data_facts() | run.tokenizer_facts(),
+        keep_last=args.checkpoint.keep_last,
+        keep_every=args.checkpoint.keep_every,
+        asynchronous=args.checkpoint.asynchronous,
+    )
+    copies = fabric.world_size // shard_size(args.parallel, *ranks(args.parallel))
+    guard = Guard(args.train, optimizer.optimizer, state, copies, fabric.device)
+    peak = peak_flops(torch.cuda.get_device_name()) if fabric.device.type == "cuda" else None
+    meter = Meter()
+    loader = Loader(
+        run.sources,
+        run.mixture,
+        block_size=run.config.block_size,
+        vocab_size=run.config.vocab_size,
+        global_batch_size=args.train.global_batch_size,
+        micro_batch_size=args.train.micro_batch_size,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        start_sample=state.samples,
+    )
+    saved, asked, fatal = state.step, None, None
+    freeze_gc()
+    while True:
+        last = state.step == run.max_steps
+        if run.validation and (state.step % args.eval.interval == 0 or last) and state.validated < state.step:
+            val_loss = validate(run, fabric, gpt, model, preemption, watchdog, state.step)
+            if val_loss is not None:
+                state.validated = state.step
+                log.row({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
+        asked = preemption.asked()
+        if saved < state.step and (state.step % args.checkpoint.interval == 0 or last or asked):
+            fatal = judged(guard.verdicts(late=0), run, state, log)
+            if fatal:
+                break
+            watchdog.beat(state.step, "checkpoint")
+            checkpointer.save(state, gpt, optimizer.optimizer, wait=bool(last or asked))
+            log.event("checkpoint", f"saving step {state.step}", step=state.step)
+            saved = state.step
+        if last or asked:
+            break
+        watchdog.beat(state.step, "step")
+        collect_gc(state.step)
+        meter.go_on()
+
+        lr = run.lr_at(state.step)
+        set_lr(optimizer, lr)
+        loss_sum = torch.zeros((), device=fabric.device)
+        for micro_batch in range(run.accumulation):
+            batch = next(loader)
+            input_ids = batch.input_ids.to(fabric.device, non_blocking=True)
+            targets = batch.targets.to(fabric.device, non_blocking=True)
+            kept_back = micro_batch < run.accumulation - 1 and not args.parallel.sync_every_micro_batch
+            with fabric.no_backward_sync(model, enabled=kept_back):
+                loss = model(input_ids, targets)  # summed over the tokens
+                # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
+                fabric.backward(loss * (fabric.world_size / run.tokens_per_step))
+            loss_sum += loss.detach()
+        state.step += 1
+        state.samples += args.train.global_batch_size
+        state.tokens += run.tokens_per_step
+        gradients = local_gradients(gpt)
+        norm = guard.judge(state.step, loss_sum, run.tokens_per_step, gradients)
+        clip(gradients, norm, args.optim.max_norm)
+        optimizer.step()  # a step that must not reach the weights leaves them as they are
+        optimizer.zero_grad()
+        meter.step(run.tokens_per_step)
+
+        due = state.step % args.log.interval == 0 or state.step == run.max_steps
+        verdicts = guard.verdicts(late=0 if due else 1)  # 0 waits for the device
+        fatal = judged(verdicts, run, state, log)
+        if fatal:
+            break
+        if due:
+            speed = meter.lap()
+            row: Row = {"step": state.step, "tokens": state.tokens, "loss": verdicts[-1].loss, "lr": lr}
+            row |= {"grad_norm": verdicts[-1].grad_norm, "tokens_per_second": speed, "skipped": state.skipped}
+            row["mfu"] = speed * flops_per_token(run.config) / (peak * fabric.world_size) if peak else None
+            row["max_memory_gb"] = max_memory_gb(fabric.device)
+            log.row(row, seconds_left=(run.max_steps - state.step) * run.tokens_per_step / speed)
+        meter.pause()
+    loader.close()
+    checkpointer.wait()
+    if fatal:
+        return DEFECT
+    if asked and not last:
+        log.event("stop", f"stopped by {asked} at step {state.step}; the same command goes on from there", by=asked)
+        return STOPPED
+    log.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {run.out_dir}", step=state.step)
+    return DONE
+
+
+def judged(verdicts: list[Verdict], run: Run, state: TrainState, log: RunLog) -> bool:
+    """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
+    batch = run.args.train.global_batch_size
+    for verdict in verdicts:
+        if not verdict.skipped:
+            continue
+        end = state.samples - (state.step - verdict.step) * batch
+        where = f"step {verdict.step}, samples {end - batch} to {end - 1}"
+        what = "not finite" + f" on rank {verdict.ranks}" if not verdict.finite else "a spike"
+        text = f"skipped {where}: loss {verdict.loss:.4f}, grad_norm {verdict.grad_norm:.3f}: {what}"
+        log.event("skip", text, **asdict(verdict))
+        if (not verdict.finite and run.args.train.on_nonfinite == "stop") or (
+            state.skipped_in_a_row > run.args.train.max_skips
+        ):
+            log.stop(step=verdict.step, samples=end, reason=f"{what}: {where}")
+            return True
+    return False
+
+
+@torch.no_grad()
+def validate(
+    run: Run,
+    fabric: Fabric,
+    gpt: GPT,
+    model: torch.nn.Module,
+    preemption: Preemption,
+    watchdog: Watchdog,
+    step: int,
+) -> float | None:
+    """Mean loss over the validation tokens of all ranks; None when asked to stop before it is known."""
+    total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # sum of losses, number of tokens
+    batches = validation_batches(
+        run.validation,
+        block_size=run.config.block_size,
+        vocab_size=run.config.vocab_size,
+        micro_batch_size=run.args.train.micro_batch_size,
+        rank=fabric.global_rank,
+        world_size=fabric.world_size,
+        max_samples=run.args.eval.max_samples,
+    )
+    asked = None
+    for batch in batches:
+        watchdog.beat(step, "validation")
+        asked = preemption.asked()
+        if asked:
+            break
+        targets = batch.targets.to(fabric.device)
+        total[0] += model(batch.input_ids.to(fabric.device), targets)
+        total[1] += (targets != IGNORE_INDEX).sum()
+    reshard(gpt)
+    if asked:
+        return None
+    loss_sum, num_tokens = fabric.all_reduce(total, reduce_op="sum").tolist()
+    return loss_sum / num_tokens
+
+
+if __name__ == "__main__":
+    cli.run(lambda: main(setup(cli.parse(PretrainArgs))))

@@ -1,0 +1,28 @@
+"""Show what a folder of packed tokens holds, and check it.
+
+python scripts/inspect_packed.py data/slimpajama
+python scripts/inspect_packed.py data/slimpajama --verify    # hash every shard; those that differ are named, exit 2
+"""
+
+from pathlib import Path
+
+from tinyllama import cli
+from tinyllama.data.inspection import inspect_packed
+
+
+def main() -> None:
+    """Parse, inspect, print."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("folder", type=Path, help="the --output of a prepare command, or upstream's chunk files")
+    parser.add_argument("--verify", action="store_true", help="hash every shard again and compare")
+    args = parser.parse_args()
+    figures = inspect_packed(args.folder, args.verify)
+    width = max(map(len, figures))
+    for key, value in figures.items():
+        print(f"{key:{width}}  {value:,}" if isinstance(value, int | float) else f"{key:{width}}  {value}")
+    if args.verify:
+        print(f"verified: the {figures['shards']:,} shards are what was written")
+
+
+if __name__ == "__main__":
+    cli.run(main)

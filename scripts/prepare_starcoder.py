@@ -1,0 +1,26 @@
+"""Tokenize StarCoder into a packed dataset. Killed, it goes on where it stopped.
+
+    python scripts/prepare_starcoder.py --source DIR --tokenizer FILE --output DIR [--languages python,go] [--workers N]
+
+DIR/python/train-00000-of-00059.parquet becomes the shard python--train-00000-of-00059.parquet. As a Slurm array of N
+tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
+"""
+
+from tinyllama import cli
+from tinyllama.data.prepare import add_arguments, prepare
+from tinyllama.data.sources import Fields, find_inputs
+
+
+def main() -> None:
+    """Parse, find the input files, prepare, print the summary."""
+    parser = cli.arguments(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--languages", default=".", help="folders of --source, with commas (default: every one)")
+    args = parser.parse_args()
+    inputs = find_inputs(args.source, (".parquet",), filter(None, args.languages.split(",")))
+    fields = Fields(text_key="content")
+    print(prepare(inputs, fields, args.tokenizer, args.output, args.workers, args.task, args.finish))
+
+
+if __name__ == "__main__":
+    cli.run(main)

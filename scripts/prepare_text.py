@@ -1,0 +1,25 @@
+"""Tokenize text of your own into a packed dataset. Killed, it goes on where it stopped.
+
+    python scripts/prepare_text.py --source PATH --tokenizer FILE --output DIR [--text_key text] [--workers N]
+
+PATH is a file or a folder: .jsonl, .jsonl.gz and .jsonl.zst hold a document a line, .parquet one a row, .txt is one.
+"""
+
+from tinyllama import cli
+from tinyllama.data.prepare import add_arguments, prepare
+from tinyllama.data.sources import ENDINGS, Fields, find_inputs
+
+
+def main() -> None:
+    """Parse, find the input files, prepare, print the summary."""
+    parser = cli.arguments(__doc__)
+    add_arguments(parser)
+    parser.add_argument("--text_key", default="text", help="key or column that holds the text (default: text)")
+    args = parser.parse_args()
+    inputs = find_inputs(args.source, ENDINGS)
+    fields = Fields(text_key=args.text_key)
+    print(prepare(inputs, fields, args.tokenizer, args.output, args.workers, args.task, args.finish))
+
+
+if __name__ == "__main__":
+    cli.run(main)

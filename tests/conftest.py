@@ -1,0 +1,60 @@
+"""Fixtures of many tests: a tiny tokenizer and packed datasets."""
+
+import io
+from pathlib import Path
+
+import pytest
+
+# enough different words for some 400 pieces, of which 259 are the bytes and the control tokens
+_PROSE = """
+The little llama walked along the river until the evening, and the others followed her to the hills above the town.
+Numbers such as 1984, 3.14159 and 2048 are split into digits, spaces  and\ttabs are kept. She said: "nothing is lost."
+def read(path, count=1024):
+    with open(path, "rb") as file:
+        return [line.strip() for line in file if not line.startswith(b"#")]
+"""
+
+
+@pytest.fixture(scope="session")
+def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A sentencepiece model with Llama's settings and about 400 pieces: unk 0, bos 1, eos 2, then 256 bytes."""
+    import sentencepiece
+
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(_PROSE.splitlines() * 4),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=400,
+        character_coverage=1.0,
+        byte_fallback=True,
+        split_digits=True,
+        allow_whitespace_only_pieces=True,
+        remove_extra_whitespaces=False,
+        normalization_rule_name="identity",
+        minloglevel=2,
+    )
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.model"
+    path.write_bytes(model.getvalue())
+    return path
+
+
+@pytest.fixture
+def packed_folder(tmp_path: Path):
+    """A function that packs shards, each a list of documents' token ids, into a folder and returns its path."""
+    from tinyllama.data.packed import ShardWriter, write_manifest
+
+    def pack(shards: list[list[list[int]]], name: str = "packed", vocab_size: int = 400, **facts) -> Path:
+        folder = tmp_path / name
+        folder.mkdir()
+        policy = {"tokenizer_sha256": "0" * 64, "encoder": "none", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
+        names = [f"shard-{number:05d}" for number in range(len(shards))]
+        for shard, documents in zip(names, shards, strict=True):
+            with ShardWriter(folder, shard, vocab_size) as writer:
+                for document in documents:
+                    writer.add(document)
+                writer.finish(**policy | facts)
+        write_manifest(folder, names)
+        return folder
+
+    return pack

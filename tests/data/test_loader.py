@@ -1,0 +1,238 @@
+import itertools
+import threading
+import time
+
+import numpy as np
+import pytest
+import torch
+
+from tinyllama import InputError
+from tinyllama.data.loader import Loader, validation_batches
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import ShardWriter, open_packed, write_manifest
+from tinyllama.ops.cross_entropy import IGNORE_INDEX
+
+T = 3  # block_size; block b of a dataset starts with token first + 4 * b, so batches tell which blocks they are
+VOCAB = 60_000
+BLOCKS = 29
+
+
+def pack(folder, tokens, num_shards=1, vocab_size=VOCAB):
+    folder.mkdir()
+    names = [f"shard-{shard:02d}" for shard in range(num_shards)]
+    for name, part in zip(names, np.array_split(tokens, num_shards), strict=True):
+        with ShardWriter(folder, name, vocab_size) as writer:
+            writer.add(part)
+            writer.finish(tokenizer_sha256="0", encoder="none", bos=False, eos=False, bos_id=None, eos_id=None)
+    write_manifest(folder, names)
+    return open_packed(folder)
+
+
+def numbers(num_blocks, first=0, rest=2):
+    return first + np.arange(num_blocks * (T + 1) + rest)  # rest: tokens after the last whole block
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("two")
+    return [pack(folder / "a", numbers(BLOCKS), 3), pack(folder / "b", numbers(11, first=10_000), 2)]
+
+
+def loader(datasets, weights=(0.693584, 0.306416), num_blocks=None, **changes):
+    num_blocks = num_blocks or [dataset.num_blocks(T) for dataset in datasets]
+    mixture = Mixture(num_blocks, weights[: len(datasets)], 0, [dataset.fingerprint for dataset in datasets])
+    sizes = {"global_batch_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 1, "start_sample": 0}
+    return Loader(datasets, mixture, block_size=T, vocab_size=VOCAB, **{**sizes, **changes})
+
+
+def rows(batches):
+    """{sample number: first token} after checking that each row is a block of consecutive tokens."""
+    seen = {}
+    for input_ids, targets, samples in batches:
+        assert input_ids.dtype == targets.dtype == torch.int64
+        assert input_ids.is_contiguous()
+        assert targets.is_contiguous()
+        for row, target, sample in zip(input_ids.tolist(), targets.tolist(), samples.tolist(), strict=True):
+            assert [*row, target[-1]] == list(range(row[0], row[0] + T + 1))
+            assert target[:-1] == row[1:]
+            assert sample not in seen
+            seen[sample] = row[0]
+    return seen
+
+
+def run(datasets, steps, **sizes):
+    """What all ranks see in ``steps`` steps, with the number of each sample checked against its place."""
+    world, size, micro = sizes["world_size"], sizes["global_batch_size"], sizes["micro_batch_size"]
+    seen = {}
+    for rank in range(world):
+        with loader(datasets, rank=rank, **sizes) as batches:
+            got = list(itertools.islice(batches, steps * size // world // micro))
+        expected = (np.arange(steps)[:, None] * size + rank * (size // world) + np.arange(size // world)).reshape(
+            -1, micro
+        )
+        assert [batch.samples.tolist() for batch in got] == expected.tolist()
+        seen |= rows(got)
+    assert sorted(seen) == list(range(steps * size))
+    return [seen[sample] for sample in sorted(seen)]
+
+
+# training
+
+
+@pytest.mark.parametrize("num_shards", range(1, 21))
+def test_order_for_every_world_size_and_micro_batch(tmp_path, num_shards):
+    dataset = pack(tmp_path / "data", numbers(BLOCKS), num_shards)
+    one = run([dataset], 3 * BLOCKS, global_batch_size=1, micro_batch_size=1, world_size=1)
+    blocks = [4 * block for block in range(BLOCKS)]
+    assert sorted(one[:BLOCKS]) == sorted(one[BLOCKS : 2 * BLOCKS]) == blocks
+    assert one[:BLOCKS] != one[BLOCKS : 2 * BLOCKS]
+    assert one[:BLOCKS] != blocks
+    for world_size, micro_batch_size in itertools.product(range(1, 9), range(1, 5)):
+        size = world_size * micro_batch_size * (1 + num_shards % 2)  # odd: with accumulation
+        seen = run(
+            [dataset],
+            BLOCKS // size + 1,
+            global_batch_size=size,
+            micro_batch_size=micro_batch_size,
+            world_size=world_size,
+        )
+        assert seen == one[: len(seen)]
+
+
+def test_two_sources_keep_their_shares_and_epochs(two):
+    seen = run(two, 128, global_batch_size=8, micro_batch_size=2, world_size=2)
+    first = [token for token in seen if token < 10_000]
+    second = [token for token in seen if token >= 10_000]
+    assert len(first) == 710  # 1,024 * 0.693584
+    for start in range(0, len(first) - BLOCKS, BLOCKS):
+        assert sorted(first[start : start + BLOCKS]) == [4 * block for block in range(BLOCKS)]
+    for start in range(0, len(second) - 11, 11):
+        assert sorted(second[start : start + 11]) == [10_000 + 4 * block for block in range(11)]
+
+
+@pytest.mark.parametrize("skipped", [1, 5, 1023, 1024])  # 8,192 samples, 1,024 steps, are located at once
+def test_starting_at_a_step_equals_skipping_to_it(two, skipped):
+    with loader(two) as batches:
+        expected = list(itertools.islice(batches, skipped * 4, skipped * 4 + 10))
+    with loader(two, start_sample=8 * skipped) as batches:
+        got = list(itertools.islice(batches, 10))
+    assert [batch.samples.tolist() for batch in got] == [batch.samples.tolist() for batch in expected]
+    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a.targets, b.targets) for a, b in zip(got, expected, strict=True))
+
+
+def test_sources_of_different_dtypes_in_one_batch(tmp_path):
+    datasets = [
+        pack(tmp_path / "a", numbers(5, first=50_000)),  # uint16
+        pack(tmp_path / "b", numbers(5), vocab_size=70_000),  # uint32
+    ]
+    assert {d.dtype.itemsize for d in datasets} == {2, 4}
+    with loader(datasets, weights=(1, 1)) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert {token // 50_000 for token in seen.values()} == {0, 1}
+
+
+def test_token_outside_the_vocabulary(tmp_path):
+    tokens = numbers(BLOCKS)
+    tokens[41] = 65_000
+    dataset = pack(tmp_path / "damaged", tokens, num_shards=3, vocab_size=65_535)
+    batches = loader([dataset])
+    with pytest.raises(InputError) as caught:
+        list(itertools.islice(batches, BLOCKS))
+    assert not any(thread.name == "loader" for thread in threading.enumerate())
+    assert list(batches) == []  # and not a wait for a thread that is gone
+    message = str(caught.value)
+    assert message.startswith(f"{tmp_path / 'damaged'}: token 65000 at position 41 is outside the vocabulary of 60000")
+    assert "\n" not in message
+
+
+def test_a_defect_in_the_thread_reaches_the_consumer(two):
+    with loader(two, num_blocks=[10**6, 10**6]) as batches, pytest.raises(IndexError, match="block outside"):
+        list(itertools.islice(batches, 4))
+
+
+@pytest.mark.parametrize("taken", [0, 1, 7])
+def test_close_ends_the_thread(two, taken):
+    before = threading.active_count()
+    batches = loader(two)
+    list(itertools.islice(batches, taken))
+    assert threading.active_count() == before + 1
+    started = time.perf_counter()
+    batches.close()
+    batches.close()
+    assert time.perf_counter() - started < 1
+    assert threading.active_count() == before
+    assert list(batches) == []
+
+
+def test_the_thread_reads_a_few_batches_ahead_and_no_more(two, monkeypatch):
+    reads = []
+    blocks = two[0].blocks
+    monkeypatch.setattr(two[0], "blocks", lambda *arguments: reads.append(1) or blocks(*arguments))
+    with loader(two[:1]) as batches:
+        next(batches)
+        deadline = time.perf_counter() + 5
+        while len(reads) < 6 and time.perf_counter() < deadline:
+            time.sleep(0.01)
+        time.sleep(0.05)
+        assert len(reads) == 6  # one taken, four waiting, one in hand
+
+
+# validation
+
+
+def validate(datasets, world_size, micro_batch_size, max_samples=None):
+    """Rows of all ranks, and the sum of the targets that count."""
+    seen, total, lengths = {}, 0, set()
+    for rank in range(world_size):
+        sizes = {"block_size": T, "vocab_size": VOCAB, "micro_batch_size": micro_batch_size}
+        ranks = list(validation_batches(datasets, rank=rank, world_size=world_size, max_samples=max_samples, **sizes))
+        lengths.add(len(ranks))
+        for input_ids, targets, samples in ranks:
+            assert input_ids.shape == targets.shape == (micro_batch_size, T)
+            real = samples >= 0
+            assert (samples[real] % world_size == rank).all()
+            assert (targets[~real] == IGNORE_INDEX).all()
+            assert (input_ids[~real] == 0).all()
+            total += int(targets[targets != IGNORE_INDEX].sum())
+            part = rows([(input_ids[real], targets[real], samples[real])])
+            assert not part.keys() & seen.keys()
+            seen |= part
+    assert len(lengths) == 1  # a collective in every batch of every rank
+    return seen, total, lengths.pop()
+
+
+def test_validation_is_the_same_for_every_world_size_and_micro_batch(two):
+    one, total, _ = validate(two, 1, 1)
+    assert list(one.values()) == [4 * block for block in range(BLOCKS)] + [10_000 + 4 * block for block in range(11)]
+    assert total == sum(3 * first + 6 for first in one.values())
+    for world_size, micro_batch_size in itertools.product(range(1, 9), range(1, 5)):
+        assert validate(two, world_size, micro_batch_size)[:2] == (one, total)
+
+
+def test_validation_with_fewer_samples_than_rows(tmp_path):
+    dataset = pack(tmp_path / "five", numbers(5))
+    one, total, _ = validate([dataset], 1, 1)
+    assert validate([dataset], 3, 2) == (one, total, 1)  # 5 samples in 6 rows
+    assert validate([dataset], 8, 4) == (one, total, 1)  # ranks 5, 6 and 7 have none
+
+
+def test_validation_samples_are_spread_evenly(two):
+    seen, _, batches = validate(two, 2, 2, max_samples=5)
+    assert seen == {0: 0, 1: 4 * 8, 2: 4 * 16, 3: 4 * 24, 4: 10_000 + 4 * 3}  # blocks 0, 8, 16, 24, 32 of 40
+    assert batches == 2
+    assert validate(two, 2, 2, max_samples=40) == validate(two, 2, 2, max_samples=1000) == validate(two, 2, 2)
+
+
+def test_validation_set_without_a_block(two, tmp_path):
+    tiny = pack(tmp_path / "tiny", np.arange(T))
+    with pytest.raises(InputError, match="tiny has 3 tokens, a block of block_size 3 needs 4"):
+        validate([two[0], tiny], 1, 1)
+
+
+def test_validation_token_outside_the_vocabulary(tmp_path):
+    tokens = numbers(5)
+    tokens[9] = VOCAB
+    dataset = pack(tmp_path / "other", tokens, vocab_size=VOCAB + 1)
+    with pytest.raises(InputError, match="other: token 60000 at position 9 is outside the vocabulary of 60000"):
+        validate([dataset], 1, 2)

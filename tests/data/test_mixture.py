@@ -1,0 +1,211 @@
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllama import InputError
+from tinyllama.data.mixture import WINDOW, Mixture, permute
+
+PUBLISHED = [0.693584, 0.306416]  # SlimPajama : StarCoder
+
+
+def mixture(num_blocks, weights, seed=0):
+    return Mixture(num_blocks, weights, seed, [f"source {k}" for k in range(len(num_blocks))])
+
+
+def permutation(size, key):
+    return permute(np.arange(size), np.full(size, size), np.full(size, key, dtype=np.uint64))
+
+
+weights = st.lists(st.floats(1e-9, 1e3), min_size=1, max_size=6)
+samples = st.lists(st.integers(0, 2**40), min_size=1, max_size=20)
+
+
+# the permutation of one source-epoch
+
+
+def test_permute_is_a_permutation_of_every_small_size():
+    for size in range(1, 301):
+        for key in (0, 1, 2**64 - 1):
+            assert sorted(permutation(size, key)) == list(range(size)), (size, key)
+
+
+@pytest.mark.parametrize("size", [2**16, 2**16 + 1, 999_983, 1_000_000])
+def test_permute_is_a_permutation_of_large_sizes(size):
+    assert (np.bincount(permutation(size, 7), minlength=size) == 1).all()
+
+
+def test_permute_of_a_huge_size_keeps_to_it_without_collisions():
+    size = 2**40 - 87
+    blocks = permute(np.arange(100_000), np.full(100_000, size), np.full(100_000, 7, dtype=np.uint64))
+    assert blocks.min() >= 0
+    assert size * 0.999 < blocks.max() < size
+    assert len(np.unique(blocks)) == 100_000
+
+
+def test_permute_shuffles():
+    blocks = permutation(10_000, 7)
+    assert abs(np.corrcoef(np.arange(10_000), blocks)[0, 1]) < 0.05
+    assert abs(np.corrcoef(blocks[1:], blocks[:-1])[0, 1]) < 0.05
+    # neighbours differ by as many values as in numpy's own shuffles, 0.74 of the size
+    assert 0.72 < len(np.unique(np.diff(blocks))) / 10_000 < 0.76
+
+
+def test_permute_reaches_every_order_of_four():
+    orders = {tuple(permutation(4, key * 0x9E3779B97F4A7C15 % 2**64)) for key in range(1000)}
+    assert len(orders) == 24
+
+
+# the order of the samples
+
+
+@given(weights=weights, seed=st.integers(0, 2**63), data=st.data())
+@settings(max_examples=25, deadline=None)
+def test_every_block_once_per_source_epoch(weights, seed, data):
+    num_blocks = data.draw(st.lists(st.integers(1, 700), min_size=len(weights), max_size=len(weights)))
+    source, epoch, block = mixture(num_blocks, weights, seed).locate(np.arange(5000))
+    for k, size in enumerate(num_blocks):
+        draws = np.flatnonzero(source == k)
+        # draws of a source follow the samples: epoch 0 is over before epoch 1 begins
+        assert epoch[draws].tolist() == (np.arange(len(draws)) // size).tolist()
+        for whole in np.split(block[draws], np.arange(size, len(draws), size)):
+            assert len(np.unique(whole)) == len(whole)
+            assert whole.max(initial=0) < size
+            assert len(whole) == size or whole.size == len(draws) % size
+
+
+@given(weights=weights, start=st.integers(0, 2**40))
+@settings(max_examples=40, deadline=None)
+def test_shares_hold_over_any_ten_thousand_samples(weights, start):
+    source, _, _ = mixture([10**9] * len(weights), weights).locate(np.arange(start, start + 10_000))
+    counts = np.bincount(source, minlength=len(weights))
+    shares = np.array(weights) / sum(weights)
+    assert np.abs(counts - 10_000 * shares).max() <= WINDOW
+
+
+@given(weights=weights, window=st.integers(0, 2**30))
+@settings(max_examples=40, deadline=None)
+def test_quotas_of_a_window_are_exact(weights, window):
+    mix = mixture([10**9] * len(weights), weights)
+    drawn = np.array(mix.drawn(window * WINDOW), dtype=object)
+    exact = np.array(weights, dtype=np.longdouble) / sum(weights) * window * WINDOW
+    assert drawn.sum() == window * WINDOW
+    assert np.abs((drawn - exact).astype(float)).max() < 3  # floors of at most six sources
+    quotas = np.array(mix.drawn((window + 1) * WINDOW), dtype=object) - drawn
+    source, _, _ = mix.locate(np.arange(window * WINDOW, (window + 1) * WINDOW))
+    assert np.bincount(source, minlength=len(weights)).tolist() == quotas.tolist()
+
+
+def test_shares_of_the_published_mixture():
+    mix = mixture([321_868_032, 142_131_968], PUBLISHED)
+    assert mix.drawn(WINDOW * 10**6) == [710_230_016, 313_769_984]
+    source, _, _ = mix.locate(np.arange(10 * WINDOW))
+    counts = [np.sum(window == 0) for window in source.reshape(10, WINDOW)]
+    assert set(counts) == {710, 711}  # 710.23 of 1,024
+    # shuffled inside the window: runs of one source as random places give them, 1 + 2 * 1024 * p * (1 - p) = 436
+    runs = 1 + np.count_nonzero(np.diff(source[:WINDOW]))
+    assert 390 < runs < 480
+
+
+def test_one_source_and_tiny_weights():
+    source, epoch, block = mixture([3], [1e-300]).locate(np.arange(6))
+    assert source.tolist() == [0] * 6
+    assert epoch.tolist() == [0, 0, 0, 1, 1, 1]
+    assert sorted(block[:3]) == sorted(block[3:]) == [0, 1, 2]
+    assert mixture([3, 3], [1e-300, 1]).drawn(2**40) == [0, 2**40]
+    assert mixture([5, 5], [1, 1e-6]).drawn(10**9 + 1000)[1] in (1000, 1001)
+
+
+@given(weights=weights, queries=samples, data=st.data())
+@settings(max_examples=30, deadline=None)
+def test_locate_does_not_depend_on_the_query(weights, queries, data):
+    mix = mixture([11 + k for k in range(len(weights))], weights)
+    order = data.draw(st.permutations(range(len(queries))))
+    whole = np.stack(mix.locate(np.array(queries)))
+    shuffled = np.stack(mix.locate(np.array(queries)[order]))
+    single = np.concatenate([np.stack(mix.locate(np.array([sample]))) for sample in queries], axis=1)
+    assert shuffled.tolist() == whole[:, order].tolist()
+    assert single.tolist() == whole.tolist()
+
+
+def test_locate_more_windows_than_are_dealt_at_once():
+    mix = mixture([50, 7], [2, 1])
+    far = np.arange(1500)[::-1] * WINDOW * 3 + 5
+    whole = np.stack(mix.locate(far))
+    assert whole[:, 700:710].tolist() == np.stack(mix.locate(far[700:710])).tolist()
+    assert whole[:, -10:].tolist() == np.stack(mix.locate(far[-10:])).tolist()
+
+
+def test_locate_of_nothing_is_empty():
+    assert [part.tolist() for part in mixture([5], [1]).locate(np.arange(0))] == [[], [], []]
+
+
+@given(weights=weights, end=st.integers(0, 5000))
+@settings(max_examples=30, deadline=None)
+def test_drawn_counts_what_locate_gave(weights, end):
+    mix = mixture([7] * len(weights), weights)
+    source, _, _ = mix.locate(np.arange(end))
+    assert mix.drawn(end) == np.bincount(source, minlength=len(weights)).tolist()
+
+
+def test_epochs_sources_and_seeds_have_orders_of_their_own():
+    _, _, block = mixture([100], [1]).locate(np.arange(300))
+    _, _, other_seed = mixture([100], [1], seed=1).locate(np.arange(100))
+    _, _, other_source = Mixture([100], [1], 0, ["another"]).locate(np.arange(100))
+    orders = [*block.reshape(3, 100), other_seed, other_source]
+    for i, one in enumerate(orders):
+        for other in orders[:i]:
+            assert np.count_nonzero(one == other) < 10  # 1 expected of random orders
+
+
+def test_windows_and_seeds_have_shuffles_of_their_own():
+    source, _, _ = mixture([100, 100], [1, 1]).locate(np.arange(2 * WINDOW))
+    other_seed, _, _ = mixture([100, 100], [1, 1], seed=1).locate(np.arange(WINDOW))
+    assert 400 < np.count_nonzero(source[:WINDOW] == source[WINDOW:]) < 624  # 512 expected
+    assert 400 < np.count_nonzero(source[:WINDOW] == other_seed) < 624
+
+
+def test_weights_need_not_sum_to_one():
+    one, other = mixture([10, 20], [0.25, 0.75]), mixture([10, 20], [3, 9])
+    assert one.fingerprint == other.fingerprint
+    assert np.stack(one.locate(np.arange(99))).tolist() == np.stack(other.locate(np.arange(99))).tolist()
+
+
+def test_fingerprint_covers_all_that_fixes_the_order():
+    base = [10, 20], [1, 2], 0, ["a", "b"]
+    changed = [
+        ([10, 21], [1, 2], 0, ["a", "b"]),
+        ([10, 20], [1, 2.000001], 0, ["a", "b"]),
+        ([10, 20], [1, 2], 1, ["a", "b"]),
+        ([10, 20], [1, 2], 0, ["a", "c"]),
+        ([20, 10], [2, 1], 0, ["b", "a"]),
+    ]
+    assert Mixture(*base).fingerprint == Mixture(*base).fingerprint
+    assert len({Mixture(*arguments).fingerprint for arguments in [base, *changed]}) == 6
+
+
+def test_the_order_never_changes():
+    # A change here changes the data of every run that resumes: raise _ORDER_VERSION, do not edit the values alone.
+    mix = Mixture([5, 1000, 2**33], [0.5, 0.3, 0.2], 1337, ["a", "b", "c"])
+    samples = np.array([*range(6), 1023, 1024, 5000, 2_000_000, 2**40])
+    source, epoch, block = mix.locate(samples)
+    assert source.tolist() == [2, 0, 1, 2, 1, 1, 0, 1, 2, 2, 0]
+    assert epoch.tolist() == [0, 0, 0, 0, 0, 0, 102, 0, 0, 0, 109951162777]
+    assert block.tolist() == [7652740355, 4, 556, 7840185630, 985, 854, 4, 769, 7015412224, 5579277198, 2]
+    assert mix.drawn(2_000_000) == [1_000_003, 600_002, 399_995]
+    assert mix.fingerprint == "792bac9e110ec4d77662e82af16f1646"
+
+
+@pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
+def test_bad_weight(weight):
+    with pytest.raises(InputError, match=rf"^data.sources\[1\].weight is {weight}: give a finite number above 0"):
+        mixture([10, 10], [1, weight])
+
+
+def test_every_fault_is_reported():
+    with pytest.raises(InputError) as caught:
+        mixture([0, 10], [1, 0])
+    assert len(caught.value.args) == 2
+    assert "data.sources[0] is shorter than one block" in str(caught.value)
+    with pytest.raises(InputError, match="data.sources is empty"):
+        mixture([], [])

@@ -1,0 +1,172 @@
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllama import InputError
+from tinyllama.data.packed import ShardWriter, check_datasets, open_packed, write_manifest
+
+FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "sentencepiece", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
+
+
+def write_shard(folder: Path, name: str, documents, vocab_size: int = 100, **facts) -> dict:
+    with ShardWriter(folder, name, vocab_size) as writer:
+        for document in documents:
+            writer.add(document)
+        return writer.finish(**FACTS | facts)
+
+
+def write_dataset(folder: Path, shards: dict[str, list], vocab_size: int = 100) -> dict:
+    for name, documents in shards.items():
+        write_shard(folder, name, documents, vocab_size)
+    return write_manifest(folder, list(shards))
+
+
+@pytest.fixture
+def no_fsync(monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: None)
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory):
+    return tmp_path_factory.mktemp("shared")
+
+
+@settings(max_examples=40, deadline=None)
+@given(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any))
+def test_reads_are_slices_of_the_concatenation(shared, data, lengths):
+    rng = np.random.default_rng(len(lengths))
+    shards = {f"{i:03}": [rng.integers(0, 99, size)] for i, size in enumerate(lengths)}
+    write_dataset(shared, shards)
+    stream = np.concatenate([document for documents in shards.values() for document in documents])
+    dataset = open_packed(shared)
+    assert dataset.tokens == len(stream)
+    for _ in range(8):
+        start = data.draw(st.integers(0, len(stream)))
+        count = data.draw(st.integers(0, len(stream) - start))
+        np.testing.assert_array_equal(dataset.read(start, count), stream[start : start + count])
+    block_size = data.draw(st.integers(1, 12))
+    count = dataset.num_blocks(block_size)
+    assert count == len(stream) // (block_size + 1)
+    expected = stream[: count * (block_size + 1)].reshape(count, block_size + 1)
+    order = np.array(data.draw(st.permutations(range(count))), dtype=np.int64)
+    np.testing.assert_array_equal(dataset.blocks(order, block_size), expected[order])
+
+
+def test_block_layout(tmp_path):
+    write_dataset(tmp_path, {"a": [[0, 1, 2, 3]], "b": [[4]], "c": [[5, 6, 7, 8, 9, 10]]})
+    dataset = open_packed(tmp_path)
+    assert dataset.num_blocks(2) == 3
+    blocks = dataset.blocks(np.array([2, 0, 1, 1]), 2)
+    assert blocks.dtype == np.dtype("<u2")
+    assert blocks.tolist() == [[6, 7, 8], [0, 1, 2], [3, 4, 5], [3, 4, 5]]
+    assert dataset.num_blocks(10) == 1
+    assert dataset.num_blocks(11) == 0
+    assert dataset.blocks(np.array([], dtype=np.int64), 2).shape == (0, 3)
+
+
+def test_outside_the_stream(tmp_path):
+    write_dataset(tmp_path, {"a": [[0, 1, 2, 3]]})
+    dataset = open_packed(tmp_path)
+    for start, count in ((-1, 1), (0, 5), (4, 1), (2, -1)):
+        with pytest.raises(IndexError):
+            dataset.read(start, count)
+    for block in (-1, 2):
+        with pytest.raises(IndexError):
+            dataset.blocks(np.array([block]), 1)
+    assert dataset.read(4, 0).tolist() == []
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in Linux's /proc")
+def test_thousands_of_shards_hold_few_handles(tmp_path, no_fsync):
+    write_dataset(tmp_path, {f"{i:05}": [[i % 100, i // 100]] for i in range(2000)})
+    dataset = open_packed(tmp_path)
+    assert dataset.read(0, 4000).tolist() == [token for i in range(2000) for token in (i % 100, i // 100)]
+    assert len(os.listdir("/proc/self/fd")) < 100
+    maps = Path("/proc/self/maps").read_text()
+    assert 0 < maps.count(str(tmp_path)) < 100
+
+
+# folders that are not whole
+
+
+def test_open_what_is_not_a_dataset(tmp_path):
+    with pytest.raises(InputError, match="absent is not a folder: give the --output"):
+        open_packed(tmp_path / "absent")
+    with pytest.raises(InputError, match="holds no packed data"):
+        open_packed(tmp_path)
+    (tmp_path / "README.md").write_text("nothing")
+    with pytest.raises(InputError, match="holds no packed data"):
+        open_packed(tmp_path)
+
+
+def test_open_without_manifest_names_the_remedy(tmp_path):
+    write_shard(tmp_path, "a", [[1]])
+    with pytest.raises(InputError, match=r"manifest.json is missing: rerun the prepare command"):
+        open_packed(tmp_path)
+
+
+def test_open_after_a_kill_in_the_first_shard(tmp_path):
+    (tmp_path / "a.bin.0123abcd.tmp").write_bytes(b"12")
+    with pytest.raises(InputError, match=r"manifest.json is missing: rerun the prepare command"):
+        open_packed(tmp_path)
+
+
+def test_open_no_tokens(tmp_path):
+    write_dataset(tmp_path, {"a": []})
+    with pytest.raises(InputError, match="holds no tokens"):
+        open_packed(tmp_path)
+
+
+@pytest.mark.parametrize("size", [0, 5, 7, 8])
+def test_open_wrong_size(tmp_path, size):
+    write_dataset(tmp_path, {"a": [[1, 2, 3]], "b": [[1, 2, 3]]})
+    (tmp_path / "b.bin").write_bytes(bytes(size))
+    with pytest.raises(InputError, match=rf"b.bin has {size} bytes, not the 6 .*: delete b.json and rerun"):
+        open_packed(tmp_path)
+    (tmp_path / "b.bin").unlink()
+    with pytest.raises(InputError, match=r"b.bin is missing: delete b.json and rerun"):
+        open_packed(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"format_version": 2}, "format version 2 with uint16 tokens is not known here"),
+        ({"dtype": "uint64"}, "format version 1 with uint64 tokens is not known here"),
+        ({"shards": []}, "its fingerprint is not that of its shards"),
+        ({"fingerprint": "0"}, "its fingerprint is not that of its shards"),
+    ],
+)
+def test_open_changed_manifest(tmp_path, changes, message):
+    manifest = write_dataset(tmp_path, {"a": [[1, 2, 3]]})
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest | changes))
+    with pytest.raises(InputError, match=f"manifest.json: {message}"):
+        open_packed(tmp_path)
+
+
+def test_open_truncated_manifest(tmp_path):
+    write_dataset(tmp_path, {"a": [[1, 2, 3]]})
+    path = tmp_path / "manifest.json"
+    path.write_bytes(path.read_bytes()[:50])
+    with pytest.raises(InputError, match=r"manifest.json is damaged .*: rerun"):
+        open_packed(tmp_path)
+
+
+def test_datasets_that_a_model_cannot_read(tmp_path):
+    for name, documents, vocab_size, tokenizer in (("a", [[1] * 9], 100, "x"), ("b", [[1] * 8], 101, "y")):
+        (tmp_path / name).mkdir()
+        write_shard(tmp_path / name, name, documents, vocab_size, tokenizer_sha256=tokenizer)
+        write_manifest(tmp_path / name, [name])
+    a, b = open_packed(tmp_path / "a"), open_packed(tmp_path / "b")
+    check_datasets([a, a], vocab_size=100, block_size=8)
+    with pytest.raises(InputError) as error:
+        check_datasets([a, b], vocab_size=100, block_size=8)
+    vocabulary, tokens, tokenizers = error.value.args
+    assert f"{tmp_path / 'b'} was made with a vocabulary of 101 and model.vocab_size is 100" in vocabulary
+    assert f"{tmp_path / 'b'} holds 8 tokens and a block takes 9" in tokens
+    assert f"{tmp_path / 'a'} and {tmp_path / 'b'} were made with different tokenizers" in tokenizers

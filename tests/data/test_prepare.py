@@ -1,0 +1,235 @@
+import json
+import os
+import random
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllama import InputError, cli
+from tinyllama.data.packed import open_packed
+from tinyllama.data.prepare import add_arguments, prepare
+from tinyllama.data.sources import ENDINGS, Fields, find_inputs
+from tinyllama.tokenizer import Tokenizer
+
+TEXTS = [
+    ["The little llama", "", "  two\n\tspaces </s> <s>"],
+    ["漢字 🦙 1984\r\n"],
+    [],
+    ["x" * 5000, "def f(a=1):\n    return a"],
+]
+TEXT = Fields()
+
+
+def write(source: Path, texts: list[list[str]] = TEXTS) -> Path:
+    for number, documents in enumerate(texts):
+        path = source / f"chunk{number % 2}" / f"{number}.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    return source
+
+
+def pack(source: Path, tokenizer: Path, output: Path, fields: Fields = TEXT, **options) -> str:
+    return prepare(find_inputs(source, ENDINGS), fields, tokenizer, output, **{"workers": 1} | options)
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def faults(*args, **options) -> tuple[str, ...]:
+    with pytest.raises(InputError) as info:
+        pack(*args, **options)
+    return info.value.args
+
+
+def test_the_stream_decodes_to_the_documents(tmp_path, tokenizer_file, capsys):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    summary = pack(source, tokenizer_file, output, workers=2)
+    tokenizer = Tokenizer(tokenizer_file)
+    dataset = open_packed(output)
+    assert (dataset.documents, dataset.bos, dataset.eos, dataset.eos_id) == (6, False, True, 2)
+    shards = [f"chunk{number % 2}--{number}.jsonl" for number in (0, 2, 1, 3)]
+    ends = [np.load(output / f"{shard}.idx.npy") for shard in shards]
+    assert [len(end) for end in ends] == [3, 0, 1, 2]
+    decoded, start = [], 0
+    for shard in ends:
+        for length in np.diff(shard, prepend=np.uint64(0)):
+            *ids, last = dataset.read(start, int(length)).tolist()
+            assert last == 2
+            assert not {1, 2} & set(ids)
+            decoded.append(tokenizer.decode(ids))
+            start += int(length)
+    assert start == dataset.tokens
+    assert decoded == TEXTS[0] + TEXTS[1] + TEXTS[3]
+    assert f"{output}: 4 shards (4 new), 6 documents, {dataset.tokens:,} tokens" in summary
+    lines = capsys.readouterr().err.splitlines()
+    assert [line.split()[0] for line in lines] == ["[1/4]", "[2/4]", "[3/4]", "[4/4]"]
+    assert sum("chunk1/3.jsonl: 2 documents" in line for line in lines) == 1
+
+
+def test_facts_of_a_shard(tmp_path, tokenizer_file):
+    source, output = tmp_path / "in", tmp_path / "out"
+    source.mkdir()
+    sets = ["RedPajamaGithub", "RedPajamaC4"]
+    rows = [json.dumps({"body": "a\ud800", "meta": {"redpajama_set_name": name}}) + "\n" for name in sets]
+    (source / "a.jsonl").write_text("".join(rows))
+    summary = pack(source, tokenizer_file, output, Fields("body", ("RedPajamaGithub",)))
+    assert "1 documents (1 of RedPajamaGithub left out, 1 with lone surrogates replaced)" in summary
+    info = json.loads((output / "a.jsonl.json").read_bytes())
+    assert info["source"]["name"] == "a.jsonl"
+    assert info["source"]["bytes"] == (source / "a.jsonl").stat().st_size
+    assert (info["bos"], info["eos"], info["bos_id"], info["eos_id"]) == (False, True, 1, 2)
+    assert (info["dropped"], info["repaired"]) == ({"RedPajamaGithub": 1}, 1)
+    assert (info["text_key"], info["leave_out"]) == ("body", ["RedPajamaGithub"])
+    assert info["tokenizer_sha256"] == Tokenizer(tokenizer_file).sha256
+
+
+def test_the_bytes_do_not_depend_on_workers_or_tasks(tmp_path, tokenizer_file):
+    rng = random.Random(0)
+    texts = [[rng.choice("abc 1\n") * rng.randrange(200) for _ in range(rng.randrange(20))] for _ in range(7)]
+    source = write(tmp_path / "in", texts)
+    pack(source, tokenizer_file, tmp_path / "one")
+    whole = files(tmp_path / "one")
+    assert len(whole) == 7 * 3 + 1
+    pack(source, tokenizer_file, tmp_path / "two", workers=2)
+    assert files(tmp_path / "two") == whole
+    output = tmp_path / "tasks"
+    pack(source, tokenizer_file, output, task=(1, 2))
+    assert len(files(output)) == 3 * 3
+    (message,) = faults(source, tokenizer_file, output, finish=True)
+    assert "4 of 7 shards are missing (chunk0--0.jsonl, chunk0--4.jsonl, chunk1--1.jsonl and 1 more)" in message
+    pack(source, tokenizer_file, output, task=(0, 2))
+    assert "manifest.json" not in files(output)
+    assert "7 shards (0 new)" in pack(source, tokenizer_file, output, finish=True)
+    assert files(output) == whole
+
+
+def test_finish_makes_no_folder(tmp_path, tokenizer_file):
+    (message,) = faults(write(tmp_path / "in"), tokenizer_file, tmp_path / "out", finish=True)
+    assert "4 of 4 shards are missing" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_second_run_does_what_is_missing_or_changed(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    pack(source, tokenizer_file, output)
+    whole = files(output)
+    written = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    assert "4 shards (0 new)" in pack(source, tokenizer_file, output)
+    (output / "chunk1--3.jsonl.json").unlink()
+    assert "4 shards (1 new)" in pack(source, tokenizer_file, output)
+    assert files(output) == whole
+    again = {path.name for path in output.iterdir() if path.stat().st_mtime_ns != written[path.name]}
+    assert again == {f"chunk1--3.jsonl.{ending}" for ending in ("bin", "idx.npy", "json")} | {"manifest.json"}
+
+    with (source / "chunk0/0.jsonl").open("a") as file:
+        file.write('{"text": "one more"}\n')
+    fingerprint = open_packed(output).fingerprint
+    assert "4 shards (1 new), 7 documents" in pack(source, tokenizer_file, output)
+    assert open_packed(output).fingerprint != fingerprint
+    pack(source, tokenizer_file, tmp_path / "fresh")
+    assert files(output) == files(tmp_path / "fresh")
+
+
+def test_a_changed_input_takes_the_manifest_away_until_it_is_packed(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    pack(source, tokenizer_file, output)
+    (source / "chunk0/0.jsonl").write_text("{")
+    (message,) = faults(source, tokenizer_file, output)
+    assert f"{source}/chunk0/0.jsonl: line 1: not valid JSON" in message
+    with pytest.raises(InputError, match=r"manifest\.json is missing"):
+        open_packed(output)
+
+
+def test_stale_files_go_but_not_those_of_another_task(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    output.mkdir()
+    mine, other = output / "chunk0--0.jsonl.bin.0a1b2c3d.tmp", output / "chunk0--2.jsonl.idx.npy.00000000.tmp"
+    manifest, strange = output / "manifest.json.ffffffff.tmp", output / "notes.tmp"
+    touched = [mine, other, manifest, strange]
+    for path in touched:
+        path.write_bytes(b"x")
+    pack(source, tokenizer_file, output, task=(0, 2))  # chunk0--0 and chunk1--1
+    assert [path.exists() for path in touched] == [False, True, True, True]
+    pack(source, tokenizer_file, output)
+    assert [path.exists() for path in touched] == [False, False, False, True]
+
+
+def test_bad_inputs_are_collected_and_the_good_ones_stay_done(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    (source / "a.jsonl.zst").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
+    (source / "b.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
+    (source / "c.parquet").write_bytes(b"PAR1")
+    messages = faults(source, tokenizer_file, output, workers=2)
+    names = ["a.jsonl.zst: is a git-lfs", "b.jsonl: line 2:", "c.parquet: not a readable"]
+    assert len(messages) == len(names)
+    assert all(f"{source}/{name}" in message for name, message in zip(names, messages, strict=True))
+    good = {f"chunk{n % 2}--{n}.jsonl.{ending}" for n in range(4) for ending in ("bin", "idx.npy", "json")}
+    assert set(files(output)) == good
+    written = {name: (output / name).stat().st_mtime_ns for name in good}
+    for name in ("a.jsonl.zst", "b.jsonl", "c.parquet"):
+        (source / name).unlink()
+    assert "4 shards (0 new)" in pack(source, tokenizer_file, output)
+    assert written == {name: (output / name).stat().st_mtime_ns for name in good}
+    pack(source, tokenizer_file, tmp_path / "fresh")
+    assert files(output) == files(tmp_path / "fresh")
+
+
+def test_an_output_of_other_settings_is_refused(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    pack(source, tokenizer_file, output)
+    before = files(output)
+    other = tmp_path / "other.model"
+    other.write_bytes(tokenizer_file.read_bytes() + b"\x9a\x3f\x00")  # an unknown empty field: another file, same model
+    (message,) = faults(source, other, output)
+    assert "tokenizer_sha256 was" in message
+    assert "another --output" in message
+    (message,) = faults(source, tokenizer_file, output, Fields("content"))
+    assert "text_key was 'text' for shard chunk0--0.jsonl and is 'content' now" in message
+    (message,) = faults(source, tokenizer_file, output, Fields(leave_out=("RedPajamaGithub",)))
+    assert "leave_out was []" in message
+    os.remove(source / "chunk0/0.jsonl")
+    (message,) = faults(source, tokenizer_file, output)
+    assert "1 shards belong to no input (chunk0--0.jsonl)" in message
+    assert files(output) == before
+
+
+def test_no_document_at_all(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in", [[], []]), tmp_path / "out"
+    (message,) = faults(source, tokenizer_file, output)
+    assert "not one document in 2 input files" in message
+    assert "manifest.json" not in files(output)
+
+
+def test_an_output_that_is_a_file(tmp_path, tokenizer_file):
+    (tmp_path / "out").write_text("")
+    (message,) = faults(write(tmp_path / "in"), tokenizer_file, tmp_path / "out")
+    assert "give another --output" in message
+
+
+def test_a_tokenizer_without_eos(tmp_path):
+    import tokenizers
+
+    bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
+    bare.save(str(tmp_path / "tokenizer.json"))
+    (message,) = faults(write(tmp_path / "in"), tmp_path, tmp_path / "out")
+    assert "tokenizer.json: has no end-of-document token" in message
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_tiny_fixture_packs_what_it_is_given(packed_folder):
+    dataset = open_packed(packed_folder([[[5, 6, 2], [2]], [], [[7, 2]]]))
+    assert dataset.read(0, dataset.tokens).tolist() == [5, 6, 2, 2, 7, 2]
+
+
+def test_flags():
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    required = ["--source", "a", "--tokenizer", "b", "--output", "c"]
+    args = parser.parse_args([*required, "--task", "3/4", "--workers", "2"])
+    assert (args.source, args.tokenizer, args.output) == (Path("a"), Path("b"), Path("c"))
+    assert (args.task, args.workers, args.finish) == ((3, 4), 2, False)
+    for flags in ("--task 4/4", "--task 1", "--workers 0", "--workers x", "--task 0/2 --finish"):
+        with pytest.raises(InputError, match=flags.split()[0]):
+            parser.parse_args([*required, *flags.split()])

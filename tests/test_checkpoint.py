@@ -1,0 +1,121 @@
+"""What is taken for a checkpoint, among whatever lies beside it, and what is refused."""
+
+import json
+import os
+import pickle
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch.distributed as dist
+
+from tinyllama import InputError, checkpoint
+
+sys.path.insert(0, str(Path(__file__).parent))
+from checkpoint_rank import CONFIG, Run, make
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of step 7."""
+    folder = tmp_path_factory.mktemp("saved")
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    try:
+        step_dir = Run.build(sharded=False).save(make(folder), 7)
+    finally:
+        dist.destroy_process_group()
+    assert step_dir is not None
+    return step_dir
+
+
+def copy(saved: Path, path: Path, step: int) -> Path:
+    shutil.copytree(saved, path)
+    (path / "state.json").write_text(json.dumps(checkpoint.read_state(saved) | {"step": step}))
+    return path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+# what lies beside step 7: how it is made of a complete step 9, and why it is passed over; None: it is not looked at
+JUNK: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
+    "an empty folder": ("step-9000", lambda path: (shutil.rmtree(path), path.mkdir()), "state.json is missing"),
+    "a file": ("step-10000", lambda path: (shutil.rmtree(path), path.touch()), "state.json: Not a directory"),
+    "a link to nowhere": (
+        "step-00000009",
+        lambda path: (shutil.rmtree(path), path.symlink_to("nowhere")),
+        "state.json is missing",
+    ),
+    "a copy under another number": ("step-00000010", lambda path: None, "its state.json is of step 9"),
+    "no tensors": ("step-00000009", lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing or cut"),
+    "tensors cut short": ("step-00000009", lambda path: cut(path / "__0_0.distcp"), "__0_0.distcp is missing or cut"),
+    "no metadata": ("step-00000009", lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "metadata cut short": ("step-00000009", lambda path: cut(path / ".metadata"), "not the metadata of a checkpoint"),
+    "no settings": ("step-00000009", lambda path: (path / "config.yaml").unlink(), "config.yaml is missing"),
+    "empty settings": ("step-00000009", lambda path: (path / "config.yaml").write_text(""), ""),
+    "state.json is a list": ("step-00000009", lambda path: (path / "state.json").write_text("[9]"), ""),
+    "state.json is empty": ("step-00000009", lambda path: (path / "state.json").write_text(""), ""),
+    "a backup": ("step-00000009.backup", lambda path: None, None),
+    "a hidden one": (".step-00000009", lambda path: None, None),
+    "not finished": ("step-00000009.tmp", lambda path: None, None),
+    "no number": ("step-000x.tmp", lambda path: None, None),
+    "set aside": ("step-00000009.broken-12345678", lambda path: None, None),
+    "a folder": ("partial", lambda path: None, None),
+}
+
+
+@pytest.mark.parametrize("case", JUNK)
+def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_path: Path) -> None:
+    name, spoil, why = JUNK[case]
+    seven = copy(saved, tmp_path / "step-00000007", 7)
+    copy(saved, tmp_path / "step-00000006", 6)
+    spoil(copy(saved, tmp_path / name, 9))
+    found, passed_over = checkpoint.newest(tmp_path)
+    assert found == seven
+    if why is None:
+        assert passed_over == []
+    else:
+        (said,) = passed_over
+        assert said.startswith(f"{tmp_path / name} is no complete checkpoint (")
+        assert why in said
+    assert checkpoint.resolve(tmp_path) == seven
+
+
+def test_steps_are_ordered_by_number(saved: Path, tmp_path: Path) -> None:
+    for step in (9000, 10000, 99):
+        copy(saved, tmp_path / f"step-{step}", step)
+    assert checkpoint.newest(tmp_path) == (tmp_path / "step-10000", [])
+    assert checkpoint.newest(tmp_path / "nothing") == (None, [])
+
+
+class Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_does_something_is_refused_and_does_not(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    attack = pickle.dumps(Attack(tmp_path / "done"))
+    (step_dir / ".metadata").write_bytes(attack)
+    for load in (checkpoint.resolve, checkpoint.load_weights):
+        with pytest.raises(InputError, match="it names posix.mkdir"):
+            load(step_dir)
+    assert not (tmp_path / "done").exists()
+    pickle.loads(attack)  # the pickle is a real one
+    assert (tmp_path / "done").exists()
+
+
+def test_changes_are_named(tmp_path: Path) -> None:
+    then = {"model": {"n_layer": 2}, "data": {"sources": [{"weight": 0.7}, {"weight": 0.3}]}}
+    checkpoint.refuse_changes(tmp_path, then, {**then})
+    now = {"model": {"n_layer": CONFIG.n_layer + 1}, "data": {"sources": [{"weight": 0.7}]}}
+    with pytest.raises(InputError) as error:
+        checkpoint.refuse_changes(tmp_path, then, now)
+    what = "model.n_layer was 2 and is 3; data.sources[1].weight was 0.3 and is absent"
+    assert str(error.value).startswith(f"cannot resume from {tmp_path}: {what}; put it back")

@@ -1,0 +1,362 @@
+import dataclasses
+import json
+import runpy
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyllama import InputError, convert
+from tinyllama.checkpointer import Checkpointer
+from tinyllama.config import ModelConfig
+from tinyllama.generate import generate
+from tinyllama.model import GPT, from_weights, init_weights
+from tinyllama.tokenizer import Tokenizer
+
+# vocab_size 400 is that of the tokenizer_file fixture; 400 pieces in 448 rows
+CONFIG = ModelConfig(
+    "tiny",
+    block_size=96,
+    vocab_size=400,
+    n_layer=2,
+    n_head=8,
+    n_query_groups=2,
+    n_embd=64,
+    intermediate_size=96,
+    norm_eps=1e-4,
+    rope_base=5000,
+)
+FACTS = {"step": 12, "tokens": 3456, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
+
+
+@pytest.fixture(autouse=True)
+def _offline(monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+
+
+def weights(config=CONFIG, seed=5):
+    # Larger than at the start, so that the logits are far apart, though not so large that fp32 cannot hold them to 1e-5
+    # (logits of 8 are 2e-5 off float64's, ours and transformers' alike); norms that are not all one.
+    model = GPT(config)
+    init_weights(model, seed)
+    generator = torch.Generator().manual_seed(seed)
+    noise = {name: torch.rand(p.shape, generator=generator) for name, p in model.state_dict().items()}
+    return {name: p * 1.5 if p.ndim == 2 else 0.5 + noise[name] for name, p in model.state_dict().items()}
+
+
+def llama(config):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    return LlamaForCausalLM(LlamaConfig(**convert.hf_config(config, 2, 1, torch.float32))).eval()
+
+
+@pytest.fixture(scope="module")
+def exported(tmp_path_factory, tokenizer_file):
+    folder = tmp_path_factory.mktemp("export") / "hf"
+    convert.write(folder, weights(), CONFIG, FACTS, Tokenizer(tokenizer_file))
+    return folder
+
+
+@pytest.mark.parametrize("vocab_size", [130, 192])
+@pytest.mark.parametrize("n_query_groups", [1, 2, 8])
+def test_logits_are_those_of_transformers_in_both_directions(n_query_groups, vocab_size):
+    config = dataclasses.replace(CONFIG, n_query_groups=n_query_groups, vocab_size=vocab_size)
+    state = weights(config)
+    theirs = llama(config)
+    theirs.load_state_dict(convert.to_hf_state_dict(state, config), strict=True)
+
+    foreign = llama(config)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in foreign.parameters():  # not ours in any way
+            parameter.normal_(float(parameter.ndim == 1), 0.1, generator=generator)
+    pairs = [
+        (from_weights(config, state), theirs),
+        (from_weights(config, convert.from_hf_state_dict(foreign.state_dict(), config)), foreign),
+    ]
+    for ours, theirs in pairs:
+        for T in (1, 7, 33, 96):
+            ids = torch.randint(vocab_size, (3, T), generator=torch.Generator().manual_seed(T))
+            with torch.no_grad():
+                difference = (ours(ids) - theirs(ids).logits).abs().max()
+                assert theirs(ids).logits.std() > 0.3
+            assert difference <= 1e-5
+
+
+def test_there_and_back_is_the_same():
+    state = weights()
+    back = convert.from_hf_state_dict(convert.to_hf_state_dict(state, CONFIG), CONFIG)
+    assert list(back) != []
+    assert back.keys() == state.keys()
+    assert all(torch.equal(back[name], state[name]) for name in state)
+
+
+def test_fused_rows_are_query_heads_then_key_then_value_of_each_group():
+    state = weights()
+    state["transformer.h.1.attn.attn.weight"] = torch.arange(96.0)[:, None].expand(96, 64).contiguous()
+    hf = convert.to_hf_state_dict(state, CONFIG)
+    rows = {x: hf[f"model.layers.1.self_attn.{x}_proj.weight"][::8, 0].tolist() for x in "qkv"}
+    assert rows == {"q": [0, 8, 16, 24, 48, 56, 64, 72], "k": [32, 80], "v": [40, 88]}
+
+
+def test_tensors_of_another_model_are_refused():
+    hf = convert.to_hf_state_dict(weights(), CONFIG)
+    del hf["lm_head.weight"]
+    hf["model.layers.0.self_attn.q_proj.bias"] = torch.zeros(64)
+    with pytest.raises(InputError, match="lm_head.weight missing, .*q_proj.bias not expected"):
+        convert.from_hf_state_dict(hf, CONFIG)
+
+
+def test_the_folder_loads_with_transformers(exported):
+    from transformers import AutoModelForCausalLM, GenerationConfig, LlamaForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    assert isinstance(model, LlamaForCausalLM)
+    hf = convert.to_hf_state_dict(weights(), CONFIG)
+    state = model.state_dict()
+    assert state.keys() == hf.keys()
+    assert all(torch.equal(state[name], hf[name]) for name in hf)
+    config = model.config
+    assert (config.vocab_size, config.max_position_embeddings, config.rms_norm_eps) == (448, 96, 1e-4)
+    assert config.rope_parameters["rope_theta"] == 5000
+    assert (config.bos_token_id, config.eos_token_id, config.dtype) == (1, 2, torch.float32)
+    assert config.tie_word_embeddings is False
+    generation = GenerationConfig.from_pretrained(exported)
+    assert (generation.eos_token_id, generation.suppress_tokens) == (2, list(range(400, 448)))
+
+
+def test_the_tokenizer_of_the_folder_is_ours(exported, tokenizer_file):
+    from transformers import AutoTokenizer
+
+    ours, theirs = Tokenizer(tokenizer_file), AutoTokenizer.from_pretrained(exported)
+    generator = torch.Generator().manual_seed(0)
+    letters = list("abcdefghijklmnopqrstuvwxyz   \t\n▁0123456789.,é漢🦙'\"()\x00") + ["the ", "</s>", "<0x41>"]
+    drawn = torch.randint(len(letters), (300, 40), generator=generator).tolist()
+    for text in [*convert.TEXTS, *("".join(letters[i] for i in row) for row in drawn), Path(__file__).read_text()]:
+        ids = ours.encode(text)
+        assert theirs(text, split_special_tokens=True)["input_ids"] == ids
+        assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
+        if "</s>" not in text:
+            assert theirs(text)["input_ids"] == ids
+    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, len(theirs)) == ("<s>", "</s>", "<unk>", 400)
+    assert (theirs.eos_token_id, theirs.model_max_length) == (2, 96)
+    assert theirs("a</s>")["input_ids"] == [*ours.encode("a"), 2]
+    assert Tokenizer(exported).sha256 == ours.sha256
+
+
+def test_a_tokenizer_json_is_exported_without_what_adds_tokens(tmp_path):
+    import tokenizers
+    from tokenizers import models, pre_tokenizers, processors
+    from transformers import AutoTokenizer
+
+    byte_pieces = {piece: i for i, piece in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    source = tokenizers.Tokenizer(models.BPE(byte_pieces, []))
+    source.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    source.decoder = tokenizers.decoders.ByteLevel()
+    source.add_special_tokens(["<s>", "</s>"])
+    source.post_processor = processors.TemplateProcessing("<s> $A", special_tokens=[("<s>", 256)])
+    source.enable_truncation(5)
+    source.save(str(tmp_path / "tokenizer.json"))
+    ours = Tokenizer(tmp_path)
+    convert.write(tmp_path / "hf", weights(), CONFIG, FACTS, ours)
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (256, 257)
+    for text in convert.TEXTS:
+        assert theirs(text)["input_ids"] == ours.encode(text)
+        assert theirs.decode(ours.encode(text)) == text
+
+
+def test_greedy_text_is_that_of_transformers(exported):
+    from transformers import LlamaForCausalLM
+
+    theirs = LlamaForCausalLM.from_pretrained(exported)
+    ours = from_weights(CONFIG, weights())
+    for ids in ([5], [300, 7, 7, 120, 31]):
+        expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=50)[0, len(ids) :].tolist()
+        assert generate(ours, ids, 50, eos_id=2) == expected
+        assert len(set(expected)) > 5
+
+
+def test_verify_measures_the_conversion_and_not_the_rounding(exported, tmp_path):
+    assert convert.verify(exported, weights(), CONFIG) <= 1e-5
+    for groups in (1, 2):  # of one group, the parts of the fused tensor are views of it
+        config = dataclasses.replace(CONFIG, n_query_groups=groups)
+        convert.write(tmp_path / "half", weights(config), config, FACTS, dtype="bfloat16")
+        assert convert.verify(tmp_path / "half", weights(config), config) <= 1e-5
+    assert (tmp_path / "half/model.safetensors").stat().st_size < 0.6 * (exported / "model.safetensors").stat().st_size
+
+
+def test_verify_sees_what_is_wrong(exported, tmp_path, tokenizer_file):
+    other = weights()
+    other["transformer.h.1.norm_2.weight"] = other["transformer.h.1.norm_2.weight"] * 1.01
+    assert convert.verify(exported, other, CONFIG) > convert.TOLERANCE
+    assert convert.verify(exported, weights(), dataclasses.replace(CONFIG, norm_eps=1e-5)) > convert.TOLERANCE
+    assert convert.verify(exported, weights(), dataclasses.replace(CONFIG, rope_base=10000)) > convert.TOLERANCE
+    convert.write(tmp_path / "hf", weights(), CONFIG, FACTS, Tokenizer(tokenizer_file))
+    file = tmp_path / "hf/tokenizer.json"
+    content = json.loads(file.read_text())
+    content["normalizer"] = None
+    file.write_text(json.dumps(content))
+    with pytest.raises(RuntimeError, match="AutoTokenizer does not encode"):
+        convert.verify(tmp_path / "hf", weights(), CONFIG)
+
+
+def test_without_a_tokenizer_the_ids_are_those_of_the_data(tmp_path):
+    convert.write(tmp_path / "hf", weights(), CONFIG, FACTS | {"eos_id": 7, "bos_id": None})
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    assert (config["eos_token_id"], config["bos_token_id"]) == (7, None)
+    names = {"config.json", "export.json", "generation_config.json", "model.safetensors"}
+    assert {path.name for path in (tmp_path / "hf").iterdir()} == names
+
+
+def test_an_export_replaces_an_export_whole(tmp_path, tokenizer_file):
+    folder = tmp_path / "hf"
+    folder.mkdir()
+    convert.write(folder, weights(), CONFIG, FACTS, Tokenizer(tokenizer_file))
+    convert.write(folder, weights(seed=6), CONFIG, FACTS | {"step": 13})
+    assert not (folder / "tokenizer.json").exists()
+    assert json.loads((folder / "export.json").read_text())["step"] == 13
+    assert convert.verify(folder, weights(seed=6), CONFIG) <= 1e-5
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def contents(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_what_no_export_wrote_is_left_alone(tmp_path):
+    folder = tmp_path / "hf"
+    convert.write(folder, weights(), CONFIG, FACTS)
+    (folder / "README.md").write_text("mine")
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other/config.json").write_text("{}")
+    before = contents(tmp_path)
+    for output, fault in [
+        ("hf", "README.md, which no export wrote"),
+        ("file", "is a file"),
+        ("other", "config.json, which no export wrote"),
+        ("file/hf", "cannot create .*file/hf: .*"),
+    ]:
+        with pytest.raises(InputError, match=fault):
+            convert.write(tmp_path / output, weights(), CONFIG, FACTS)
+    assert contents(tmp_path) == before
+
+
+def test_an_export_that_fails_leaves_the_earlier_one(tmp_path):
+    import sentencepiece
+
+    convert.write(tmp_path / "hf", weights(), CONFIG, FACTS)
+    before = contents(tmp_path)
+    with (tmp_path / "unigram.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(Path(__file__).read_text().splitlines()),
+            model_writer=file,
+            model_type="unigram",
+            vocab_size=200,
+            minloglevel=2,
+        )
+    unigram = Tokenizer(tmp_path / "unigram.model")
+    with pytest.raises(InputError, match="unigram.model cannot be written as a tokenizer.json"):
+        convert.write(tmp_path / "hf", weights(), CONFIG, FACTS, unigram)
+    (tmp_path / "unigram.model").unlink()
+    assert contents(tmp_path) == before
+    assert [path.name for path in tmp_path.iterdir()] == ["hf"]
+
+
+def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer_file):
+    ours = Tokenizer(tokenizer_file)
+    assert convert.matching_tokenizer(tokenizer_file, None, CONFIG).sha256 == ours.sha256
+    assert convert.matching_tokenizer(tokenizer_file, ours.sha256, CONFIG).sha256 == ours.sha256
+    with pytest.raises(InputError, match=f"{ours.sha256}, but the model was trained with {'0' * 64}"):
+        convert.matching_tokenizer(tokenizer_file, "0" * 64, CONFIG)
+    with pytest.raises(InputError, match="has 400 pieces, but the model was trained with 399"):
+        convert.matching_tokenizer(tokenizer_file, None, dataclasses.replace(CONFIG, vocab_size=399))
+
+
+@pytest.fixture(scope="module")
+def step_dir(tmp_path_factory, tokenizer_file):
+    # a real checkpoint, without training one
+    import torch.distributed as dist
+
+    from tinyllama import cli
+    from tinyllama.state import TrainState
+
+    folder = tmp_path_factory.mktemp("run")
+    facts = {**FACTS, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
+    model = from_weights(CONFIG, weights())
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()  # moves nothing, but makes the state that a checkpoint holds
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    try:
+        state = TrainState(step=12, samples=36, tokens=3456)
+        resolved = cli.dump({"model": dataclasses.asdict(CONFIG)})
+        for key in state.__dict__:
+            facts.pop(key, None)
+        keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
+        checkpointer = Checkpointer(folder / "checkpoints", config=resolved, facts=facts, **keep)
+        return checkpointer.save(state, model, optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def script(monkeypatch, capsys):
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{name}.py"), run_name="__main__")
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_converts_a_checkpoint_and_verifies(script, step_dir, tmp_path, tokenizer_file):
+    run = step_dir.parents[1]
+    code, out, _ = script("convert_lit_checkpoint", run, tmp_path / "hf", "--tokenizer", tokenizer_file, "--verify")
+    first, second = out.splitlines()
+    assert code == 0
+    assert first == f"{step_dir} -> {tmp_path / 'hf'}"
+    assert second.startswith("verify: max |logit difference| to transformers ")
+    assert json.loads((tmp_path / "hf/export.json").read_text())["step"] == 12
+    assert convert.verify(tmp_path / "hf", weights(), CONFIG) <= 1e-5
+
+
+def test_the_command_ends_with_1_when_the_logits_differ(script, step_dir, tmp_path, monkeypatch):
+    monkeypatch.setattr(convert, "TOLERANCE", -1.0)
+    code, out, _ = script("convert_lit_checkpoint", step_dir, tmp_path / "hf", "--dtype", "bfloat16", "--verify")
+    assert code == 1
+    assert "tolerance -1e+00" in out
+
+
+def test_the_command_goes_on_with_a_text(script, step_dir, tokenizer_file):
+    args = ("--tokenizer", tokenizer_file, "--prompt", "The llama", "--max_new_tokens", 9)
+    tokenizer = Tokenizer(tokenizer_file)
+    ids = tokenizer.encode("The llama")
+    new = generate(from_weights(CONFIG, weights()), ids, 9, eos_id=2)
+    assert script("generate", step_dir, *args) == (0, tokenizer.decode(ids + new) + "\n", "")
+
+
+def test_the_commands_name_what_is_wrong(script, step_dir, tmp_path, tokenizer_file):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full/file").touch()
+    text = ("--prompt", "a", "--tokenizer", tokenizer_file)
+    for name, args, fault in [
+        ("convert_lit_checkpoint", (step_dir, tmp_path / "full"), "full holds file, which no export wrote"),
+        ("convert_lit_checkpoint", (tmp_path, tmp_path / "new"), "holds no complete checkpoint"),
+        ("convert_lit_checkpoint", (step_dir, tmp_path / "new", "--dtype", "float16"), "float16"),
+        ("generate", (step_dir, *text, "--prompt", ""), "--prompt is empty"),
+        ("generate", (step_dir, *text, "--temperature", "-1"), "--temperature is -1.0"),
+        ("generate", (step_dir, *text, "--tokenizer", tmp_path), "no tokenizer at"),
+    ]:
+        code, out, err = script(name, *args)
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith("error: ")
+        assert fault in err
+    assert not (tmp_path / "new").exists()

@@ -1,0 +1,117 @@
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllama import InputError
+from tinyllama.data.inspection import inspect_packed
+from tinyllama.data.packed import ShardWriter, write_manifest
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def folder(tmp_path):
+    facts = {
+        "tokenizer_sha256": "ab" * 32,
+        "encoder": "sentencepiece",
+        "bos": False,
+        "eos": True,
+        "bos_id": 1,
+        "eos_id": 2,
+    }
+    for name, documents in {"a": [[5, 6, 2], [2]], "b": [[7, 8, 9, 10, 2]], "c": []}.items():
+        with ShardWriter(tmp_path, name, 100) as writer:
+            for document in documents:
+                writer.add(document)
+            writer.finish(**facts)
+    write_manifest(tmp_path, ["a", "b", "c"])
+    return tmp_path
+
+
+def command(*arguments) -> subprocess.CompletedProcess:
+    return subprocess.run(
+        [sys.executable, "scripts/inspect_packed.py", *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env=os.environ | {"PYTHONPATH": "."},
+    )
+
+
+def test_figures(folder):
+    figures = inspect_packed(folder)
+    assert re.fullmatch("[0-9a-f]{64}", figures.pop("fingerprint"))
+    assert figures == {
+        "shards": 3,
+        "tokens": 9,
+        "bytes": 18,
+        "dtype": "uint16",
+        "documents": 3,
+        "mean_document_length": 3.0,
+        "max_document_length": 5,
+        "vocab_size": 100,
+        "max_token": 10,
+        "tokenizer_sha256": "ab" * 32,
+        "bos": "none",
+        "eos": "2 after each document",
+    }
+    assert inspect_packed(folder, verify=True).items() >= figures.items()
+
+
+def test_verify_names_each_changed_shard(folder):
+    path = folder / "b.bin"
+    whole = path.read_bytes()
+    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    assert inspect_packed(folder)["tokens"] == 9  # only reading all of it can tell
+    with pytest.raises(InputError, match=r"b.bin is not what was written, its hash differs: delete b.json and rerun"):
+        inspect_packed(folder, verify=True)
+    (folder / "a.bin").write_bytes(bytes(8))
+    with pytest.raises(InputError) as error:
+        inspect_packed(folder, verify=True)
+    assert [Path(fault.split()[0]).name for fault in error.value.args] == ["a.bin", "b.bin"]
+
+
+@pytest.mark.parametrize("ends", [[3], [3, 5], [4, 3], [[3, 4]], None])
+def test_damaged_index(folder, ends):
+    if ends is None:
+        (folder / "a.idx.npy").write_bytes(b"\x93NUMPY broken")
+    else:
+        np.save(folder / "a.idx.npy", np.array(ends, dtype=np.uint64))
+    with pytest.raises(InputError, match=r"a.idx.npy is missing or does not fit its .bin: delete a.json and rerun"):
+        inspect_packed(folder)
+
+
+def test_upstream_chunks(tmp_path):
+    tokens = np.arange(5, dtype="<u2")
+    header = b"LITPKDS" + (1).to_bytes(8, "little") + bytes([8]) + len(tokens).to_bytes(8, "little")
+    (tmp_path / "chunk.bin").write_bytes(header + tokens.tobytes())
+    figures = inspect_packed(tmp_path)
+    assert (figures["shards"], figures["tokens"], figures["dtype"]) == (1, 5, "uint16")
+    with pytest.raises(InputError, match="carry no hashes: leave --verify out"):
+        inspect_packed(tmp_path, verify=True)
+
+
+def test_command(folder):
+    done = command(folder, "--verify")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert re.search(r"^tokens +9$", done.stdout, re.M)
+    assert re.search(r"^tokenizer_sha256 +(ab){32}$", done.stdout, re.M)
+    assert done.stdout.splitlines()[-1] == "verified: the 3 shards are what was written"
+    (folder / "b.bin").write_bytes(bytes(10))
+    done = command(folder, "--verify")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert re.fullmatch(r"error: .*b\.bin is not what was written.*\n", done.stderr)
+
+
+def test_command_help_and_bad_arguments(tmp_path):
+    done = command("--help")
+    assert done.returncode == 0
+    assert "--verify" in done.stdout
+    done = command(tmp_path, "--verfy")
+    assert done.returncode == 2
+    assert re.fullmatch(r"error: .*--verfy.*\n", done.stderr)

@@ -1,0 +1,57 @@
+import time
+
+import pytest
+
+from tinyllama.config import named_config
+from tinyllama.throughput import Meter, flops_per_token, peak_flops
+
+
+def test_mfu_of_the_published_run() -> None:
+    # 24k tokens/s on an A100-40G is reported as 56 %
+    mfu = 24e3 * flops_per_token(named_config("tinyllama_1.1b")) / 312e12
+    assert mfu == pytest.approx(0.563, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("device", "peak"),
+    [
+        ("NVIDIA A100-SXM4-40GB", 312e12),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA H100 80GB HBM3", 989.5e12),
+        ("NVIDIA H100 PCIe", 756e12),
+        ("NVIDIA H100 NVL", 835.5e12),
+        ("NVIDIA H200", 989.5e12),
+        ("NVIDIA GB200", 2500e12),
+        ("NVIDIA B200", 2250e12),
+        ("NVIDIA A10", 125e12),
+        ("NVIDIA A10G", 70e12),
+        ("NVIDIA L4", 121e12),
+        ("NVIDIA L40S", 362e12),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA RTX A4000", None),
+        ("Tesla V100-SXM2-32GB", None),
+    ],
+)
+def test_peaks_by_the_name_the_driver_gives(device: str, peak: float | None) -> None:
+    assert peak_flops(device) == peak
+
+
+def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    meter = Meter(window=2)
+    now += 1
+    meter.step(100)
+    meter.pause()
+    now += 50  # a validation
+    meter.go_on()
+    now += 1
+    meter.step(100)
+    assert meter.lap() == 100
+    now += 1
+    meter.step(300)
+    assert meter.lap() == 500 / 3
+    now += 1
+    meter.step(300)
+    assert meter.lap() == 300  # the first lap has left the window

@@ -1,0 +1,232 @@
+import hashlib
+import io
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import sentencepiece
+import tokenizers
+from tokenizers import decoders, models, normalizers, processors
+
+from tinyllama import InputError
+from tinyllama.tokenizer import Tokenizer
+
+ADVERSARIAL = [
+    "",
+    " ",
+    "   ",
+    "\n",
+    "\n\n\n",
+    "\r\n",
+    "line one\r\nline two\r\n",
+    "\t\tdef f(x):\n\t\treturn x  # tab",
+    " leading and trailing ",
+    "two  blanks   three",
+    "<s>",
+    "</s>",
+    "a</s>b <s> <unk> <0x0A> [INST]",
+    "\U0001f642\U0001f1eb\U0001f1f7 \U0001f468‍\U0001f469‍\U0001f467",
+    "漢字かな交じり文、한국어",
+    "e\u0301 is not \u00e9, \u212b, \ufb01, \u00a0, \u3000, \u200b, \ufeff",
+    "\x00",
+    "a\x00b\x01\x7f\x1b[0m",
+    "0123456789 3.14159 1,234,567 ١٢٣ ²",
+    "\u2581",
+    "a\u2581b \u2581\u2581 c\u2581",
+    "\ufffd",
+    "x" * 3000,
+    "word " * 500,
+]
+
+CORPUS = [
+    "the quick brown fox jumps over the lazy dog, and the dog sleeps in the sun",
+    "def add(a, b): return a + b  # the sum of two numbers, and nothing else",
+    "pretraining reads tokens; tokens come from text; text comes from 1234 files in 5678 folders",
+] * 20
+
+
+def train(path: Path, **settings) -> Path:
+    model = io.BytesIO()
+    options = {
+        "vocab_size": 330,
+        "model_type": "bpe",
+        "byte_fallback": True,
+        "split_digits": True,
+        "normalization_rule_name": "identity",
+        "add_dummy_prefix": True,
+        "remove_extra_whitespaces": False,
+        "minloglevel": 2,
+    }
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **options | settings)
+    path.write_bytes(model.getvalue())
+    return path
+
+
+def write_hf_json(model: Path, path: Path, **changes) -> Path:
+    """The tokenizer.json that Hugging Face ships for a Llama sentencepiece model: added tokens, bos post-processor."""
+    pieces = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    vocab = {pieces.id_to_piece(i): i for i in range(pieces.vocab_size())}
+    ranked = []
+    for piece, rank in vocab.items():
+        if pieces.is_control(rank) or pieces.is_byte(rank) or pieces.is_unknown(rank):
+            continue
+        halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+        # by score, not by id: Llama 2 gave its runs of blanks low ids and the lowest scores
+        score = pieces.get_score(rank)
+        ranked += [(-score, rank, vocab[a], vocab[b], (a, b)) for a, b in halves if a in vocab and b in vocab]
+    merges = [pair for *_, pair in sorted(ranked)]
+    hf = tokenizers.Tokenizer(models.BPE(vocab, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True))
+    hf.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    hf.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    hf.add_special_tokens(["<unk>", "<s>", "</s>"])
+    hf.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    path.write_text(json.dumps(json.loads(hf.to_str()) | changes))
+    return path
+
+
+@pytest.fixture(scope="module", params=["tiny", "llama2"])
+def model(request, tmp_path_factory) -> Path:
+    if request.param == "tiny":
+        return train(tmp_path_factory.mktemp("tiny") / "tokenizer.model")
+    if not os.environ.get("LLAMA_TOKENIZER"):
+        pytest.skip("LLAMA_TOKENIZER does not name the Llama 2 tokenizer.model")
+    return Path(os.environ["LLAMA_TOKENIZER"])
+
+
+@pytest.fixture(scope="module")
+def hf_json(model, tmp_path_factory) -> Path:
+    return write_hf_json(model, tmp_path_factory.mktemp("hf") / "tokenizer.json")
+
+
+@pytest.fixture(scope="module", params=["sentencepiece", "tokenizers"])
+def tokenizer(request, model) -> Tokenizer:
+    return Tokenizer(model if request.param == "sentencepiece" else request.getfixturevalue("hf_json"))
+
+
+def test_facts_of_both_backends(model, hf_json):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for path, encoder, version in (
+        (model, "sentencepiece", sentencepiece.__version__),
+        (hf_json, "tokenizers", tokenizers.__version__),
+    ):
+        tokenizer = Tokenizer(str(path))
+        assert tokenizer.path == path
+        assert tokenizer.sha256 == hashlib.sha256(path.read_bytes()).hexdigest()
+        assert tokenizer.vocab_size == reference.vocab_size()
+        assert (tokenizer.bos_id, tokenizer.eos_id) == (1, 2)
+        assert (tokenizer.encoder, tokenizer.encoder_version) == (encoder, version)
+
+
+@pytest.mark.parametrize("text", ADVERSARIAL, ids=lambda text: repr(text[:24]))
+def test_ids_are_sentencepieces_and_decode_back(tokenizer, model, text):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    ids = tokenizer.encode(text)
+    assert ids == reference.encode(text)
+    assert tokenizer.decode(ids) == text.replace("\u2581", " ")  # the one character Llama's tokenizers give up
+
+
+def test_empty_text_gives_no_ids(tokenizer):
+    assert tokenizer.encode("") == []
+    assert tokenizer.decode([]) == ""
+
+
+@pytest.mark.parametrize("literal", ["<s>", "</s>", "<unk>"])
+def test_literal_control_tokens_stay_text(tokenizer, literal):
+    ids = tokenizer.encode(f"a {literal}{literal} b")
+    assert not {0, 1, 2} & set(ids)
+    assert tokenizer.decode(ids) == f"a {literal}{literal} b"
+
+
+def test_decode_takes_numpy_and_drops_control_tokens(tokenizer):
+    ids = tokenizer.encode("the dog")
+    assert tokenizer.decode(np.array([1, *ids, 2], dtype=np.uint16)) == "the dog"
+
+
+@pytest.mark.parametrize("text", ["\ud800", "ok \udfff ok"])
+def test_lone_surrogate_is_named(tokenizer, text):
+    with pytest.raises(InputError, match=r"lone surrogate '\\ud.{3}' at character [03]: repair"):
+        tokenizer.encode(text)
+
+
+def test_folder_prefers_the_model(model, hf_json, tmp_path):
+    (tmp_path / "tokenizer.json").write_bytes(hf_json.read_bytes())
+    assert Tokenizer(tmp_path).path == tmp_path / "tokenizer.json"
+    (tmp_path / "tokenizer.model").write_bytes(model.read_bytes())
+    assert Tokenizer(tmp_path).path == tmp_path / "tokenizer.model"
+
+
+def test_missing_names_the_paths_tried(tmp_path):
+    with pytest.raises(InputError) as error:
+        Tokenizer(tmp_path)
+    assert str(tmp_path / "tokenizer.model") in str(error.value)
+    assert str(tmp_path / "tokenizer.json") in str(error.value)
+    with pytest.raises(InputError, match="no tokenizer at .*absent.model: give a sentencepiece"):
+        Tokenizer(tmp_path / "absent.model")
+
+
+@pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
+@pytest.mark.parametrize("content", [b"", b"{}", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+def test_unreadable_is_one_line_with_the_remedy(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name} is not a .*git lfs pull") as error:
+        Tokenizer(tmp_path / name)
+    assert len(error.value.args) == 1
+    assert "\n" not in str(error.value)
+
+
+def test_json_truncation_and_padding_are_ignored(tmp_path):
+    model = train(tmp_path / "tokenizer.model")
+    path = write_hf_json(
+        model,
+        tmp_path / "tokenizer.json",
+        truncation={"max_length": 4, "strategy": "LongestFirst", "stride": 0, "direction": "Right"},
+    )
+    text = "the quick brown fox jumps over the lazy dog"
+    assert Tokenizer(path).encode(text) == Tokenizer(model).encode(text)
+
+
+def test_specials_come_from_tokenizer_config(tmp_path):
+    path = write_hf_json(train(tmp_path / "other.model"), tmp_path / "tokenizer.json")
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps({"bos_token": None, "eos_token": {"content": "<unk>"}}))
+    assert (Tokenizer(path).bos_id, Tokenizer(path).eos_id) == (None, 0)
+    config.write_text(json.dumps({"eos_token": "<|nowhere|>"}))
+    with pytest.raises(InputError, match="eos_token '<|nowhere|>' is not in tokenizer.json"):
+        Tokenizer(path)
+    config.write_text("{")
+    with pytest.raises(InputError, match=r"tokenizer_config.json is not JSON"):
+        Tokenizer(path)
+
+
+def test_added_tokens_beyond_the_model_count_in_the_vocabulary(tmp_path):
+    # as in Llama 3: the specials are no pieces of the BPE model
+    bpe = tokenizers.Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
+    bpe.add_special_tokens(["<|begin_of_text|>", "<|end_of_text|>"])
+    bpe.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (5, 3, 4)
+    assert tokenizer.encode("abb") == [2, 1]
+    assert tokenizer.decode([3, 2, 4]) == "ab"
+
+
+def test_model_without_bos_and_eos(tmp_path):
+    tokenizer = Tokenizer(train(tmp_path / "bare.model", bos_id=-1, eos_id=-1))
+    assert (tokenizer.bos_id, tokenizer.eos_id) == (None, None)
+
+
+def test_neither_backend_imports_torch(tmp_path):
+    write_hf_json(train(tmp_path / "tokenizer.model"), tmp_path / "tokenizer.json")
+    code = (
+        "import sys; from tinyllama.tokenizer import Tokenizer\n"
+        "for path in sys.argv[1:]: Tokenizer(path).encode('text')\n"
+        "print([name for name in ('torch', 'transformers', 'datasets') if name in sys.modules])"
+    )
+    paths = [str(tmp_path / "tokenizer.model"), str(tmp_path / "tokenizer.json")]
+    done = subprocess.run([sys.executable, "-c", code, *paths], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"

@@ -1,0 +1,432 @@
+"""The recipe, for real: tiny models on CPU ranks, one process group for each world size."""
+
+import csv
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tinyllama import checkpoint
+
+ROOT = Path(__file__).parents[1]
+
+
+class World:
+    """Ranks that wait for commands; see rank.py."""
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        # what torchrun sets
+        env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="tests")
+        env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        self.ranks = [
+            subprocess.Popen(
+                [sys.executable, str(ROOT / "tests" / "rank.py")],
+                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                cwd=ROOT,
+            )
+            for rank in range(size)
+        ]
+
+    def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:
+        """Run ``command`` on every rank; gives their answers."""
+        for rank in self.ranks:
+            assert rank.stdin is not None
+            rank.stdin.write(json.dumps([command, [str(word) for word in argv]]) + "\n")
+            rank.stdin.flush()
+        answers = [json.loads(rank.stdout.readline()) for rank in self.ranks if rank.stdout]
+        for answer in answers:
+            assert "defect" not in answer, answer["defect"]
+        return answers
+
+    def train(self, *argv: object) -> str:
+        """Run the recipe to its end; gives what rank 0 said."""
+        answers = self("train", *argv)
+        assert [answer.get("result") for answer in answers] == [0] * len(answers), answers
+        return answers[0]["said"]
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Callable[[int], World]]:
+    worlds: dict[int, World] = {}
+
+    def get(size: int) -> World:
+        if size not in worlds:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield get
+    for started in worlds.values():
+        for rank in started.ranks:
+            rank.kill()
+            rank.wait()
+
+
+@pytest.fixture
+def config(packed_folder: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    """A run of 40 steps on two sources; documents count up or down, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+
+    def documents(step: int) -> list[list[int]]:
+        starts = rng.integers(3, 250, 60)
+        return [[int(3 + (start + step * i) % 250) for i in range(rng.integers(5, 90))] + [2] for start in starts]
+
+    up = packed_folder([documents(1), documents(1)], name="up", vocab_size=256)
+    down = packed_folder([documents(-1)], name="down", vocab_size=256)
+    held_out = packed_folder([documents(1)], name="held_out", vocab_size=256)
+    return {
+        "model": {"name": "quickstart", "block_size": 32, "vocab_size": 256, "n_layer": 2, "n_embd": 32}
+        | {"intermediate_size": 64},
+        "data": {
+            "sources": [{"path": str(up), "weight": 0.7}, {"path": str(down), "weight": 0.3}],
+            "validation": [{"path": str(held_out)}],
+        },
+        "train": {"max_steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 5},
+        "eval": {"interval": 20, "max_samples": None},
+        "checkpoint": {"interval": 20, "asynchronous": False},
+        "log": {"interval": 1},
+    }
+
+
+@pytest.fixture
+def config_file(config: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
+
+
+def metrics(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def column(out_dir: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in metrics(out_dir) if row[name]]
+
+
+def tensors(step_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, of model and optimizer."""
+    reader = checkpoint._Reader(step_dir)
+    entries = reader.read_metadata().state_dict_metadata
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    torch.distributed.checkpoint.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def branch(out_dir: Path, step: int) -> Path:
+    """A copy of the run as it was at ``step``."""
+    copy = out_dir.with_name(f"{out_dir.name}-from-{step}")
+    shutil.copytree(out_dir / "checkpoints" / f"step-{step:08d}", copy / "checkpoints" / f"step-{step:08d}")
+    shutil.copy(out_dir / "metrics.csv", copy)
+    return copy
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_resumed_run_is_the_straight_run(world, config_file: Path, tmp_path: Path, size: int) -> None:
+    straight = tmp_path / "straight"
+    world(size).train("--config", config_file, "--out_dir", straight)
+    resumed = branch(straight, 20)
+    said = world(size).train("--config", config_file, "--out_dir", resumed)
+    assert f"resumed from {resumed}/checkpoints/step-00000020 at step 20" in said
+    for name in ("step", "tokens", "loss", "val_loss", "lr", "grad_norm"):
+        assert column(resumed, name) == column(straight, name), name
+    assert column(straight, "step") == list(range(41))
+    assert column(straight, "loss")[-1] < 0.7 * column(straight, "loss")[0]
+    before, after = (tensors(run / "checkpoints" / "step-00000040") for run in (straight, resumed))
+    assert before.keys() == after.keys()
+    assert len(before) == 4 * sum(name.startswith("model.") for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert before["optimizer.step.lm_head.weight"] == 40
+    state = checkpoint.read_state(resumed / "checkpoints" / "step-00000040")
+    assert (state["step"], state["samples"], state["tokens"], state["world_size"]) == (40, 320, 10240, size)
+
+
+LAYOUTS = {
+    "sharded over 2": (2, []),
+    "replicated over 2": (2, ["--parallel.shard", "none", "--train.micro_batch_size", 4]),
+    "sharded over 4": (4, []),
+    "2 shards, 2 copies": (4, ["--parallel.shard", 2]),
+    "replicated over 4": (4, ["--parallel.shard", "none"]),
+    "selective checkpointing": (2, ["--train.activation_checkpointing", "selective"]),
+    "full checkpointing": (4, ["--train.activation_checkpointing", "full", "--train.micro_batch_size", 1]),
+    "gathered once": (2, ["--parallel.reshard_after_forward", "false"]),
+    "reduced often": (2, ["--parallel.sync_every_micro_batch", "true", "--train.micro_batch_size", 1]),
+}
+
+
+def test_the_layout_does_not_change_the_run(world, config_file: Path, tmp_path: Path) -> None:
+    steps = ["--train.max_steps", 50]
+    alone = tmp_path / "alone"
+    world(1).train("--config", config_file, "--out_dir", alone, *steps)
+    for name, (size, flags) in LAYOUTS.items():
+        out = tmp_path / name
+        world(size).train("--config", config_file, "--out_dir", out, *steps, *flags)
+        for loss in ("loss", "val_loss"):
+            assert column(out, loss) == pytest.approx(column(alone, loss), abs=2e-6, rel=0), (name, loss)
+
+
+def test_a_run_goes_on_in_any_world(world, config_file: Path, tmp_path: Path) -> None:
+    alone = tmp_path / "alone"
+    world(1).train("--config", config_file, "--out_dir", alone)
+    for before, after in ((4, 2), (2, 4), (4, 1), (1, 4)):
+        out = tmp_path / f"{before} then {after}"
+        flags = ["--train.micro_batch_size", 8 // max(before, after)]
+        world(before).train("--config", config_file, "--out_dir", out, *flags)
+        resumed = branch(out, 20)
+        world(after).train("--config", config_file, "--out_dir", resumed, "--train.micro_batch_size", 1)
+        assert column(resumed, "loss") == pytest.approx(column(alone, "loss"), abs=2e-6, rel=0), (before, after)
+        state = checkpoint.read_state(resumed / "checkpoints" / "step-00000040")
+        assert (state["samples"], state["world_size"]) == (320, after)
+
+
+def test_start_weights_are_the_same_for_every_world(world, config_file: Path) -> None:
+    start = world(1)("start_hash", "--config", config_file)[0]["result"]
+    assert world(2)("start_hash", "--config", config_file)[1]["result"] == start
+    assert world(2)("start_hash", "--config", config_file, "--parallel.shard", 1)[0]["result"] == start
+    assert world(1)("start_hash", "--config", config_file, "--train.seed", 1)[0]["result"] != start
+
+
+def test_bf16_computes_in_bf16_and_keeps_the_rest_in_fp32(world, config_file: Path) -> None:
+    for rank in world(2)("dtypes", "--config", config_file, "--train.precision", "bf16"):
+        assert rank["result"] == {
+            "stream": ["torch.bfloat16"],
+            "tables": ["torch.float32"],
+            "computed": ["torch.bfloat16"],
+            "gradients": ["torch.float32"],
+            "master": ["torch.float32"],
+            "moments": ["torch.float32"],
+        }
+
+
+@pytest.mark.parametrize("phase", ["step", "validation", "checkpoint"])
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(world, config_file: Path, tmp_path: Path, phase: str) -> None:
+    straight, stopped = tmp_path / "straight", tmp_path / "stopped"
+    world(2).train("--config", config_file, "--out_dir", straight)
+    answers = world(2)("train_signalled", phase, 1, "--config", config_file, "--out_dir", stopped)
+    assert [answer["result"] for answer in answers] == [75, 75]
+    done = int(metrics(stopped)[-1]["step"])
+    assert done == {"step": 7, "validation": 20, "checkpoint": 21}[phase]
+    assert f"stopped by SIGUSR1 at step {done}; the same command goes on from there" in answers[0]["said"]
+    assert (stopped / "checkpoints" / f"step-{done:08d}" / ".metadata").exists()
+    world(2).train("--config", config_file, "--out_dir", stopped)
+    for name in ("step", "loss", "val_loss", "grad_norm"):
+        assert column(stopped, name) == column(straight, name), name
+
+
+def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    answers = world(2)("train", "--config", config_file, "--out_dir", out, "--train.max_time", 1e-6)
+    assert [answer["result"] for answer in answers] == [75, 75]
+    assert "stopped by train.max_time at step 0" in answers[0]["said"]
+
+
+def test_nan_in_one_ranks_gradient_stops_all(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    answers = world(2)("train_poisoned", 1, 25, "--config", config_file, "--out_dir", out)
+    assert [answer["result"] for answer in answers] == [1, 1]
+    assert "skipped step 25, samples 192 to 199" in answers[0]["said"]
+    assert "not finite on rank [1]" in answers[0]["said"]
+    stop = json.loads((out / "STOPPED").read_text())
+    assert (stop["step"], stop["samples"]) == (25, 200)
+    # nothing after the last good checkpoint was written, and nobody goes on by accident
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000020"]
+    (fault,) = world(2)("train", "--config", config_file, "--out_dir", out)[0]["faults"]
+    assert fault.startswith(f"{out / 'STOPPED'} says why this run ended: ")
+    assert "step 25" in fault
+    (out / "STOPPED").unlink()
+    straight = tmp_path / "straight"
+    world(2).train("--config", config_file, "--out_dir", straight)
+    world(2).train("--config", config_file, "--out_dir", out)
+    assert column(out, "loss") == column(straight, "loss")
+
+
+def test_a_skipped_step_leaves_the_weights_as_they_were(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--train.on_nonfinite", "skip", "--train.max_steps", 26, "--checkpoint.interval", 1]
+    flags += ["--checkpoint.keep_last", 3]
+    answers = world(2)("train_poisoned", 0, 25, "--config", config_file, "--out_dir", out, *flags)
+    assert [answer["result"] for answer in answers] == [0, 0]
+    before, after, next_one = (tensors(out / "checkpoints" / f"step-{step:08d}") for step in (24, 25, 26))
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert next_one["optimizer.step.lm_head.weight"] == 25
+    assert not torch.equal(after["model.lm_head.weight"], next_one["model.lm_head.weight"])
+    assert [row["skipped"] for row in metrics(out)[-3:]] == ["0", "1", "1"]
+    assert checkpoint.read_state(out / "checkpoints" / "step-00000026")["skipped"] == 1
+
+
+def test_too_many_skips_in_a_row_stop_the_run(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--train.on_nonfinite", "skip", "--train.max_skips", 2]
+    answers = world(2)("train_poisoned", 0, -25, "--config", config_file, "--out_dir", out, *flags)
+    assert [answer["result"] for answer in answers] == [1, 1]
+    assert answers[0]["said"].count("skipped step") == 3
+    assert (out / "STOPPED").exists()
+
+
+def test_a_dry_run_prints_the_plan_and_writes_nothing(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = world(2).train("--config", config_file, "--out_dir", out, "--dry_run")
+    assert "ranks 0 1" in said
+    assert "shards   2 ranks share one copy of the weights, 1 copies" in said
+    assert "dtypes   master float32, pass float32, reduction float32" in said
+    assert "8 samples a step = 2 ranks x 2 x 2, 256 tokens" in said
+    assert not out.exists()
+
+
+def test_validation_is_the_mean_over_every_held_out_token(world, config_file: Path, tmp_path: Path) -> None:
+    from tinyllama.config import named_config
+    from tinyllama.data.packed import open_packed
+    from tinyllama.model import GPT
+
+    out = tmp_path / "run"
+    config = yaml.safe_load(config_file.read_text())
+    world(2).train("--config", config_file, "--out_dir", out, "--train.micro_batch_size", 4)
+    model = GPT(named_config(**config["model"]))
+    model.load_state_dict(checkpoint.load_weights(out / "checkpoints" / "step-00000040"))
+    held_out = open_packed(config["data"]["validation"][0]["path"])
+    blocks = torch.from_numpy(held_out.blocks(np.arange(held_out.num_blocks(32)), 32).astype(np.int64))
+    with torch.no_grad():
+        expected = model(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
+    assert column(out, "val_loss")[-1] == pytest.approx(expected.item(), abs=1e-6)
+    assert [row["step"] for row in metrics(out) if row["val_loss"]] == ["0", "20", "40"]
+
+
+def test_what_a_run_leaves_behind(world, config: dict[str, Any], config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    said = world(1).train("--config", config_file, "--out_dir", out, "--train.max_steps", 23, "--log.interval", 10)
+    assert sorted(path.name for path in (out / "checkpoints").iterdir()) == ["step-00000020", "step-00000023"]
+    resolved = yaml.safe_load((out / "config.yaml").read_text())
+    assert resolved["model"]["n_head"] == 4
+    assert None not in resolved["model"].values()
+    assert (out / "checkpoints" / "step-00000023" / "config.yaml").read_text() == (out / "config.yaml").read_text()
+    assert [row["step"] for row in metrics(out)] == ["0", "10", "20", "23"]
+    assert metrics(out)[-1]["lr"] == "0.001"
+    assert "start (step 0) 2.000e-03  warm (step 4) 1.000e-02  half (step 11)" in said
+    assert "end (step 22) 1.000e-03" in said
+    # the same command again has nothing to do, and does nothing
+    again = world(1).train("--config", config_file, "--out_dir", out, "--train.max_steps", 23, "--log.interval", 10)
+    assert "step-00000023 at step 23" in again
+    assert [row["step"] for row in metrics(out)] == ["0", "10", "20", "23"]
+
+
+def test_an_incomplete_checkpoint_is_passed_over(world, config_file: Path, tmp_path: Path) -> None:
+    straight = tmp_path / "straight"
+    world(1).train("--config", config_file, "--out_dir", straight)
+    broken = tmp_path / "broken"
+    shutil.copytree(straight, broken)
+    (broken / "checkpoints" / "step-00000040" / ".metadata").unlink()
+    shutil.copytree(straight / "checkpoints" / "step-00000040", broken / "checkpoints" / "step-00000050.tmp")
+    said = world(1).train("--config", config_file, "--out_dir", broken)
+    step = broken / "checkpoints" / "step-00000040"
+    assert said.count(f"passed over: {step} is no complete checkpoint (.metadata is missing)") == 1
+    assert "at step 20" in said
+    assert column(broken, "loss") == column(straight, "loss")
+
+
+BAD_RUNS = {
+    "no such folder": (["--data.sources", '[{"path": "nowhere"}]'], ["nowhere is not a folder"]),
+    "no batch": (["--train.global_batch_size", 4096], ["blocks of 33 tokens, less than one batch of train.global_b"]),
+    "no block": (["--model.block_size", 100000], ["up holds", "down holds", "held_out holds"]),
+    "batch": (["--train.global_batch_size", 7], ["7 is not a multiple of 1 ranks x train.micro_batch_size 2; nearest"]),
+    "vocabulary": (["--model.vocab_size", 999], ["up was made", "down was made", "held_out was made"]),
+    "shard": (["--parallel.shard", 3], ["parallel.shard 3 does not divide the 1 ranks; valid: 1"]),
+    "min_lr": (["--optim.min_lr", 1], ["optim.min_lr 1.0 is greater than optim.lr 0.01"]),
+    "resume": (["--train.resume", "nowhere"], ["nowhere holds no complete checkpoint"]),
+}
+
+
+@pytest.mark.parametrize("bad", BAD_RUNS)
+def test_bad_input_is_refused_before_anything_is_written(world, config_file: Path, tmp_path: Path, bad: str) -> None:
+    flags, expected = BAD_RUNS[bad]
+    out = tmp_path / "run"
+    answer = world(1)("train", "--config", config_file, "--out_dir", out, *flags)[0]
+    assert "faults" in answer, answer
+    assert len(answer["faults"]) == len(expected)
+    for fault, part in zip(answer["faults"], expected, strict=True):
+        assert part in fault
+    assert not out.exists()
+
+
+def test_resuming_another_run_says_what_differs(
+    world, config: dict[str, Any], config_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    world(1).train("--config", config_file, "--out_dir", out, "--train.max_steps", 20)
+    up, down = (source["path"] for source in config["data"]["sources"])
+    changes = {
+        "data.seed was 3407 and is 1": ["--data.seed", 1],
+        "model.block_size was 32 and is 16": ["--model.block_size", 16],
+        "data.sources[1].weight was 0.3 and is 0.5": [
+            "--data.sources",
+            json.dumps([{"path": up, "weight": 0.7}, {"path": down, "weight": 0.5}]),
+        ],
+        "data.sources[0].fingerprint was ": [
+            "--data.sources",
+            json.dumps([{"path": down, "weight": 0.7}, {"path": down, "weight": 0.3}]),
+        ],
+    }
+    written = (out / "metrics.csv").read_bytes()
+    for difference, flags in changes.items():
+        (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, *flags)[0]["faults"]
+        assert fault.startswith(f"cannot resume from {out}/checkpoints/step-00000020: ")
+        assert difference in fault
+    (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", "never")[0]["faults"]
+    assert "step-00000020 exists and train.resume is never: give another out_dir" in fault
+    assert (out / "metrics.csv").read_bytes() == written
+    # the folders may have moved: it is their tokens that count
+    moved = shutil.copytree(up, tmp_path / "moved")
+    flags = ["--data.sources", json.dumps([{"path": str(moved), "weight": 0.7}, {"path": down, "weight": 0.3}])]
+    assert "at step 20" in world(1).train("--config", config_file, "--out_dir", out, *flags)
+
+
+def test_branching_off_an_older_step_needs_its_own_folder(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    world(1).train("--config", config_file, "--out_dir", out)
+    step = out / "checkpoints" / "step-00000020"
+    (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", step)[0]["faults"]
+    assert fault.endswith(f"is newer than train.resume {step}: give another out_dir to branch off there")
+    other = tmp_path / "other"
+    assert "at step 20" in world(1).train("--config", config_file, "--out_dir", other, "--train.resume", step)
+    assert column(other, "loss") == column(out, "loss")[20:]
+
+
+def test_a_token_outside_the_vocabulary_is_found(
+    world, config: dict[str, Any], config_file: Path, tmp_path: Path
+) -> None:
+    shard = Path(config["data"]["sources"][0]["path"]) / "shard-00000.bin"
+    tokens = np.fromfile(shard, np.uint16)
+    tokens[100] = 9999
+    tokens.tofile(shard)
+    (fault,) = world(1)("train", "--config", config_file, "--out_dir", tmp_path / "run")[0]["faults"]
+    assert "token 9999 at position 100 " in fault
+
+
+def test_plain_python_starts_its_own_ranks(config_file: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "pretrain/train.py", "--config", config_file, "--parallel.devices", "2"]
+    flags = ["--out_dir", tmp_path / "run", "--train.max_steps", "6", "--train.precision", "bf16"]
+    done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "8 samples a step = 2 ranks x 2 x 2, 256 tokens" in done.stdout
+    assert (tmp_path / "run" / "checkpoints" / "step-00000006" / "__1_0.distcp").exists()
+    wrong = subprocess.run([*command, "--train.max_step", "6"], cwd=ROOT, capture_output=True, text=True)
+    assert wrong.returncode == 2
+    assert wrong.stderr == "error: unknown flag --train.max_step; did you mean train.max_steps?\n"

@@ -1,0 +1,172 @@
+"""The command line: flags over YAML over defaults, and every fault of the user's as one ``error:`` line.
+
+The only file that knows jsonargparse.
+"""
+
+import argparse
+import difflib
+import re
+import sys
+import typing
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import fields, is_dataclass
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import yaml
+
+from tinyllama import InputError
+
+Config = TypeVar("Config")
+
+
+def run(main: Callable[[], int | None]) -> NoReturn:
+    """Call ``main`` and exit with what it returns (None is 0); an InputError prints its faults and exits 2."""
+    try:
+        sys.exit(main())
+    except InputError as error:
+        for fault in error.args:
+            print(f"error: {fault}", file=sys.stderr)
+        sys.exit(2)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; {self.prog} --help lists what there is")
+
+
+def arguments(doc: str | None) -> argparse.ArgumentParser:
+    """A parser for a script whose docstring is ``doc``; a wrong command line raises InputError."""
+    return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
+    """Read a tree of dataclasses from the command line: ``--config FILE`` and dotted flags, the later one winning.
+
+    ``--help`` and ``--print_config`` print and exit. Raises InputError for a file that cannot be read, keys that
+    do not exist (all of them, each with the nearest that does) and values of a wrong type.
+    """
+    import jsonargparse  # 0.3 s, and the preparation scripts do without it
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    keys = dict(_keys(cls))
+    _refuse_unknown(cls, argv, keys)
+    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
+    parser = jsonargparse.ArgumentParser(description=cls.__doc__, exit_on_error=False)
+    parser.add_argument("--config", action="config", help="YAML file; flags given after it win")
+    parser.add_class_arguments(cls, None)
+    lists = {f"--{key}" for key, kind in keys.items() if typing.get_origin(kind) is list}
+    try:
+        return _build(cls, parser.parse_args(_emptied_first(_given_true(argv, keys), lists)))
+    except argparse.ArgumentError as error:
+        raise InputError(_one_line(error.message, keys)) from error
+
+
+def dump(config: Mapping[str, Any]) -> str:
+    """``config`` as YAML, in the order of its keys."""
+    return yaml.safe_dump(config, sort_keys=False)
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """The dotted keys of ``cls`` and what they hold, those of the items of its lists too."""
+    for name, kind in typing.get_type_hints(cls).items():
+        yield prefix + name, kind
+        for inner in (kind, *typing.get_args(kind)):
+            if is_dataclass(inner):
+                yield from _keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+
+
+def _nearest(key: str, keys: Mapping[str, Any]) -> str:
+    # a right name in a wrong group is nearer than any spelling
+    same = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(key, keys, n=1)
+    return f"did you mean {close[0]}?" if close else "--help lists the keys"
+
+
+def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> None:
+    """Raise InputError for keys that ``cls`` does not have, in flags and in the YAML files they name."""
+    faults = []
+    files = []
+    for i, word in enumerate(argv):
+        match = re.match(r"--([\w.]+)\+?(?:=(.*))?$", word, re.DOTALL)
+        if match is None:
+            continue
+        key, value = match.groups()
+        if key == "config":
+            files.append(value if value is not None else "".join(argv[i + 1 : i + 2]))
+        elif key not in keys and key.removesuffix(".help") not in {*keys, "help", "print_config"}:
+            faults.append(f"unknown flag --{key}; {_nearest(key, keys)}")
+    for file in files:
+        try:
+            content = yaml.safe_load(Path(file).read_text())
+        except (OSError, UnicodeDecodeError) as error:
+            reason = error.strerror if isinstance(error, OSError) else "it is not text"
+            raise InputError(f"cannot read the config {file}: {reason}; give --config a YAML file") from error
+        except yaml.YAMLError as error:
+            raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
+        faults += [f"{file}: {fault}" for fault in _faults(content, cls, keys)]
+    if faults:
+        raise InputError(*faults)
+
+
+def _faults(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """What is wrong with the keys of a YAML file's ``content``, read as ``cls``."""
+    if not isinstance(content, Mapping):
+        yield f"{prefix.rstrip('.') or 'it'} is not a group of keys but {content!r}; --help lists the keys"
+        return
+    kinds = typing.get_type_hints(cls)
+    for name, value in content.items():
+        kind = kinds.get(name)
+        if kind is None:
+            yield f"unknown key {prefix}{name}; {_nearest(f'{prefix}{name}', keys)}"
+        elif is_dataclass(kind):
+            yield from _faults(value, kind, keys, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif typing.get_origin(kind) is list and isinstance(value, list):
+            for item in value:
+                yield from _faults(item, typing.get_args(kind)[0], keys, f"{prefix}{name}.")
+
+
+def _emptied_first(argv: Sequence[str], lists: set[str]) -> list[str]:
+    """``argv`` with each list emptied before it is given, for jsonargparse merges lists of one length item by item."""
+    words: list[str] = []
+    for word in argv:
+        flag = word.partition("=")[0]
+        words += [f"{flag}=[]", word] if flag in lists else [word]
+    return words
+
+
+def _given_true(argv: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
+    """``argv`` with a value for each flag that is one by its name alone: ``--dry_run`` is ``--dry_run=true``."""
+    switches = {f"--{key}" for key, kind in keys.items() if kind is bool}
+    bare = [
+        word in switches and (not after or after.startswith("--"))
+        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+    ]
+    return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
+
+
+def _one_line(message: str, keys: Mapping[str, Any]) -> str:
+    """What jsonargparse says on many lines of types, in the words of the user."""
+    value = re.search(r"Given value: (.*)", message)
+    key = re.search(r'key "([\w.]+)"', message)
+    if key and value and key[1] in keys:
+        kind = keys[key[1]]
+        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
+        return f"{key[1]} cannot be {value[1]}: expected {expected}"
+    message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
+    message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
+
+
+def _build(cls: type[Config], values: Any) -> Config:
+    """``cls`` from jsonargparse's namespaces; not by its ``instantiate``, which has changed its name."""
+
+    def value(kind: Any, given: Any) -> Any:
+        if is_dataclass(kind):
+            return given if is_dataclass(given) else _build(kind, given)  # type: ignore[arg-type]
+        if typing.get_origin(kind) is list:
+            return [value(typing.get_args(kind)[0], item) for item in given]
+        return given
+
+    kinds = typing.get_type_hints(cls)
+    return cls(**{f.name: value(kinds[f.name], getattr(values, f.name)) for f in fields(cls)})  # type: ignore[arg-type]

@@ -1,0 +1,104 @@
+"""What a model is: its sizes, by name, and how many parameters they make."""
+
+import dataclasses
+import difflib
+from dataclasses import dataclass
+from typing import Any
+
+from tinyllama import InputError
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The sizes of one Llama-architecture decoder. Field names are nanoGPT's and LitGPT's."""
+
+    name: str
+    """name of this size, free text"""
+    block_size: int = 2048
+    """context length, tokens"""
+    vocab_size: int = 32000
+    """pieces of the tokenizer"""
+    padding_multiple: int = 64
+    """the embedding and output matrices have vocab_size rows, rounded up to a multiple of this"""
+    n_layer: int = 22
+    """transformer blocks"""
+    n_head: int = 32
+    """query heads"""
+    n_query_groups: int = 4
+    """key-value heads; each serves n_head / n_query_groups query heads (arXiv:2305.13245)"""
+    n_embd: int = 2048
+    """width of the residual stream"""
+    intermediate_size: int = 5632
+    """width of the SwiGLU product"""
+    norm_eps: float = 1e-5
+    """RMSNorm's epsilon"""
+    rope_base: int = 10000
+    """RoPE's base (arXiv:2104.09864)"""
+
+    def __post_init__(self) -> None:
+        sizes = {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+        faults = [f"model.{k} is {v}: it must be greater than 0" for k, v in sizes.items() if v <= 0]
+        if not faults:
+            if self.n_embd % self.n_head:
+                faults.append(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}")
+            elif self.head_size % 2:
+                faults.append(f"model.n_embd / model.n_head is {self.head_size}: RoPE needs an even head size")
+            if self.n_head % self.n_query_groups:
+                faults.append(f"model.n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
+        if faults:
+            raise InputError(*faults)
+
+    @property
+    def head_size(self) -> int:
+        """Width of one head."""
+        return self.n_embd // self.n_head
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """Rows of the embedding and output matrices."""
+        return -(-self.vocab_size // self.padding_multiple) * self.padding_multiple
+
+    @property
+    def qkv_size(self) -> int:
+        """Rows of the fused query, key and value projection."""
+        return (self.n_head + 2 * self.n_query_groups) * self.head_size
+
+    def num_params(self, embedding: bool = True) -> int:
+        """Parameters of the model; without ``embedding``, those that take part in matrix products."""
+        attention = self.n_embd * self.qkv_size + self.n_embd * self.n_embd
+        mlp = 3 * self.n_embd * self.intermediate_size
+        blocks = self.n_layer * (attention + mlp + 2 * self.n_embd)
+        tables = (2 if embedding else 1) * self.padded_vocab_size * self.n_embd
+        return blocks + self.n_embd + tables
+
+
+NAMED_CONFIGS: dict[str, dict[str, Any]] = {
+    # arXiv:2401.02385, table 1
+    "tinyllama_1.1b": {},
+    "tinyllama_120m": {
+        "n_layer": 12,
+        "n_head": 12,
+        "n_query_groups": 1,
+        "n_embd": 768,
+        "intermediate_size": 2048,
+    },
+    # small enough to learn something in minutes on two CPU cores
+    "quickstart": {
+        "block_size": 256,
+        "vocab_size": 2048,
+        "n_layer": 4,
+        "n_head": 4,
+        "n_query_groups": 2,
+        "n_embd": 128,
+        "intermediate_size": 384,
+    },
+}
+
+
+def named_config(name: str, **changes: Any) -> ModelConfig:
+    """The named size, with ``changes`` to its fields; raises InputError for a name that is not known."""
+    if name not in NAMED_CONFIGS:
+        close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(NAMED_CONFIGS)}"
+        raise InputError(f"model.name {name!r} is not known; {hint}")
+    return ModelConfig(**{"name": name, **NAMED_CONFIGS[name], **changes})

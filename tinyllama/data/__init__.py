@@ -1,0 +1,1 @@
+"""From raw text shards to the batches of one rank."""

@@ -1,0 +1,187 @@
+"""Batches: one rank's micro-batches of the training order, read ahead by a thread, and the fixed blocks of validation.
+
+B is the micro-batch size, T the block size; a block is T + 1 tokens, so that each position has a next token to predict.
+"""
+
+import itertools
+import queue
+import threading
+from collections.abc import Iterator, Sequence
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+
+from tinyllama import InputError
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import PackedDataset
+from tinyllama.ops.cross_entropy import IGNORE_INDEX
+
+_PREFETCHED = 4  # micro-batches ready and waiting; one is read in far less than a step's time
+_LOCATED = 8192  # samples of the whole world whose place is computed at once: eight windows, about 2 ms
+
+
+class Batch(NamedTuple):
+    """One micro-batch of one rank; in pinned memory where there is a GPU to copy it to."""
+
+    input_ids: torch.Tensor
+    """(B, T) int64"""
+    targets: torch.Tensor
+    """(B, T) int64, the token after each of input_ids"""
+    samples: np.ndarray
+    """(B,) int64, global sample numbers; -1 in rows that only fill up a validation batch"""
+
+
+class Loader:
+    """This rank's micro-batches from global sample ``start_sample`` on, without end, read ahead by one thread.
+
+    The n-th step from there takes the samples from start_sample + n * global_batch_size on; each rank has its share of
+    them in one piece, cut into micro-batches. So what a step trains on is the same for every world size and
+    micro-batch. The sizes must divide. Iterating raises InputError for a token id outside
+    the vocabulary.
+    """
+
+    def __init__(
+        self,
+        datasets: Sequence[PackedDataset],
+        mixture: Mixture,
+        *,
+        block_size: int,
+        vocab_size: int,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        start_sample: int,
+    ):
+        self._datasets = datasets
+        self._mixture = mixture
+        self._block_size = block_size
+        self._vocab_size = vocab_size
+        self._global_batch_size = global_batch_size
+        self._micro_batch_size = micro_batch_size
+        share = global_batch_size // world_size
+        self._share = np.arange(rank * share, (rank + 1) * share)  # of each step, in samples
+        self._start_sample = start_sample
+        self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
+        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED)
+        self._closed = threading.Event()
+        self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
+        self._thread.start()
+
+    def __iter__(self) -> Self:
+        return self
+
+    def __next__(self) -> Batch:
+        if self._closed.is_set():
+            raise StopIteration
+        item = self._ready.get()
+        if isinstance(item, BaseException):
+            self.close()
+            raise item
+        return item
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the thread and drop what it has read; iterating stops."""
+        self._closed.set()
+        # The thread looks at _closed after each put, so once there is room for that one put it cannot block again.
+        while not self._ready.empty():
+            self._ready.get()
+        self._thread.join()
+
+    def _work(self) -> None:
+        try:
+            if self._device is not None:
+                torch.cuda.set_device(self._device)  # a new thread starts on GPU 0, and pinning would wake that one
+            for batch in self._batches():
+                self._ready.put(batch)
+                if self._closed.is_set():
+                    return
+        except BaseException as error:  # every one, or the consumer would wait for ever
+            self._ready.put(error)
+
+    def _batches(self) -> Iterator[Batch]:
+        num_steps = max(1, _LOCATED // self._global_batch_size)
+        steps = np.arange(num_steps)[:, None] * self._global_batch_size
+        for first in itertools.count(self._start_sample, num_steps * self._global_batch_size):
+            samples = (first + steps + self._share).ravel()
+            source, _, block = self._mixture.locate(samples)
+            for start in range(0, len(samples), self._micro_batch_size):
+                rows = slice(start, start + self._micro_batch_size)
+                tokens = _read(self._datasets, source[rows], block[rows], self._block_size, self._vocab_size)
+                yield Batch(_tensor(tokens[:, :-1]), _tensor(tokens[:, 1:]), samples[rows])
+
+
+def validation_batches(
+    datasets: Sequence[PackedDataset],
+    *,
+    block_size: int,
+    vocab_size: int,
+    micro_batch_size: int,
+    rank: int,
+    world_size: int,
+    max_samples: int | None,
+) -> Iterator[Batch]:
+    """One pass of this rank over a fixed set of blocks: all, or ``max_samples`` spread evenly over the datasets.
+
+    Sample i of the set belongs to rank i % world_size. Every rank gets the same number of batches of the same shape, as
+    collectives need; rows beyond the set have targets IGNORE_INDEX throughout, so the sum of losses over all ranks by
+    the number of other targets is the same for every world size and micro-batch. Raises InputError for a dataset
+    without a block or a token id outside the vocabulary of ``vocab_size``.
+    """
+    num_blocks = [dataset.num_blocks(block_size) for dataset in datasets]
+    for dataset, count in zip(datasets, num_blocks, strict=True):
+        if count == 0:
+            raise InputError(
+                f"{dataset.path} has {dataset.tokens} tokens, a block of block_size {block_size} needs "
+                f"{block_size + 1}: validate on more text or lower model.block_size"
+            )
+    ends = np.cumsum(num_blocks)
+    total = int(ends[-1])
+    num_samples = total if max_samples is None else min(max_samples, total)
+    num_batches = -(-num_samples // (world_size * micro_batch_size))
+    for batch in range(num_batches):
+        places = np.arange(batch * micro_batch_size, (batch + 1) * micro_batch_size) * world_size + rank
+        samples = np.where(places < num_samples, places, -1)
+        real = samples >= 0
+        index = samples[real] * total // num_samples  # in the concatenation of all datasets' blocks
+        source = np.searchsorted(ends, index, side="right")
+        block = index - (ends - num_blocks)[source]
+        input_ids = np.zeros((micro_batch_size, block_size), dtype=np.int64)
+        targets = np.full((micro_batch_size, block_size), IGNORE_INDEX)
+        tokens = _read(datasets, source, block, block_size, vocab_size)
+        input_ids[real], targets[real] = tokens[:, :-1], tokens[:, 1:]
+        yield Batch(_tensor(input_ids), _tensor(targets), samples)
+
+
+def _read(
+    datasets: Sequence[PackedDataset], source: np.ndarray, block: np.ndarray, block_size: int, vocab_size: int
+) -> np.ndarray:
+    """The blocks (B,) of the sources (B,), as (B, T + 1) of a dtype that holds the tokens of all datasets."""
+    tokens = np.empty((len(block), block_size + 1), np.result_type(*(dataset.dtype for dataset in datasets)))
+    for k in np.unique(source):
+        rows = np.flatnonzero(source == k)
+        tokens[rows] = found = datasets[k].blocks(block[rows], block_size)
+        if found.min() < 0 or found.max() >= vocab_size:
+            row, column = np.argwhere((found < 0) | (found >= vocab_size))[0]
+            position = block[rows[row]] * (block_size + 1) + column
+            raise InputError(
+                f"{datasets[k].path}: token {found[row, column]} at position {position} is outside the vocabulary of "
+                f"{vocab_size}: prepare the folder again with this model's tokenizer, or correct model.vocab_size"
+            )
+    return tokens
+
+
+def _tensor(tokens: np.ndarray) -> torch.Tensor:
+    """Contiguous int64, widened only here; pinned when there is a GPU, so that it can be copied while that computes."""
+    tensor = torch.from_numpy(tokens.astype(np.int64))
+    return tensor.pin_memory() if torch.cuda.is_available() else tensor

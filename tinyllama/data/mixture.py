@@ -1,0 +1,171 @@
+"""The order of the samples: a pure function from a global sample number to a source, its epoch and a block of it.
+
+Nothing is stored and nothing depends on ranks, workers or batch sizes, so one integer says where a run is:
+
+1. Samples come in windows of ``WINDOW``. Each source has its exact quota in each window (``Mixture._starts``), and the
+   places of a window are dealt out by a keyed shuffle.
+2. The i-th draw of a source belongs to epoch ``i // num_blocks`` of the source, and is number ``i % num_blocks`` in
+   that epoch's own order of the blocks: a keyed permutation computed number by number, with no array of it in memory.
+"""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from fractions import Fraction
+
+import numpy as np
+
+from tinyllama import InputError
+
+WINDOW = 1024
+"""Samples in a window: small, so that the shares are tight (1,024 is one step of the published run). A query deals
+every window it touches whole, about 60 us each. Changing it changes the order of every run."""
+
+_WINDOWS_AT_ONCE = 1024  # bounds the memory of a query that touches many windows: about 100 MB
+_ROUNDS = 6
+_GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's step
+_ORDER_VERSION = 1  # part of the fingerprint; raise it with any change to the order
+
+
+class Mixture:
+    """Which block every global sample is, for sources mixed by weight; immutable, thread-safe.
+
+    ``num_blocks`` (blocks an epoch), ``weights`` (shares of the samples; need not sum to 1) and ``fingerprints`` (of
+    the token streams) have one entry a source. Raises InputError for no source, a source without a block, or a weight
+    that is not a finite number above 0.
+    """
+
+    fingerprint: str
+    """hex digest of everything that fixes the order: two mixtures with the same one give the same samples"""
+
+    def __init__(self, num_blocks: Sequence[int], weights: Sequence[float], seed: int, fingerprints: Sequence[str]):
+        faults = [] if weights else ["data.sources is empty: give at least one path and weight"]
+        for k, (blocks, weight) in enumerate(zip(num_blocks, weights, strict=True)):
+            if not (math.isfinite(weight) and weight > 0):
+                faults.append(
+                    f"data.sources[{k}].weight is {weight}: give a finite number above 0 or remove the source"
+                )
+            if blocks < 1:
+                faults.append(
+                    f"data.sources[{k}] is shorter than one block: give it more text or lower model.block_size"
+                )
+        if faults:
+            raise InputError(*faults)
+
+        # the decimal numbers as written, made integers of the same ratio
+        shares = [Fraction(repr(float(weight))) for weight in weights]
+        unit = math.lcm(*(share.denominator for share in shares))
+        integers = [int(share * unit) for share in shares]
+        self._weights = [weight // math.gcd(*integers) for weight in integers]
+        self._num_blocks = np.array(num_blocks, dtype=np.int64)
+        self._window_key = _digest("window", seed)
+        self._source_keys = np.array([_digest("source", seed, name) for name in fingerprints], dtype=np.uint64)
+        facts = (_ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
+        self.fingerprint = _blake2b("mixture", *facts).hex()
+
+    def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Source, epoch of that source and block of it, each (n,) int64, of global sample numbers (n,) in any order."""
+        source, draw = np.empty((2, len(samples)), dtype=np.int64)
+        windows, row = np.unique(samples // WINDOW, return_inverse=True)
+        for first in range(0, len(windows), _WINDOWS_AT_ONCE):
+            some: slice | np.ndarray = slice(None)
+            if len(windows) > _WINDOWS_AT_ONCE:
+                some = np.flatnonzero((row >= first) & (row < first + _WINDOWS_AT_ONCE))
+            sources, draws = self._deal(windows[first : first + _WINDOWS_AT_ONCE])
+            cell = (row[some] - first, samples[some] % WINDOW)
+            source[some], draw[some] = sources[cell], draws[cell]
+        epoch, index = np.divmod(draw, self._num_blocks[source])
+        keys = _splitmix64(self._source_keys[source] + epoch.astype(np.uint64) * np.uint64(_GOLDEN))
+        return source, epoch, permute(index, self._num_blocks[source], keys)
+
+    def drawn(self, sample: int) -> list[int]:
+        """How many samples each source has given before global sample number ``sample``."""
+        window, place = divmod(sample, WINDOW)
+        sources, _ = self._deal(np.array([window]))
+        inside = np.bincount(sources[0, :place], minlength=len(self._weights))
+        return (self._starts(np.array([window]))[0] + inside).tolist()
+
+    def _starts(self, windows: np.ndarray) -> np.ndarray:
+        """Draws of each source (n, K) before the window numbers (n,).
+
+        The first source has had floor(samples * share), the second its floor of what is left, and so on: exact (Python
+        integers never overflow), never falling, and together all samples, so that the differences are the quotas.
+        """
+        left, total = windows.astype(object) * WINDOW, sum(self._weights)
+        starts = np.empty((len(windows), len(self._weights)), dtype=np.int64)
+        for k, weight in enumerate(self._weights):
+            draws = left * weight // total
+            starts[:, k] = draws
+            left, total = left - draws, total - weight
+        return starts
+
+    def _deal(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Source, and number of the draw from it, of every place of the window numbers (n,): two (n, WINDOW) int64."""
+        starts = self._starts(windows)
+        quotas = self._starts(windows + 1) - starts  # (n, K)
+        n, num_sources = quotas.shape
+        # hands: every source as often as its quota, in order of the sources
+        hands = np.repeat(np.tile(np.arange(num_sources), n), quotas.ravel()).reshape(n, WINDOW)
+        places = np.arange(WINDOW)
+        # Sorting random keys that carry their place in the low bits shuffles the places, the same way in every numpy.
+        samples = (windows[:, None] * WINDOW + places).astype(np.uint64)
+        keys = _splitmix64(samples * np.uint64(_GOLDEN) + np.uint64(self._window_key))
+        keys = keys // np.uint64(WINDOW) * np.uint64(WINDOW) + places.astype(np.uint64)
+        shuffled = (np.sort(keys, axis=1) % np.uint64(WINDOW)).astype(np.int64)
+        # Dealt to the sources and sorted within each, so that the draws of a source follow the samples.
+        dealt = np.sort(hands * WINDOW + shuffled, axis=1) % WINDOW
+        first_draw = starts - np.cumsum(quotas, axis=1) + quotas  # of a source, less its first position in hands
+        draw_numbers = np.take_along_axis(first_draw, hands, axis=1) + places
+        sources, draws = np.empty((2, n, WINDOW), dtype=np.int64)
+        np.put_along_axis(sources, dealt, hands, axis=1)
+        np.put_along_axis(draws, dealt, draw_numbers, axis=1)
+        return sources, draws
+
+
+def permute(index: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """Where ``keys`` (uint64) puts ``index`` in a permutation of range(size): elementwise, (n,) int64 each.
+
+    A Feistel network over range(a * b), a and b about sqrt(size) and a * b >= size, that is applied again to a result
+    outside range(size) until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5).
+    """
+    a = np.sqrt(size).astype(np.uint64) + np.uint64(1)
+    n = size.astype(np.uint64)
+    b = (n + a - np.uint64(1)) // a
+    x = index.astype(np.uint64)
+    walking: slice | np.ndarray = slice(None)
+    while True:
+        x[walking] = _feistel(x[walking], a[walking], b[walking], keys[walking])
+        walking = np.flatnonzero(x >= n)
+        if not walking.size:
+            return x.astype(np.int64)
+
+
+def _feistel(x: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> np.ndarray:
+    """A keyed bijection on range(a * b), elementwise on uint64; a and b must be below 2^32."""
+    half = np.uint64(32)
+    left, right = np.divmod(x, b)  # left < a, right < b
+    for number in range(_ROUNDS):
+        noise = _splitmix64(right + keys + np.uint64(number * _GOLDEN % 2**64)) >> half
+        left = left + (noise * a >> half)  # noise as a fraction of 2^32, times a
+        left -= a * (left >= a)
+        left, right, a, b = right, left, b, a
+    return left * b + right
+
+
+def _splitmix64(x: np.ndarray) -> np.ndarray:
+    """Mix the bits of uint64, in place: splitmix64's output function (Steele, Lea and Flood 2014, Vigna's variant)."""
+    x ^= x >> np.uint64(30)
+    x *= np.uint64(0xBF58476D1CE4E5B9)
+    x ^= x >> np.uint64(27)
+    x *= np.uint64(0x94D049BB133111EB)
+    x ^= x >> np.uint64(31)
+    return x
+
+
+def _blake2b(*facts: object) -> bytes:
+    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).digest()
+
+
+def _digest(*facts: object) -> int:
+    return int.from_bytes(_blake2b(*facts)[:8], "little")

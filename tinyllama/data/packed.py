@@ -1,0 +1,302 @@
+"""Packed tokens on disk, both ways: shards of raw little-endian tokens, a manifest, and reading across them.
+
+A dataset is one flat folder. Each shard is three files: ``NAME.bin`` (tokens, uint16 when the vocabulary is smaller
+than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard), ``NAME.json`` (facts).
+Every file appears whole or not at all, ``NAME.json`` last: a shard that has it is done. ``manifest.json`` lists the
+shards by name; the token stream is their concatenation in that order, and nothing in it is padding.
+"""
+
+import functools
+import hashlib
+import io
+import json
+import os
+from bisect import bisect_right
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate, product
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from tinyllama import InputError, durable
+from tinyllama.data import lit_chunks
+
+FORMAT_VERSION = 1
+MANIFEST = "manifest.json"
+DIGEST_SIZE = 32  # bytes of every blake2b here
+OPEN_FILES = 32  # mapped at a time, however many shards there are
+_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+# shards that differ in one of these must not be read as one stream
+_AGREED = ("dtype", "vocab_size", "tokenizer_sha256", "encoder", "bos", "eos", "bos_id", "eos_id")
+
+
+class ShardWriter:
+    """Writes one shard; leaving the ``with`` block without ``finish`` leaves no file behind.
+
+    Temporary names end in ``.tmp`` and are unique, so two processes that write the same shard do no harm: the last
+    rename wins, and both wrote the same bytes.
+    """
+
+    def __init__(self, directory: Path, name: str, vocab_size: int) -> None:
+        self.name = name
+        self.vocab_size = vocab_size
+        self.dtype = "uint16" if vocab_size < 65536 else "uint32"
+        self.max_token = -1
+        self._folder = Path(directory)
+        self._ends: list[int] = []
+        self._tokens = 0
+        self._blake2b = hashlib.blake2b(digest_size=DIGEST_SIZE)
+        self._tmp = durable.temporary(self._folder / f"{name}.bin")
+        self._file = open(self._tmp, "xb")  # noqa: SIM115 (closed by __exit__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._file.close()
+        self._tmp.unlink(missing_ok=True)  # finish() has renamed it
+
+    def add(self, ids: list[int] | np.ndarray) -> None:
+        """Append one document, its eos included; raises InputError for an id outside [0, vocab_size)."""
+        tokens = np.asarray(ids, dtype=np.int64)
+        low, high = int(tokens.min(initial=0)), int(tokens.max(initial=-1))
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(
+                f"{self.name}: token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: "
+                "prepare with the tokenizer the vocabulary size comes from"
+            )
+        payload = tokens.astype(_DTYPES[self.dtype]).tobytes()
+        self._file.write(payload)
+        self._blake2b.update(payload)
+        self._tokens += tokens.size
+        self._ends.append(self._tokens)
+        self.max_token = max(self.max_token, high)
+
+    def finish(self, **facts: Any) -> dict[str, Any]:
+        """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``facts``.
+
+        ``facts`` must be the same for every run on the same input: no times, hosts or process numbers.
+        ``max_token`` is -1 in a shard without tokens.
+        """
+        info = dict(
+            format_version=FORMAT_VERSION,
+            name=self.name,
+            dtype=self.dtype,
+            vocab_size=self.vocab_size,
+            tokens=self._tokens,
+            documents=len(self._ends),
+            max_token=self.max_token,
+            blake2b=self._blake2b.hexdigest(),
+            **facts,
+        )
+        index = io.BytesIO()
+        np.save(index, np.array(self._ends, dtype="<u8"))
+        # an older shard of this name is not done from here on: its json must never describe the new tokens
+        (self._folder / f"{self.name}.json").unlink(missing_ok=True)
+        durable.write(self._folder / f"{self.name}.idx.npy", index.getvalue())
+        self._file.close()
+        durable.sync(self._tmp)
+        os.replace(self._tmp, self._folder / f"{self.name}.bin")
+        durable.sync(self._folder)
+        durable.write(self._folder / f"{self.name}.json", _json(info, indent=1))
+        return info
+
+
+def read_shard_info(directory: Path, name: str) -> dict[str, Any] | None:
+    """What NAME.json says, or None when the shard is not done; raises InputError when the shard is damaged."""
+    directory = Path(directory)
+    remedy = f"delete {name}.json and rerun the prepare command"
+    try:
+        info = _read_json(directory / f"{name}.json", remedy)
+    except FileNotFoundError:
+        return None
+    _check_size(directory / f"{name}.bin", info["tokens"] * _DTYPES[info["dtype"]].itemsize, remedy)
+    if not (directory / f"{name}.idx.npy").exists():
+        raise InputError(f"{directory / name}.idx.npy is missing: {remedy}")
+    return info
+
+
+def write_manifest(directory: Path, names: list[str]) -> dict[str, Any]:
+    """Write and return manifest.json of these shards, sorted by name.
+
+    Raises InputError when there is none, when one is not done or damaged, or when two differ in tokenizer, encoder,
+    dtype or bos/eos policy. ``fingerprint`` names the token stream: dtype, and length and hash of each shard in order.
+    """
+    infos: list[dict[str, Any]] = []
+    for name in sorted(names):
+        info = read_shard_info(directory, name)
+        if info is None:
+            raise InputError(f"{directory}: shard {name} is not done: rerun the prepare command, it skips the others")
+        infos.append(info)
+    if not infos:
+        raise InputError(f"{directory}: no shard to list in {MANIFEST}: check --source of the prepare command")
+    first = infos[0]
+    for info, key in product(infos[1:], _AGREED):
+        if info.get(key) != first.get(key):
+            raise InputError(
+                f"{directory}: {key} is {first.get(key)} in shard {first['name']} and {info.get(key)} in shard "
+                f"{info['name']}: prepare each setting into a folder of its own"
+            )
+    shards = [{key: info[key] for key in ("name", "tokens", "documents", "max_token", "blake2b")} for info in infos]
+    manifest = dict(
+        format_version=FORMAT_VERSION,
+        fingerprint=_fingerprint(first["dtype"], shards),
+        **{key: first.get(key) for key in _AGREED},
+        tokens=sum(shard["tokens"] for shard in shards),
+        documents=sum(shard["documents"] for shard in shards),
+        max_token=max(shard["max_token"] for shard in shards),
+        shards=shards,
+    )
+    durable.write(Path(directory) / MANIFEST, _json(manifest, indent=1))
+    return manifest
+
+
+@dataclass(eq=False)
+class PackedDataset:
+    """A stream of tokens over many files, opened by ``open_packed``; a block is block_size + 1 consecutive tokens."""
+
+    path: Path
+    fingerprint: str  # hash of what determines the token stream
+    dtype: np.dtype  # of the tokens, on disk and as read
+    files: list[str]  # names, in the order of the stream
+    ends: list[int]  # tokens up to the end of each file
+    header: int = 0  # bytes before the first token of each file
+    # what manifest.json says besides; upstream's chunk files do not say any of it
+    vocab_size: int | None = None
+    tokenizer_sha256: str | None = None
+    documents: int | None = None
+    max_token: int | None = None
+    bos: bool | None = None  # each document begins with bos_id
+    eos: bool | None = None  # each document ends with eos_id
+    bos_id: int | None = None
+    eos_id: int | None = None
+
+    def __post_init__(self) -> None:
+        self._map = functools.lru_cache(maxsize=OPEN_FILES)(self._open_map)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of the whole stream."""
+        return self.ends[-1]
+
+    def num_blocks(self, block_size: int) -> int:
+        """Whole blocks in the stream; less than one block at its end is left over."""
+        return self.tokens // (block_size + 1)
+
+    def read(self, start: int, count: int) -> np.ndarray:
+        """Tokens [start, start + count) of the stream, shape (count,); raises IndexError outside of it."""
+        if not 0 <= start <= start + count <= self.tokens:
+            raise IndexError(f"tokens [{start}, {start + count}) of {self.tokens} in {self.path}")
+        out = np.empty(count, self.dtype)
+        self._fill(out, start)
+        return out
+
+    def blocks(self, indices: np.ndarray, block_size: int) -> np.ndarray:
+        """Blocks by number, shape (len(indices), block_size + 1): block i is tokens [i, i + 1) * (block_size + 1)."""
+        indices = np.asarray(indices, dtype=np.int64)
+        if indices.min(initial=0) < 0 or indices.max(initial=-1) >= self.num_blocks(block_size):
+            raise IndexError(f"a block outside the {self.num_blocks(block_size)} of {self.path}")
+        out = np.empty((len(indices), block_size + 1), self.dtype)
+        for row, index in zip(out, indices.tolist(), strict=True):
+            self._fill(row, index * (block_size + 1))
+        return out
+
+    def _fill(self, out: np.ndarray, start: int) -> None:
+        while len(out):
+            file = bisect_right(self.ends, start)
+            tokens = self._map(file)
+            piece = tokens[start - self.ends[file] + len(tokens) :][: len(out)]
+            out[: len(piece)] = piece
+            out, start = out[len(piece) :], start + len(piece)
+
+    def _open_map(self, file: int) -> np.ndarray:
+        length = self.ends[file] - (self.ends[file - 1] if file else 0)
+        tokens = np.memmap(self.path / self.files[file], self.dtype, mode="r", offset=self.header, shape=(length,))
+        return np.asarray(tokens)  # a plain view: np.memmap's own slicing costs more than the copy of a block
+
+
+def open_packed(path: str | Path) -> PackedDataset:
+    """Open a prepared folder, or one of upstream's LITPKDS chunk files; raises InputError when it is not whole."""
+    path = Path(path)
+    if not path.is_dir():
+        raise InputError(f"{path} is not a folder: give the --output of a prepare command")
+    if (path / MANIFEST).exists():
+        dataset = _open_manifest(path)
+    elif any(name.endswith((".idx.npy", ".tmp")) for name in os.listdir(path)):
+        raise InputError(f"{path / MANIFEST} is missing: rerun the prepare command, it finishes the folder")
+    else:
+        dataset = PackedDataset(path, **lit_chunks.scan(path))
+    if dataset.tokens == 0:
+        raise InputError(f"{path} holds no tokens: check the source and the filters of the prepare command")
+    return dataset
+
+
+def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_size: int) -> None:
+    """Raise InputError, with every fault, unless a model of these sizes can read all ``datasets``.
+
+    They must come from one tokenizer of ``vocab_size`` pieces (upstream's chunks do not say) and hold a block each.
+    """
+    faults = []
+    for dataset in datasets:
+        if dataset.vocab_size not in (None, vocab_size):
+            faults.append(
+                f"{dataset.path} was made with a vocabulary of {dataset.vocab_size} and model.vocab_size is "
+                f"{vocab_size}: set --model.vocab_size {dataset.vocab_size} or prepare the folder again"
+            )
+        if not dataset.num_blocks(block_size):
+            faults.append(
+                f"{dataset.path} holds {dataset.tokens:,} tokens and a block takes {block_size + 1:,}: "
+                "give it more text or lower model.block_size"
+            )
+    tokenizers = {d.tokenizer_sha256: str(d.path) for d in datasets if d.tokenizer_sha256 is not None}
+    if len(tokenizers) > 1:
+        faults.append(f"{' and '.join(tokenizers.values())} were made with different tokenizers: prepare them with one")
+    if faults:
+        raise InputError(*faults)
+
+
+def _open_manifest(path: Path) -> PackedDataset:
+    remedy = "rerun the prepare command"
+    manifest = _read_json(path / MANIFEST, remedy)
+    shards, dtype = manifest["shards"], _DTYPES[manifest["dtype"]]
+    if manifest["fingerprint"] != _fingerprint(manifest["dtype"], shards):
+        raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {remedy}")
+    files = [f"{shard['name']}.bin" for shard in shards]
+    ends = list(accumulate(shard["tokens"] for shard in shards))
+    for file, shard in zip(files, shards, strict=True):
+        _check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {remedy}")
+    keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "documents", "max_token", "bos", "eos", "bos_id", "eos_id")
+    return PackedDataset(path, dtype=dtype, files=files, ends=ends, **{key: manifest[key] for key in keys})
+
+
+def _fingerprint(dtype: str, shards: list[dict[str, Any]]) -> str:
+    stream = {"dtype": dtype, "shards": [[shard["tokens"], shard["blake2b"]] for shard in shards]}
+    return hashlib.blake2b(_json(stream), digest_size=DIGEST_SIZE).hexdigest()
+
+
+def _json(value: dict[str, Any], indent: int | None = None) -> bytes:
+    return json.dumps(value, sort_keys=True, indent=indent).encode()
+
+
+def _read_json(path: Path, remedy: str) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_bytes())
+        version, dtype = value["format_version"], value["dtype"]
+    except (ValueError, TypeError, KeyError) as error:
+        raise InputError(f"{path} is damaged ({error!r}): {remedy}") from None
+    if version != FORMAT_VERSION or dtype not in _DTYPES:
+        raise InputError(
+            f"{path}: format version {version} with {dtype} tokens is not known here: use the TinyLlama that wrote it"
+        )
+    return value
+
+
+def _check_size(path: Path, expected: int, remedy: str) -> None:
+    try:
+        size = os.stat(path).st_size
+    except FileNotFoundError:
+        raise InputError(f"{path} is missing: {remedy}") from None
+    if size != expected:
+        raise InputError(f"{path} has {size} bytes, not the {expected} it was written with: {remedy}")

@@ -1,0 +1,151 @@
+"""Many ranks as one: the launch, the layout of the model over them, and the stop they agree on."""
+
+import functools
+import logging
+import os
+import signal
+import socket
+import time
+from datetime import timedelta
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from lightning.fabric import Fabric
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from tinyllama import InputError
+from tinyllama.args import ParallelArgs, TrainArgs
+from tinyllama.model import GPT, init_weights
+
+# what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
+KEPT = [
+    torch.ops.aten.mm.default,
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+]
+
+
+def ranks(args: ParallelArgs) -> tuple[int, int]:
+    """Ranks on each node, and nodes: as srun or torchrun started us, else ``parallel.devices`` on this machine."""
+    env = os.environ
+    if "TORCHELASTIC_RUN_ID" in env:
+        local = int(env["LOCAL_WORLD_SIZE"])
+        return local, int(env["WORLD_SIZE"]) // local
+    if "SLURM_NTASKS" in env and "SLURM_PROCID" in env:
+        nodes = int(env["SLURM_NNODES"])
+        return int(env["SLURM_NTASKS"]) // nodes, nodes
+    return args.devices or max(torch.cuda.device_count(), 1), 1
+
+
+def shard_size(args: ParallelArgs, devices: int, nodes: int) -> int:
+    """Ranks that share one copy of the weights; raises InputError when the world is not a whole number of them."""
+    world_size = devices * nodes
+    size = {"full": world_size, "node": devices, "none": 1}.get(str(args.shard)) or int(args.shard)
+    if world_size % size:
+        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
+        raise InputError(f"parallel.shard {size} does not divide the {world_size} ranks; valid: {valid}")
+    return size
+
+
+def build_fabric(args: ParallelArgs, train: TrainArgs) -> Fabric:
+    """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
+    devices, nodes = ranks(args)
+    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # our card says what it would
+    strategy = ModelParallelStrategy(
+        parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, shard_size(args, devices, nodes), train),
+        data_parallel_size=devices * nodes,
+        tensor_parallel_size=1,
+        timeout=timedelta(seconds=train.start_timeout),
+    )
+    return Fabric(devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
+
+
+def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs) -> GPT:
+    """Shard each Block and then the rest of ``model``, which lies on the meta device, and draw its start weights.
+
+    Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the RoPE tables that a Block is given stay fp32
+    )
+    replicate_shard = init_device_mesh(
+        mesh.device_type, (mesh.size() // shard, shard), mesh_dim_names=("replicate", "shard")
+    )
+    if train.activation_checkpointing != "none":
+        contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT)}
+        selective = train.activation_checkpointing == "selective"
+        model.run_block = functools.partial(checkpoint, use_reentrant=False, **(contexts if selective else {}))  # type: ignore[arg-type]
+    for block in model.transformer["h"].children():
+        fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
+    fully_shard(model, mesh=replicate_shard, mp_policy=policy)
+    model.to_empty(device="cuda" if mesh.device_type == "cuda" else "cpu")
+    init_weights(model, train.seed)
+    return model
+
+
+def reshard(model: GPT) -> None:
+    """Free what FSDP leaves gathered after a forward pass without a backward pass."""
+    for module in [model, *model.transformer["h"].children()]:
+        module.reshard()  # type: ignore[operator]
+
+
+def dtypes(model: GPT) -> str:
+    """Dtypes of the master weights, of a pass, and of the gradients' reduction, as FSDP has them, in one line.
+
+    Raises RuntimeError unless the first and the last are fp32: versions of Lightning and torch have differed.
+    """
+    master = {parameter.dtype for parameter in model.parameters()}
+    modules = [model, *model.transformer["h"].children()]
+    policies = {module._get_fsdp_state()._mp_policy for module in modules}  # type: ignore[operator]
+    reduced = {policy.reduce_dtype for policy in policies}
+    if master != {torch.float32} or reduced != {torch.float32}:
+        raise RuntimeError(f"master weights are {master} and gradients are reduced in {reduced}, not in fp32")
+    (computed,) = {policy.param_dtype for policy in policies}
+    return f"master {torch.float32}, pass {computed}, reduction {torch.float32}".replace("torch.", "")
+
+
+def rank_map() -> list[str]:
+    """Which ranks run where, a line a host; every rank must ask."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    numbers = {host: [str(rank) for rank, where in enumerate(hosts) if where == host] for host in hosts}
+    return [f"{host}: {'rank' if len(of) == 1 else 'ranks'} {' '.join(of)}" for host, of in numbers.items()]
+
+
+class Preemption:
+    """A stop that every rank agrees on, whichever of them the signal reached or whose time is over.
+
+    Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit.
+    """
+
+    MAX_TIME = 0x100  # above every signal's number
+
+    def __init__(self, max_time: float | None = None) -> None:
+        self._asked = 0
+        self._until = float("inf") if max_time is None else time.monotonic() + max_time
+        # on the CPU, so that asking does not wait for the GPU
+        self._group = dist.new_group(backend="gloo")
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        self._asked = number
+
+    def asked(self) -> str | None:
+        """What any rank was asked to stop by: a signal's name or ``train.max_time``; None: nothing. All must ask."""
+        if time.monotonic() > self._until:
+            self._asked = self._asked or self.MAX_TIME
+        number = torch.tensor(self._asked)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        self._asked = int(number)
+        if self._asked == self.MAX_TIME:
+            return "train.max_time"
+        return signal.Signals(self._asked).name if self._asked else None

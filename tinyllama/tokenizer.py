@@ -1,0 +1,127 @@
+"""Text to token ids and back, by sentencepiece (the reference) or a Hugging Face tokenizer.json; no torch."""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from tinyllama import InputError
+
+# what tokenizers of this family call the ends of a document, where no tokenizer_config.json says so
+BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
+EOS_TOKENS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
+
+
+class Tokenizer:
+    """A sentencepiece ``.model`` or a ``tokenizer.json``, given as the file or its folder (both: the ``.model``).
+
+    Raises InputError when there is no such file or it cannot be read.
+    """
+
+    path: Path
+    """the file"""
+    sha256: str
+    """of the file, hexadecimal"""
+    vocab_size: int
+    """every id is below this"""
+    bos_id: int | None
+    """begins a document; None: the tokenizer has no such token"""
+    eos_id: int | None
+    """ends a document; None: the tokenizer has no such token"""
+    encoder: str
+    """the library, sentencepiece or tokenizers"""
+    encoder_version: str
+    """its version"""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = _find(Path(path))
+        try:
+            payload = self.path.read_bytes()
+        except OSError as error:
+            raise InputError(f"tokenizer {self.path}: {error.strerror}: give a file that can be read") from None
+        self.sha256 = hashlib.sha256(payload).hexdigest()
+        self._encode: Callable[[str], list[int]]
+        self._decode: Callable[[list[int]], str]
+        if self.path.suffix == ".json":
+            self._load_json(payload)
+        else:
+            self._load_model(payload)
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of the text alone: no bos, no eos, and a literal ``</s>`` is text like any other; empty text has none.
+
+        Raises InputError for a lone surrogate, which no encoder takes: readers of sources must replace or refuse it.
+        """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise InputError(
+                f"text has the lone surrogate {text[error.start]!a} at character {error.start}: repair its \\u escapes"
+            ) from None
+        return self._encode(text)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids below vocab_size; bos, eos and other control tokens give nothing."""
+        return self._decode([int(i) for i in ids])
+
+    def _load_model(self, payload: bytes) -> None:
+        import sentencepiece
+
+        try:
+            processor = sentencepiece.SentencePieceProcessor(model_proto=payload)
+        except RuntimeError:
+            processor = None
+        if not payload or processor is None:  # sentencepiece takes an empty file for a model without pieces
+            raise self._unreadable("a sentencepiece model")
+        self.encoder, self.encoder_version = "sentencepiece", sentencepiece.__version__
+        self.vocab_size = processor.vocab_size()
+        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+        self._encode, self._decode = processor.encode, processor.decode
+
+    def _load_json(self, payload: bytes) -> None:
+        import tokenizers
+
+        try:
+            whole = tokenizers.Tokenizer.from_buffer(payload)
+        except Exception as error:  # the library's own type for every fault
+            raise self._unreadable("a tokenizer.json", error) from None
+        # Added tokens would turn a literal </s> of a text into id 2, a post-processor would add bos, and a truncation
+        # that came with a fine-tuned model would cut documents: encode without them, decode with.
+        removed: dict[str, object] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
+        bare = tokenizers.Tokenizer.from_str(json.dumps(json.loads(payload) | removed))
+        vocab = whole.get_vocab(with_added_tokens=True)
+        self.encoder, self.encoder_version = "tokenizers", tokenizers.__version__
+        self.vocab_size = max(vocab.values()) + 1
+        self.bos_id = self._special_id("bos_token", BOS_TOKENS, vocab)
+        self.eos_id = self._special_id("eos_token", EOS_TOKENS, vocab)
+        self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
+
+    def _special_id(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> int | None:
+        config = self.path.with_name("tokenizer_config.json")
+        try:
+            settings = json.loads(config.read_bytes())
+        except FileNotFoundError:
+            settings = {}
+        except ValueError as error:
+            raise InputError(f"{config} is not JSON ({error}): repair or remove it") from None
+        if key not in settings:
+            return next((vocab[token] for token in usual if token in vocab), None)
+        token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
+        if token is not None and token not in vocab:
+            raise InputError(f"{config}: {key} {token!r} is not in {self.path.name}: take both from the same model")
+        return vocab.get(token)
+
+    def _unreadable(self, kind: str, error: Exception | None = None) -> InputError:
+        reason = f" ({error})" if error else ""
+        return InputError(f"{self.path} is not {kind}{reason}: fetch it whole (a git-lfs pointer needs git lfs pull)")
+
+
+def _find(path: Path) -> Path:
+    names = ("tokenizer.model", "tokenizer.json")
+    tried = [path / name for name in names] if path.is_dir() else [path]
+    for candidate in tried:
+        if candidate.is_file():
+            return candidate
+    raise InputError(
+        f"no tokenizer at {' or '.join(map(str, tried))}: give a sentencepiece .model, a tokenizer.json or their folder"
+    )
