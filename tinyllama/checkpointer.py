@@ -98,7 +98,7 @@ class Checkpointer:
         self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
         writer = _Writer(_unfinished(final), functools.partial(self._publish, final, self._files(state)))
         published = None
-        if self._asynchronous and wait:
+        if self._asynchronous and not wait:
             future = dcp.async_save(
                 tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager
             )
