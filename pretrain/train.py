@@ -9,24 +9,22 @@ command goes on; 1 anything else.
 
 import contextlib
 import os
-from dataclasses import asdict
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
-from tinyllama import InputError, checkpoint, cli, durable
+from tinyllama import InputError, checkpoint, cli, durable, evaluate
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
 from tinyllama.checkpointer import Checkpointer
 from tinyllama.data.loader import Loader, validation_batches
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import check_datasets, open_packed
 from tinyllama.distributed import Preemption, build_fabric, dtypes, rank_map, ranks, reshard, shard_size
-from tinyllama.guard import Guard, Verdict
+from tinyllama.guard import Guard
 from tinyllama.logger import Row, RunLog, max_memory_gb, start_card
 from tinyllama.model import GPT
-from tinyllama.ops.cross_entropy import IGNORE_INDEX
 from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
 from tinyllama.owner import Owner
 from tinyllama.run import Run
@@ -55,7 +53,8 @@ def setup(args: PretrainArgs) -> Run:
     weights = [source.weight for source in args.data.sources]
     mixture = Mixture(num_blocks, weights, args.data.seed, [source.fingerprint for source in sources])
     max_steps = total_steps(args, config.block_size, sum(num_blocks))
-    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, find_checkpoint(args))
+    resume = checkpoint.to_resume(Path(args.out_dir), args.train.resume)
+    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, resume)
     if run.resume is not None:
         saved = checkpoint.read_state(run.resume)
         now = run.data_facts()
@@ -63,29 +62,6 @@ def setup(args: PretrainArgs) -> Run:
         if saved["step"] > max_steps:
             raise InputError(f"{run.resume} is beyond the run's {max_steps} steps: raise train.max_steps")
     return run
-
-
-def find_checkpoint(args: PretrainArgs) -> Path | None:
-    """The step directory to resume from; None for a fresh start."""
-    out_dir = Path(args.out_dir)
-    if (out_dir / "STOPPED").exists():
-        raise InputError(
-            f"{out_dir / 'STOPPED'} says why this run ended: {(out_dir / 'STOPPED').read_text().strip()}; to go on, "
-            "delete the file, and give --train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
-        )
-    latest, passed_over = checkpoint.newest(out_dir / "checkpoints")
-    if args.train.resume == "auto":
-        for fault in passed_over:
-            print(f"passed over: {fault}")
-        return latest
-    if args.train.resume == "never":
-        if latest is not None:
-            raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
-        return None
-    chosen = checkpoint.resolve(args.train.resume)
-    if latest is not None and latest.resolve() != chosen.resolve():
-        raise InputError(f"{latest} is newer than train.resume {chosen}: give another out_dir to branch off there")
-    return chosen
 
 
 def main(run: Run) -> int:
@@ -170,7 +146,7 @@ def fit(
                 log.row({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
         asked = preemption.asked()
         if saved < state.step and (state.step % args.checkpoint.interval == 0 or last or asked):
-            fatal = judged(guard.verdicts(late=0), run, state, log)
+            fatal = log.verdicts(guard.verdicts(late=0))
             if fatal:
                 break
             watchdog.beat(state.step, "checkpoint")
@@ -208,7 +184,7 @@ def fit(
 
         due = state.step % args.log.interval == 0 or state.step == run.max_steps
         verdicts = guard.verdicts(late=0 if due else 1)  # 0 waits for the device
-        fatal = judged(verdicts, run, state, log)
+        fatal = log.verdicts(verdicts)
         if fatal:
             break
         if due:
@@ -230,37 +206,10 @@ def fit(
     return DONE
 
 
-def judged(verdicts: list[Verdict], run: Run, state: TrainState, log: RunLog) -> bool:
-    """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
-    batch = run.args.train.global_batch_size
-    for verdict in verdicts:
-        if not verdict.skipped:
-            continue
-        end = state.samples - (state.step - verdict.step) * batch
-        where = f"step {verdict.step}, samples {end - batch} to {end - 1}"
-        what = "not finite" + f" on rank {verdict.ranks}" if not verdict.finite else "a spike"
-        text = f"skipped {where}: loss {verdict.loss:.4f}, grad_norm {verdict.grad_norm:.3f}: {what}"
-        log.event("skip", text, **asdict(verdict))
-        if (not verdict.finite and run.args.train.on_nonfinite == "stop") or (
-            state.skipped_in_a_row > run.args.train.max_skips
-        ):
-            log.stop(step=verdict.step, samples=end, reason=f"{what}: {where}")
-            return True
-    return False
-
-
-@torch.no_grad()
 def validate(
-    run: Run,
-    fabric: Fabric,
-    gpt: GPT,
-    model: torch.nn.Module,
-    preemption: Preemption,
-    watchdog: Watchdog,
-    step: int,
+    run: Run, fabric: Fabric, gpt: GPT, model: torch.nn.Module, preemption: Preemption, watchdog: Watchdog, step: int
 ) -> float | None:
     """Mean loss over the validation tokens of all ranks; None when asked to stop before it is known."""
-    total = torch.zeros(2, dtype=torch.float64, device=fabric.device)  # sum of losses, number of tokens
     batches = validation_batches(
         run.validation,
         block_size=run.config.block_size,
@@ -270,20 +219,17 @@ def validate(
         world_size=fabric.world_size,
         max_samples=run.args.eval.max_samples,
     )
-    asked = None
-    for batch in batches:
+
+    def stop() -> bool:
         watchdog.beat(step, "validation")
-        asked = preemption.asked()
-        if asked:
-            break
-        targets = batch.targets.to(fabric.device)
-        total[0] += model(batch.input_ids.to(fabric.device), targets)
-        total[1] += (targets != IGNORE_INDEX).sum()
+        return preemption.asked() is not None
+
+    total = evaluate.loss_sum(model, batches, fabric.device, stop)
     reshard(gpt)
-    if asked:
+    if total is None:
         return None
-    loss_sum, num_tokens = fabric.all_reduce(total, reduce_op="sum").tolist()
-    return loss_sum / num_tokens
+    losses, num_tokens = fabric.all_reduce(total, reduce_op="sum").tolist()
+    return losses / num_tokens
 
 
 if __name__ == "__main__":

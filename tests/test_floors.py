@@ -15,7 +15,7 @@ FLOORS = {
     "data.mixture data.packed data.prepare data.sources",
     1: "ops ops.attention ops.cross_entropy ops.rms_norm ops.rope ops.swiglu",
     2: "data.loader distributed guard model optim state",
-    3: "checkpoint checkpointer convert generate logger owner watchdog",
+    3: "checkpoint checkpointer convert evaluate generate logger owner watchdog",
 }
 FLOOR = {
     "tinyllama" if name == "tinyllama" else f"tinyllama.{name}": floor

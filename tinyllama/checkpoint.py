@@ -128,6 +128,32 @@ def resolve(path: str | Path) -> Path:
     return step_dir
 
 
+def to_resume(out_dir: Path, how: str) -> Path | None:
+    """The step directory that ``train.resume`` calls for; None for a fresh start.
+
+    Raises InputError when what is in ``out_dir`` allows neither.
+    """
+    stopped = out_dir / "STOPPED"
+    if stopped.exists():
+        raise InputError(
+            f"{stopped} says why this run ended: {stopped.read_text().strip()}; to go on, delete the file, and give "
+            "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
+        )
+    latest, passed_over = newest(out_dir / "checkpoints")
+    if how == "auto":
+        for fault in passed_over:
+            print(f"passed over: {fault}")
+        return latest
+    if how == "never":
+        if latest is not None:
+            raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
+        return None
+    chosen = resolve(how)
+    if latest is not None and latest.resolve() != chosen.resolve():
+        raise InputError(f"{latest} is newer than train.resume {chosen}: give another out_dir to branch off there")
+    return chosen
+
+
 def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint by name, the very ones in use. There are no other entries: DCP would pickle them."""
     named = {}

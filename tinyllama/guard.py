@@ -25,6 +25,8 @@ class Verdict:
 
     step: int
     """steps done with this one"""
+    samples: tuple[int, int]
+    """first and last global sample of it"""
     loss: float
     """mean over the step's tokens, all ranks"""
     grad_norm: float
@@ -33,6 +35,8 @@ class Verdict:
     """whether both are"""
     skipped: bool
     """whether the weights were left as they were"""
+    fatal: bool
+    """whether the run must stop for it"""
     ranks: list[int]
     """ranks whose own loss or gradient shard was not finite"""
 
@@ -46,6 +50,7 @@ class Guard:
     def __init__(
         self, args: TrainArgs, optimizer: torch.optim.Optimizer, state: TrainState, copies: int, device: torch.device
     ) -> None:
+        self._args = args
         self._sigmas = args.skip_spikes
         self._optimizer = optimizer
         self._state = state
@@ -94,7 +99,6 @@ class Guard:
                 event.synchronize()
             loss, norm, finite, skipped, *bad = verdict.tolist()
             ranks = [rank for rank, flag in enumerate(bad) if flag]
-            found.append(Verdict(step, loss, norm, bool(finite), bool(skipped), ranks))
             if skipped:
                 self._state.skipped += 1
                 self._state.skipped_in_a_row += 1
@@ -102,6 +106,11 @@ class Guard:
                 self._state.skipped_in_a_row = 0
                 if self._sigmas is not None:
                     self._state.recent = [*self._state.recent, [loss, norm]][-WINDOW:]
+            end = self._state.samples - (self._state.step - step) * self._args.global_batch_size
+            samples = end - self._args.global_batch_size, end - 1
+            fatal = self._state.skipped_in_a_row > self._args.max_skips
+            fatal = fatal or (not finite and self._args.on_nonfinite == "stop")
+            found.append(Verdict(step, samples, loss, norm, bool(finite), bool(skipped), fatal, ranks))
         return found
 
     def _spikes(self, pair: Tensor, sigmas: float) -> Tensor:

@@ -7,11 +7,13 @@ import os
 import resource
 import time
 from collections.abc import Iterator
+from dataclasses import asdict
 from typing import Any
 
 import torch
 
 from tinyllama import durable
+from tinyllama.guard import Verdict
 from tinyllama.run import Run
 
 COLUMNS = (
@@ -71,6 +73,21 @@ class RunLog:
         if self._speaks:
             durable.write(self._run.out_dir / "STOPPED", (json.dumps(facts) + "\n").encode())
         self.event("stop", f"stopped for good, see {self._run.out_dir / 'STOPPED'}", **facts)
+
+    def verdicts(self, verdicts: list[Verdict]) -> bool:
+        """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
+        for verdict in verdicts:
+            if not verdict.skipped:
+                continue
+            first, last = verdict.samples
+            where = f"step {verdict.step}, samples {first} to {last}"
+            what = "a spike" if verdict.finite else f"not finite on rank {verdict.ranks}"
+            text = f"skipped {where}: loss {verdict.loss:.4f}, grad_norm {verdict.grad_norm:.3f}: {what}"
+            self.event("skip", text, **asdict(verdict))
+            if verdict.fatal:
+                self.stop(step=verdict.step, samples=last + 1, reason=f"{what}: {where}")
+                return True
+        return False
 
     def _append(self, row: dict[str, Any]) -> None:
         if self._last and int(self._last["step"]) == int(row["step"]):
