@@ -9,6 +9,8 @@ command goes on; 1 anything else.
 
 import contextlib
 import os
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -18,13 +20,15 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from tinyllama import InputError, checkpoint, cli, durable, evaluate
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
 from tinyllama.checkpointer import Checkpointer
+from tinyllama.data.ahead import on_device
 from tinyllama.data.loader import Loader, validation_batches
 from tinyllama.data.mixture import Mixture
-from tinyllama.data.packed import check_datasets, open_packed
-from tinyllama.distributed import Preemption, build_fabric, dtypes, rank_map, ranks, reshard, shard_size
+from tinyllama.data.packed import PackedDataset, check_datasets, open_packed
+from tinyllama.distributed import Preemption, build_fabric, dtypes, rank_map, ranks, reshard, shard_size, sync_gradients
 from tinyllama.guard import Guard
 from tinyllama.logger import Row, RunLog, max_memory_gb, start_card
 from tinyllama.model import GPT
+from tinyllama.ops import attention, choice, float8
 from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
 from tinyllama.owner import Owner
 from tinyllama.run import Run
@@ -33,6 +37,7 @@ from tinyllama.throughput import Meter, flops_per_token, peak_flops
 from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc
 
 DONE, DEFECT, STOPPED = 0, 1, 75
+Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def setup(args: PretrainArgs) -> Run:
@@ -53,8 +58,9 @@ def setup(args: PretrainArgs) -> Run:
     weights = [source.weight for source in args.data.sources]
     mixture = Mixture(num_blocks, weights, args.data.seed, [source.fingerprint for source in sources])
     max_steps = total_steps(args, config.block_size, sum(num_blocks))
+    ops = choose_ops(args, [*sources, *validation])
     resume = checkpoint.to_resume(Path(args.out_dir), args.train.resume)
-    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, resume)
+    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, ops, resume)
     if run.resume is not None:
         saved = checkpoint.read_state(run.resume)
         now = run.data_facts()
@@ -62,6 +68,18 @@ def setup(args: PretrainArgs) -> Run:
         if saved["step"] > max_steps:
             raise InputError(f"{run.resume} is beyond the run's {max_steps} steps: raise train.max_steps")
     return run
+
+
+def choose_ops(args: PretrainArgs, datasets: list[PackedDataset]) -> dict[str, str]:
+    """The backend of each operation on the device that this run will have."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.train.precision == "float8" and (fault := float8.fault(device)):
+        raise InputError(f"train.precision float8 cannot be used: {fault}")
+    for dataset in datasets if args.data.document_mask else []:
+        if not dataset.eos:
+            raise InputError(f"data.document_mask needs documents that end with eos: prepare {dataset.path} again so")
+    dtype = torch.float32 if args.train.precision == "fp32" else torch.bfloat16
+    return choice.resolve(asdict(args.ops), device, dtype=dtype, masked=args.data.document_mask)
 
 
 def main(run: Run) -> int:
@@ -89,7 +107,7 @@ def main(run: Run) -> int:
 def build(run: Run, fabric: Fabric) -> tuple[GPT, torch.nn.Module, _FabricOptimizer]:
     """The model, sharded and with its start weights, as itself and as Fabric calls it, and its optimizer."""
     with torch.device("meta"):
-        gpt = GPT(run.config)
+        gpt = GPT(run.config, run.ops)
     model = fabric.setup_module(gpt)
     return gpt, model, fabric.setup_optimizers(build_optimizer(gpt, run.args.optim))
 
@@ -111,7 +129,9 @@ def fit(
     if fabric.is_global_zero:
         durable.write(run.out_dir / "config.yaml", settings.encode())
     origin = f"resumed from {run.resume}" if run.resume else "a new run"
-    log.event("start", f"start    {origin} at step {state.step}", step=state.step, world_size=fabric.world_size)
+    log.event(
+        "start", f"start    {origin} at step {state.step}", step=state.step, world_size=fabric.world_size, ops=run.ops
+    )
     checkpointer = Checkpointer(
         run.out_dir / "checkpoints",
         config=settings,
@@ -135,12 +155,14 @@ def fit(
         world_size=fabric.world_size,
         start_sample=state.samples,
     )
+    batches = on_device(loader, fabric.device)
+    losses = losses_of(run, model)
     saved, asked, fatal = state.step, None, None
     freeze_gc()
     while True:
         last = state.step == run.max_steps
         if run.validation and (state.step % args.eval.interval == 0 or last) and state.validated < state.step:
-            val_loss = validate(run, fabric, gpt, model, preemption, watchdog, state.step)
+            val_loss = validate(run, fabric, gpt, losses, preemption, watchdog, state.step)
             if val_loss is not None:
                 state.validated = state.step
                 log.row({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
@@ -163,14 +185,13 @@ def fit(
         set_lr(optimizer, lr)
         loss_sum = torch.zeros((), device=fabric.device)
         for micro_batch in range(run.accumulation):
-            batch = next(loader)
-            input_ids = batch.input_ids.to(fabric.device, non_blocking=True)
-            targets = batch.targets.to(fabric.device, non_blocking=True)
-            kept_back = micro_batch < run.accumulation - 1 and not args.parallel.sync_every_micro_batch
-            with fabric.no_backward_sync(model, enabled=kept_back):
-                loss = model(input_ids, targets)  # summed over the tokens
-                # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
-                fabric.backward(loss * (fabric.world_size / run.tokens_per_step))
+            batch = next(batches)
+            sync_gradients(
+                gpt, args.parallel.sync_every_micro_batch or micro_batch == run.accumulation - 1, args.parallel
+            )
+            loss = losses(batch.input_ids, batch.targets)  # summed over the tokens
+            # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
+            fabric.backward(loss * (fabric.world_size / run.tokens_per_step))
             loss_sum += loss.detach()
         state.step += 1
         state.samples += args.train.global_batch_size
@@ -206,8 +227,16 @@ def fit(
     return DONE
 
 
+def losses_of(run: Run, model: torch.nn.Module) -> Losses:
+    """The model as a function of input ids and targets, both (B, T), to their summed loss."""
+    data, eos_id = run.args.data, run.sources[0].eos_id
+    if not data.document_mask or eos_id is None:
+        return model
+    return lambda ids, targets: model(ids, targets, attention.documents(ids, eos_id), data.restart_positions)
+
+
 def validate(
-    run: Run, fabric: Fabric, gpt: GPT, model: torch.nn.Module, preemption: Preemption, watchdog: Watchdog, step: int
+    run: Run, fabric: Fabric, gpt: GPT, losses: Losses, preemption: Preemption, watchdog: Watchdog, step: int
 ) -> float | None:
     """Mean loss over the validation tokens of all ranks; None when asked to stop before it is known."""
     batches = validation_batches(
@@ -224,12 +253,12 @@ def validate(
         watchdog.beat(step, "validation")
         return preemption.asked() is not None
 
-    total = evaluate.loss_sum(model, batches, fabric.device, stop)
+    total = evaluate.loss_sum(losses, batches, fabric.device, stop)
     reshard(gpt)
     if total is None:
         return None
-    losses, num_tokens = fabric.all_reduce(total, reduce_op="sum").tolist()
-    return losses / num_tokens
+    loss, num_tokens = fabric.all_reduce(total, reduce_op="sum").tolist()
+    return loss / num_tokens
 
 
 if __name__ == "__main__":

@@ -112,7 +112,7 @@ def dtypes(argv: list[str]) -> dict[str, list[str]]:
 
     def look(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
         seen["stream"].add(str(inputs[0].dtype))
-        seen["tables"] |= {str(table.dtype) for table in inputs[1:]}
+        seen["tables"] |= {str(table.dtype) for table in inputs[1:] if table is not None}
         seen["computed"] |= {str(parameter.dtype) for parameter in block.parameters()}
 
     for block in gpt.transformer["h"].children():

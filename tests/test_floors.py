@@ -13,8 +13,8 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: "tinyllama args cli config durable run schedule throughput tokenizer data data.inspection data.lit_chunks "
     "data.mixture data.packed data.prepare data.sources",
-    1: "ops ops.attention ops.cross_entropy ops.rms_norm ops.rope ops.swiglu",
-    2: "data.loader distributed guard model optim state",
+    1: "ops ops.attention ops.backend ops.choice ops.cross_entropy ops.float8 ops.rms_norm ops.rope ops.swiglu",
+    2: "data.ahead data.loader distributed guard model optim state",
     3: "checkpoint checkpointer convert evaluate generate logger owner watchdog",
 }
 FLOOR = {

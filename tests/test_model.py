@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from tinyllama.config import NAMED_CONFIGS, ModelConfig, named_config
-from tinyllama.model import GPT, Block, from_weights, init_weights
+from tinyllama.model import GPT, OPS, Block, from_weights, init_weights
+from tinyllama.ops import attention
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
 
 CONFIG = ModelConfig(
@@ -88,8 +89,8 @@ def test_start_weights_depend_on_the_seed_and_the_name_only(gpt):
 
 def test_start_weights_are_the_same_from_meta_under_wrappers_and_in_bf16(gpt):
     wrapped = on_meta(CONFIG)
-    for i, block in enumerate(wrapped.transformer.h):
-        wrapped.transformer.h[i] = torch.compile(block)
+    for block in wrapped.transformer.h:
+        block.forward = torch.compile(block.forward)  # as parallelize does it
     wrapped.to_empty(device="cpu")
     init_weights(wrapped, seed=1)
     half = GPT(CONFIG).bfloat16()
@@ -97,7 +98,7 @@ def test_start_weights_are_the_same_from_meta_under_wrappers_and_in_bf16(gpt):
     for ours, theirs, rounded in zip(gpt.parameters(), wrapped.parameters(), half.parameters(), strict=True):
         assert torch.equal(ours, theirs)
         assert torch.equal(ours.bfloat16(), rounded)
-    assert any("_orig_mod" in name for name, _ in wrapped.named_parameters())
+    assert [name for name, _ in wrapped.named_parameters()] == [name for name, _ in gpt.named_parameters()]
 
 
 def test_a_sharded_model_starts_with_the_same_weights_and_keeps_fp32_rope_tables(gpt, tmp_path):
@@ -128,7 +129,7 @@ def dtypes_inside_blocks(model):
     seen = []
     for module in model.modules():
         if isinstance(module, Block):
-            module.register_forward_pre_hook(lambda _, args: seen.append(tuple(x.dtype for x in args)))
+            module.register_forward_pre_hook(lambda _, args: seen.append(tuple(x.dtype for x in args if x is not None)))
     return seen
 
 
@@ -182,3 +183,25 @@ def test_from_weights_shares_the_tensors(gpt):
     model = from_weights(CONFIG, state)
     assert model.lm_head.weight.data_ptr() == state["lm_head.weight"].data_ptr()
     assert torch.equal(model(tokens(1, 9)), gpt(tokens(1, 9)))
+
+
+@pytest.mark.parametrize("backend", ["reference", "sdpa"])
+def test_packed_documents_do_not_see_each_other(backend):
+    model = GPT(CONFIG, OPS | {"attention": backend})
+    init_weights(model, seed=1)
+    eos = 2
+    documents = [[5, 9, 7, eos], [8, eos], [11, 12, 13, 14, 15, eos], [6, 7]]
+    moved = [*documents[2::-1], documents[3]]
+    packed = torch.tensor([sum(documents, []), sum(moved, [])])
+    numbers = attention.documents(packed, eos)
+    assert numbers[0].tolist() == [0] * 4 + [1] * 2 + [2] * 6 + [3] * 2
+    with torch.no_grad():
+        together = model(packed, documents=numbers, restart=True)
+        apart, moved_apart = ([model(torch.tensor([one]))[0] for one in order] for order in (documents, moved))
+        continued = model(packed, documents=numbers)
+        mixed = model(packed)
+    torch.testing.assert_close(together[0], torch.cat(apart), atol=1e-5, rtol=0)
+    torch.testing.assert_close(together[1], torch.cat(moved_apart), atol=1e-5, rtol=0)
+    # RoPE knows only differences of positions, so that where they begin makes no difference but rounding's
+    torch.testing.assert_close(continued, together, atol=1e-4, rtol=0)
+    assert (mixed[0, 4:] - together[0, 4:]).abs().max() > 1e-2

@@ -2,14 +2,15 @@ import math
 
 import pytest
 import torch
-import torch.nn.functional as F
 
-from tinyllama.ops.attention import BACKENDS, attention, reference
-from tinyllama.ops.cross_entropy import IGNORE_INDEX, cross_entropy
-from tinyllama.ops.rms_norm import rms_norm
+from tinyllama import InputError
+from tinyllama.ops import attention, choice, cross_entropy, rms_norm, swiglu
+from tinyllama.ops.attention import reference
+from tinyllama.ops.backend import Backend
+from tinyllama.ops.cross_entropy import IGNORE_INDEX
 from tinyllama.ops.rope import rope, rope_tables
-from tinyllama.ops.swiglu import swiglu
 
+CPU = torch.device("cpu")
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
 
@@ -45,16 +46,64 @@ def test_attention_reference_is_causal_attention_over_groups(shape):
 
 
 # bf16: 8 bits of mantissa on values of order 1, and sums of T of them in the gradients
-@pytest.mark.parametrize(("dtype", "atol"), [(torch.float32, 1e-5), (torch.bfloat16, 4e-2)])
-@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 8), (2, 8, 2, 7, 16), (1, 3, 3, 130, 32), (2, 32, 4, 65, 64)])
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+SHAPES = [(1, 1, 1, 1, 8), (2, 8, 2, 7, 16), (1, 3, 3, 130, 32), (2, 32, 4, 65, 64), (1, 4, 4, 257, 64)]
+
+
+def usable(operation, backend, device, dtype=torch.bfloat16):
+    """The backend's function, or a skip with the reason."""
+    found = choice.OPERATIONS[operation][backend]
+    if fault := found.fault(torch.device(device)):
+        pytest.skip(fault)
+    if backend in {"sdpa_cudnn", "sdpa_flash", "flash_attn", "flash_attn_4"} and dtype == torch.float32:
+        pytest.skip("a kernel of 16 bits")
+    return found.call
+
+
+def close(ours, expected, dtype):
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=TOLERANCE[dtype] * max(1, theirs.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("device", ["cpu", gpu])
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_attention_backends_agree_with_the_reference(backend, device, shape, dtype, atol):
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_attention_backends_agree_with_the_reference(backend, device, shape, dtype):
+    call = usable("attention", backend, device, dtype)
     B, nh, G, T, hs = shape
+    if backend.startswith("fl") and hs not in {32, 64}:
+        pytest.skip("a head size these kernels are not made for")
     inputs = [normal(B, heads, T, hs, dtype=dtype, device=device) for heads in (nh, G, G)]
     expected = forward_backward(reference, *(x.detach().double().requires_grad_() for x in inputs))
-    for ours, theirs in zip(forward_backward(lambda *x: attention(*x, backend), *inputs), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=atol * max(1, theirs.abs().max()), rtol=0)
+    close(forward_backward(call, *inputs), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", choice.MASKED)
+def test_a_document_mask_keeps_documents_apart(backend, device, dtype):
+    call = usable("attention", backend, device, dtype)
+    eos, T = 2, 193
+    ids = torch.randint(2, 40, (2, T), generator=torch.Generator().manual_seed(0)).to(device)
+    documents = attention.documents(ids, eos)
+    q, k, v = (normal(2, heads, T, 64, dtype=dtype, device=device) for heads in (8, 2, 2))
+    mask = attention.document_mask(documents, backend)
+    ours = call(q, k, v, mask)
+    for row in range(2):
+        for number in documents[row].unique():
+            place = documents[row] == number
+            alone = (x[row : row + 1, :, place].detach().double() for x in (q, k, v))
+            torch.testing.assert_close(
+                ours[row : row + 1, :, place].double(), reference(*alone), atol=TOLERANCE[dtype], rtol=0
+            )
+
+
+def test_documents_and_positions():
+    ids = torch.tensor([[7, 2, 9, 9, 2, 2, 5], [2, 3, 3, 3, 3, 3, 3]])
+    documents = attention.documents(ids, eos_id=2)
+    assert documents.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert attention.positions(documents).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
 
 
 def test_rope_turns_each_pair_of_halves_by_position_times_frequency():
@@ -87,52 +136,105 @@ def test_rope_tables_are_exact_at_the_end_of_the_context():
     assert cos[0].tolist() == [1.0] * 32
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", rms_norm.BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 130)])
-def test_rms_norm_divides_by_the_root_mean_square(shape):
+def test_rms_norm_divides_by_the_root_mean_square(backend, device, shape, dtype):
     def plain(x, weight):
         return x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.size(-1) + 1e-5) * weight
 
-    inputs = normal(*shape), normal(shape[-1])
+    call = usable("rms_norm", backend, device)
+    inputs = normal(*shape, dtype=dtype, device=device), normal(shape[-1], dtype=dtype, device=device)
     expected = forward_backward(plain, *(x.detach().double().requires_grad_() for x in inputs))
-    for ours, theirs in zip(forward_backward(lambda x, w: rms_norm(x, w, 1e-5), *inputs), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+    close(forward_backward(lambda x, w: call(x, w, 1e-5), *inputs), expected, dtype)
 
 
 def test_rms_norm_of_bf16_divides_in_fp32():
     x, ones = normal(8, 130, dtype=torch.bfloat16), torch.ones(130, dtype=torch.bfloat16)
-    assert torch.equal(rms_norm(x, ones, 1e-5), rms_norm(x.float(), ones.float(), 1e-5).bfloat16())
+    assert torch.equal(rms_norm.reference(x, ones, 1e-5), rms_norm.reference(x.float(), ones.float(), 1e-5).bfloat16())
 
 
-def test_swiglu_gates_the_first_argument():
-    gate, up = normal(5, 7), normal(7, 5)
-    expected = forward_backward(
-        lambda g, u: g / (1 + torch.exp(-g)) * u,
-        gate.detach().double().requires_grad_(),
-        up.detach().double().view(5, 7).requires_grad_(),
-    )
-    ours = forward_backward(swiglu, gate, up.detach().view(5, 7).requires_grad_())
-    for mine, theirs in zip(ours, expected, strict=True):
-        torch.testing.assert_close(mine, theirs, atol=1e-6, rtol=1e-5)
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", swiglu.BACKENDS)
+def test_swiglu_gates_with_its_first_matrix(backend, device, dtype):
+    call = usable("swiglu", backend, device)
+    x = normal(5, 16, dtype=dtype, device=device)
+    matrices = [normal(*shape, dtype=dtype, device=device) for shape in ((24, 16), (24, 16), (16, 24))]
+
+    def plain(x, w1, w2, w3):
+        gate = x @ w1.T
+        return (gate / (1 + torch.exp(-gate)) * (x @ w2.T)) @ w3.T
+
+    def modules(x, *weights):
+        linears = [torch.nn.Linear(w.size(1), w.size(0), bias=False) for w in weights]
+        for linear, weight in zip(linears, weights, strict=True):
+            del linear.weight
+            linear.weight = weight  # the tensor itself, so that its gradient can be asked for
+        return call(x, *linears)
+
+    expected = forward_backward(plain, *(t.detach().double().requires_grad_() for t in (x, *matrices)))
+    close(forward_backward(modules, x, *matrices), expected, dtype)
 
 
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 130), (3, 7, 11)])
-def test_cross_entropy_is_the_sum_over_targets_that_count(shape):
-    logits = normal(*shape)
-    targets = torch.arange(math.prod(shape[:2])).view(shape[:2]) % shape[2]
+def test_cross_entropy_is_the_sum_over_targets_that_count(backend, device, shape, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 4)  # several, the last one shorter
+    call = usable("cross_entropy", backend, device)
+    B, T, V = shape
+    x, weight = normal(B, T, 8, dtype=dtype, device=device), normal(V, 8, dtype=dtype, device=device)
+    targets = (torch.arange(B * T).view(B, T) % V).to(device)
     targets[-1, -1] = IGNORE_INDEX
 
-    def plain(x):
-        rows = [-torch.log_softmax(r, 0)[t] for r, t in zip(x.flatten(0, 1), targets.flatten(), strict=True) if t >= 0]
-        return sum(rows, x.sum() * 0)
+    def plain(x, weight):
+        logits = (x @ weight.T).flatten(0, 1)
+        rows = [-torch.log_softmax(r, 0)[t] for r, t in zip(logits, targets.flatten(), strict=True) if t >= 0]
+        return sum(rows, logits.sum() * 0)
 
-    expected = forward_backward(plain, logits.detach().double().requires_grad_())
-    for ours, theirs in zip(forward_backward(lambda x: cross_entropy(x, targets), logits), expected, strict=True):
-        torch.testing.assert_close(ours, theirs, atol=1e-4, rtol=1e-5)
-
-
-def test_cross_entropy_of_bf16_logits_is_fp32():
-    logits, targets = normal(4, 9, 1000, dtype=torch.bfloat16), torch.arange(36).view(4, 9)
-    loss = cross_entropy(logits, targets)
+    expected = forward_backward(plain, *(t.detach().double().requires_grad_() for t in (x, weight)))
+    loss = call(x, weight, targets)
     assert loss.dtype == torch.float32
-    expected = F.cross_entropy(logits.double().flatten(0, 1), targets.flatten(), reduction="sum")
-    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    close(forward_backward(lambda *inputs: call(*inputs, targets), x, weight), expected, dtype)
+    with torch.no_grad():
+        assert torch.equal(call(x, weight, targets), loss)
+
+
+def test_the_scale_of_a_loss_is_not_rounded():
+    x, weight, targets = normal(9, 16, dtype=torch.bfloat16), normal(40, 16, dtype=torch.bfloat16), torch.arange(9)
+    gradients = []
+    for scale in (1.0, 1.3):  # in bf16 1.297
+        (gradient,) = torch.autograd.grad(cross_entropy.chunked(x, weight, targets) * scale, weight)
+        gradients.append(gradient.double().abs().sum())
+    assert (gradients[1] / gradients[0]).item() == pytest.approx(1.3, abs=3e-4)
+
+
+def test_auto_is_what_runs_anywhere_on_a_cpu():
+    chosen = choice.resolve({}, CPU, dtype=torch.bfloat16)
+    assert chosen == {"attention": "sdpa"} | dict.fromkeys(("rms_norm", "swiglu", "cross_entropy"), "reference")
+    assert choice.describe(chosen).startswith("attention sdpa, rms_norm reference")
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
+    wanted = {"attention": "flash_attn_4", "rms_norm": "nope", "swiglu": "auto", "cross_entropy": "chunked"}
+    with pytest.raises(InputError) as error:
+        choice.resolve(wanted, CPU, dtype=torch.bfloat16)
+    assert error.value.args == (
+        "ops.attention flash_attn_4 cannot be used: it runs on a CUDA GPU only: choose another, or auto",
+        "ops.rms_norm 'nope' is not known: choose auto, reference, torch",
+    )
+    with pytest.raises(InputError, match="flash_attn takes no document mask: choose auto, flex, sdpa, reference"):
+        choice.resolve({"attention": "flash_attn"}, CPU, dtype=torch.bfloat16, masked=True)
+    assert choice.resolve({}, CPU, dtype=torch.bfloat16, masked=True)["attention"] == "sdpa"
+    absent = Backend(call=print, module="no_such_module.inside", package="no-such")
+    assert absent.fault(CPU) == "it needs no-such: pip install no-such, or choose another"
+
+
+def test_every_choice_of_auto_is_a_backend():
+    for column in choice.AUTO.values():
+        assert column.keys() == choice.OPERATIONS.keys()
+        for operation, names in column.items():
+            assert set(names) <= choice.OPERATIONS[operation].keys()

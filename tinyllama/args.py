@@ -69,6 +69,10 @@ class DataArgs:
     """what to validate on: [{path: DIR}, ...]; empty: no validation"""
     seed: int = 3407
     """seed of the order of the samples"""
+    document_mask: bool = False
+    """no token sees another document's; upstream: false"""
+    restart_positions: bool = False
+    """with document_mask: positions count from the beginning of each document"""
 
 
 @dataclass(frozen=True)
@@ -105,8 +109,10 @@ class TrainArgs:
     """samples an optimizer step, over the whole world"""
     micro_batch_size: int = 8
     """samples a forward and backward pass, on one rank"""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """dtype of the parameters and activations in a pass; master weights and gradient reduction are fp32"""
+    precision: Literal["bf16", "fp32", "float8"] = "bf16"
+    """dtype of a pass; float8: bf16, but the blocks' matrix products; master weights and reduction are fp32"""
+    compile: bool | None = None
+    """torch.compile each block; null: on a GPU"""
     seed: int = 3407
     """seed of the weights at start"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
@@ -125,6 +131,24 @@ class TrainArgs:
     """seconds that a rank may be silent between steps; then the run says which rank and where, and ends"""
     resume: str = "auto"
     """auto: from the newest complete checkpoint of out_dir, if there is one; never; or the path of a checkpoint"""
+
+    def compiles(self, device_type: str) -> bool:
+        """Whether blocks are compiled for ``cuda`` or ``cpu``."""
+        return device_type == "cuda" if self.compile is None else self.compile
+
+
+@dataclass(frozen=True)
+class OpsArgs:
+    """Which implementation each operation uses; scripts/doctor.py says what there is. auto: the fastest that is."""
+
+    attention: str = "auto"
+    """reference, sdpa, sdpa_cudnn, sdpa_flash, flex, flash_attn (FlashAttention-2) or flash_attn_4"""
+    rms_norm: str = "auto"
+    """reference or torch"""
+    swiglu: str = "auto"
+    """reference or xformers"""
+    cross_entropy: str = "auto"
+    """reference, or chunked: without the logits in full"""
 
 
 @dataclass(frozen=True)
@@ -185,6 +209,7 @@ class PretrainArgs:
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)
     train: TrainArgs = field(default_factory=TrainArgs)
+    ops: OpsArgs = field(default_factory=OpsArgs)
     parallel: ParallelArgs = field(default_factory=ParallelArgs)
     eval: EvalArgs = field(default_factory=EvalArgs)
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
@@ -229,6 +254,8 @@ def check(args: PretrainArgs) -> ModelConfig:
             faults.append(f"optim.{name} is {getattr(args.optim, name)}: it must not be negative")
     if args.optim.min_lr > args.optim.lr:
         faults.append(f"optim.min_lr {args.optim.min_lr} is greater than optim.lr {args.optim.lr}: lower it")
+    if args.data.restart_positions and not args.data.document_mask:
+        faults.append("data.restart_positions is true and data.document_mask is not: set both, or neither")
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(args.optim, name) < 1:
             faults.append(f"optim.{name} is {getattr(args.optim, name)}: it must be in [0, 1)")

@@ -6,13 +6,16 @@ import os
 import signal
 import socket
 import time
+from collections.abc import Callable
 from datetime import timedelta
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
+from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
@@ -20,15 +23,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tinyllama import InputError
 from tinyllama.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
+from tinyllama.ops import attention, float8
 
 # what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
-KEPT = [
-    torch.ops.aten.mm.default,
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-]
+SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED]
 
 
 def ranks(args: ParallelArgs) -> tuple[int, int]:
@@ -72,23 +70,49 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
     Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
     """
     policy = MixedPrecisionPolicy(
-        param_dtype=torch.bfloat16 if train.precision == "bf16" else torch.float32,
+        param_dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
         reduce_dtype=torch.float32,
         cast_forward_inputs=False,  # the RoPE tables that a Block is given stay fp32
     )
     replicate_shard = init_device_mesh(
         mesh.device_type, (mesh.size() // shard, shard), mesh_dim_names=("replicate", "shard")
     )
-    if train.activation_checkpointing != "none":
-        contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, KEPT)}
-        selective = train.activation_checkpointing == "selective"
-        model.run_block = functools.partial(checkpoint, use_reentrant=False, **(contexts if selective else {}))  # type: ignore[arg-type]
+    if train.precision == "float8":
+        float8.convert(model.transformer["h"])
+    for block in model.transformer["h"].children():
+        block.forward = recomputing(block.forward, train.activation_checkpointing)
+    if train.compiles(mesh.device_type):
+        # the forward, not the module: hooks, FSDP's among them, stay outside, and names stay what they are
+        whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
+        for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
+            module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
     for block in model.transformer["h"].children():
         fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
     fully_shard(model, mesh=replicate_shard, mp_policy=policy)
     model.to_empty(device="cuda" if mesh.device_type == "cuda" else "cpu")
     init_weights(model, train.seed)
     return model
+
+
+def recomputing(forward: Callable[..., Tensor], what: str) -> Callable[..., Tensor]:
+    """``forward``, whose backward pass computes ``what`` (train.activation_checkpointing) again."""
+    if what == "none":
+        return forward
+    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, SAVED)}
+
+    def checkpointed(*inputs: Any) -> Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False, **(contexts if what == "selective" else {}))  # type: ignore[arg-type]
+
+    return checkpointed
+
+
+def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
+    """Whether the next backward pass, a step's ``last`` or not, reduces the gradients over the ranks.
+
+    Those before the last keep what they gathered, if ``parallel.reshard_after_forward`` does not ask for the memory.
+    """
+    model.set_requires_gradient_sync(last or args.sync_every_micro_batch)  # type: ignore[operator]
+    model.set_reshard_after_backward(last or args.reshard_after_forward)  # type: ignore[operator]
 
 
 def reshard(model: GPT) -> None:

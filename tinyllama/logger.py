@@ -14,6 +14,7 @@ import torch
 
 from tinyllama import durable
 from tinyllama.guard import Verdict
+from tinyllama.ops import choice
 from tinyllama.run import Run
 
 COLUMNS = (
@@ -128,12 +129,14 @@ def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
 def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[str]) -> Iterator[str]:
     """What is about to happen, line by line."""
     args, steps = run.args, run.max_steps
+    compiled = args.train.compiles("cuda" if torch.cuda.is_available() else "cpu")
     samples = steps * args.train.global_batch_size
     yield f"model    {run.config.name}: {run.config.num_params():,} parameters"
     for host in hosts:
         yield f"ranks    {host}"
     yield f"shards   {shard} ranks share one copy of the weights, {world_size // shard} copies"
     yield f"dtypes   {dtypes}"
+    yield f"ops      {choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
     yield (
         f"batch    {args.train.global_batch_size} samples a step = {world_size} ranks x {run.accumulation} x "
         f"{args.train.micro_batch_size}, {run.tokens_per_step:,} tokens"

@@ -5,52 +5,64 @@ Shapes: B sequences, T tokens, C = n_embd, V = padded_vocab_size, nh = n_head, G
 
 import hashlib
 import math
-from collections.abc import Callable
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama.config import ModelConfig
-from tinyllama.ops.attention import attention
-from tinyllama.ops.cross_entropy import cross_entropy
-from tinyllama.ops.rms_norm import rms_norm
+from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
 from tinyllama.ops.rope import rope, rope_tables
-from tinyllama.ops.swiglu import swiglu
+
+# what runs anywhere; ops/backend.py chooses for a run
+OPS = {"attention": "sdpa", "rms_norm": "reference", "swiglu": "reference", "cross_entropy": "reference"}
 
 
 class GPT(nn.Module):
-    """Embedding, ``n_layer`` blocks, a norm, and the output matrix (not tied to the embedding)."""
+    """Embedding, ``n_layer`` blocks, a norm, and the output matrix (not tied to the embedding).
 
-    def __init__(self, config: ModelConfig) -> None:
+    ``ops`` names the backend of each operation.
+    """
+
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
         self.config = config
+        self.ops = ops
+        self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
         self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
-                "h": nn.ModuleList(Block(config) for _ in range(config.n_layer)),
-                "ln_f": RMSNorm(config.n_embd, config.norm_eps),
+                "h": nn.ModuleList(Block(config, ops) for _ in range(config.n_layer)),
+                "ln_f": RMSNorm(config, ops),
             }
         )
-        # activation checkpointing puts itself here
-        self.run_block: Callable[..., Tensor] = lambda block, *inputs: block(*inputs)
         # neither parameters nor buffers: model.to(torch.bfloat16) would cast a buffer, and these must stay fp32
         self._rope_tables: tuple[Tensor, Tensor] | None = None
 
-    def forward(self, input_ids: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, input_ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None, restart: bool = False
+    ) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T), T <= block_size; with targets (B, T) their summed loss, an fp32 scalar.
 
         The sum runs over the targets that are not IGNORE_INDEX. It is taken here, inside the wrapped forward, so that
-        the logits of a training step need not leave it.
+        the logits of a training step need not exist in full. With ``documents`` (B, T), the number of each token's
+        document, no token sees another document's; with ``restart`` positions count from its beginning too.
         """
         T = input_ids.size(1)
         cos, sin = (table[:T] for table in self.rope_tables(input_ids.device))  # (T, hs/2)
+        mask = None
+        if documents is not None:
+            mask = attention.document_mask(documents, self.ops["attention"])
+            if restart:
+                cos, sin = (table[attention.positions(documents)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
         x = self.transformer["wte"](input_ids)  # (B, T, C)
         for block in self.transformer["h"].children():
-            x = self.run_block(block, x, cos, sin)
-        logits = self.lm_head(self.transformer["ln_f"](x))  # (B, T, V)
-        return logits if targets is None else cross_entropy(logits, targets)
+            x = block(x, cos, sin, mask)
+        x = self.transformer["ln_f"](x)
+        return self.lm_head(x) if targets is None else self.cross_entropy(x, self.lm_head.weight, targets)
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines, (block_size, hs/2) each, fp32; built at the first call on a device."""
@@ -65,46 +77,47 @@ class GPT(nn.Module):
 class Block(nn.Module):
     """One layer: attention, then the MLP, each on the normalised stream and added to it."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
-        self.norm_1 = RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = CausalSelfAttention(config)
-        self.norm_2 = RMSNorm(config.n_embd, config.norm_eps)
-        self.mlp = LLaMAMLP(config)
+        self.norm_1 = RMSNorm(config, ops)
+        self.attn = CausalSelfAttention(config, ops)
+        self.norm_2 = RMSNorm(config, ops)
+        self.mlp = LLaMAMLP(config, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
-        x = x + self.attn(self.norm_1(x), cos, sin)
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None) -> Tensor:
+        """x (B, T, C), cos and sin (T, hs/2) fp32, mask as the attention's backend takes it -> (B, T, C)."""
+        x = x + self.attn(self.norm_1(x), cos, sin, mask)
         return x + self.mlp(self.norm_2(x))
 
 
 class CausalSelfAttention(nn.Module):
     """Attention of nh query heads over G key-value heads; ``attn`` is the fused projection to all of them."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
+        self.attention = attention.BACKENDS[ops["attention"]].call
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
         # rows: for each group, its nh/G query heads, then its key head, then its value head
         self.attn = nn.Linear(config.n_embd, config.qkv_size, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
         B, T, C = x.shape
         queries = self.n_head // self.n_query_groups
         qkv = self.attn(x).view(B, T, self.n_query_groups, queries + 2, self.head_size)
         q, k, v = qkv.split((queries, 1, 1), dim=3)  # (B, T, G, nh/G or 1, hs)
         q, k, v = (heads.flatten(2, 3).transpose(1, 2) for heads in (q, k, v))  # (B, nh or G, T, hs)
-        y = attention(rope(q, cos, sin), rope(k, cos, sin), v)  # (B, nh, T, hs)
+        y = self.attention(rope(q, cos, sin), rope(k, cos, sin), v, mask)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 
 class LLaMAMLP(nn.Module):
     """The MLP. It only holds ``swiglu``, for upstream's parameter names."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
-        self.swiglu = SwiGLU(config)
+        self.swiglu = SwiGLU(config, ops)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
@@ -114,28 +127,30 @@ class LLaMAMLP(nn.Module):
 class SwiGLU(nn.Module):
     """``w3(silu(w1 x) * w2 x)``: w1 gates, w2 goes up to intermediate_size, w3 comes down again."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
+        self.product = swiglu.BACKENDS[ops["swiglu"]].call
         self.w1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
         self.w2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
         self.w3 = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.w3(swiglu(self.w1(x), self.w2(x)))
+        return self.product(x, self.w1, self.w2, self.w3)
 
 
 class RMSNorm(nn.Module):
     """Root mean square normalisation with a weight per channel."""
 
-    def __init__(self, size: int, eps: float) -> None:
+    def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
-        self.eps = eps
-        self.weight = nn.Parameter(torch.ones(size))
+        self.normalise = rms_norm.BACKENDS[ops["rms_norm"]].call
+        self.eps = config.norm_eps
+        self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., C) -> (..., C)."""
-        return rms_norm(x, self.weight, self.eps)
+        return self.normalise(x, self.weight, self.eps)
 
 
 def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
@@ -156,7 +171,6 @@ def init_weights(model: GPT, seed: int) -> None:
     """
     n_embd, n_layer = model.config.n_embd, model.config.n_layer
     for name, parameter in model.named_parameters():
-        name = name.replace("_orig_mod.", "")  # torch.compile's
         if parameter.ndim == 1:  # a norm's
             full = torch.ones(parameter.shape)
         else:

@@ -23,6 +23,8 @@ class Run:
     accumulation: int
     """micro-batches a rank passes through in one step"""
     max_steps: int
+    ops: dict[str, str]
+    """backend of each operation"""
     resume: Path | None
     """the step directory to go on from"""
 

@@ -1,35 +1,173 @@
-"""Causal attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245)."""
+"""Causal attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245), across documents or within each.
 
+Shapes: B sequences, nh query heads, G key-value heads, T tokens, hs head size; group g serves query heads g * nh/G
+onward. Every backend takes q (B, nh, T, hs), k and v (B, G, T, hs) and what ``document_mask`` made for it, and gives
+(B, nh, T, hs) in q's dtype.
+"""
+
+import functools
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
-# B sequences, nh query heads, G key-value heads, T tokens, hs head size; group g serves query heads g * nh/G onward
+from tinyllama.ops.backend import Backend
 
 
-def reference(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention written out, softmax in fp32: q (B, nh, T, hs), k and v (B, G, T, hs) -> (B, nh, T, hs), q's dtype."""
-    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, nh, T, hs)
+def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """Attention written out, softmax in fp32; ``mask`` (B, 1, T, T) is true where a query may look."""
+    k, v = _expanded(q, k, v)
     scores = (q @ k.mT).float() / math.sqrt(q.size(-1))  # (B, nh, T, T)
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).triu(1)  # (T, T)
-    return scores.masked_fill(future, -math.inf).softmax(-1).to(v.dtype) @ v
+    if mask is None:
+        mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()  # (T, T)
+    return scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """PyTorch's fused attention; takes and gives what ``reference`` does."""
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """PyTorch's fused attention, the kernel of its own choice."""
     if q.is_cuda and q.dtype == torch.float32:
         # no fused CUDA kernel takes both fp32 and fewer key heads: unexpanded, PyTorch 2.11 falls back to writing out
         # all scores (H200, 16 x 2048 tokens: 74 ms and 34 GiB, expanded 29 ms and 3 GiB)
-        k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))  # (B, nh, T, hs)
+        k, v = _expanded(q, k, v)
     # in bf16 there (cuDNN 2.8 ms against 3.2 ms expanded) and on the CPU (the same time) the copies are not needed
-    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=k.size(1) != q.size(1))
+    grouped = k.size(1) != q.size(1)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
 
-BACKENDS = {"reference": reference, "sdpa": sdpa}
+def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    with sdpa_kernel(kernel):
+        return sdpa(q, k, v, mask)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor, backend: str = "sdpa") -> Tensor:
-    """Causal attention by the backend named: q (B, nh, T, hs), k and v (B, G, T, hs) -> (B, nh, T, hs)."""
-    return BACKENDS[backend](q, k, v)
+def flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
+    """FlashAttention-2 (arXiv:2307.08691) of the package flash-attn."""
+    from flash_attn import flash_attn_func
+
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, nh or G, hs)
+    return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
+
+
+def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
+    """FlashAttention-4 of the package flash-attn-4, as an operation that torch.compile takes whole."""
+    q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, nh or G, hs)
+    out, _ = _flash_attn_4(q, k, v)
+    return out.transpose(1, 2)
+
+
+@torch.library.custom_op("tinyllama::flash_attn_4", mutates_args=())
+def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Attention (B, T, nh, hs) and the log of each row's softmax sum (B, nh, T) fp32."""
+    from flash_attn.cute.interface import _flash_attn_fwd
+
+    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    return out, lse
+
+
+@_flash_attn_4.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, T, nh, _ = q.shape
+    return torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty((B, nh, T), dtype=torch.float32)
+
+
+@torch.library.custom_op("tinyllama::flash_attn_4_backward", mutates_args=())
+def _flash_attn_4_backward(
+    q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradient: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    from flash_attn.cute.interface import _flash_attn_bwd
+
+    dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, gradient, lse, causal=True)
+    return dq, dk, dv
+
+
+@_flash_attn_4_backward.register_fake
+def _(q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradient: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    return dq, dk, dv
+
+
+def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs, *output)
+
+
+def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    return _flash_attn_4_backward(*ctx.saved_tensors, gradient.contiguous())
+
+
+_flash_attn_4.register_autograd(_gradients, setup_context=_keep)
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
+    """PyTorch's FlexAttention (arXiv:2412.05496): skips what another document hides; fast under torch.compile only."""
+    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+    if mask is None:
+        mask = create_block_mask(_causal, None, None, q.size(2), q.size(2), device=q.device)
+    out = flex_attention(q, k, v, block_mask=mask, enable_gqa=k.size(1) != q.size(1))
+    assert isinstance(out, Tensor)
+    return out
+
+
+def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return query >= key
+
+
+BACKENDS = {
+    "reference": Backend(reference),
+    "sdpa": Backend(sdpa),
+    "sdpa_cudnn": Backend(functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), cuda=True, capability=(8, 0)),
+    "sdpa_flash": Backend(functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION), cuda=True, capability=(8, 0)),
+    "flex": Backend(flex, cuda=True, capability=(8, 0)),
+    "flash_attn": Backend(
+        flash_attn, cuda=True, capability=(8, 0), module="flash_attn.flash_attn_interface", package="flash-attn"
+    ),
+    "flash_attn_4": Backend(
+        flash_attn_4, cuda=True, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"
+    ),
+}
+
+SAVED = [
+    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+    torch.ops.aten._scaled_dot_product_efficient_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention.default,
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+    torch.ops.tinyllama.flash_attn_4.default,
+]
+"""What selective activation checkpointing must not compute again."""
+
+
+def documents(input_ids: Tensor, eos_id: int) -> Tensor:
+    """Number in its row of the document of each token of input_ids (B, T), whose documents end with ``eos_id``."""
+    return F.pad((input_ids[:, :-1] == eos_id).cumsum(1), (1, 0))
+
+
+def document_mask(documents: Tensor, backend: str) -> Any:
+    """What ``backend`` takes as its mask: ``documents`` (B, T) has the number of the document of each token.
+
+    A query sees the tokens of its own document up to itself.
+    """
+    if backend == "flex":
+        from torch.nn.attention.flex_attention import create_block_mask
+
+        def own(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            return (query >= key) & (documents[b, query] == documents[b, key])
+
+        B, T = documents.shape
+        return create_block_mask(own, B, None, T, T, device=documents.device)
+    same = documents[:, None, :, None] == documents[:, None, None, :]  # (B, 1, T, T)
+    return same & torch.ones(same.shape[-2:], dtype=torch.bool, device=same.device).tril()
+
+
+def positions(documents: Tensor) -> Tensor:
+    """Place of each token in its document, (B, T) int64, counted from where the row or the document begins."""
+    place = torch.arange(documents.size(1), device=documents.device).expand_as(documents)  # (B, T)
+    begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))  # (B, T), false in the first column
+    return place - torch.where(begins, place, 0).cummax(dim=1).values
+
+
+def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """k and v (B, nh, T, hs), each head as often as query heads share it."""
+    k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
+    return k, v

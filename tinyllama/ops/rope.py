@@ -15,6 +15,7 @@ def rope_tables(length: int, head_size: int, base: int, device: torch.device) ->
 def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turn each pair (x[i], x[i + hs/2]) by its angle: x (B, nh, T, hs), cos and sin (T, hs/2) fp32 -> like x.
 
+    cos and sin may be (B, 1, T, hs/2), where sequences have positions of their own.
     Computed in fp32: bf16 angles are off by up to 2e-3 at 2048 tokens, and worse beyond.
     """
     a, b = x.float().chunk(2, dim=-1)  # (B, nh, T, hs/2) each

@@ -1,0 +1,52 @@
+"""One implementation of an operation: what it needs, and why it cannot run where it cannot."""
+
+import importlib.metadata
+import importlib.util
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+
+@dataclass(frozen=True)
+class Backend:
+    """One implementation of an operation."""
+
+    call: Callable[..., Any]
+    cuda: bool = False
+    """it runs on a GPU only"""
+    capability: tuple[int, int] = (0, 0)
+    """least compute capability of that GPU"""
+    module: str | None = None
+    """a module it imports"""
+    package: str | None = None
+    """what pip installs it by"""
+    notes: Callable[[], str | None] = field(default=lambda: None)
+    """what a user should know of the installed version"""
+
+    def fault(self, device: torch.device) -> str | None:
+        """Why it cannot run on ``device``, with the remedy; None when it can."""
+        if self.cuda and device.type != "cuda":
+            return "it runs on a CUDA GPU only: choose another, or auto"
+        if self.cuda and (found := torch.cuda.get_device_capability(device)) < self.capability:
+            return f"it needs compute capability {self.capability}, this GPU has {found}: choose another, or auto"
+        if self.module is not None and not _importable(self.module):
+            return f"it needs {self.package}: pip install {self.package}, or choose another"
+        return None
+
+    def version(self) -> str:
+        """The library behind it, and its version."""
+        if self.package is None:
+            return f"torch {torch.__version__}"
+        try:
+            return f"{self.package} {importlib.metadata.version(self.package)}"
+        except importlib.metadata.PackageNotFoundError:
+            return f"{self.package}, not installed"
+
+
+def _importable(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:  # its parent is missing
+        return False
