@@ -1,0 +1,270 @@
+"""Measure whole optimizer steps, ours and those of other codebases, one after another, a process each.
+
+    python scripts/benchmark_step.py                                    # ours, TinyLlama-1.1B, 65,536 tokens a step
+    python scripts/benchmark_step.py --peers litgpt,hf --micro_batch_size 16
+    python scripts/benchmark_step.py --run ours:train.precision=float8 --run ours:ops.attention=sdpa_cudnn,8
+
+Each run is a JSON line: tokens/s (median over the steps), MFU (throughput.py has the formula), peak memory, seconds to
+the end of the first step (compilation), backends and versions. A run is NAME[:SETTING,...]: a number is its
+micro-batch, key=value a flag of pretrain/train.py (for ours). Tokens are random; master weights are fp32 everywhere.
+litgpt is its pretraining loop's model, loss, precision and optimizer under torch.compile, hf transformers with Liger's
+kernels. --budget adds where a step's time goes, by kernel.
+"""
+
+import importlib.metadata
+import json
+import re
+import statistics
+import subprocess
+import sys
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama import InputError, cli
+from tinyllama.args import PretrainArgs
+from tinyllama.config import ModelConfig, named_config
+from tinyllama.throughput import flops_per_token, peak_flops
+
+Step = Callable[[list[tuple[Tensor, Tensor]]], Any]  # (input_ids, targets), each (B, T), of every micro-batch
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+# what a kernel of this name does; the first that fits counts
+KINDS = {
+    "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
+    "products": r"gemm|cutlass|nvjet|cublas|s16816|xmma|scaled_mm",
+    "clip and optimizer": r"adam|multi_tensor|foreach|lpnorm",
+    "copies and casts": r"memcpy|memset|copy|cat_array|CatArray|split_with_sizes|chunk_cat|nccl",
+    "embedding": r"embedding|sort|radix|scan",
+    "element-wise": r"triton|elementwise|reduce|vectorized",
+}
+
+
+def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
+    """Our step, made of the recipe's parts."""
+    from tinyllama.distributed import build_fabric, sync_gradients
+    from tinyllama.guard import Guard
+    from tinyllama.model import GPT
+    from tinyllama.ops import choice
+    from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
+    from tinyllama.state import TrainState
+
+    flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": "1"} | settings
+    args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
+    config = args.model.resolve()
+    dtype = torch.float32 if args.train.precision == "fp32" else torch.bfloat16
+    ops = choice.resolve(vars(args.ops), DEVICE, dtype=dtype)
+    fabric = build_fabric(args.parallel, args.train)
+    fabric.launch()
+    with torch.device("meta"):
+        gpt = GPT(config, ops)
+    model = fabric.setup_module(gpt)
+    optimizer = fabric.setup_optimizers(build_optimizer(gpt, args.optim))
+    state = TrainState()
+    guard = Guard(args.train, optimizer.optimizer, state, 1, fabric.device)
+
+    def step(batches: list[tuple[Tensor, Tensor]]) -> None:
+        set_lr(optimizer, 1e-4)
+        loss_sum = torch.zeros((), device=fabric.device)
+        for number, (input_ids, targets) in enumerate(batches, 1):
+            sync_gradients(gpt, number == len(batches), args.parallel)
+            loss = model(input_ids, targets)
+            fabric.backward(loss * (1 / tokens))
+            loss_sum += loss.detach()
+        state.step += 1
+        gradients = local_gradients(gpt)
+        norm = guard.judge(state.step, loss_sum, tokens, gradients)
+        clip(gradients, norm, args.optim.max_norm)
+        optimizer.step()
+        optimizer.zero_grad()
+        guard.verdicts()
+
+    return step, {"ops": choice.describe(ops), "precision": args.train.precision, **settings}
+
+
+def litgpt(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
+    """LitGPT's model, chunked loss, bf16-mixed and fused AdamW, as its pretraining command has them."""
+    import lightning
+    from litgpt import GPT, Config
+    from litgpt.utils import chunked_cross_entropy
+
+    ours = named_config(name)
+    fabric = lightning.Fabric(devices=1, precision="bf16-mixed")
+    fabric.launch()
+    config = Config.from_name("tiny-llama-1.1b", **_litgpt_sizes(ours))
+    with fabric.init_module(empty_init=False):
+        model: Any = GPT(config)
+    model = fabric.setup(torch.compile(model))
+    parameters, fused = model.parameters(), DEVICE.type == "cuda"
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    optimizer = fabric.setup_optimizers(optimizer)
+
+    def step(batches: list[tuple[Tensor, Tensor]]) -> None:
+        for input_ids, targets in batches:
+            loss = chunked_cross_entropy(model(input_ids), targets)
+            fabric.backward(loss / len(batches))
+        fabric.clip_gradients(model, optimizer, max_norm=1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, {"versions": _versions("litgpt", "torch", "lightning")}
+
+
+def _litgpt_sizes(config: ModelConfig) -> dict[str, Any]:
+    names = ("block_size", "n_layer", "n_head", "n_query_groups", "n_embd", "intermediate_size", "vocab_size")
+    sizes = {key: getattr(config, key) for key in names}
+    return sizes | {"padded_vocab_size": config.padded_vocab_size}
+
+
+def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
+    """transformers' Llama with Liger's kernels (fused linear cross-entropy among them) under bf16 autocast."""
+    from liger_kernel.transformers import apply_liger_kernel_to_llama
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from tinyllama.convert import hf_config
+
+    apply_liger_kernel_to_llama()
+    config = LlamaConfig(**hf_config(named_config(name), 2, 1, torch.float32))
+    with DEVICE:
+        model = LlamaForCausalLM(config)
+    model.train()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+
+    def step(batches: list[tuple[Tensor, Tensor]]) -> None:
+        for input_ids, targets in batches:
+            with torch.autocast(DEVICE.type, torch.bfloat16):
+                loss = model(input_ids, shift_labels=targets, labels=targets, use_cache=False).loss
+            (loss / len(batches)).backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, {"versions": _versions("transformers", "liger_kernel", "torch")}
+
+
+RUNS = {"ours": ours, "litgpt": litgpt, "hf": hf}
+
+
+def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budget: bool) -> dict[str, Any]:
+    """The JSON line of one run, in this process."""
+    kind, _, text = run.partition(":")
+    settings = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    micro_batch = next((int(part) for part in text.split(",") if part.isdecimal()), micro_batch)
+    config = named_config(name)
+    samples = tokens // config.block_size
+    if samples % micro_batch:
+        raise InputError(f"--run {run}: {samples} samples a step are not a multiple of the micro-batch {micro_batch}")
+    began = time.perf_counter()
+    step, facts = RUNS[kind](name, settings, tokens, micro_batch)
+    batches = _batches(config, samples, micro_batch)
+    step(next(batches))
+    _sync()
+    compiled = time.perf_counter() - began
+    for _ in range(2):
+        step(next(batches))
+    _sync()
+    times = []
+    for _ in range(steps):
+        batch = next(batches)
+        _sync()
+        start = time.perf_counter()
+        step(batch)
+        _sync()
+        times.append(time.perf_counter() - start)
+    start = time.perf_counter()  # without a wait between the steps, as in training
+    for _ in range(steps):
+        step(next(batches))
+    _sync()
+    speed = max(tokens / statistics.median(times), steps * tokens / (time.perf_counter() - start))
+    peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
+    line = {
+        "run": run,
+        "model": name,
+        "micro_batch_size": micro_batch,
+        "tokens_per_step": tokens,
+        "tokens_per_second": round(speed),
+        "mfu": round(speed * flops_per_token(config) / peak, 4) if peak else None,
+        "mfu_formula": "tokens/s x (6 (N - N_wte) + 12 L d T) / dense bf16 peak",
+        "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if peak else None,
+        "first_step_seconds": round(compiled, 1),
+        "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
+        "torch": torch.__version__,
+        **facts,
+    }
+    return line | ({"budget_ms": _budget(step, next(batches))} if budget else {})
+
+
+def _batches(config: ModelConfig, samples: int, micro_batch: int) -> Iterator[list[tuple[Tensor, Tensor]]]:
+    generator = torch.Generator(DEVICE).manual_seed(0)
+    while True:
+        shape = (samples, config.block_size + 1)
+        blocks = torch.randint(config.vocab_size, shape, generator=generator, device=DEVICE)
+        yield [(part[:, :-1].contiguous(), part[:, 1:].contiguous()) for part in blocks.split(micro_batch)]
+
+
+def _budget(step: Step, batch: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
+    """Milliseconds of one step by kind of kernel; gaps is when none ran."""
+    from torch.profiler import ProfilerActivity, profile
+
+    _sync()
+    start = time.perf_counter()
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        step(batch)
+        _sync()
+    spent: Counter[str] = Counter()
+    kernels: Counter[str] = Counter()
+    for event in profiler.key_averages():
+        name = event.key
+        kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
+        spent[kind] += event.self_device_time_total / 1e3
+        kernels[name[:90]] += event.self_device_time_total / 1e3
+    spent["wall, profiled"] = (time.perf_counter() - start) * 1e3
+    for name, ms in kernels.most_common(25):
+        print(f"{ms:9.2f} ms  {name}", file=sys.stderr)
+    return {kind: round(ms, 1) for kind, ms in spent.most_common()}
+
+
+def _sync() -> None:
+    if DEVICE.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _versions(*packages: str) -> str:
+    return ", ".join(f"{package} {importlib.metadata.version(package)}" for package in packages)
+
+
+def main() -> int:
+    """Parse; measure the one run asked for, or start a process for each."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--model", default="tinyllama_1.1b", help="named size (tinyllama_1.1b)")
+    parser.add_argument("--peers", default="", help="litgpt,hf: measured after ours, where they are installed")
+    parser.add_argument("--run", action="append", default=[], help="NAME[:SETTING,...], as often as wanted")
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="where a run names none (16)")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens an optimizer step (65,536)")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured, twice (10)")
+    parser.add_argument("--budget", action="store_true", help="add where a step's time goes")
+    parser.add_argument("--here", action="store_true", help="measure the one run in this process")
+    args = parser.parse_args()
+    runs = args.run or ["ours"]
+    runs += [peer for peer in args.peers.split(",") if peer]
+    if unknown := [run for run in runs if run.partition(":")[0] not in RUNS]:
+        raise InputError(f"{unknown[0]} is not known: choose {', '.join(RUNS)}")
+    if args.here:
+        line = measure(runs[0], args.model, args.tokens, args.steps, args.micro_batch_size, args.budget)
+        print(json.dumps(line), flush=True)
+        return 0
+    failed = 0
+    for run in runs:
+        flags = ["--model", args.model, "--micro_batch_size", args.micro_batch_size, "--tokens", args.tokens]
+        flags += ["--steps", args.steps, *(["--budget"] if args.budget else []), "--run", run, "--here"]
+        failed |= subprocess.run([sys.executable, str(Path(__file__)), *map(str, flags)]).returncode
+    return failed
+
+
+if __name__ == "__main__":
+    cli.run(main)
