@@ -78,7 +78,9 @@ def _flash_attn_4_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     from flash_attn.cute.interface import _flash_attn_bwd
 
-    dq, dk, dv, *_ = _flash_attn_bwd(q, k, v, out, gradient, lse, causal=True)
+    # its own would have the strides of q, k and v, which torch.compile may lay out anew
+    dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
+    _flash_attn_bwd(q, k, v, out, gradient, lse, causal=True, dq=dq, dk=dk, dv=dv)
     return dq, dk, dv
 
 
