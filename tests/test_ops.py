@@ -72,8 +72,8 @@ def close(ours, expected, dtype):
 def test_attention_backends_agree_with_the_reference(backend, device, shape, dtype):
     call = usable("attention", backend, device, dtype)
     B, nh, G, T, hs = shape
-    if backend.startswith("fl") and hs not in {32, 64}:
-        pytest.skip("a head size these kernels are not made for")
+    if (backend.startswith("fl") and hs not in {32, 64}) or (backend == "sdpa_cudnn" and T == 1):
+        pytest.skip("a shape that this kernel is not made for")
     inputs = [normal(B, heads, T, hs, dtype=dtype, device=device) for heads in (nh, G, G)]
     expected = forward_backward(reference, *(x.detach().double().requires_grad_() for x in inputs))
     close(forward_backward(call, *inputs), expected, dtype)

@@ -1,0 +1,130 @@
+"""Measure each operation's backends, forward and backward, beside what this GPU can move and multiply.
+
+    python scripts/benchmark_ops.py                           # the shapes of TinyLlama-1.1B, 16 x 2048 tokens, bf16
+    python scripts/benchmark_ops.py --micro_batch_size 8 --operation attention
+
+A JSON line each: median microseconds, and TFLOP/s (attention over half the square, the other products) or GB/s (what
+must be read and written at least once). `compiled` is the same backend under torch.compile, as it runs inside a block.
+The first two lines are the ceilings: a copy, and a matrix product of 8192 cubed.
+"""
+
+import json
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama import InputError, cli
+from tinyllama.config import ModelConfig, named_config
+from tinyllama.ops.choice import OPERATIONS
+
+Call = Callable[[], Any]
+
+
+def microseconds(call: Call, repeats: int = 20) -> float:
+    """Median time of ``call`` on the GPU, between two events, after three calls that are not counted."""
+    for _ in range(3):
+        call()
+    times = []
+    for _ in range(repeats):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        call()
+        end.record()
+        end.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
+def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any, ...], float, float]:
+    """Inputs, and the TFLOP and the GB of a forward pass; the backward pass has twice as many products and bytes."""
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+
+    T, C, H = config.block_size, config.n_embd, config.intermediate_size
+    N = samples * T
+    if operation == "attention":
+        q = normal(samples, config.n_head, T, config.head_size)
+        k, v = (normal(samples, config.n_query_groups, T, config.head_size) for _ in range(2))
+        return (q, k, v), 2 * samples * config.n_head * T * T * config.head_size / 1e12, 0
+    if operation == "rms_norm":
+        return (normal(samples, T, C), normal(C), config.norm_eps), 0, 2 * N * C * 2 / 1e9
+    if operation == "swiglu":
+        linears = [torch.nn.Linear(*sizes, bias=False, device="cuda", dtype=torch.bfloat16) for sizes in ((C, H),) * 2]
+        linears.append(torch.nn.Linear(H, C, bias=False, device="cuda", dtype=torch.bfloat16))
+        return (normal(samples, T, C), *linears), 6 * N * C * H / 1e12, 0
+    V = config.padded_vocab_size
+    targets = torch.randint(config.vocab_size, (samples, T), device="cuda")
+    return (normal(samples, T, C), normal(V, C), targets), 2 * N * C * V / 1e12, 0
+
+
+def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samples: int) -> dict[str, Any]:
+    """The JSON line of one backend."""
+    backend = OPERATIONS[operation][name]
+    line: dict[str, Any] = {"operation": operation, "backend": name, "compiled": compiled, "library": backend.version()}
+    if fault := backend.fault(torch.device("cuda")):
+        return line | {"fault": fault}
+    call = torch.compile(backend.call, dynamic=False) if compiled else backend.call
+    try:
+        torch.cuda.reset_peak_memory_stats()
+        inputs, tflop, gb = cases(operation, config, samples)
+        before = torch.cuda.memory_allocated()
+        with torch.no_grad():
+            forward = microseconds(lambda: call(*inputs))
+        weights = torch.randn_like(call(*inputs))
+
+        def both() -> None:
+            call(*inputs).backward(weights)
+
+        total = microseconds(both)
+    except (RuntimeError, AssertionError) as error:  # out of memory, or a shape the kernel is not made for
+        return line | {"fault": str(error).splitlines()[0]}
+    line |= {"forward_us": round(forward, 1), "forward_backward_us": round(total, 1)}
+    line["peak_memory_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
+    if tflop:
+        # attention's backward pass multiplies five times where the forward pass does twice
+        times = 3.5 if operation == "attention" else 3
+        speeds = {"forward_tflops": tflop / forward, "forward_backward_tflops": times * tflop / total}
+        return line | {key: round(speed * 1e6) for key, speed in speeds.items()}
+    return line | {"forward_gb_per_second": round(gb / forward * 1e6)}
+
+
+def ceilings() -> list[dict[str, Any]]:
+    """What this GPU copies and multiplies at best."""
+    a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    source, target = (torch.empty(2**31, device="cuda", dtype=torch.bfloat16) for _ in range(2))
+    copy, product = microseconds(lambda: target.copy_(source)), microseconds(lambda: a @ b)
+    return [
+        {"ceiling": "copy", "gb_per_second": round(2 * source.nbytes / copy / 1e3)},
+        {"ceiling": "bf16 product of 8192 cubed", "tflops": round(2 * 8192**3 / product / 1e6)},
+    ]
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--model", default="tinyllama_1.1b", help="named size that gives the shapes (tinyllama_1.1b)")
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="sequences (16)")
+    parser.add_argument("--operation", choices=OPERATIONS, action="append", help="only this one; may be given again")
+    args = parser.parse_args()
+    if not torch.cuda.is_available():
+        raise InputError("there is no CUDA GPU here: run this where there is one")
+    config = named_config(args.model)
+    for line in ceilings():
+        print(json.dumps(line | {"device": torch.cuda.get_device_name(), "torch": torch.__version__}), flush=True)
+    torch.cuda.empty_cache()
+    for operation in args.operation or OPERATIONS:
+        for name in OPERATIONS[operation]:
+            for compiled in (False, True):
+                line = measure(operation, name, compiled, config, args.micro_batch_size)
+                print(json.dumps(line), flush=True)
+                torch.cuda.empty_cache()
+                if "fault" in line:
+                    break
+
+
+if __name__ == "__main__":
+    cli.run(main)
