@@ -247,6 +247,7 @@ def main() -> int:
     parser.add_argument("--micro_batch_size", type=int, default=16, help="where a run names none (16)")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens an optimizer step (65,536)")
     parser.add_argument("--steps", type=int, default=10, help="steps that are measured, twice (10)")
+    parser.add_argument("--memory_cap_gib", type=float, help="fail where a run needs more of the GPU's memory")
     parser.add_argument("--budget", action="store_true", help="add where a step's time goes")
     parser.add_argument("--here", action="store_true", help="measure the one run in this process")
     args = parser.parse_args()
@@ -255,6 +256,9 @@ def main() -> int:
     if unknown := [run for run in runs if run.partition(":")[0] not in RUNS]:
         raise InputError(f"{unknown[0]} is not known: choose {', '.join(RUNS)}")
     if args.here:
+        if args.memory_cap_gib and DEVICE.type == "cuda":
+            total = torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(args.memory_cap_gib * 2**30 / total)
         line = measure(runs[0], args.model, args.tokens, args.steps, args.micro_batch_size, args.budget)
         print(json.dumps(line), flush=True)
         return 0
@@ -262,6 +266,7 @@ def main() -> int:
     for run in runs:
         flags = ["--model", args.model, "--micro_batch_size", args.micro_batch_size, "--tokens", args.tokens]
         flags += ["--steps", args.steps, *(["--budget"] if args.budget else []), "--run", run, "--here"]
+        flags += ["--memory_cap_gib", args.memory_cap_gib] if args.memory_cap_gib else []
         failed |= subprocess.run([sys.executable, str(Path(__file__)), *map(str, flags)]).returncode
     return failed
 
