@@ -1,24 +1,52 @@
-"""Let a model go on with a text.
+"""Let a model go on with a text, or with several at once.
 
 python scripts/generate.py CHECKPOINT --tokenizer FILE --prompt TEXT [--max_new_tokens N] [--temperature 0]
 """
 
-from tinyllama import cli
-from tinyllama.generate import complete
+import sys
+import time
+
+import torch
+
+from tinyllama import InputError, cli, generate
+from tinyllama.convert.tokenizer_files import matching_tokenizer
+from tinyllama.convert.weights import open_weights
+from tinyllama.model import from_weights
 
 
 def main() -> None:
-    """Parse, generate, print."""
+    """Parse, generate, print: the texts to stdout, the speed to stderr."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("checkpoint", help="a step directory, or a run's out_dir for its newest step")
+    parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or a HF folder")
     parser.add_argument("--tokenizer", required=True, help="the file that the data was prepared with")
-    parser.add_argument("--prompt", required=True, help="the beginning of the text")
+    parser.add_argument("--prompt", required=True, action="append", help="the beginning of the text; may be repeated")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add (100)")
     parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; above: drawn (0)")
+    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens (all)")
+    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that make this share (1)")
     parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
     args = parser.parse_args()
-    text = complete(args.checkpoint, args.tokenizer, args.prompt, args.max_new_tokens, args.temperature, args.seed)
-    print(args.prompt + text)
+    weights = open_weights(args.checkpoint)
+    config = weights.config
+    tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], config)
+    how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    generate.check(config, **how)
+    prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
+    if not all(prompts):
+        raise InputError("--prompt is empty: give the beginning of a text")
+    model = from_weights(config, weights.cast(torch.float32).load())
+    model.to("cuda" if torch.cuda.is_available() else "cpu")
+    new = generate.Texts(tokenizer, prompts)
+    started = time.perf_counter()
+    for step in generate.stream(model, prompts, **how, eos_id=tokenizer.eos_id, seed=args.seed):
+        pieces = new.add(step)
+        if len(prompts) == 1:
+            print(pieces[0], end="", flush=True)
+    seconds = time.perf_counter() - started
+    rest = new.rest()
+    print(rest[0] if len(prompts) == 1 else "\n\n".join(new.texts))
+    count = sum(map(len, new.ids))
+    print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -35,6 +35,10 @@ class ModelArgs:
     """RMSNorm's epsilon"""
     rope_base: int | None = None
     """RoPE's base"""
+    rope_condense_ratio: float | None = None
+    """RoPE sees positions divided by this"""
+    tie_embeddings: bool | None = None
+    """the output matrix is the embedding"""
 
     def resolve(self) -> ModelConfig:
         """The model's sizes, every field known; raises InputError for sizes that do not fit together."""

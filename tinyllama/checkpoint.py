@@ -10,6 +10,7 @@ import json
 import pickle
 import re
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
@@ -58,6 +59,15 @@ def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
     """The model's full tensors by name, on the CPU, as saved (fp32); needs no process group."""
     reader = _Reader(step_dir)
     return _read(reader, _weights(reader))
+
+
+def open_weights(
+    step_dir: Path,
+) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
+    """What is said of the model's tensors, by name, and a reader of one in full as saved; needs no process group."""
+    reader = _Reader(step_dir)
+    weights = _weights(reader)
+    return weights, lambda name: _read(reader, {name: weights[name]})[name]
 
 
 def export_weights(step_dir: Path, file: Path) -> None:

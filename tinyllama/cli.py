@@ -40,6 +40,27 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
+def add_fields(parser: argparse.ArgumentParser, prefix: str, cls: type) -> None:
+    """A flag ``--prefix.name`` for each field of the dataclass ``cls``; ``given`` reads them."""
+    for name, kind in typing.get_type_hints(cls).items():
+        (plain,) = {*(typing.get_args(kind) or (kind,))} - {type(None)}
+        parser.add_argument(f"--{prefix}.{name}", type=_truth if plain is bool else plain, default=argparse.SUPPRESS)
+
+
+def given(args: argparse.Namespace, prefix: str, cls: type[Config]) -> Config | None:
+    """``cls`` from the flags of ``add_fields``; None when there was none."""
+    values = {
+        key.removeprefix(f"{prefix}."): value for key, value in vars(args).items() if key.startswith(f"{prefix}.")
+    }
+    return cls(**values) if values else None
+
+
+def _truth(text: str) -> bool:
+    if text.lower() not in ("true", "false"):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
+    return text.lower() == "true"
+
+
 def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read a tree of dataclasses from the command line: ``--config FILE`` and dotted flags, the later one winning.
 

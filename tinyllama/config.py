@@ -34,9 +34,13 @@ class ModelConfig:
     """RMSNorm's epsilon"""
     rope_base: int = 10000
     """RoPE's base (arXiv:2104.09864)"""
+    rope_condense_ratio: float = 1
+    """RoPE sees positions divided by this, so that a longer context keeps the angles of a shorter one"""
+    tie_embeddings: bool = False
+    """the output matrix is the embedding"""
 
     def __post_init__(self) -> None:
-        sizes = {k: v for k, v in dataclasses.asdict(self).items() if k != "name"}
+        sizes = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "tie_embeddings")}
         faults = [f"model.{k} is {v}: it must be greater than 0" for k, v in sizes.items() if v <= 0]
         if not faults:
             if self.n_embd % self.n_head:
@@ -68,7 +72,7 @@ class ModelConfig:
         attention = self.n_embd * self.qkv_size + self.n_embd * self.n_embd
         mlp = 3 * self.n_embd * self.intermediate_size
         blocks = self.n_layer * (attention + mlp + 2 * self.n_embd)
-        tables = (2 if embedding else 1) * self.padded_vocab_size * self.n_embd
+        tables = (2 if embedding and not self.tie_embeddings else 1) * self.padded_vocab_size * self.n_embd
         return blocks + self.n_embd + tables
 
 

@@ -6,9 +6,10 @@ Shapes: B sequences, T tokens, C = n_embd, V = padded_vocab_size, nh = n_head, G
 import hashlib
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Protocol, cast
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
@@ -20,8 +21,18 @@ from tinyllama.ops.rope import rope, rope_tables
 OPS = {"attention": "sdpa", "rms_norm": "reference", "swiglu": "reference", "cross_entropy": "reference"}
 
 
+class Cache(Protocol):
+    """Keys and values of the tokens before; generate.py has the one there is."""
+
+    length: int
+    """tokens seen so far"""
+
+    def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Keep k and v (B, G, T, hs) of ``layer``; q (B, nh, T, hs) over all that is kept -> (B, nh, T, hs)."""
+
+
 class GPT(nn.Module):
-    """Embedding, ``n_layer`` blocks, a norm, and the output matrix (not tied to the embedding).
+    """Embedding, ``n_layer`` blocks, a norm, and the output matrix, which may be the embedding itself.
 
     ``ops`` names the backend of each operation.
     """
@@ -31,7 +42,8 @@ class GPT(nn.Module):
         self.config = config
         self.ops = ops
         self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
-        self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+        if not config.tie_embeddings:
+            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -43,16 +55,23 @@ class GPT(nn.Module):
         self._rope_tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
-        self, input_ids: Tensor, targets: Tensor | None = None, documents: Tensor | None = None, restart: bool = False
+        self,
+        input_ids: Tensor,
+        targets: Tensor | None = None,
+        documents: Tensor | None = None,
+        restart: bool = False,
+        cache: Cache | None = None,
     ) -> Tensor:
         """Logits (B, T, V) of input_ids (B, T), T <= block_size; with targets (B, T) their summed loss, an fp32 scalar.
 
         The sum runs over the targets that are not IGNORE_INDEX. It is taken here, inside the wrapped forward, so that
         the logits of a training step need not exist in full. With ``documents`` (B, T), the number of each token's
         document, no token sees another document's; with ``restart`` positions count from its beginning too.
+        With a ``cache`` the input_ids follow those it has seen, and logits are the last position's alone, (B, 1, V).
         """
         T = input_ids.size(1)
-        cos, sin = (table[:T] for table in self.rope_tables(input_ids.device))  # (T, hs/2)
+        start = cache.length if cache is not None else 0
+        cos, sin = (table[start : start + T] for table in self.rope_tables(input_ids.device))  # (T, hs/2)
         mask = None
         if documents is not None:
             mask = attention.document_mask(documents, self.ops["attention"])
@@ -60,9 +79,13 @@ class GPT(nn.Module):
                 cos, sin = (table[attention.positions(documents)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
         x = self.transformer["wte"](input_ids)  # (B, T, C)
         for block in self.transformer["h"].children():
-            x = block(x, cos, sin, mask)
-        x = self.transformer["ln_f"](x)
-        return self.lm_head(x) if targets is None else self.cross_entropy(x, self.lm_head.weight, targets)
+            x = block(x, cos, sin, mask, *([cache] if cache is not None else []))
+        x = self.transformer["ln_f"](x if cache is None else x[:, -1:])  # (B, T or 1, C)
+        tied = self.config.tie_embeddings
+        weight = cast(Tensor, self.transformer["wte"].weight if tied else self.lm_head.weight)  # (V, C)
+        if targets is not None:
+            return self.cross_entropy(x, weight, targets)
+        return F.linear(x, weight) if tied else self.lm_head(x)  # (B, T or 1, V)
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """RoPE's cosines and sines, (block_size, hs/2) each, fp32; built at the first call on a device."""
@@ -70,7 +93,9 @@ class GPT(nn.Module):
             # a table made in inference mode could not be used in training after it
             with torch.inference_mode(False):
                 config = self.config
-                self._rope_tables = rope_tables(config.block_size, config.head_size, config.rope_base, device)
+                self._rope_tables = rope_tables(
+                    config.block_size, config.head_size, config.rope_base, device, config.rope_condense_ratio
+                )
         return self._rope_tables
 
 
@@ -84,9 +109,9 @@ class Block(nn.Module):
         self.norm_2 = RMSNorm(config, ops)
         self.mlp = LLaMAMLP(config, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hs/2) fp32, mask as the attention's backend takes it -> (B, T, C)."""
-        x = x + self.attn(self.norm_1(x), cos, sin, mask)
+        x = x + self.attn(self.norm_1(x), cos, sin, mask, cache)
         return x + self.mlp(self.norm_2(x))
 
 
@@ -101,14 +126,15 @@ class CausalSelfAttention(nn.Module):
         self.attn = nn.Linear(config.n_embd, config.qkv_size, bias=False)
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None) -> Tensor:
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
         B, T, C = x.shape
         queries = self.n_head // self.n_query_groups
         qkv = self.attn(x).view(B, T, self.n_query_groups, queries + 2, self.head_size)
         q, k, v = qkv.split((queries, 1, 1), dim=3)  # (B, T, G, nh/G or 1, hs)
         q, k, v = (heads.flatten(2, 3).transpose(1, 2) for heads in (q, k, v))  # (B, nh or G, T, hs)
-        y = self.attention(rope(q, cos, sin), rope(k, cos, sin), v, mask)  # (B, nh, T, hs)
+        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        y = self.attention(q, k, v, mask) if cache is None else cache.attend(self, q, k, v)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 
 

@@ -4,11 +4,16 @@ import torch
 from torch import Tensor
 
 
-def rope_tables(length: int, head_size: int, base: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """The cosines and sines of every position and frequency: two (length, head_size / 2) tensors, always fp32."""
+def rope_tables(
+    length: int, head_size: int, base: int, device: torch.device, condense_ratio: float = 1
+) -> tuple[Tensor, Tensor]:
+    """The cosines and sines of every position and frequency: two (length, head_size / 2) tensors, always fp32.
+
+    Positions are divided by ``condense_ratio`` (arXiv:2306.15595, as upstream's and as transformers' linear scaling).
+    """
     exponents = torch.arange(0, head_size, 2, dtype=torch.float32, device=device) / head_size
     positions = torch.arange(length, dtype=torch.float32, device=device)
-    angles = torch.outer(positions, 1 / base**exponents)
+    angles = torch.outer(positions, 1 / base**exponents / condense_ratio)
     return angles.cos(), angles.sin()
 
 

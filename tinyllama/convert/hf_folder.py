@@ -1,0 +1,86 @@
+"""Our weights as a folder that transformers' LlamaForCausalLM and AutoTokenizer load, written one tensor at a time."""
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama import checkpoint
+from tinyllama.convert import folder, layout
+from tinyllama.convert.tokenizer_files import write_tokenizer
+from tinyllama.convert.weights import Weights
+from tinyllama.tokenizer import Tokenizer
+
+SHARD_BYTES = 5 * 10**9  # of weights in one file; above, there are more and an index
+
+
+def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+    """Write ``weights`` as a Hugging Face folder: it appears whole, or not at all; an earlier export is replaced.
+
+    Raises InputError for an ``output`` that cannot be written or has files that no export wrote, and for a
+    sentencepiece model that a tokenizer.json cannot express.
+    """
+    config, facts = weights.config, weights.facts
+    eos_id, bos_id = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (facts["eos_id"], facts["bos_id"])
+    generation: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    if config.padded_vocab_size > config.vocab_size:  # the rows that pad are no tokens
+        generation["suppress_tokens"] = list(range(config.vocab_size, config.padded_vocab_size))
+    mark = {key: facts[key] for key in ("step", "tokens")} | {"model": asdict(config)}
+    mark["tokenizer_sha256"] = tokenizer.sha256 if tokenizer else facts["tokenizer_sha256"]
+    with folder.create(output, mark) as unfinished:
+        if tokenizer is not None:  # first, for it is what can be refused
+            write_tokenizer(unfinished, tokenizer, config.block_size)
+        folder.write_json(unfinished / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))
+        folder.write_json(unfinished / "generation_config.json", generation)
+        _write_tensors(unfinished, weights, shard_bytes)
+
+
+def _write_tensors(output: Path, weights: Weights, shard_bytes: int) -> None:
+    shapes, itemsize = layout.hf_shapes(weights.config), weights.dtype.itemsize
+    sizes = {key: torch.Size(shape).numel() * itemsize for key, shape in shapes.items()}
+    shards: list[list[tuple[str, tuple[str, ...]]]] = [[]]
+    filled = 0
+    for ours, theirs in layout.keys(weights.config):  # the parts of a tensor stay together
+        size = sum(sizes[key] for key in theirs)
+        if shards[-1] and filled + size > shard_bytes:
+            shards.append([])
+            filled = 0
+        shards[-1].append((ours, theirs))
+        filled += size
+    names = [f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors" for i in range(len(shards))]
+    if len(shards) == 1:
+        names = ["model.safetensors"]
+    for name, shard in zip(names, shards, strict=True):
+        tensors = (
+            tensor
+            for ours, theirs in shard
+            for tensor in layout.to_hf(theirs, weights.read(ours), weights.config).values()
+        )
+        inside = {key: shapes[key] for _, theirs in shard for key in theirs}
+        _write_safetensors(output / name, inside, weights.dtype, tensors)
+    if len(shards) > 1:
+        places = {key: name for name, shard in zip(names, shards, strict=True) for _, theirs in shard for key in theirs}
+        content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
+        folder.write_json(output / "model.safetensors.index.json", content)
+
+
+def _write_safetensors(
+    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
+) -> None:
+    """One file of the format (the length of a JSON header, that, then the bytes), a tensor at a time in memory."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        name = checkpoint.SAFETENSORS_DTYPES[dtype]
+        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers after it lie on multiples of their size
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

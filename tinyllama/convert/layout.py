@@ -1,0 +1,175 @@
+"""Ours and transformers' names for the same tensors, and for the same sizes."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama import InputError
+from tinyllama.config import NAMED_CONFIGS, ModelConfig, named_config
+from tinyllama.model import GPT
+
+# our parameters and transformers'; {} is the layer's number. Both keep the halves of a head in the same order for RoPE.
+KEYS: dict[str, tuple[str, ...]] = {
+    "transformer.wte.weight": ("model.embed_tokens.weight",),
+    "transformer.h.{}.norm_1.weight": ("model.layers.{}.input_layernorm.weight",),
+    "transformer.h.{}.attn.attn.weight": (
+        "model.layers.{}.self_attn.q_proj.weight",
+        "model.layers.{}.self_attn.k_proj.weight",
+        "model.layers.{}.self_attn.v_proj.weight",
+    ),
+    "transformer.h.{}.attn.proj.weight": ("model.layers.{}.self_attn.o_proj.weight",),
+    "transformer.h.{}.norm_2.weight": ("model.layers.{}.post_attention_layernorm.weight",),
+    "transformer.h.{}.mlp.swiglu.w1.weight": ("model.layers.{}.mlp.gate_proj.weight",),
+    "transformer.h.{}.mlp.swiglu.w2.weight": ("model.layers.{}.mlp.up_proj.weight",),
+    "transformer.h.{}.mlp.swiglu.w3.weight": ("model.layers.{}.mlp.down_proj.weight",),
+    "transformer.ln_f.weight": ("model.norm.weight",),
+    "lm_head.weight": ("lm_head.weight",),
+}
+
+
+def keys(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
+    """Each parameter of ours, and the one or three of transformers' that it is made of."""
+    for ours, theirs in KEYS.items():
+        if ours == "lm_head.weight" and config.tie_embeddings:
+            continue
+        for layer in range(config.n_layer if "{}" in ours else 1):
+            yield ours.format(layer), tuple(key.format(layer) for key in theirs)
+
+
+def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of ours."""
+    with torch.device("meta"):
+        return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
+
+
+def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """The shape of each parameter of transformers'."""
+    ours = shapes(config)
+    key_rows = config.n_query_groups * config.head_size
+    fused = ((config.n_embd, config.n_embd), (key_rows, config.n_embd), (key_rows, config.n_embd))
+    return {
+        key: shape
+        for name, theirs in keys(config)
+        for key, shape in zip(theirs, fused if len(theirs) == 3 else (ours[name],), strict=True)
+    }
+
+
+def to_hf(theirs: tuple[str, ...], tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of transformers' that one of ours is made of."""
+    return dict(zip(theirs, _split_qkv(tensor, config) if len(theirs) == 3 else (tensor,), strict=True))
+
+
+def from_hf(parts: list[Tensor], config: ModelConfig) -> Tensor:
+    """Our tensor of its one or three parts."""
+    return _join_qkv(parts, config) if len(parts) == 3 else parts[0]
+
+
+def _split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
+    queries = config.n_head // config.n_query_groups
+    grouped = fused.view(config.n_query_groups, queries + 2, config.head_size, config.n_embd)  # (G, nh/G + 2, hs, C)
+    return tuple(part.flatten(0, 2) for part in grouped.split((queries, 1, 1), dim=1))  # (nh or G * hs, C)
+
+
+def _join_qkv(parts: list[Tensor], config: ModelConfig) -> Tensor:
+    shape = (config.n_query_groups, -1, config.head_size, config.n_embd)
+    return torch.cat([part.view(shape) for part in parts], dim=1).flatten(0, 2)  # (qkv_size, C)
+
+
+def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+    """The content of config.json. ``vocab_size`` there is the number of rows, ours with its padding."""
+    name = str(dtype).removeprefix("torch.")
+    rope: dict[str, Any] = {"rope_type": "default"}
+    if config.rope_condense_ratio != 1:
+        rope = {"rope_type": "linear", "factor": float(config.rope_condense_ratio)}
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "vocab_size": config.padded_vocab_size,
+        "hidden_size": config.n_embd,
+        "intermediate_size": config.intermediate_size,
+        "num_hidden_layers": config.n_layer,
+        "num_attention_heads": config.n_head,
+        "num_key_value_heads": config.n_query_groups,
+        "head_dim": config.head_size,
+        "hidden_act": "silu",
+        "max_position_embeddings": config.block_size,
+        "rms_norm_eps": config.norm_eps,
+        # transformers 5 reads rope_parameters and dtype, 4 and most other readers of this file the others
+        "rope_theta": float(config.rope_base),
+        "rope_scaling": None if config.rope_condense_ratio == 1 else rope | {"type": "linear"},
+        "rope_parameters": rope | {"rope_theta": float(config.rope_base)},
+        "torch_dtype": name,
+        "dtype": name,
+        "tie_word_embeddings": config.tie_embeddings,
+        "bos_token_id": bos_id,
+        "eos_token_id": eos_id,
+    }
+
+
+def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig:
+    """Our sizes of a config.json's content ``hf``, the file ``where``; ``pieces`` is its tokenizer's vocabulary.
+
+    When the rows of the matrices are ``pieces`` rounded up to a multiple of 64 or a larger power of two, the rest is
+    taken for padding. Raises InputError, with every fault, for what is no Llama or needs what our model has not.
+    """
+    try:
+        heads, width, rows = hf["num_attention_heads"], hf["hidden_size"], hf["vocab_size"]
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        base = rope.get("rope_theta") or hf.get("rope_theta") or 10000
+        faults = [f"{where}: {fault}" for fault in _unsupported(hf, rope, base, width, heads)]
+        if pieces is not None and pieces > rows:
+            faults.append(
+                f"{where}: the tokenizer beside it has {pieces} pieces, the model {rows}: take both from the same model"
+            )
+        if faults:
+            raise InputError(*faults)
+        vocab_size, multiple = rows, 64 if rows % 64 == 0 else 1
+        for power in (64, 128, 256, 512, 1024):
+            if pieces is not None and -(-pieces // power) * power == rows:
+                vocab_size, multiple = pieces, power
+                break
+        sizes = {
+            "block_size": hf.get("max_position_embeddings", 2048),
+            "vocab_size": vocab_size,
+            "padding_multiple": multiple,
+            "n_layer": hf["num_hidden_layers"],
+            "n_head": heads,
+            "n_query_groups": hf.get("num_key_value_heads") or heads,
+            "n_embd": width,
+            "intermediate_size": hf["intermediate_size"],
+            "norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "rope_base": int(base),
+            "rope_condense_ratio": rope["factor"] if _rope_type(rope) == "linear" else 1,
+            "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+        }
+        known = next((name for name in NAMED_CONFIGS if named_config(name) == ModelConfig(name, **sizes)), "llama")
+        return ModelConfig(known, **sizes)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise InputError(f"{where} is not a Llama's config.json ({error!r}): fetch the folder again") from None
+
+
+def _rope_type(rope: dict[str, Any]) -> str:
+    return rope.get("rope_type") or rope.get("type") or "default"
+
+
+def _unsupported(hf: dict[str, Any], rope: dict[str, Any], base: float, width: int, heads: int) -> Iterator[str]:
+    architectures = hf.get("architectures") or ["LlamaForCausalLM"]
+    if hf.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
+        what = f"{architectures[0]} (model_type {hf.get('model_type')})"
+        yield f"architecture {what} is not supported: give a LlamaForCausalLM"
+        return  # the rest would only say so again
+    if _rope_type(rope) not in ("default", "linear"):
+        yield f"RoPE type {_rope_type(rope)} is not supported: give a model with default or linear RoPE"
+    if hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
+        yield "partial_rotary_factor is not supported: give a model that rotates whole heads"
+    if base != int(base):
+        yield f"rope_theta {base} is not a whole number: our rope_base is one"
+    for key in ("attention_bias", "mlp_bias", "quantization_config"):
+        if hf.get(key):
+            yield f"{key} is not supported: give a model without"
+    if hf.get("hidden_act", "silu") != "silu":
+        yield f"hidden_act {hf['hidden_act']} is not supported: give a model with silu"
+    if (hf.get("head_dim") or width // heads) * heads != width:
+        yield f"head_dim {hf['head_dim']} x {heads} heads is not hidden_size {width}: not supported"
