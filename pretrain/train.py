@@ -20,6 +20,8 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from tinyllama import InputError, checkpoint, cli, durable, evaluate
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
 from tinyllama.checkpointer import Checkpointer
+from tinyllama.convert.start import start_weights
+from tinyllama.convert.weights import copy_into
 from tinyllama.data.ahead import on_device
 from tinyllama.data.loader import Loader, validation_batches
 from tinyllama.data.mixture import Mixture
@@ -56,7 +58,10 @@ def setup(args: PretrainArgs) -> Run:
             f"train.global_batch_size {args.train.global_batch_size}: give more data or lower it"
         )
     weights = [source.weight for source in args.data.sources]
-    mixture = Mixture(num_blocks, weights, args.data.seed, [source.fingerprint for source in sources])
+    final_weights = [source.final_weight for source in args.data.sources]
+    ramp = -(-(args.data.ramp_tokens or 0) // config.block_size)  # in samples
+    fingerprints = [source.fingerprint for source in sources]
+    mixture = Mixture(num_blocks, weights, args.data.seed, fingerprints, final_weights, ramp)
     max_steps = total_steps(args, config.block_size, sum(num_blocks))
     ops = choose_ops(args, [*sources, *validation])
     resume = checkpoint.to_resume(Path(args.out_dir), args.train.resume)
@@ -67,6 +72,7 @@ def setup(args: PretrainArgs) -> Run:
         checkpoint.refuse_changes(run.resume, {key: saved.get(key) for key in now}, now)
         if saved["step"] > max_steps:
             raise InputError(f"{run.resume} is beyond the run's {max_steps} steps: raise train.max_steps")
+    start_weights(run)
     return run
 
 
@@ -89,6 +95,8 @@ def main(run: Run) -> int:
     fabric.launch()
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
+    if (weights := start_weights(run)) is not None:
+        copy_into(gpt, weights)
     state = TrainState() if run.resume is None else checkpoint.load(run.resume, gpt, optimizer.optimizer)
     hosts = rank_map()
     if fabric.is_global_zero:
@@ -128,7 +136,8 @@ def fit(
     settings = cli.dump(run.resolved())
     if fabric.is_global_zero:
         durable.write(run.out_dir / "config.yaml", settings.encode())
-    origin = f"resumed from {run.resume}" if run.resume else "a new run"
+    fresh = f"a new run of the weights of {args.train.init_from}" if args.train.init_from else "a new run"
+    origin = f"resumed from {run.resume}" if run.resume else fresh
     log.event(
         "start", f"start    {origin} at step {state.step}", step=state.step, world_size=fabric.world_size, ops=run.ops
     )

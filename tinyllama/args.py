@@ -53,6 +53,8 @@ class Source:
     """folder that a prepare script wrote, or one of upstream's LITPKDS chunk files"""
     weight: float = 1.0
     """share of the samples; shares are taken relative to their sum"""
+    final_weight: float | None = None
+    """weight at the end of data.ramp_tokens and from there on; null: it stays"""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class DataArgs:
     """what to train on: [{path: DIR, weight: SHARE}, ...]"""
     validation: list[ValidationSource] = field(default_factory=list)
     """what to validate on: [{path: DIR}, ...]; empty: no validation"""
+    ramp_tokens: int | None = None
+    """tokens over which the shares go linearly from the weights to the final weights"""
     seed: int = 3407
     """seed of the order of the samples"""
     document_mask: bool = False
@@ -135,6 +139,9 @@ class TrainArgs:
     """seconds that a rank may be silent between steps; then the run says which rank and where, and ends"""
     resume: str = "auto"
     """auto: from the newest complete checkpoint of out_dir, if there is one; never; or the path of a checkpoint"""
+    init_from: str | None = None
+    """weights a new run starts from: a Hugging Face folder, a checkpoint of ours or an upstream .pth; nothing else of
+    it is taken over, and a run that has a checkpoint of its own goes on from that"""
 
     def compiles(self, device_type: str) -> bool:
         """Whether blocks are compiled for ``cuda`` or ``cpu``."""
@@ -223,7 +230,15 @@ class PretrainArgs:
 POSITIVE = (
     *("train.max_steps", "train.max_tokens", "train.max_epochs", "train.global_batch_size", "train.micro_batch_size"),
     *("train.skip_spikes", "train.max_skips", "train.max_time", "train.start_timeout", "train.timeout"),
-    *("optim.lr", "optim.max_norm", "parallel.devices", "parallel.shard", "eval.interval", "eval.max_samples"),
+    *(
+        "data.ramp_tokens",
+        "optim.lr",
+        "optim.max_norm",
+        "parallel.devices",
+        "parallel.shard",
+        "eval.interval",
+        "eval.max_samples",
+    ),
     *("checkpoint.interval", "checkpoint.keep_last", "checkpoint.keep_every", "log.interval"),
 )
 """Numbers that must be greater than 0, where they are given."""
@@ -243,8 +258,15 @@ def check(args: PretrainArgs) -> ModelConfig:
     if not args.data.sources:
         faults.append('data.sources is empty: give at least one packed folder, --data.sources \'[{"path": "DIR"}]\'')
     for source in args.data.sources:
-        if not 0 < source.weight < math.inf:
-            faults.append(f"data.sources: {source.path} has weight {source.weight}: it must be greater than 0")
+        ends = (source.weight, source.weight if source.final_weight is None else source.final_weight)
+        if not (min(ends) >= 0 and 0 < max(ends) < math.inf):
+            faults.append(f"data.sources: {source.path} has weight {ends[0]}, at last {ends[1]}: one must be above 0")
+    if (args.data.ramp_tokens is None) != all(source.final_weight is None for source in args.data.sources):
+        faults.append("data.ramp_tokens and a final_weight of a source belong together: give both or neither")
+    if args.train.init_from is not None and args.train.resume not in ("auto", "never"):
+        faults.append(
+            "train.init_from and a path in train.resume are both given: the one is for weights, the other all"
+        )
     given = [k for k in ("max_steps", "max_tokens", "max_epochs") if getattr(args.train, k) is not None]
     if len(given) != 1:
         what = " and ".join(f"train.{k}" for k in given) or "none"

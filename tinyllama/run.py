@@ -49,11 +49,16 @@ class Run:
 
     def data_facts(self) -> dict[str, Any]:
         """What fixes the model and the order of the samples: a resumed run must have the same."""
-        sources = [
+        sources: list[dict[str, Any]] = [
             {"weight": source.weight, "fingerprint": dataset.fingerprint}
             for source, dataset in zip(self.args.data.sources, self.sources, strict=True)
         ]
-        return {"data": {"seed": self.args.data.seed, "sources": sources}, "model": asdict(self.config)}
+        data: dict[str, Any] = {"seed": self.args.data.seed, "sources": sources}
+        if self.args.data.ramp_tokens is not None:
+            data["ramp_tokens"] = self.args.data.ramp_tokens
+            for facts, source in zip(sources, self.args.data.sources, strict=True):
+                facts["final_weight"] = source.final_weight
+        return {"data": data, "model": asdict(self.config)}
 
     def tokenizer_facts(self) -> dict[str, Any]:
         """What a converter has to know of the tokenizer."""

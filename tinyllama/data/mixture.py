@@ -3,7 +3,7 @@
 Nothing is stored and nothing depends on ranks, workers or batch sizes, so one integer says where a run is:
 
 1. Samples come in windows of ``WINDOW``. Each source has its exact quota in each window (``Mixture._starts``), and the
-   places of a window are dealt out by a keyed shuffle.
+   places of a window are dealt out by a keyed shuffle. Shares may move linearly over the first samples (a ramp).
 2. The i-th draw of a source belongs to epoch ``i // num_blocks`` of the source, and is number ``i % num_blocks`` in
    that epoch's own order of the blocks: a keyed permutation computed number by number, with no array of it in memory.
 """
@@ -32,17 +32,27 @@ class Mixture:
     """Which block every global sample is, for sources mixed by weight; immutable, thread-safe.
 
     ``num_blocks`` (blocks an epoch), ``weights`` (shares of the samples; need not sum to 1) and ``fingerprints`` (of
-    the token streams) have one entry a source. Raises InputError for no source, a source without a block, or a weight
-    that is not a finite number above 0.
+    the token streams) have one entry a source. With a ``ramp`` the shares go linearly from those of ``weights`` at
+    sample 0 to those of ``final_weights`` (None: the weight stays) at sample ``ramp``, and stay. Raises InputError for
+    no source, a source without a block, or a weight that is not a finite number above 0; at one end it may be 0.
     """
 
     fingerprint: str
     """hex digest of everything that fixes the order: two mixtures with the same one give the same samples"""
 
-    def __init__(self, num_blocks: Sequence[int], weights: Sequence[float], seed: int, fingerprints: Sequence[str]):
+    def __init__(
+        self,
+        num_blocks: Sequence[int],
+        weights: Sequence[float],
+        seed: int,
+        fingerprints: Sequence[str],
+        final_weights: Sequence[float | None] | None = None,
+        ramp: int = 0,
+    ):
         faults = [] if weights else ["data.sources is empty: give at least one path and weight"]
-        for k, (blocks, weight) in enumerate(zip(num_blocks, weights, strict=True)):
-            if not (math.isfinite(weight) and weight > 0):
+        final = [w if f is None else f for w, f in zip(weights, final_weights or [None] * len(weights), strict=True)]
+        for k, (blocks, weight, last) in enumerate(zip(num_blocks, weights, final, strict=True)):
+            if not (math.isfinite(weight + last) and min(weight, last) >= 0 and max(weight, last) > 0):
                 faults.append(
                     f"data.sources[{k}].weight is {weight}: give a finite number above 0 or remove the source"
                 )
@@ -53,16 +63,16 @@ class Mixture:
         if faults:
             raise InputError(*faults)
 
-        # the decimal numbers as written, made integers of the same ratio
-        shares = [Fraction(repr(float(weight))) for weight in weights]
-        unit = math.lcm(*(share.denominator for share in shares))
-        integers = [int(share * unit) for share in shares]
-        self._weights = [weight // math.gcd(*integers) for weight in integers]
+        self._weights = _integers(weights)
         self._num_blocks = np.array(num_blocks, dtype=np.int64)
         self._window_key = _digest("window", seed)
         self._source_keys = np.array([_digest("source", seed, name) for name in fingerprints], dtype=np.uint64)
         facts = (_ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
-        self.fingerprint = _blake2b("mixture", *facts).hex()
+        changes = (_integers(final), ramp) if ramp else ()
+        self.fingerprint = _blake2b("mixture", *facts, *changes).hex()
+        # draws before each window of the ramp and before the first after it, where the shares are the last ones
+        self._ramp_starts = _ramp_starts(self._weights, _integers(final), ramp)
+        self._weights = _integers(final) if ramp else self._weights
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Source, epoch of that source and block of it, each (n,) int64, of global sample numbers (n,) in any order."""
@@ -90,13 +100,15 @@ class Mixture:
         """Draws of each source (n, K) before the window numbers (n,).
 
         The first source has had floor(samples * share), the second its floor of what is left, and so on: exact (Python
-        integers never overflow), never falling, and together all samples, so that the differences are the quotas.
+        integers never overflow), never falling, and together all samples, so that the differences are the quotas. On a
+        ramp they are looked up, 8 bytes a window and source.
         """
-        left, total = windows.astype(object) * WINDOW, sum(self._weights)
-        starts = np.empty((len(windows), len(self._weights)), dtype=np.int64)
+        inside = np.minimum(windows, len(self._ramp_starts) - 1)
+        left, total = (windows - inside).astype(object) * WINDOW, sum(self._weights)
+        starts = self._ramp_starts[inside]
         for k, weight in enumerate(self._weights):
-            draws = left * weight // total
-            starts[:, k] = draws
+            draws = left * weight // max(total, 1)
+            starts[:, k] += draws.astype(np.int64)
             left, total = left - draws, total - weight
         return starts
 
@@ -121,6 +133,46 @@ class Mixture:
         np.put_along_axis(sources, dealt, hands, axis=1)
         np.put_along_axis(draws, dealt, draw_numbers, axis=1)
         return sources, draws
+
+
+def _ramp_starts(weights: list[int], final: list[int], ramp: int) -> np.ndarray:
+    """Draws of each source before every window that the ramp touches, and before the one after: (n, K), from zeros.
+
+    A window's quotas are the shares' exact integrals over it, each rounded down, and one more for those sources that
+    are furthest behind their integral from sample 0: off by less than one sample, in the window and for ever.
+    """
+    first, last = sum(weights), sum(final)
+    unit = first * last * 2 * max(ramp, 1)  # the integrals are whole numbers of 1 / unit
+
+    def integrals(sample: int) -> list[int]:
+        on, after = min(sample, ramp), max(sample - ramp, 0)
+        return [
+            2 * ramp * a * last * on + (b * first - a * last) * on * on + 2 * ramp * b * first * after
+            for a, b in zip(weights, final, strict=True)
+        ]
+
+    starts = [[0] * len(weights)]
+    before = integrals(0)
+    for end in range(WINDOW, -(-ramp // WINDOW) * WINDOW + 1, WINDOW):
+        upto = integrals(end)
+        wanted = [a - b for a, b in zip(upto, before, strict=True)]
+        draws = [start + want // unit for start, want in zip(starts[-1], wanted, strict=True)]
+        behind = sorted(
+            (k for k, want in enumerate(wanted) if want % unit), key=lambda k: (draws[k] * unit - upto[k], k)
+        )
+        for k in behind[: end - sum(draws)]:
+            draws[k] += 1
+        starts.append(draws)
+        before = upto
+    return np.array(starts, dtype=np.int64)
+
+
+def _integers(weights: Sequence[float]) -> list[int]:
+    """The decimal numbers as written, made integers of the same ratio."""
+    shares = [Fraction(repr(float(weight))) for weight in weights]
+    unit = math.lcm(*(share.denominator for share in shares))
+    integers = [int(share * unit) for share in shares]
+    return [weight // math.gcd(*integers) for weight in integers]
 
 
 def permute(index: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
