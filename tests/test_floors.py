@@ -16,7 +16,7 @@ FLOORS = {
     1: "ops ops.attention ops.backend ops.choice ops.cross_entropy ops.float8 ops.rms_norm ops.rope ops.swiglu",
     2: "data.ahead data.loader distributed guard model optim state",
     3: "checkpoint checkpointer convert convert.folder convert.hf_folder convert.layout convert.native convert.start "
-    "convert.tokenizer_files convert.verify convert.weights evaluate generate logger owner watchdog",
+    "convert.tokenizer_files convert.verify convert.weights evaluate generate harness logger owner perplexity watchdog",
 }
 FLOOR = {
     "tinyllama" if name == "tinyllama" else f"tinyllama.{name}": floor

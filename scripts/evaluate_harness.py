@@ -1,0 +1,59 @@
+"""Score a checkpoint on lm-eval's tasks, or on how well it predicts a dataset; scores go to the run's eval.csv too.
+
+python scripts/evaluate_harness.py CHECKPOINT|RUN --tokenizer FILE --tasks commonsense [--watch] [--perplexity DIR]
+"""
+
+from pathlib import Path
+
+from tinyllama import InputError, cli, harness, perplexity
+from tinyllama.convert.tokenizer_files import matching_tokenizer
+from tinyllama.convert.weights import open_weights
+
+POLL_SECONDS = 30
+
+
+def main() -> None:
+    """Parse, evaluate one checkpoint, or each one of a run as it appears until the run is done."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("checkpoint", type=Path, help="a step directory, a run's out_dir, or a Hugging Face folder")
+    parser.add_argument("--tokenizer", required=True, help="the file that the data was prepared with")
+    parser.add_argument("--tasks", default="", help="commonsense, problem_solving or tasks of lm-eval, by commas")
+    parser.add_argument("--include_path", type=Path, help="folder of YAML files of more tasks")
+    parser.add_argument("--perplexity", type=Path, metavar="DIR", help="a packed dataset, or a folder of texts")
+    parser.add_argument("--watch", action="store_true", help="evaluate every checkpoint of the run as it appears")
+    parser.add_argument("--batch_size", type=int, default=16, help="requests or samples at once (16)")
+    parser.add_argument("--allow_code_execution", action="store_true", help="let humaneval run what the model writes")
+    args = parser.parse_args()
+    tasks, left_out = harness.resolve([name for name in args.tasks.split(",") if name], args.allow_code_execution)
+    if not tasks and args.perplexity is None:
+        raise InputError("nothing to evaluate: give --tasks (commonsense, say) or --perplexity DIR")
+    for name in left_out:
+        print(f"left out: {name}, which runs code that the model writes (--allow_code_execution)")
+
+    def score(path: Path) -> None:
+        weights = open_weights(path)
+        tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], weights.config)
+        scores = []
+        if tasks:
+            scores += harness.evaluate(
+                weights, tokenizer, tasks, args.include_path, args.batch_size, args.allow_code_execution
+            )
+        if args.perplexity is not None:
+            scores += perplexity.perplexity(weights, args.perplexity, tokenizer, args.batch_size)
+        harness.append(harness.csv_of(weights), scores)
+        print(f"{weights.path}\n{harness.table(scores)}\n-> {harness.csv_of(weights)}", flush=True)
+
+    if not args.watch:
+        score(args.checkpoint)
+        return
+    for step_dir in harness.watch(args.checkpoint, POLL_SECONDS):
+        try:
+            score(step_dir)
+        except (InputError, OSError) as error:
+            if step_dir.exists():
+                raise
+            print(f"{step_dir} was removed by its run while it was read: {error}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
