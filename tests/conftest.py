@@ -58,3 +58,59 @@ def packed_folder(tmp_path: Path):
         return folder
 
     return pack
+
+
+@pytest.fixture(scope="session")
+def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
+    """A real checkpoint of models.py's weights, without training one."""
+    import dataclasses
+    import sys
+
+    import torch
+    import torch.distributed as dist
+
+    from tinyllama import cli
+    from tinyllama.checkpointer import Checkpointer
+    from tinyllama.model import from_weights
+    from tinyllama.state import TrainState
+    from tinyllama.tokenizer import Tokenizer
+
+    sys.path.insert(0, str(Path(__file__).parent))
+    from models import CONFIG, FACTS, weights
+
+    folder = tmp_path_factory.mktemp("run")
+    facts = {**FACTS, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
+    model = from_weights(CONFIG, weights())
+    optimizer = torch.optim.AdamW(model.parameters())
+    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
+    for parameter in model.parameters():
+        parameter.grad.zero_()
+    optimizer.param_groups[0]["weight_decay"] = 0.0
+    optimizer.step()  # moves nothing, but makes the state that a checkpoint holds
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    try:
+        state = TrainState(step=12, samples=36, tokens=3456)
+        resolved = cli.dump({"model": dataclasses.asdict(CONFIG)})
+        for key in state.__dict__:
+            facts.pop(key, None)
+        keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
+        checkpointer = Checkpointer(folder / "checkpoints", config=resolved, facts=facts, **keep)
+        return checkpointer.save(state, model, optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
+@pytest.fixture
+def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
+    """A function that runs a script with arguments and gives its exit code, stdout and stderr."""
+    import runpy
+    import sys
+
+    def run(name, *args):
+        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as end:
+            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{name}.py"), run_name="__main__")
+        return end.value.code or 0, *capsys.readouterr()
+
+    return run

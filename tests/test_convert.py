@@ -1,6 +1,6 @@
 import dataclasses
 import json
-import runpy
+import re
 import sys
 from pathlib import Path
 
@@ -8,66 +8,13 @@ import pytest
 import torch
 
 from tinyllama import InputError
-from tinyllama.checkpointer import Checkpointer
-from tinyllama.config import ModelConfig
-from tinyllama.convert import hf_folder, layout, tokenizer_files, verify
-from tinyllama.convert.weights import Weights, open_weights
+from tinyllama.convert import hf_folder, tokenizer_files, verify
 from tinyllama.generate import generate
-from tinyllama.model import GPT, from_weights, init_weights
+from tinyllama.model import from_weights
 from tinyllama.tokenizer import Tokenizer
 
-# vocab_size 400 is that of the tokenizer_file fixture; 400 pieces in 448 rows
-CONFIG = ModelConfig(
-    "tiny",
-    block_size=96,
-    vocab_size=400,
-    n_layer=2,
-    n_head=8,
-    n_query_groups=2,
-    n_embd=64,
-    intermediate_size=96,
-    norm_eps=1e-4,
-    rope_base=5000,
-)
-FACTS = {"step": 12, "tokens": 3456, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
-
-
-@pytest.fixture(autouse=True)
-def _offline(monkeypatch):
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-
-
-def weights(config=CONFIG, seed=5):
-    # Larger than at the start, so that the logits are far apart, though not so large that fp32 cannot hold them to 1e-5
-    # (logits of 8 are 2e-5 off float64's, ours and transformers' alike); norms that are not all one.
-    model = GPT(config)
-    init_weights(model, seed)
-    generator = torch.Generator().manual_seed(seed)
-    noise = {name: torch.rand(p.shape, generator=generator) for name, p in model.state_dict().items()}
-    return {name: p * 1.5 if p.ndim == 2 else 0.5 + noise[name] for name, p in model.state_dict().items()}
-
-
-def to_hf(state, config):
-    return {k: t for ours, theirs in layout.keys(config) for k, t in layout.to_hf(theirs, state[ours], config).items()}
-
-
-def from_hf(state, config):
-    return {ours: layout.from_hf([state[key] for key in theirs], config) for ours, theirs in layout.keys(config)}
-
-
-def given(state=None, config=CONFIG, facts=FACTS):
-    return Weights(Path("memory"), config, torch.float32, facts, (state or weights(config)).__getitem__)
-
-
-def difference(folder, state=None, config=CONFIG):
-    dtype = open_weights(folder).dtype
-    return verify.verify(folder, given(state, config), dtype)
-
-
-def llama(config):
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    return LlamaForCausalLM(LlamaConfig(**layout.hf_config(config, 2, 1, torch.float32))).eval()
+sys.path.insert(0, str(Path(__file__).parent))
+from models import CONFIG, FACTS, difference, from_hf, given, llama, to_hf, weights
 
 
 @pytest.fixture(scope="module")
@@ -290,48 +237,6 @@ def test_a_tokenizer_that_is_not_the_models_is_refused(tokenizer_file):
         tokenizer_files.matching_tokenizer(tokenizer_file, None, dataclasses.replace(CONFIG, vocab_size=399))
 
 
-@pytest.fixture(scope="module")
-def step_dir(tmp_path_factory, tokenizer_file):
-    # a real checkpoint, without training one
-    import torch.distributed as dist
-
-    from tinyllama import cli
-    from tinyllama.state import TrainState
-
-    folder = tmp_path_factory.mktemp("run")
-    facts = {**FACTS, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
-    model = from_weights(CONFIG, weights())
-    optimizer = torch.optim.AdamW(model.parameters())
-    model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
-    for parameter in model.parameters():
-        parameter.grad.zero_()
-    optimizer.param_groups[0]["weight_decay"] = 0.0
-    optimizer.step()  # moves nothing, but makes the state that a checkpoint holds
-    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
-    try:
-        state = TrainState(step=12, samples=36, tokens=3456)
-        resolved = cli.dump({"model": dataclasses.asdict(CONFIG)})
-        for key in state.__dict__:
-            facts.pop(key, None)
-        keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
-        checkpointer = Checkpointer(folder / "checkpoints", config=resolved, facts=facts, **keep)
-        return checkpointer.save(state, model, optimizer)
-    finally:
-        dist.destroy_process_group()
-
-
-@pytest.fixture
-def script(monkeypatch, capsys):
-    def run(name, *args):
-        monkeypatch.setattr(sys, "argv", [name, *map(str, args)])
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as end:
-            runpy.run_path(str(Path(__file__).parents[1] / "scripts" / f"{name}.py"), run_name="__main__")
-        return end.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
 def test_the_command_converts_a_checkpoint_and_verifies(script, step_dir, tmp_path, tokenizer_file):
     run = step_dir.parents[1]
     code, out, _ = script("convert_lit_checkpoint", run, tmp_path / "hf", "--tokenizer", tokenizer_file, "--verify")
@@ -355,7 +260,9 @@ def test_the_command_goes_on_with_a_text(script, step_dir, tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
     ids = tokenizer.encode("The llama")
     new = generate(from_weights(CONFIG, weights()), [ids], 9, eos_id=2)[0]
-    assert script("generate", step_dir, *args) == (0, tokenizer.decode(ids + new) + "\n", "")
+    code, out, err = script("generate", step_dir, *args)
+    assert (code, out) == (0, tokenizer.decode(ids + new) + "\n")
+    assert re.fullmatch(r"9 tokens in [\d.]+ s, [\d.]+ tokens/s\n", err)
 
 
 def test_the_commands_name_what_is_wrong(script, step_dir, tmp_path, tokenizer_file):
@@ -365,7 +272,7 @@ def test_the_commands_name_what_is_wrong(script, step_dir, tmp_path, tokenizer_f
     for name, args, fault in [
         ("convert_lit_checkpoint", (step_dir, tmp_path / "full"), "full holds file, which no export wrote"),
         ("convert_lit_checkpoint", (tmp_path, tmp_path / "new"), "holds no complete checkpoint"),
-        ("convert_lit_checkpoint", (step_dir, tmp_path / "new", "--dtype", "float16"), "float16"),
+        ("convert_lit_checkpoint", (step_dir, tmp_path / "new", "--dtype", "float8"), "float8"),
         ("generate", (step_dir, *text, "--prompt", ""), "--prompt is empty"),
         ("generate", (step_dir, *text, "--temperature", "-1"), "--temperature is -1.0"),
         ("generate", (step_dir, *text, "--tokenizer", tmp_path), "no tokenizer at"),
