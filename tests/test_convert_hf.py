@@ -1,0 +1,310 @@
+"""What comes in: Hugging Face folders and upstream's files, and what is refused."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from tinyllama import InputError, checkpoint
+from tinyllama.config import ModelConfig, named_config
+from tinyllama.convert import hf_folder, layout, native
+from tinyllama.convert.weights import open_weights
+from tinyllama.model import from_weights
+from tinyllama.tokenizer import Tokenizer
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import CONFIG, given, llama, to_hf, weights
+
+MODELS = {
+    "22 layers": ModelConfig(
+        "tiny", 64, 320, n_layer=22, n_head=32, n_query_groups=4, n_embd=128, intermediate_size=176
+    ),
+    "multi-head": dataclasses.replace(CONFIG, n_query_groups=8),
+    "odd vocabulary": dataclasses.replace(CONFIG, vocab_size=397, padding_multiple=1),
+    "tied": dataclasses.replace(CONFIG, tie_embeddings=True),
+    "condensed": dataclasses.replace(CONFIG, rope_condense_ratio=4.0),
+}
+
+
+def same(a, b):
+    return a.keys() == b.keys() and all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("config", MODELS.values(), ids=MODELS.keys())
+@pytest.mark.parametrize("shard_bytes", [10**9, 30_000])
+def test_there_and_back_is_bit_equal_and_the_logits_are_those_of_transformers(config, shard_bytes, tmp_path):
+    from transformers import LlamaForCausalLM
+
+    for dtype in ("float32", "bfloat16"):
+        out = given(config=config).cast(dtype)
+        hf_folder.write(tmp_path / "hf", out, shard_bytes=shard_bytes)
+        back = open_weights(tmp_path / "hf")
+        step_dir = native.write(tmp_path / "ours", back)
+        again = open_weights(tmp_path / "ours")
+        assert again.path == step_dir
+        assert (back.config, again.config) == (config, config)
+        assert again.dtype == out.dtype
+        assert same(again.load(), out.load())
+        assert same(checkpoint.load_weights(step_dir), out.load())
+    files = list((tmp_path / "hf").glob("*.safetensors"))
+    assert (len(files) > 1) == (shard_bytes < 10**9)
+
+    hf_folder.write(tmp_path / "hf", given(config=config), shard_bytes=shard_bytes)
+    theirs = LlamaForCausalLM.from_pretrained(tmp_path / "hf")
+    assert theirs.config.tie_word_embeddings == config.tie_embeddings
+    ids = torch.randint(config.vocab_size, (2, config.block_size), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        assert (from_weights(config, weights(config))(ids) - theirs(ids).logits).abs().max() <= 1e-5
+
+
+@pytest.mark.parametrize("kind", ["safetensors", "bin"])
+def test_a_folder_of_transformers_own_making_comes_in(kind, tmp_path, script):
+    config = dataclasses.replace(CONFIG, vocab_size=450, padding_multiple=1, rope_condense_ratio=2.0)
+    theirs = llama(config)
+    generator = torch.Generator().manual_seed(9)
+    with torch.no_grad():
+        for parameter in theirs.parameters():
+            parameter.normal_(float(parameter.ndim == 1), 0.1, generator=generator)
+    theirs.save_pretrained(tmp_path / "hf", max_shard_size="60KB")
+    assert len(list((tmp_path / "hf").glob("*.safetensors"))) > 1
+    if kind == "bin":
+        for file in (tmp_path / "hf").glob("*.safetensors*"):
+            file.unlink()
+        torch.save(theirs.state_dict(), tmp_path / "hf/pytorch_model.bin")
+    code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours", "--verify")
+    assert code == 0, err
+    assert out.splitlines()[:2] == [
+        f"{tmp_path / 'hf'} -> {tmp_path / 'ours/step-00000000'}",
+        "vocabulary: 450 pieces in 450 rows",
+    ]
+    found = open_weights(tmp_path / "ours")
+    assert (found.config.rope_condense_ratio, found.config.padded_vocab_size, found.config.norm_eps) == (2, 450, 1e-4)
+    assert same(to_hf(found.load(), found.config), dict(theirs.state_dict()))
+
+
+def test_rows_that_only_pad_are_told_by_the_tokenizer(tmp_path, tokenizer_file):
+    config = dataclasses.replace(CONFIG, vocab_size=512)
+    theirs = llama(config)
+    theirs.save_pretrained(tmp_path / "hf")
+    shutil.copy(tokenizer_file, tmp_path / "hf/tokenizer.model")  # of 400 pieces, which 128 round up to 512
+    found = native.write(tmp_path / "ours", open_weights(tmp_path / "hf"))
+    sizes = checkpoint.read_model_config(found)
+    assert (sizes.vocab_size, sizes.padding_multiple, sizes.padded_vocab_size) == (400, 128, 512)
+    assert Tokenizer(tmp_path / "ours").vocab_size == 400
+
+
+def plain_logits(state, ids, config):
+    """Upstream's model written out in plain PyTorch for one sequence ids (T,), by its parameter names."""
+    heads, groups, size = config.n_head, config.n_query_groups, config.head_size
+    per_group = heads // groups
+    T = len(ids)
+    theta = 1.0 / config.rope_base ** (torch.arange(0, size, 2).float() / size)
+    angles = torch.outer(torch.arange(T).float(), theta).repeat(1, 2)  # the halves have the same angles
+    cos, sin = angles.cos(), angles.sin()
+
+    def norm(x, weight):
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + config.norm_eps) * weight
+
+    def turned(x):
+        return x * cos + torch.cat((-x[:, size // 2 :], x[:, : size // 2]), dim=-1) * sin
+
+    x = state["transformer.wte.weight"][ids]
+    for layer in range(config.n_layer):
+        of = {k.removeprefix(f"transformer.h.{layer}."): v for k, v in state.items() if f".h.{layer}." in k}
+        rows = (norm(x, of["norm_1.weight"]) @ of["attn.attn.weight"].T).view(T, groups, per_group + 2, size)
+        outputs = []
+        for head in range(heads):
+            group = head // per_group
+            q, k, v = rows[:, group, head % per_group], rows[:, group, per_group], rows[:, group, per_group + 1]
+            scores = turned(q) @ turned(k).T / size**0.5
+            scores = scores.masked_fill(torch.ones(T, T).triu(1).bool(), float("-inf"))
+            outputs.append(scores.softmax(-1) @ v)
+        x = x + torch.cat(outputs, -1) @ of["attn.proj.weight"].T
+        h = norm(x, of["norm_2.weight"])
+        x = x + (F.silu(h @ of["w1"].T) * (h @ of["w2"].T)) @ of["w3"].T
+    return norm(x, state["transformer.ln_f.weight"]) @ state["lm_head.weight"].T
+
+
+@pytest.mark.parametrize("names", ["swiglu", "plain"])
+@pytest.mark.parametrize("wrapped", [True, False])
+def test_a_file_in_upstreams_layout_has_the_logits_of_its_attention_written_out(names, wrapped, tmp_path, script):
+    from transformers import LlamaForCausalLM
+
+    state = weights()
+    written = dict(state)
+    if names == "plain":
+        for ours, theirs in (("swiglu.w1", "fc_1"), ("swiglu.w2", "fc_2"), ("swiglu.w3", "proj")):
+            written = {name.replace(f"mlp.{ours}", f"mlp.{theirs}"): tensor for name, tensor in written.items()}
+    content = {"model": written, "iter_num": 80, "step_count": 10, "hparams": {"lr": 1e-3}} if wrapped else written
+    torch.save(content, tmp_path / "lit_model.pth")
+    sizes = [f"--model.{k}={v}" for k, v in dataclasses.asdict(CONFIG).items() if k not in ("name", "tie_embeddings")]
+    code, out, err = script("convert_lit_checkpoint", tmp_path / "lit_model.pth", tmp_path / "hf", *sizes, "--verify")
+    assert code == 0, err
+    ids = torch.randint(400, (40,), generator=torch.Generator().manual_seed(2))
+    short = {k.replace("mlp.swiglu.w1.weight", "w1").replace("mlp.swiglu.w2.weight", "w2"): v for k, v in state.items()}
+    short = {k.replace("mlp.swiglu.w3.weight", "w3"): v for k, v in short.items()}
+    expected = plain_logits(short, ids, CONFIG)
+    with torch.no_grad():
+        assert (LlamaForCausalLM.from_pretrained(tmp_path / "hf")(ids[None]).logits[0] - expected).abs().max() <= 1e-5
+        assert expected.std() > 0.3
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/tinyllama_was_here",))
+
+
+def hf(path, **changes):
+    hf_folder.write(path, given())
+    (path / "export.json").unlink()  # as if another wrote it
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return path
+
+
+def without(key):
+    def change(path):
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(hf(path) / "model.safetensors")
+        save_file({k: v for k, v in state.items() if k != key}, path / "model.safetensors")
+
+    return change
+
+
+def narrower(path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(hf(path) / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"][:-1].clone()
+    save_file(state, path / "model.safetensors")
+
+
+def truncated(path):
+    file = hf(path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(path):
+    (hf(path) / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, path / "pytorch_model.bin")
+
+
+def small_vocabulary(path):
+    hf(path, vocab_size=448)
+    shutil.copy(path.parent / "big.model", path / "tokenizer.model")
+
+
+REFUSED = {
+    "no checkpoint": (lambda path: path.mkdir(), "no config.json"),
+    "a missing tensor": (without("model.norm.weight"), "model.norm.weight is missing"),
+    "another shape": (narrower, "model.norm.weight has shape [63], the model's sizes make [64]"),
+    "cut short": (truncated, "model.safetensors cannot be read"),
+    "no weights": (lambda path: (hf(path) / "model.safetensors").unlink(), "has no model.safetensors"),
+    "a pickle with code": (pickled, "is not executed"),
+    "no JSON": (lambda path: (hf(path) / "config.json").write_text("{"), "cannot be read as JSON"),
+    "no sizes": (lambda path: (hf(path) / "config.json").write_text('{"model_type": "llama"}'), "num_attention_heads"),
+    "Mistral": (
+        lambda path: hf(path, architectures=["MistralForCausalLM"], model_type="mistral"),
+        "architecture MistralForCausalLM (model_type mistral) is not supported",
+    ),
+    "llama3 RoPE": (
+        lambda path: hf(path, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        "RoPE type llama3 is not supported",
+    ),
+    "old yarn RoPE": (
+        lambda path: hf(path, rope_parameters=None, rope_scaling={"type": "yarn", "factor": 8.0}),
+        "RoPE type yarn is not supported",
+    ),
+    "biases": (lambda path: hf(path, attention_bias=True), "attention_bias is not supported"),
+    "quantized": (lambda path: hf(path, quantization_config={"bits": 4}), "quantization_config is not supported"),
+    "wide heads": (lambda path: hf(path, head_dim=16), "head_dim 16 x 8 heads is not hidden_size 64"),
+    "too large a tokenizer": (small_vocabulary, "the tokenizer beside it has 600 pieces, the model 448"),
+}
+
+
+@pytest.fixture(scope="module")
+def big_tokenizer(tmp_path_factory):
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("big") / "big.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(Path(__file__).read_text().splitlines()),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=600,
+            byte_fallback=True,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_that_cannot_come_in_is_refused_in_one_line(case, tmp_path, script, big_tokenizer):
+    make, fault = REFUSED[case]
+    shutil.copy(big_tokenizer, tmp_path / "big.model")
+    make(tmp_path / "hf")
+    code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: ")
+    assert fault in err
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "big.model"}
+    assert not Path("/tmp/tinyllama_was_here").exists()
+
+
+def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script, step_dir):
+    state = weights()
+    torch.save({"model": state, "hook": Evil()}, tmp_path / "evil.pth")
+    torch.save({k: v for k, v in state.items() if "w2" not in k}, tmp_path / "missing.pth")
+    torch.save(state, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    (tmp_path / "text.pth").write_text("no pickle")
+    torch.save([1], tmp_path / "list.pth")
+    broken = tmp_path / "run/checkpoints/step-00000012"
+    shutil.copytree(step_dir, broken)
+    (broken / ".metadata").write_bytes(pickle.dumps(Evil()))
+    sizes = [f"--model.{k}={v}" for k, v in dataclasses.asdict(CONFIG).items() if k not in ("name", "tie_embeddings")]
+    before = {path.name for path in tmp_path.iterdir()}
+    for name, flags, fault in [
+        ("evil.pth", sizes, "evil.pth cannot be loaded"),
+        ("missing.pth", sizes, "transformer.h.0.mlp.swiglu.w2.weight is missing"),
+        ("cut.pth", sizes, "cut.pth cannot be loaded"),
+        ("text.pth", sizes, "text.pth cannot be loaded"),
+        ("list.pth", sizes, "transformer.wte.weight is missing"),
+        ("whole.pth", [], "does not say its model's sizes"),
+        ("whole.pth", ["--model.name", "tinyllama_1.1b"], "is missing"),
+        ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
+        ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "neither true nor false"),
+        ("nothing.pth", sizes, "holds no complete checkpoint"),
+        ("run", [], "holds no complete checkpoint"),
+        ("run/checkpoints/step-00000012", [], "is not the metadata of a checkpoint of ours: it names"),
+    ]:
+        code, out, err = script("convert_lit_checkpoint", tmp_path / name, tmp_path / "hf", *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1), (name, err)
+        assert err.startswith("error: ")
+        assert fault in err
+        assert {path.name for path in tmp_path.iterdir()} == before
+    assert not Path("/tmp/tinyllama_was_here").exists()
+
+
+def test_config_of_reads_what_hf_config_writes():
+    for config in MODELS.values():
+        hf = layout.hf_config(config, 2, 1, torch.float32)
+        found = layout.config_of(hf, "config.json", None)
+        assert dataclasses.replace(found, name="tiny", vocab_size=config.vocab_size) == dataclasses.replace(
+            config, padding_multiple=found.padding_multiple
+        )
+    real = named_config("tinyllama_1.1b")
+    assert layout.config_of(layout.hf_config(real, 2, 1, torch.float32), "config.json", 32000) == real
+    with pytest.raises(InputError, match="rope_theta 0.5 is not a whole number"):
+        layout.config_of(
+            layout.hf_config(CONFIG, 2, 1, torch.float32) | {"rope_parameters": {"rope_theta": 0.5}}, "", None
+        )
