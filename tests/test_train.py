@@ -430,3 +430,96 @@ def test_plain_python_starts_its_own_ranks(config_file: Path, tmp_path: Path) ->
     wrong = subprocess.run([*command, "--train.max_step", "6"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: unknown flag --train.max_step; did you mean train.max_steps?\n"
+
+
+@pytest.fixture
+def hf_dir(config: dict[str, Any], tmp_path: Path) -> Path:
+    """A Hugging Face folder of random weights of the run's sizes, not made by us."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5}
+    torch.manual_seed(8)
+    theirs = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, tie_word_embeddings=False))
+    theirs.save_pretrained(tmp_path / "hf")
+    return tmp_path / "hf"
+
+
+def test_a_run_starts_from_given_weights_and_with_transformers_loss(
+    world, config: dict[str, Any], config_file: Path, hf_dir: Path, tmp_path: Path
+) -> None:
+    from transformers import LlamaForCausalLM
+
+    from tinyllama.data.packed import open_packed
+
+    held_out = open_packed(config["data"]["validation"][0]["path"])
+    blocks = torch.from_numpy(held_out.blocks(np.arange(held_out.num_blocks(32)), 32).astype(np.int64))
+    theirs = LlamaForCausalLM.from_pretrained(hf_dir)
+    with torch.no_grad():
+        logits = theirs(blocks[:, :-1]).logits
+        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
+    start = ["--config", config_file, "--train.init_from", hf_dir]
+    out = tmp_path / "started"
+    said = world(2).train(*start, "--out_dir", out)
+    assert f"start    a new run of the weights of {hf_dir} at step 0" in said
+    assert column(out, "val_loss")[0] == pytest.approx(expected, abs=1e-5)
+    assert column(out, "loss")[0] != pytest.approx(column(out, "loss")[-1], abs=0.1)
+    assert metrics(out)[0]["step"] == "0"
+    assert tensors(out / "checkpoints/step-00000020")["optimizer.step.lm_head.weight"] == 20  # the optimizer's is fresh
+
+    # a requeued job gives the same command and goes on from its own checkpoint, without the weights even
+    requeued = branch(out, 20)
+    shutil.move(hf_dir, tmp_path / "away")
+    said = world(2).train(*start, "--out_dir", requeued)
+    assert f"resumed from {requeued / 'checkpoints/step-00000020'} at step 20" in said
+    assert column(requeued, "loss") == column(out, "loss")
+    shutil.move(tmp_path / "away", hf_dir)
+
+    # but a folder with a checkpoint of any other run is not taken for it, nor continued by mistake
+    (fault,) = world(2)("train", *start[:2], "--out_dir", out, "--train.init_from", tmp_path / "other")[0]["faults"]
+    assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in fault
+    (fault,) = world(2)("train", *start, "--out_dir", out, "--train.resume", out)[0]["faults"]
+    assert "train.init_from and a path in train.resume are both given" in fault
+
+    # weights only: of a checkpoint of ours, and of an upstream file, as of the folder
+    step_dir = out / "checkpoints/step-00000040"
+    torch.save({"model": checkpoint.load_weights(step_dir), "step_count": 40}, tmp_path / "lit_model.pth")
+    for number, source in enumerate((step_dir, tmp_path / "lit_model.pth")):
+        again = tmp_path / f"again {number}"
+        world(2).train(*start[:2], "--train.init_from", source, "--out_dir", again, "--train.max_steps", 6)
+        assert column(again, "val_loss")[0] == column(out, "val_loss")[-1]
+        assert [float(row["lr"]) for row in metrics(again) if row["lr"]][0] == pytest.approx(0.01 / 5)
+
+
+def test_weights_that_do_not_fit_the_run_are_refused(world, config_file: Path, hf_dir: Path, tmp_path: Path) -> None:
+    start = ["--config", config_file, "--train.init_from", hf_dir, "--out_dir", tmp_path / "run"]
+    for flags, fault in [
+        (["--model.n_layer", 3], "model.n_layer is 3 and in"),
+        (["--model.norm_eps", 1e-6], "model.norm_eps is 1e-06 and in"),
+        (["--model.padding_multiple", 300], "makes 300 rows and"),
+        (["--train.init_from", tmp_path / "none"], "holds no complete checkpoint"),
+    ]:
+        assert fault in world(1)("train", *start, *flags)[0]["faults"][0]
+    settings = json.loads((hf_dir / "config.json").read_text())
+    (hf_dir / "config.json").write_text(json.dumps(settings | {"rope_theta": 5000.0, "rope_parameters": None}))
+    (fault,) = world(1)("train", *start)[0]["faults"]
+    assert fault.endswith("give model.rope_base yourself to change it")
+    assert not (tmp_path / "run").exists()
+    world(1).train(*start, "--model.rope_base", 10000, "--model.rope_condense_ratio", 2, "--train.max_steps", 6)
+
+
+def test_a_run_resumed_inside_a_ramp_sees_what_an_uninterrupted_one_sees(
+    world, config: dict[str, Any], tmp_path: Path
+) -> None:
+    config["data"]["sources"][0] |= {"weight": 1, "final_weight": 0.2}
+    config["data"]["sources"][1] |= {"weight": 0, "final_weight": 0.8}
+    config["data"]["ramp_tokens"] = 30 * 8 * 32
+    path = tmp_path / "ramp.yaml"
+    path.write_text(yaml.safe_dump(config))
+    out = tmp_path / "straight"
+    world(2).train("--config", path, "--out_dir", out)
+    resumed = branch(out, 20)
+    world(1).train("--config", path, "--out_dir", resumed)
+    assert column(resumed, "loss") == pytest.approx(column(out, "loss"), abs=2e-6)
+    (fault,) = world(1)("train", "--config", path, "--out_dir", resumed, "--data.ramp_tokens", 9999)[0]["faults"]
+    assert "data.ramp_tokens was 7680 and is 9999" in fault

@@ -1,3 +1,5 @@
+from fractions import Fraction
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -209,3 +211,79 @@ def test_every_fault_is_reported():
     assert "data.sources[0] is shorter than one block" in str(caught.value)
     with pytest.raises(InputError, match="data.sources is empty"):
         mixture([], [])
+
+
+# shares that change
+
+ramps = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(any), min_size=1, max_size=5).filter(
+    lambda pairs: any(a for a, _ in pairs) and any(b for _, b in pairs)
+)
+
+
+def integral(a, b, ramp, sample):
+    """The exact share of the samples before ``sample``, of a weight going from a to b, both fractions of all."""
+    on = Fraction(min(sample, ramp))
+    return a * on + (b - a) * on * on / (2 * ramp) + b * max(sample - ramp, 0)
+
+
+@settings(max_examples=60)
+@given(ramps, st.integers(1, 20_000))
+def test_shares_of_a_ramp_follow_it_in_every_window_and_on_the_whole(pairs, ramp):
+    first, last = ([Fraction(pair[i], sum(pair[i] for pair in pairs)) for pair in pairs] for i in (0, 1))
+    order = Mixture([97] * len(pairs), [a for a, _ in pairs], 5, ["x"] * len(pairs), [b for _, b in pairs], ramp)
+    end = -(-ramp // WINDOW) * WINDOW
+    before = [0] * len(pairs)
+    for sample in range(WINDOW, end + 4 * WINDOW, WINDOW):
+        drawn = order.drawn(sample)
+        assert sum(drawn) == sample
+        for k, (a, b) in enumerate(zip(first, last, strict=True)):
+            wanted = integral(a, b, ramp, sample) - integral(a, b, ramp, sample - WINDOW)
+            if sample <= end:
+                assert abs(drawn[k] - before[k] - wanted) < 1
+            assert abs(drawn[k] - integral(a, b, ramp, sample)) < len(pairs) + 1
+            assert drawn[k] >= before[k]
+        before = drawn
+
+
+@settings(max_examples=30)
+@given(ramps, st.integers(1, 9_000), st.integers(0, 12_000))
+def test_drawn_counts_what_locate_gave_on_a_ramp_and_after_it(pairs, ramp, end):
+    order = Mixture([50] * len(pairs), [a for a, _ in pairs], 5, ["x"] * len(pairs), [b for _, b in pairs], ramp)
+    source, epoch, block = order.locate(np.arange(end))
+    assert np.bincount(source, minlength=len(pairs)).tolist() == order.drawn(end)
+    for k in range(len(pairs)):  # each source's blocks, all of an epoch before the next
+        mine = source == k
+        whole = np.flatnonzero(mine)[: mine.sum() // 50 * 50]
+        assert (epoch[whole].reshape(-1, 50) == np.arange(len(whole) // 50)[:, None]).all()
+        assert (np.sort(block[whole].reshape(-1, 50), axis=1) == np.arange(50)).all()
+
+
+def test_the_ramp_of_the_second_version():
+    # SlimPajama 100 -> 75, StarCoder 0 -> 15, Proof Pile 0 -> 10 over 6B tokens of blocks of 2048
+    ramp = -(-6_000_000_000 // 2048)
+    order = Mixture([1000] * 3, [75, 0, 0], 3407, ["s", "c", "p"], [75, 15, 10], ramp)
+    assert order.drawn(WINDOW) == [1024, 0, 0]
+    end = ramp // WINDOW * WINDOW + WINDOW  # of the window that the ramp ends in
+    after = (end - ramp) * np.array([0.75, 0.15, 0.1])
+    drawn = np.array(order.drawn(end))
+    assert np.abs(drawn - after - ramp * np.array([0.875, 0.075, 0.05])).max() < 2
+    later = np.array(order.drawn(end + 1_024_000))
+    assert (later - drawn).tolist() == pytest.approx([768_000, 153_600, 102_400], abs=2)
+
+
+def test_a_ramp_is_part_of_the_fingerprint_and_none_changes_nothing():
+    plain = Mixture([10, 10], [1, 2], 0, ["x", "y"])
+    assert Mixture([10, 10], [1, 2], 0, ["x", "y"], [None, None], 0).fingerprint == plain.fingerprint
+    others = {
+        Mixture([10, 10], [1, 2], 0, ["x", "y"], final, ramp).fingerprint
+        for final, ramp in [([None, 3], 5000), ([None, 3], 5001), ([None, 4], 5000)]
+    }
+    assert len(others | {plain.fingerprint}) == 4
+
+
+def test_a_source_may_come_or_go_but_must_be_there_once():
+    assert Mixture([10, 10], [1, 0], 0, ["x", "y"], [0, 1], 3000).drawn(10_000)[0] < 2000
+    with pytest.raises(InputError, match=r"data.sources\[1\].weight is 0"):
+        Mixture([10, 10], [1, 0], 0, ["x", "y"], [1, 0], 3000)
+    with pytest.raises(InputError, match=r"data.sources\[0\].weight"):
+        Mixture([10, 10], [1, 1], 0, ["x", "y"], [float("nan"), 1], 3000)
