@@ -13,6 +13,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import torch
+
 from tinyllama import InputError, checkpoint, durable
 from tinyllama.convert import hf_folder
 from tinyllama.convert.weights import Weights
@@ -74,7 +76,8 @@ def resolve(names: Sequence[str], allow_code: bool) -> tuple[list[Task | str], l
         if name in EXECUTES and not allow_code:
             raise InputError(f"task {name} runs code that the model writes: give --allow_code_execution to allow it")
         known = [task for suite in SUITES.values() for task in suite if task.name == name]
-        for task in SUITES.get(name) or known or [name]:
+        chosen: list[Task] | list[str] = SUITES.get(name) or known or [name]
+        for task in chosen:
             if isinstance(task, Task) and task.name in EXECUTES and not allow_code:
                 left_out.append(task.name)
             else:
@@ -106,14 +109,18 @@ def evaluate(
         raise InputError(
             f"lm-eval knows no task {', '.join(unknown)}: see lm-eval ls tasks, or give --include_path DIR"
         )
-    scores = []
+    scores: list[Score] = []
     by_shots: dict[int | None, list[Task | str]] = {}
     for task in tasks:
         by_shots.setdefault(task.shots if isinstance(task, Task) else None, []).append(task)
     with tempfile.TemporaryDirectory() as folder, _code_allowed(allow_code):
         hf_folder.write(Path(folder) / "hf", weights, tokenizer)
         model = HFLM(
-            pretrained=f"{folder}/hf", dtype="float32", batch_size=batch_size, max_length=weights.config.block_size
+            pretrained=f"{folder}/hf",
+            dtype="float32",
+            batch_size=batch_size,
+            max_length=weights.config.block_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
         )
         for shots, group in by_shots.items():
             found = simple_evaluate(
