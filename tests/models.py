@@ -44,7 +44,7 @@ def from_hf(state, config):
 
 
 def given(state=None, config=CONFIG, facts=FACTS):
-    return Weights(Path("memory"), config, torch.float32, facts, (state or weights(config)).__getitem__)
+    return Weights(Path("/nowhere/memory"), config, torch.float32, facts, (state or weights(config)).__getitem__)
 
 
 def difference(folder, state=None, config=CONFIG):

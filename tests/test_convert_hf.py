@@ -308,3 +308,17 @@ def test_config_of_reads_what_hf_config_writes():
         layout.config_of(
             layout.hf_config(CONFIG, 2, 1, torch.float32) | {"rope_parameters": {"rope_theta": 0.5}}, "", None
         )
+
+
+def test_what_is_converted_is_never_replaced(tmp_path, script):
+    hf_folder.write(tmp_path / "hf", given())
+    native.write(tmp_path / "ours", open_weights(tmp_path / "hf"))
+    for name, source in [
+        ("convert_hf_checkpoint", "hf"),
+        ("convert_lit_checkpoint", "ours"),
+        ("convert_lit_checkpoint", "ours/step-00000000"),
+    ]:
+        code, _, err = script(name, tmp_path / source, tmp_path / source.partition("/")[0])
+        assert (code, err.count("\n")) == (2, 1)
+        assert "which is to be converted: give another folder" in err
+    assert same(open_weights(tmp_path / "hf").load(), open_weights(tmp_path / "ours").load())

@@ -71,6 +71,7 @@ def tasks(tmp_path):
 def _offline(monkeypatch, tmp_path):
     import datasets.config
 
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(datasets.config, "HF_DATASETS_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "cache")
 
@@ -80,6 +81,7 @@ def rows_of(path):
         return list(csv.DictReader(file))
 
 
+@pytest.mark.slow
 def test_scores_are_those_of_lm_eval_on_the_exported_folder(
     tasks, step_dir, tmp_path, tokenizer_file, script, monkeypatch
 ):

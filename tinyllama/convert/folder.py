@@ -30,12 +30,14 @@ def read_mark(output: Path) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def create(output: Path, facts: dict[str, Any]) -> Iterator[Path]:
+def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
     """A folder to write into, which becomes ``output`` when the block ends well and is gone when it does not.
 
     Every file in it has then reached the disk, and ``facts`` are in its mark. Raises InputError as refuse_foreign does,
-    and for an ``output`` that cannot be made.
+    for an ``output`` that cannot be made, and for one that holds the ``source``, which would be lost.
     """
+    if output.resolve() in (source.resolve(), *source.resolve().parents) and output.exists():
+        raise InputError(f"{output} holds {source}, which is to be converted: give another folder")
     refuse_foreign(output)
     output = output.resolve()  # a name even for "."
     unfinished, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))

@@ -31,7 +31,7 @@ def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, sh
         generation["suppress_tokens"] = list(range(config.vocab_size, config.padded_vocab_size))
     mark = {key: facts[key] for key in ("step", "tokens")} | {"model": asdict(config)}
     mark["tokenizer_sha256"] = tokenizer.sha256 if tokenizer else facts["tokenizer_sha256"]
-    with folder.create(output, mark) as unfinished:
+    with folder.create(output, weights.path, mark) as unfinished:
         if tokenizer is not None:  # first, for it is what can be refused
             write_tokenizer(unfinished, tokenizer, config.block_size)
         folder.write_json(unfinished / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))

@@ -33,7 +33,7 @@ def write(output: Path, weights: Weights) -> Path:
     facts = {key: weights.facts[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
     state = {"format_version": checkpoint.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **facts}
     state |= {"converted_from": str(weights.path), "versions": {"tinyllama": __version__, "torch": torch.__version__}}
-    with folder.create(output, {"from": str(weights.path)}) as unfinished:
+    with folder.create(output, weights.path, {"from": str(weights.path)}) as unfinished:
         step_dir = unfinished / STEP
         step_dir.mkdir()
         empty = {

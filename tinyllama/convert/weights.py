@@ -61,7 +61,8 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     if path.is_file():
         if config is None:
             raise InputError(
-                f"{path} does not say its model's sizes: give --model.name (tinyllama_1.1b) or dotted flags"
+                f"{path} does not say its model's sizes: give them to convert_lit_checkpoint.py, by --model.name "
+                "(tinyllama_1.1b) or dotted flags"
             )
         return _open_upstream(path, config)
     if (path / "config.json").is_file():
@@ -78,7 +79,7 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
 def copy_into(model: nn.Module, weights: Weights) -> None:
     """Fill a model, sharded or not, on any device; a rank reads all tensors, one at a time, and keeps its shards."""
     for name, parameter in model.named_parameters():
-        full = weights.read(name.replace("_orig_mod.", "")).to(parameter.dtype)  # the prefix is torch.compile's
+        full = weights.read(name).to(parameter.dtype)
         if isinstance(parameter, DTensor):
             full = distribute_tensor(
                 full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
