@@ -1,0 +1,156 @@
+"""What must not come in: each in one line, with nothing executed and nothing written."""
+
+import dataclasses
+import json
+import os
+import pickle
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from tinyllama.convert import hf_folder
+
+sys.path.insert(0, str(Path(__file__).parent))
+from models import CONFIG, given, weights
+
+
+class Evil:
+    def __reduce__(self):
+        return (os.system, ("touch /tmp/tinyllama_was_here",))
+
+
+def hf(path, **changes):
+    hf_folder.write(path, given())
+    (path / "export.json").unlink()  # as if another wrote it
+    config = json.loads((path / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps(config | changes))
+    return path
+
+
+def without(key):
+    def change(path):
+        from safetensors.torch import load_file, save_file
+
+        state = load_file(hf(path) / "model.safetensors")
+        save_file({k: v for k, v in state.items() if k != key}, path / "model.safetensors")
+
+    return change
+
+
+def narrower(path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(hf(path) / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"][:-1].clone()
+    save_file(state, path / "model.safetensors")
+
+
+def truncated(path):
+    file = hf(path) / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-100])
+
+
+def pickled(path):
+    (hf(path) / "model.safetensors").unlink()
+    torch.save({"model.norm.weight": Evil()}, path / "pytorch_model.bin")
+
+
+def small_vocabulary(path):
+    hf(path, vocab_size=448)
+    shutil.copy(path.parent / "big.model", path / "tokenizer.model")
+
+
+REFUSED = {
+    "no checkpoint": (lambda path: path.mkdir(), "no config.json"),
+    "a missing tensor": (without("model.norm.weight"), "model.norm.weight is missing"),
+    "another shape": (narrower, "model.norm.weight has shape [63], the model's sizes make [64]"),
+    "cut short": (truncated, "model.safetensors cannot be read"),
+    "no weights": (lambda path: (hf(path) / "model.safetensors").unlink(), "has no model.safetensors"),
+    "a pickle with code": (pickled, "is not executed"),
+    "no JSON": (lambda path: (hf(path) / "config.json").write_text("{"), "cannot be read as JSON"),
+    "no sizes": (lambda path: (hf(path) / "config.json").write_text('{"model_type": "llama"}'), "num_attention_heads"),
+    "Mistral": (
+        lambda path: hf(path, architectures=["MistralForCausalLM"], model_type="mistral"),
+        "architecture MistralForCausalLM (model_type mistral) is not supported",
+    ),
+    "llama3 RoPE": (
+        lambda path: hf(path, rope_parameters={"rope_type": "llama3", "rope_theta": 5e5, "factor": 8.0}),
+        "RoPE type llama3 is not supported",
+    ),
+    "old yarn RoPE": (
+        lambda path: hf(path, rope_parameters=None, rope_scaling={"type": "yarn", "factor": 8.0}),
+        "RoPE type yarn is not supported",
+    ),
+    "biases": (lambda path: hf(path, attention_bias=True), "attention_bias is not supported"),
+    "quantized": (lambda path: hf(path, quantization_config={"bits": 4}), "quantization_config is not supported"),
+    "wide heads": (lambda path: hf(path, head_dim=16), "head_dim 16 x 8 heads is not hidden_size 64"),
+    "too large a tokenizer": (small_vocabulary, "the tokenizer beside it has 600 pieces, the model 448"),
+}
+
+
+@pytest.fixture(scope="module")
+def big_tokenizer(tmp_path_factory):
+    import sentencepiece
+
+    path = tmp_path_factory.mktemp("big") / "big.model"
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(Path(__file__).read_text().splitlines()),
+            model_writer=file,
+            model_type="bpe",
+            vocab_size=600,
+            byte_fallback=True,
+            minloglevel=2,
+        )
+    return path
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_folder_that_cannot_come_in_is_refused_in_one_line(case, tmp_path, script, big_tokenizer):
+    make, fault = REFUSED[case]
+    shutil.copy(big_tokenizer, tmp_path / "big.model")
+    make(tmp_path / "hf")
+    code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert err.startswith("error: ")
+    assert fault in err
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "big.model"}
+    assert not Path("/tmp/tinyllama_was_here").exists()
+
+
+def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script, step_dir):
+    state = weights()
+    torch.save({"model": state, "hook": Evil()}, tmp_path / "evil.pth")
+    torch.save({k: v for k, v in state.items() if "w2" not in k}, tmp_path / "missing.pth")
+    torch.save(state, tmp_path / "whole.pth")
+    (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
+    (tmp_path / "text.pth").write_text("no pickle")
+    torch.save([1], tmp_path / "list.pth")
+    broken = tmp_path / "run/checkpoints/step-00000012"
+    shutil.copytree(step_dir, broken)
+    (broken / ".metadata").write_bytes(pickle.dumps(Evil()))
+    sizes = [f"--model.{k}={v}" for k, v in dataclasses.asdict(CONFIG).items() if k not in ("name", "tie_embeddings")]
+    before = {path.name for path in tmp_path.iterdir()}
+    for name, flags, fault in [
+        ("evil.pth", sizes, "evil.pth cannot be loaded"),
+        ("missing.pth", sizes, "transformer.h.0.mlp.swiglu.w2.weight is missing"),
+        ("cut.pth", sizes, "cut.pth cannot be loaded"),
+        ("text.pth", sizes, "text.pth cannot be loaded"),
+        ("list.pth", sizes, "transformer.wte.weight is missing"),
+        ("whole.pth", [], "does not say its model's sizes"),
+        ("whole.pth", ["--model.name", "tinyllama_1.1b"], "is missing"),
+        ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
+        ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "neither true nor false"),
+        ("nothing.pth", sizes, "holds no complete checkpoint"),
+        ("run", [], "holds no complete checkpoint"),
+        ("run/checkpoints/step-00000012", [], "is not the metadata of a checkpoint of ours: it names"),
+    ]:
+        code, out, err = script("convert_lit_checkpoint", tmp_path / name, tmp_path / "hf", *flags)
+        assert (code, out, err.count("\n")) == (2, "", 1), (name, err)
+        assert err.startswith("error: ")
+        assert fault in err
+        assert {path.name for path in tmp_path.iterdir()} == before
+    assert not Path("/tmp/tinyllama_was_here").exists()
