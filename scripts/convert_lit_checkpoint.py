@@ -6,7 +6,7 @@ python scripts/convert_lit_checkpoint.py lit_model.pth OUTPUT --model.name tinyl
 
 from pathlib import Path
 
-from tinyllama import cli
+from tinyllama import InputError, cli
 from tinyllama.args import ModelArgs
 from tinyllama.convert import hf_folder
 from tinyllama.convert.tokenizer_files import matching_tokenizer
@@ -25,6 +25,8 @@ def main() -> int:
     cli.add_fields(parser, "model", ModelArgs)
     args = parser.parse_args()
     sizes = cli.given(args, "model", ModelArgs)
+    if sizes and not Path(args.checkpoint).is_file():
+        raise InputError(f"{args.checkpoint} says its model's sizes itself: leave the --model flags out")
     weights = open_weights(args.checkpoint, sizes.resolve() if sizes else None).cast(args.dtype)
     trained_with, tokenizer = weights.facts["tokenizer_sha256"], None
     if args.tokenizer:

@@ -180,3 +180,11 @@ def test_what_is_converted_is_never_replaced(tmp_path, script):
         assert (code, err.count("\n")) == (2, 1)
         assert "which is to be converted: give another folder" in err
     assert same(open_weights(tmp_path / "hf").load(), open_weights(tmp_path / "ours").load())
+
+
+def test_converted_weights_cannot_be_resumed_from(tmp_path):
+    hf_folder.write(tmp_path / "hf", given())
+    step_dir = native.write(tmp_path / "ours", open_weights(tmp_path / "hf"))
+    saved, now = checkpoint.read_state(step_dir), {"data": {"seed": 1}, "model": {"n_layer": 2}}
+    with pytest.raises(InputError, match="holds weights and no run to resume: give it as train.init_from"):
+        checkpoint.refuse_changes(step_dir, {key: saved.get(key) for key in now}, now)

@@ -58,6 +58,11 @@ def pickled(path):
     torch.save({"model.norm.weight": Evil()}, path / "pytorch_model.bin")
 
 
+def no_state_dict(path):
+    (hf(path) / "model.safetensors").unlink()
+    torch.save([torch.ones(1)], path / "pytorch_model.bin")
+
+
 def small_vocabulary(path):
     hf(path, vocab_size=448)
     shutil.copy(path.parent / "big.model", path / "tokenizer.model")
@@ -70,6 +75,7 @@ REFUSED = {
     "cut short": (truncated, "model.safetensors cannot be read"),
     "no weights": (lambda path: (hf(path) / "model.safetensors").unlink(), "has no model.safetensors"),
     "a pickle with code": (pickled, "is not executed"),
+    "no state dict": (no_state_dict, "is no state dict"),
     "no JSON": (lambda path: (hf(path) / "config.json").write_text("{"), "cannot be read as JSON"),
     "no sizes": (lambda path: (hf(path) / "config.json").write_text('{"model_type": "llama"}'), "num_attention_heads"),
     "Mistral": (
@@ -144,7 +150,8 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         ("whole.pth", ["--model.name", "tinyllama_1.1b"], "is missing"),
         ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
         ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "neither true nor false"),
-        ("nothing.pth", sizes, "holds no complete checkpoint"),
+        ("run", ["--model.n_layer", "3"], "says its model's sizes itself"),
+        ("nothing.pth", [], "holds no complete checkpoint"),
         ("run", [], "holds no complete checkpoint"),
         ("run/checkpoints/step-00000012", [], "is not the metadata of a checkpoint of ours: it names"),
     ]:

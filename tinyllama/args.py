@@ -230,16 +230,8 @@ class PretrainArgs:
 POSITIVE = (
     *("train.max_steps", "train.max_tokens", "train.max_epochs", "train.global_batch_size", "train.micro_batch_size"),
     *("train.skip_spikes", "train.max_skips", "train.max_time", "train.start_timeout", "train.timeout"),
-    *(
-        "data.ramp_tokens",
-        "optim.lr",
-        "optim.max_norm",
-        "parallel.devices",
-        "parallel.shard",
-        "eval.interval",
-        "eval.max_samples",
-    ),
-    *("checkpoint.interval", "checkpoint.keep_last", "checkpoint.keep_every", "log.interval"),
+    *("optim.lr", "optim.max_norm", "parallel.devices", "parallel.shard", "eval.interval", "eval.max_samples"),
+    *("checkpoint.interval", "checkpoint.keep_last", "checkpoint.keep_every", "log.interval", "data.ramp_tokens"),
 )
 """Numbers that must be greater than 0, where they are given."""
 

@@ -184,6 +184,8 @@ def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
     """Raise InputError that names every value that is not what it was when ``step_dir`` was saved."""
+    if not any(saved.values()):  # what convert_hf_checkpoint.py writes
+        raise InputError(f"{step_dir} holds weights and no run to resume: give it as train.init_from")
     then, today = dict(_leaves(saved)), dict(_leaves(now))
     faults = [
         f"{key} was {then.get(key, 'absent')} and is {today.get(key, 'absent')}"

@@ -149,7 +149,10 @@ def _hf_tensors(path: Path) -> dict[str, _Stored]:
     tensors: dict[str, _Stored] = {}
     for file in _hf_files(path):
         if file.suffix == ".bin":
-            for key, tensor in _unpickle(file).items():
+            content = _unpickle(file)
+            if not (isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())):
+                raise InputError(f"{file} is no state dict: give a file of tensors by name")
+            for key, tensor in content.items():
                 tensors[key] = _Stored(tuple(tensor.shape), tensor.dtype, tensor.clone)
             continue
         try:

@@ -139,7 +139,7 @@ def _ramp_starts(weights: list[int], final: list[int], ramp: int) -> np.ndarray:
     """Draws of each source before every window that the ramp touches, and before the one after: (n, K), from zeros.
 
     A window's quotas are the shares' exact integrals over it, each rounded down, and one more for those sources that
-    are furthest behind their integral from sample 0: off by less than one sample, in the window and for ever.
+    are furthest behind their integral from sample 0: off by less than one sample in every window, without drifting.
     """
     first, last = sum(weights), sum(final)
     unit = first * last * 2 * max(ramp, 1)  # the integrals are whole numbers of 1 / unit
