@@ -25,7 +25,7 @@ def main() -> int:
     cli.add_fields(parser, "model", ModelArgs)
     args = parser.parse_args()
     sizes = cli.given(args, "model", ModelArgs)
-    if sizes and not Path(args.checkpoint).is_file():
+    if sizes and Path(args.checkpoint).is_dir():
         raise InputError(f"{args.checkpoint} says its model's sizes itself: leave the --model flags out")
     weights = open_weights(args.checkpoint, sizes.resolve() if sizes else None).cast(args.dtype)
     trained_with, tokenizer = weights.facts["tokenizer_sha256"], None

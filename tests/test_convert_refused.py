@@ -151,7 +151,7 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
         ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "neither true nor false"),
         ("run", ["--model.n_layer", "3"], "says its model's sizes itself"),
-        ("nothing.pth", [], "holds no complete checkpoint"),
+        ("nothing.pth", sizes, "holds no complete checkpoint"),
         ("run", [], "holds no complete checkpoint"),
         ("run/checkpoints/step-00000012", [], "is not the metadata of a checkpoint of ours: it names"),
     ]:
