@@ -12,11 +12,11 @@ from typing import Any
 
 import pytest
 
-from tinyllama.args import DataArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.console import console_line, duration, show_card, start_card
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.logger import COLUMNS, RunLog
+from tinyllama.logger import COLUMNS, RunLog, source_columns
 from tinyllama.run import Run
 from tinyllama.state import TrainState
 
@@ -25,7 +25,10 @@ from tinyllama.state import TrainState
 def run(packed_folder: Any, tmp_path: Path) -> Run:
     folder = packed_folder([[list(range(100))]])
     args = PretrainArgs(
-        out_dir=str(tmp_path / "out"), data=DataArgs(sources=[Source(str(folder))]), train=TrainArgs(max_steps=9)
+        out_dir=str(tmp_path / "out"),
+        model=ModelArgs(block_size=32),
+        data=DataArgs(sources=[Source(str(folder))]),
+        train=TrainArgs(max_steps=9),
     )
     dataset = open_packed(folder)
     return Run(args, args.model.resolve(), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, None)
@@ -104,7 +107,7 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
 def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     show_card("pretrain", start_card(run, 2, 2, "master float32", ["here: ranks 0 1"]))
     said = capsys.readouterr().out
-    assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 2,048\n" in said
+    assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 32\n" in said
     assert "saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and" in said
     assert " 13.2 GB each, " in said  # 12 bytes a parameter
     with RunLog(run, None, speaks=True) as log:
