@@ -31,7 +31,7 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
         train=TrainArgs(max_steps=9),
     )
     dataset = open_packed(folder)
-    return Run(args, args.model.resolve(), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, None)
+    return Run(args, args.model.resolve(), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
 
 
 def rows(run: Run) -> list[dict[str, str]]:
@@ -97,7 +97,7 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
     sources = [Source(str(folder), weight) for folder, weight in zip(folders, (0.75, 0.25), strict=True)]
     args = PretrainArgs(out_dir=str(tmp_path / "out"), data=DataArgs(sources=sources), train=TrainArgs(max_steps=9))
     mixture = Mixture([5, 5], [0.75, 0.25], 0, ["x", "y"])
-    run = Run(args, args.model.resolve(), [open_packed(folder) for folder in folders], [], mixture, 1, 9, None)
+    run = Run(args, args.model.resolve(), [open_packed(folder) for folder in folders], [], mixture, 1, 9, {}, None)
     RunLog(run, None, speaks=True).row({"step": 1, "tokens": 1024 * 2048, "loss": 1.0})
     (row,) = rows(run)
     assert (row["tokens_slim"], row["tokens_star"]) == (str(768 * 2048), str(256 * 2048))

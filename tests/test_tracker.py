@@ -50,7 +50,7 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
         train=TrainArgs(max_steps=9),
         log=LogArgs(wandb="offline"),
     )
-    return Run(args, args.model.resolve(), [open_packed(folder)], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, None)
+    return Run(args, args.model.resolve(), [open_packed(folder)], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
 
 
 def log_steps(log: RunLog, first: int, last: int) -> None:
