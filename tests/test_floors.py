@@ -15,7 +15,7 @@ FLOORS = {
     "data.mixture data.packed data.prepare data.sources",
     1: "ops ops.attention ops.backend ops.choice ops.cross_entropy ops.float8 ops.rms_norm ops.rope ops.swiglu",
     2: "data.ahead data.loader distributed guard model optim state",
-    3: "checkpoint checkpointer console convert evaluate generate logger owner tracker watchdog",
+    3: "checkpoint checkpointer console convert evaluate doctor generate logger owner plan report tracker watchdog",
 }
 FLOOR = {
     "tinyllama" if name == "tinyllama" else f"tinyllama.{name}": floor

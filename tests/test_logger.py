@@ -1,12 +1,9 @@
 import contextlib
 import csv
-import fcntl
 import json
 import os
 import pty
 import re
-import struct
-import termios
 from pathlib import Path
 from typing import Any
 
@@ -134,9 +131,9 @@ def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pyte
 def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     """The same through a pseudo-terminal."""
     reader, writer = pty.openpty()
-    fcntl.ioctl(writer, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 60, 0, 0))  # as narrow as a phone's
     with os.fdopen(writer, "w") as terminal, contextlib.redirect_stdout(terminal), pytest.MonkeyPatch.context() as env:
         env.setenv("TERM", "xterm-256color")
+        env.setenv("COLUMNS", "60")  # as narrow as a phone's
         show_card("pretrain", start_card(run, 1, 1, "master float32", ["here: rank 0"]))
         with RunLog(run, None, speaks=True) as log:
             log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
