@@ -210,7 +210,8 @@ def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float,
     else:
         yield "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
     now = speed(args, config, cluster, args.parallel.shard, rate, micro)
-    yield f"speed      {now.tokens_per_second:,.0f} tokens/s, {now.tokens_per_second / cluster.gpus:,.0f} a GPU ({source})"
+    of_one = now.tokens_per_second / cluster.gpus
+    yield f"speed      {now.tokens_per_second:,.0f} tokens/s, {of_one:,.0f} a GPU ({source})"
     yield f"step       compute {now.compute:.2f} s, communication {now.communication:.2f} s beside it"
     tokens = total_tokens(args, config)
     if tokens:
@@ -232,7 +233,8 @@ def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
 
 def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float) -> Iterator[str]:
     """Where scaling stops: tokens/s by the number of GPUs, with the weights sharded over all of them or over a node."""
-    yield f"{'GPUs':>6} {'full shard':>13} {'':<12} {'node shard':>13} {'':<12}   tokens/s, and share of perfect scaling"
+    head = f"{'GPUs':>6} {'full shard':>13} {'':<12}  {'node shard':>13}"
+    yield f"{head} {'':<12}  tokens/s, and their share of perfect scaling"
     for gpus in (2**power for power in range(3, 13)):
         many = Cluster(cluster.gpu, gpus, cluster.gpus_per_node, cluster.network)
         cells = []
