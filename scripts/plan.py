@@ -9,7 +9,7 @@ FILE holds lines of benchmark_step.py. The figures that are no measurements are 
 from pathlib import Path
 
 from tinyllama import InputError, cli, plan
-from tinyllama.args import PretrainArgs, check
+from tinyllama.args import PretrainArgs, check, gradient_accumulation
 
 
 def main() -> None:
@@ -34,6 +34,7 @@ def main() -> None:
     cluster = plan.Cluster(gpu, ours.gpus, ours.gpus_per_node, ours.network_gbps or gpu.network)
     if ours.gpus % cluster.shard(args.parallel.shard):
         raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs")
+    gradient_accumulation(args.train, ours.gpus)  # train.py would refuse the batch, too
     rate, source = plan.rate_of_one(config, gpu, ours.mfu, ours.benchmark)
     print(*plan.card(args, config, cluster, rate, source), sep="\n")
     print()

@@ -137,6 +137,10 @@ def test_the_script() -> None:
         (["--gpus", "0", "--gpu", "h200"], "error: --gpus 0 must be greater than 0"),
         (["--gpus", "16", "--gpu", "h200", "--mfu", "55"], "error: --mfu 55.0 must be in (0, 1]"),
         (["--gpus", "16", "--gpu", "h200", "--train.micro_batch", "4"], "error: unknown flag --train.micro_batch; did"),
+        (
+            ["--gpus", "256", "--gpu", "h200"],
+            "error: train.global_batch_size 1024 is not a multiple of 256 ranks x train",
+        ),
         (["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"], "error: parallel.shard 5 does not divide 16 GPUs"),
     ],
 )

@@ -41,6 +41,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
             events += [{"time": 60 * step, "event": "checkpoint", "step": step, "seconds": 0.5}]
             events += [{"time": 60 * step + n, "event": "start", "step": step, "world_size": 2}]
         events.insert(4, {"time": 900, "event": "skip", "step": 15, "loss": 9.5, "finite": True})
+        events.append({"time": 7000, "event": "checkpoint_failed", "step": None, "reason": "disk full"})
         lines = [json.dumps(event) + "\n" for event in [*events, {"time": 7260, "event": "done", "step": steps}]]
         (out_dir / "events.jsonl").write_text("".join(lines) + '{"time": 99, "eve')  # and one half written
         config = {"model": vars(named_config("quickstart")), "train": {"global_batch_size": 16}}
@@ -57,7 +58,7 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
     kinds = [(event["kind"], event["step"]) for event in run["events"]]
     assert kinds == [
         *[("start", 0), ("checkpoint", 10), ("restart", 10), ("checkpoint", 20), ("skip", 15), ("restart", 20)],
-        *[("checkpoint", 30), ("restart", 30), ("done", 40)],
+        *[("checkpoint", 30), ("restart", 30), ("checkpoint_failed", 30), ("done", 40)],
     ]
     assert run["events"][1] | {"time": 0} == {
         **{"kind": "checkpoint", "step": 10, "tokens": 10 * TOKENS, "time": 0, "details": "seconds 0.5"}
@@ -175,6 +176,7 @@ def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callabl
     marks = {one["name"]: one["x"] for one in shown(browser, "timeline")}
     assert marks["restart"] == [10 * TOKENS, 20 * TOKENS, 30 * TOKENS]
     assert marks["skip"] == [15 * TOKENS]
+    assert marks["checkpoint_failed"] == [30 * TOKENS]
     scores = shown(browser, "eval-hellaswag-acc_norm")[0]
     assert (scores["x"], scores["y"]) == ([10 * TOKENS, 20 * TOKENS], [0.26, 0.27])
     browser.find_element("xpath", "//div[@id='x-axis']/button[text()='step']").click()

@@ -45,7 +45,7 @@ def write(out_dirs: list[Path], output: Path) -> None:
 
 def read_run(out_dir: Path) -> Facts:
     """All that the page shows of the run in ``out_dir``."""
-    rows = [_numbers(row) for row in read_metrics(out_dir / "metrics.csv")]
+    rows = [row for row in map(_numbers, read_metrics(out_dir / "metrics.csv")) if row.get("tokens") is not None]
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
@@ -106,7 +106,8 @@ def read_events(file: Path, tokens_per_step: int) -> list[Facts]:
             continue  # it was being written when the process was killed
         if kind == "start":
             kind, started = "restart" if started else "start", True
-        step = facts.pop("step", step)
+        found = facts.pop("step", None)
+        step = step if found is None else found
         details = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
         events.append({"kind": kind, "step": step, "tokens": step * tokens_per_step, "time": time, "details": details})
     return events
