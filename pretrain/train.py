@@ -20,6 +20,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from tinyllama import InputError, checkpoint, cli, durable, evaluate
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
 from tinyllama.checkpointer import Checkpointer
+from tinyllama.console import Row, show_card, start_card
 from tinyllama.convert.start import start_weights
 from tinyllama.convert.weights import copy_into
 from tinyllama.data.ahead import on_device
@@ -28,7 +29,7 @@ from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset, check_datasets, open_packed
 from tinyllama.distributed import Preemption, build_fabric, dtypes, rank_map, ranks, reshard, shard_size, sync_gradients
 from tinyllama.guard import Guard
-from tinyllama.logger import Row, RunLog, max_memory_gb, start_card
+from tinyllama.logger import RunLog, max_memory_gb
 from tinyllama.model import GPT
 from tinyllama.ops import attention, choice, float8
 from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
@@ -101,13 +102,17 @@ def main(run: Run) -> int:
     hosts = rank_map()
     if fabric.is_global_zero:
         shard = shard_size(args.parallel, *ranks(args.parallel))
-        print(*start_card(run, fabric.world_size, shard, dtypes(gpt), hosts), sep="\n")
+        show_card("pretrain", start_card(run, fabric.world_size, shard, dtypes(gpt), hosts))
     if args.dry_run:
         return DONE
     rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
     owner = Owner(run.out_dir, os.environ.get("SLURM_JOB_ID")) if rank == 0 else contextlib.nullcontext()
-    with owner, Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog:
-        code = fit(run, fabric, gpt, model, optimizer, state, preemption, watchdog)
+    with (
+        owner,
+        Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
+        RunLog(run, state.step if run.resume else None, speaks=rank == 0) as log,
+    ):
+        code = fit(run, fabric, gpt, model, optimizer, state, preemption, watchdog, log)
     fabric.barrier()  # Fabric's launcher ends a rank that outlives another by more than seconds
     return code
 
@@ -129,10 +134,10 @@ def fit(
     state: TrainState,
     preemption: Preemption,
     watchdog: Watchdog,
+    log: RunLog,
 ) -> int:
     """Train from ``state`` to the last step, a signal or a stop; gives the exit code."""
     args = run.args
-    log = RunLog(run, state.step if run.resume else None, speaks=fabric.is_global_zero)
     settings = cli.dump(run.resolved())
     if fabric.is_global_zero:
         durable.write(run.out_dir / "config.yaml", settings.encode())
@@ -144,7 +149,7 @@ def fit(
     checkpointer = Checkpointer(
         run.out_dir / "checkpoints",
         config=settings,
-        facts=run.data_facts() | run.tokenizer_facts(),
+        facts=run.data_facts() | run.tokenizer_facts() | log.facts(),
         keep_last=args.checkpoint.keep_last,
         keep_every=args.checkpoint.keep_every,
         asynchronous=args.checkpoint.asynchronous,
@@ -171,7 +176,8 @@ def fit(
     while True:
         last = state.step == run.max_steps
         if run.validation and (state.step % args.eval.interval == 0 or last) and state.validated < state.step:
-            val_loss = validate(run, fabric, gpt, losses, preemption, watchdog, state.step)
+            with log.clock("validation", state.step):
+                val_loss = validate(run, fabric, gpt, losses, preemption, watchdog, state.step)
             if val_loss is not None:
                 state.validated = state.step
                 log.row({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
@@ -181,8 +187,8 @@ def fit(
             if fatal:
                 break
             watchdog.beat(state.step, "checkpoint")
-            checkpointer.save(state, gpt, optimizer.optimizer, wait=bool(last or asked))
-            log.event("checkpoint", f"saving step {state.step}", step=state.step)
+            with log.clock("checkpoints", state.step):
+                checkpointer.save(state, gpt, optimizer.optimizer, wait=bool(last or asked))
             saved = state.step
         if last or asked:
             break
@@ -232,7 +238,7 @@ def fit(
     if asked and not last:
         log.event("stop", f"stopped by {asked} at step {state.step}; the same command goes on from there", by=asked)
         return STOPPED
-    log.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {run.out_dir}", step=state.step)
+    log.done(state)
     return DONE
 
 

@@ -96,16 +96,22 @@ echo "$by_theirs"
 [ "$by_ours" = "$by_theirs" ]
 echo
 echo "both wrote the same"
+
+stage "report: the run on one page"
+say python scripts/report.py $run
+picture=$(python scripts/report.py $run)
 finish_stage
 
 printf '\n== done\n'
 printf '%s\n' "${seconds[@]}"
 val_loss=$(cut -d, -f4 $run/metrics.csv | grep '[0-9]')
 printf '\nvalidation loss %.3f -> %.3f\n' $(head -n 1 <<<"$val_loss") $(tail -n 1 <<<"$val_loss")
+echo "$picture"
 cat <<END
 
 metrics        $run/metrics.csv
 checkpoints    $run/checkpoints
 Hugging Face   $run/hf
-your own run   README.md, configs/pretrain/tinyllama_1.1b.yaml
+your own run   pretrain/README.md, configs/pretrain/tinyllama_1.1b.yaml
+look at        $run/report.html
 END

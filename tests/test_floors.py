@@ -11,12 +11,13 @@ import pytest
 ROOT = Path(__file__).parents[1]
 
 FLOORS = {
-    0: "tinyllama args cli config durable run schedule throughput tokenizer data data.inspection data.lit_chunks "
+    0: "tinyllama args cli config durable plan run schedule throughput tokenizer data data.inspection data.lit_chunks "
     "data.mixture data.packed data.prepare data.sources",
     1: "ops ops.attention ops.backend ops.choice ops.cross_entropy ops.float8 ops.rms_norm ops.rope ops.swiglu",
     2: "data.ahead data.loader distributed guard model optim state",
-    3: "checkpoint checkpointer convert convert.folder convert.hf_folder convert.layout convert.native convert.start "
-    "convert.tokenizer_files convert.verify convert.weights evaluate generate harness logger owner perplexity watchdog",
+    3: "checkpoint checkpointer console convert convert.folder convert.hf_folder convert.layout convert.native "
+    "convert.start convert.tokenizer_files convert.verify convert.weights doctor evaluate generate harness logger "
+    "owner perplexity report tracker watchdog",
 }
 FLOOR = {
     "tinyllama" if name == "tinyllama" else f"tinyllama.{name}": floor

@@ -1,5 +1,6 @@
 """What a run is: one frozen dataclass a group of settings, the checks across them, and what follows from them."""
 
+import importlib.util
 import math
 from dataclasses import asdict, dataclass, field
 from operator import attrgetter
@@ -202,10 +203,16 @@ class CheckpointArgs:
 
 @dataclass(frozen=True)
 class LogArgs:
-    """The console and metrics.csv."""
+    """The console, metrics.csv and wandb."""
 
     interval: int = 10
     """steps between lines"""
+    wandb: Literal["off", "online", "offline"] = "off"
+    """send the metrics to wandb, too; offline: into out_dir/wandb, for `wandb sync`"""
+    wandb_project: str = "tinyllama"
+    """wandb's project"""
+    wandb_entity: str | None = None
+    """wandb's user or team; null: yours"""
 
 
 @dataclass(frozen=True)
@@ -277,6 +284,8 @@ def check(args: PretrainArgs) -> ModelConfig:
     for name in ("beta1", "beta2"):
         if not 0 <= getattr(args.optim, name) < 1:
             faults.append(f"optim.{name} is {getattr(args.optim, name)}: it must be in [0, 1)")
+    if args.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
+        faults.append("log.wandb needs wandb: pip install 'tinyllama[wandb]', or give --log.wandb off")
     if faults or model is None:
         raise InputError(*faults)
     return model

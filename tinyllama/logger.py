@@ -1,5 +1,6 @@
-"""What a run says: the console, a row a logged step in metrics.csv, and a line an event in events.jsonl."""
+"""What a run writes: a row a logged step in metrics.csv, a line an event in events.jsonl, and both to the console."""
 
+import contextlib
 import csv
 import io
 import json
@@ -8,14 +9,18 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
 from typing import Any
 
 import torch
 
 from tinyllama import durable
+from tinyllama.console import Console, Row, closing_card, console_line, show_card
 from tinyllama.guard import Verdict
-from tinyllama.ops import choice
 from tinyllama.run import Run
+from tinyllama.state import TrainState
+from tinyllama.tracker import Tracker
 
 COLUMNS = (
     "step",
@@ -31,43 +36,87 @@ COLUMNS = (
 )
 """Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
 token), learning rate, gradient norm before clipping, tokens a second over the whole world, model FLOPs utilization
-(0 to 1), peak memory of rank 0 (GB: of the GPU, else of the process), steps skipped so far. A cell without a value is
-empty."""
-
-Row = dict[str, float | None]
+(0 to 1), peak memory of rank 0 (GB: of the GPU, else of the process), steps skipped so far. Then, for each source, a
+column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is empty."""
 
 
 class RunLog:
-    """Rank 0's words; the other ranks have one that says nothing."""
+    """Rank 0's words; the other ranks have one that says nothing. Use it as a context, which ends what it began."""
 
     def __init__(self, run: Run, step: int | None, speaks: bool) -> None:
         """Go on after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run."""
         self._run = run
         self._speaks = speaks
+        self._seconds = {"training": 0.0, "validation": 0.0, "checkpoints": 0.0}
+        self._tracker: Tracker | None = None
         if not speaks:
             return
+        self._began = time.perf_counter()
+        self._console = Console(run.max_steps, step or 0)
         run.out_dir.mkdir(parents=True, exist_ok=True)
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
-        rows: list[dict[str, Any]] = []
-        if step is not None and self._metrics.exists():
-            with self._metrics.open(newline="", errors="replace") as file:
-                rows = [row for row in csv.DictReader(file) if (row["step"] or "").isdigit()]
-            rows = [row for row in rows if int(row["step"]) <= step]
+        self._sources = source_columns([source.path for source in run.args.data.sources])
+        self._columns = [*COLUMNS, *self._sources]
+        rows = [] if step is None else [row for row in read_metrics(self._metrics) if int(row["step"]) <= step]
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
+        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows[:-1])
         durable.write(self._metrics, text.getvalue().encode())
+        losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
+        self._best = min(losses, default=float("inf"))
+        if run.args.log.wandb != "off":
+            self._tracker = Tracker(run, self._console.line)
+            for row in rows[:-1]:  # those it missed, if any
+                self._tracker.send(row)
         self._last: dict[str, Any] = {}
         self._last_at = 0
         if rows:
             self._append(rows[-1])
 
-    def row(self, row: Row, seconds_left: float | None = None) -> None:
-        """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and print it."""
+    def __enter__(self) -> "RunLog":
         if self._speaks:
-            self._append(row)
-            print(console_line(row, self._run.max_steps, seconds_left), flush=True)
+            self._console.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._speaks:
+            self._console.__exit__(kind, error, trace)
+        if self._tracker:
+            self._tracker.finish()
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint has to know for a run that goes on from it."""
+        return {"wandb_id": self._tracker.id} if self._tracker else {}
+
+    def row(self, row: Row, seconds_left: float | None = None) -> None:
+        """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and show it."""
+        if not self._speaks:
+            return
+        drawn = self._run.mixture.drawn(int(row["tokens"] or 0) // self._run.config.block_size)
+        self._append(
+            row | {name: n * self._run.config.block_size for name, n in zip(self._sources, drawn, strict=True)}
+        )
+        val_loss = row.get("val_loss")
+        if val_loss is None:
+            self._console.metrics(row, seconds_left)
+            return
+        best = "the best so far" if val_loss < self._best else f"best {self._best:.4f}"
+        self._best = min(self._best, val_loss)
+        self._console.line(f"{console_line(row, self._run.max_steps, None)}  {best}", "validation")
+
+    @contextlib.contextmanager
+    def clock(self, what: str, step: int) -> Iterator[None]:
+        """Count the time in it to ``what``, not to training; a checkpoint is an event of ``step``, too."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._seconds[what] += seconds
+        if what == "checkpoints":
+            text = f"checkpoint of step {step}: training waited {seconds:.1f} s for it"
+            self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
 
     def stop(self, **facts: Any) -> None:
         """Write STOPPED: nobody goes on with this run until a person has read and removed it."""
@@ -75,9 +124,23 @@ class RunLog:
             durable.write(self._run.out_dir / "STOPPED", (json.dumps(facts) + "\n").encode())
         self.event("stop", f"stopped for good, see {self._run.out_dir / 'STOPPED'}", **facts)
 
+    def done(self, state: TrainState) -> None:
+        """The last step is done: its row, the last word, and the closing card."""
+        if not self._speaks:
+            return
+        if self._tracker:
+            self._tracker.send(self._last)
+        self._console.__exit__(None, None, None)
+        self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
+        show_card("done", closing_card(self._run, read_metrics(self._metrics), self._seconds))
+        text = f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}"
+        self.event("done", text, step=state.step, seconds=self._seconds)
+
     def verdicts(self, verdicts: list[Verdict]) -> bool:
         """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
         for verdict in verdicts:
+            if self._speaks:
+                self._console.advance(verdict.step)
             if not verdict.skipped:
                 continue
             first, last = verdict.samples
@@ -90,76 +153,38 @@ class RunLog:
                 return True
         return False
 
+    def event(self, name: str, text: str, **facts: Any) -> None:
+        """Append an event with its facts to events.jsonl, and show ``text``."""
+        if self._speaks:
+            with self._events.open("a") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
+            self._console.line(text, name)
+
     def _append(self, row: dict[str, Any]) -> None:
         if self._last and int(self._last["step"]) == int(row["step"]):
             row = self._last | row
             os.truncate(self._metrics, self._last_at)
+        elif self._last and self._tracker:
+            self._tracker.send(self._last)  # nothing will be added to it any more
         with self._metrics.open("a", newline="") as file:
             self._last_at, self._last = file.tell(), row
-            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
-
-    def event(self, name: str, text: str, **facts: Any) -> None:
-        """Append an event with its facts to events.jsonl, and print ``text``."""
-        if self._speaks:
-            with self._events.open("a") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
-            print(text, flush=True)
+            csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
 
 
-def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
-    """One line for ``row`` of a run of ``max_steps`` steps."""
-    parts = [f"step {row['step']:>{len(str(max_steps))}.0f}/{max_steps}"]
-    formats = {
-        "loss": "loss {:.4f}",
-        "val_loss": "val_loss {:.4f}",
-        "lr": "lr {:.3e}",
-        "grad_norm": "grad_norm {:.3f}",
-        "tokens_per_second": "{:,.0f} tokens/s",
-        "mfu": "mfu {:.1%}",
-        "max_memory_gb": "memory {:.2f} GB",
-    }
-    parts += [text.format(row[name]) for name, text in formats.items() if row.get(name) is not None]
-    if row.get("skipped"):
-        parts.append(f"skipped {row['skipped']}")
-    if seconds_left is not None:
-        parts.append(f"{duration(seconds_left)} left")
-    return "  ".join(parts)
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv, but for one that is, or was when killed, being written; [] if there is no file."""
+    text = file.read_text(errors="replace") if file.exists() else ""
+    whole = text[: text.rfind("\n") + 1].splitlines()
+    return [row for row in csv.DictReader(whole) if (row["step"] or "").isdigit()]
 
 
-def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[str]) -> Iterator[str]:
-    """What is about to happen, line by line."""
-    args, steps = run.args, run.max_steps
-    compiled = args.train.compiles("cuda" if torch.cuda.is_available() else "cpu")
-    samples = steps * args.train.global_batch_size
-    yield f"model    {run.config.name}: {run.config.num_params():,} parameters"
-    for host in hosts:
-        yield f"ranks    {host}"
-    yield f"shards   {shard} ranks share one copy of the weights, {world_size // shard} copies"
-    yield f"dtypes   {dtypes}"
-    yield f"ops      {choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
-    yield (
-        f"batch    {args.train.global_batch_size} samples a step = {world_size} ranks x {run.accumulation} x "
-        f"{args.train.micro_batch_size}, {run.tokens_per_step:,} tokens"
-    )
-    yield f"length   {steps:,} steps, {samples:,} samples, {steps * run.tokens_per_step:,} tokens"
-    for dataset, drawn in zip(run.sources, run.mixture.drawn(samples), strict=True):
-        epochs = drawn / dataset.num_blocks(run.config.block_size)
-        share = drawn / samples
-        yield f"data     {dataset.path}: {dataset.tokens:,} tokens, {share:.2%} of the samples, {epochs:.2f} epochs"
-    marks = {"start": 0, "warm": max(args.optim.warmup_steps - 1, 0), "half": steps // 2, "end": steps - 1}
-    yield "lr       " + "  ".join(f"{name} (step {step}) {run.lr_at(step):.3e}" for name, step in marks.items())
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` in the two largest of days, hours, minutes and seconds."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d {h:02d}h"
-    if hours:
-        return f"{h}h {m:02d}m"
-    return f"{m}m {s:02d}s" if minutes else f"{s}s"
+def source_columns(paths: list[str]) -> list[str]:
+    """A column's name for each source: of its folder, with a number where folders share their name."""
+    names: list[str] = []
+    for path in paths:
+        name = f"tokens_{Path(path).name}"
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names
 
 
 def max_memory_gb(device: torch.device) -> float:

@@ -1,0 +1,26 @@
+"""Say what this machine has for training, whether it works, and what to do where it does not; 1 if something is wrong.
+
+python scripts/doctor.py [--out_dir DIR]
+"""
+
+from pathlib import Path
+
+from tinyllama import cli, doctor
+
+
+def main() -> int:
+    """Parse, look, print."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where runs will be written (out)")
+    wrong = 0
+    for finding in doctor.examine(parser.parse_args().out_dir):
+        wrong += finding.state == doctor.WRONG
+        print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
+        if finding.remedy:
+            print(f"{'':<25} -> {finding.remedy}", flush=True)
+    print(f"{wrong} wrong" if wrong else "nothing is wrong")
+    return int(wrong > 0)
+
+
+if __name__ == "__main__":
+    cli.run(main)

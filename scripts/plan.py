@@ -1,0 +1,45 @@
+"""Say what a run will take on a cluster: memory a GPU, tokens/s, where scaling stops, days, energy, disk.
+
+python scripts/plan.py --config F --gpus 16 --gpu a100-40g [--gpus_per_node 8] [--network_gbps 200] [--mfu 0.5]
+python scripts/plan.py --config F --gpus 64 --gpu h200 --benchmark FILE [--train.micro_batch_size 16 ...]
+
+FILE holds lines of benchmark_step.py. The figures that are no measurements are at the top of tinyllama/plan.py.
+"""
+
+from pathlib import Path
+
+from tinyllama import InputError, cli, plan
+from tinyllama.args import PretrainArgs, check, gradient_accumulation
+
+
+def main() -> None:
+    """Parse, count, print."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--config", required=True, help="a run's YAML; its settings can be given as flags, too")
+    parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    parser.add_argument("--gpu", required=True, help=f"one of {', '.join(plan.GPUS)}")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
+    parser.add_argument("--network_gbps", type=float, help="Gbit/s of network a GPU (usual for the kind)")
+    parser.add_argument("--mfu", type=float, help="share of the dense peak that one GPU reaches (usual for the kind)")
+    parser.add_argument("--benchmark", type=Path, help="a file of benchmark_step.py's lines, instead of --mfu")
+    ours, settings = parser.parse_known_args()
+    args = cli.parse(PretrainArgs, ["--config", ours.config, *settings])
+    config = check(args)
+    if ours.gpu not in plan.GPUS:
+        raise InputError(f"--gpu {ours.gpu} is not known; known: {', '.join(plan.GPUS)}")
+    for name in ("gpus", "gpus_per_node", "network_gbps"):
+        if getattr(ours, name) is not None and not getattr(ours, name) > 0:
+            raise InputError(f"--{name} {getattr(ours, name)} must be greater than 0")
+    gpu = plan.GPUS[ours.gpu]
+    cluster = plan.Cluster(gpu, ours.gpus, ours.gpus_per_node, ours.network_gbps or gpu.network)
+    if ours.gpus % cluster.shard(args.parallel.shard):
+        raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs")
+    gradient_accumulation(args.train, ours.gpus)  # train.py would refuse the batch, too
+    rate, source = plan.rate_of_one(config, gpu, ours.mfu, ours.benchmark)
+    print(*plan.card(args, config, cluster, rate, source), sep="\n")
+    print()
+    print(*plan.scaling(args, config, cluster, rate), sep="\n")
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,25 @@
+"""Write report.html of a run, or of several in comparison: one file, to be opened anywhere, without a network.
+
+python scripts/report.py out/RUN [out/OTHER ...] [--output FILE]
+"""
+
+from pathlib import Path
+
+from tinyllama import cli, report
+from tinyllama.logger import read_metrics
+
+
+def main() -> None:
+    """Parse, write, print the first run's loss and where the page is."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("runs", nargs="+", type=Path, help="out_dir of each run")
+    parser.add_argument("--output", type=Path, help="the file to write (report.html in the first run's out_dir)")
+    args = parser.parse_args()
+    output = args.output or args.runs[0] / "report.html"
+    report.write(args.runs, output)
+    print(*report.picture(read_metrics(args.runs[0] / "metrics.csv")), sep="\n")
+    print(f"report   {output}")
+
+
+if __name__ == "__main__":
+    cli.run(main)

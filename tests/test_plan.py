@@ -1,0 +1,150 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama import InputError, plan
+from tinyllama.args import DataArgs, OpsArgs, ParallelArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.config import named_config
+from tinyllama.throughput import flops_per_token, peak_flops
+
+ROOT = Path(__file__).parents[1]
+CONFIG = named_config("tinyllama_1.1b")
+BIG = ("--config", "configs/pretrain/tinyllama_1.1b.yaml")
+
+# Peaks of torch.cuda.max_memory_allocated() in GiB; 1.1B, 2,048 tokens, bf16, compiled blocks, FSDP2 on one rank.
+# micro-batch, accumulation, ops.cross_entropy, activation checkpointing, peak, GPU, date
+MEASURED = [
+    (16, 2, "reference", "none", 66.0, "H200", "2026-11-23"),
+]
+
+
+def settings(**train: Any) -> PretrainArgs:
+    return PretrainArgs(data=DataArgs(sources=[Source("x")]), train=TrainArgs(max_tokens=3 * 10**12, **train))
+
+
+@pytest.mark.parametrize(("micro", "steps", "loss", "kept", "peak", "gpu", "date"), MEASURED)
+def test_measured_peaks_are_met_within_10_percent(
+    micro: int, steps: int, loss: str, kept: Any, peak: float, gpu: str, date: str
+) -> None:
+    args = settings(activation_checkpointing=kept)
+    args = PretrainArgs(data=args.data, train=args.train, ops=OpsArgs(cross_entropy=loss))
+    parts = plan.memory(args, CONFIG, shard=1, micro_batch=micro, accumulation=steps)
+    assert sum(parts.values()) / plan.GIB == pytest.approx(peak, rel=0.1)
+
+
+def test_the_published_run_is_met_within_10_percent() -> None:
+    gpu = plan.GPUS["a100-40g"]
+    cluster = plan.Cluster(gpu, 16, 8, gpu.network)
+    rate, _ = plan.rate_of_one(CONFIG, gpu, None, None)
+    assert rate == pytest.approx(24_000, rel=0.01)
+    speed = plan.speed(settings(), CONFIG, cluster, "full", rate, micro=8).tokens_per_second
+    assert 3e12 / speed / 86400 == pytest.approx(90, rel=0.1)  # days for 3T tokens
+    assert 300e9 / speed / 3600 * 16 == pytest.approx(3456, rel=0.1)  # GPU-hours for 300B
+    # its micro-batch of 8 fitted 40 GB
+    assert plan.largest_micro_batch(settings(), CONFIG, cluster) >= 8
+
+
+def test_memory_by_part() -> None:
+    n = CONFIG.num_params()
+    one = plan.memory(settings(), CONFIG, shard=1, micro_batch=1, accumulation=1)
+    sixteen = plan.memory(settings(), CONFIG, shard=16, micro_batch=1, accumulation=1)
+    assert one["parameters (fp32)"] == 4 * n == 16 * sixteen["parameters (fp32)"]
+    assert one["optimizer (fp32)"] == 8 * n == 16 * sixteen["optimizer (fp32)"]
+    assert one["activations"] == sixteen["activations"] == 2048 * 22 * 2 * (4 * 2048 + 512 + 3 * 5632)
+    two = plan.memory(settings(), CONFIG, shard=16, micro_batch=2, accumulation=2)
+    assert two["activations"] == 2 * one["activations"]
+    assert two["gradients (fp32)"] == 4 * n  # kept back whole
+    synced = PretrainArgs(train=TrainArgs(), parallel=ParallelArgs(sync_every_micro_batch=True))
+    assert plan.memory(synced, CONFIG, 16, 2, 2)["gradients (fp32)"] == 4 * n / 16
+    full = plan.activations(settings(activation_checkpointing="full"), CONFIG)
+    selective = plan.activations(settings(activation_checkpointing="selective"), CONFIG)
+    assert full < 0.15 * plan.activations(settings(), CONFIG)
+    assert full < selective < plan.activations(settings(), CONFIG)
+
+
+def test_a_chunked_loss_needs_no_logits_in_full() -> None:
+    whole = PretrainArgs(ops=OpsArgs(cross_entropy="reference"))
+    assert plan.logits(whole, CONFIG, 32768) == 12 * 32768 * 32000
+    assert plan.logits(settings(), CONFIG, 32768) < 0.1 * plan.logits(whole, CONFIG, 32768)
+
+
+def test_the_largest_micro_batch_divides_the_batch_and_is_none_where_nothing_fits() -> None:
+    gpu = plan.GPUS["h200"]
+    size = plan.largest_micro_batch(settings(), CONFIG, plan.Cluster(gpu, 8, 8, gpu.network))
+    assert 1024 // 8 % size == 0
+    assert size >= 16
+    tiny = plan.Gpu(gpu.device, 8, 1, 1, 1, 0.5)
+    assert plan.largest_micro_batch(settings(), CONFIG, plan.Cluster(tiny, 1, 8, 100)) == 0
+
+
+def test_scaling_stops_where_communication_passes_compute() -> None:
+    gpu = plan.GPUS["h200"]
+    rate, _ = plan.rate_of_one(CONFIG, gpu, None, None)
+
+    def share(gpus: int, how: str) -> float:
+        cluster = plan.Cluster(gpu, gpus, 8, gpu.network)
+        micro = min(8, max(1024 // gpus, 1))
+        return plan.speed(settings(), CONFIG, cluster, how, rate, micro).tokens_per_second / (gpus * rate)
+
+    full = [share(gpus, "full") for gpus in (8, 64, 512, 4096)]
+    assert full[0] == 1.0
+    assert full == sorted(full, reverse=True)
+    assert full[-1] < 0.5
+    assert share(1024, "node") > share(1024, "full")  # latency grows with the ring
+    slow = plan.Cluster(gpu, 64, 8, 1)
+    assert plan.speed(settings(), CONFIG, slow, "full", rate, 8).communication > 10
+
+
+def test_every_gpu_has_a_peak() -> None:
+    assert all(peak_flops(gpu.device) for gpu in plan.GPUS.values())
+
+
+def test_the_rate_is_taken_from_a_benchmark(tmp_path: Path) -> None:
+    file = tmp_path / "steps.jsonl"
+    lines = [{"model": "tinyllama_1.1b", "tokens_per_second": speed} for speed in (70_000, 77_000)]
+    lines.append({"model": "tinyllama_120m", "tokens_per_second": 500_000})
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file) == (77_000, f"the best in {file}")
+    file.write_text("no JSON\n")
+    with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
+        plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file)
+    rate, _ = plan.rate_of_one(CONFIG, plan.GPUS["h200"], 0.5, None)
+    assert rate == 0.5 * 989.5e12 / flops_per_token(CONFIG)
+
+
+def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "scripts/plan.py", *flags], cwd=ROOT, capture_output=True, text=True)
+
+
+def test_the_script() -> None:
+    done = run_script(*BIG, "--gpus", "16", "--gpu", "a100-40g")
+    assert done.returncode == 0, done.stderr
+    assert "time       90.4 days, 34,7" in done.stdout
+    assert "checkpoint 13.20 GB each" in done.stdout
+    table = done.stdout.split("\n\n")[1].splitlines()
+    assert [line.split()[0] for line in table[1:]] == [str(2**power) for power in range(3, 13)]
+    assert table[-1].endswith("batch grown to 4,096 samples")
+
+
+@pytest.mark.parametrize(
+    ("flags", "fault"),
+    [
+        (["--gpus", "16", "--gpu", "v100"], "error: --gpu v100 is not known; known: a100-40g"),
+        (["--gpus", "0", "--gpu", "h200"], "error: --gpus 0 must be greater than 0"),
+        (["--gpus", "16", "--gpu", "h200", "--mfu", "55"], "error: --mfu 55.0 must be in (0, 1]"),
+        (["--gpus", "16", "--gpu", "h200", "--train.micro_batch", "4"], "error: unknown flag --train.micro_batch; did"),
+        (
+            ["--gpus", "256", "--gpu", "h200"],
+            "error: train.global_batch_size 1024 is not a multiple of 256 ranks x train",
+        ),
+        (["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"], "error: parallel.shard 5 does not divide 16 GPUs"),
+    ],
+)
+def test_bad_input(flags: list[str], fault: str) -> None:
+    done = run_script(*BIG, *flags)
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr.startswith(fault)

@@ -1,0 +1,247 @@
+"""What a run will take on a cluster: memory by part, speed, where scaling stops, days, energy, disk. No torch needed.
+
+The memory model counts what torch.cuda.max_memory_allocated() counts, at the peak, which is where the backward pass
+begins: the optimizer's state is there, all activations are, and the gradients of the micro-batches before.
+"""
+
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from tinyllama import InputError
+from tinyllama.args import PretrainArgs
+from tinyllama.config import ModelConfig
+from tinyllama.throughput import flops_per_token, peak_flops
+
+GIB = 2**30
+USABLE = 0.95
+"""Share of a GPU's memory that tensors can have; the rest is CUDA's context, NCCL's buffers and fragments."""
+CHUNK = 8192  # tokens whose logits exist at a time, as in ops/cross_entropy.py
+HOP = 3e-6  # seconds a hop of a ring takes, however little it carries
+NETWORK = 0.8  # share of a network's rate that NCCL gets
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What a kind of GPU has."""
+
+    device: str
+    """the name the driver gives, which throughput.py knows the peak of"""
+    memory: float
+    """GiB"""
+    link: float
+    """GB/s of a collective inside a node"""
+    network: float
+    """Gbit/s of network a GPU, usual for nodes of this kind"""
+    watts: float
+    """power limit"""
+    mfu: float
+    """share of the dense peak that is reached on few GPUs"""
+
+
+GPUS = {
+    "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", 40, 230, 200, 400, 0.563),  # MFU: the published 24k tokens/s
+    "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 80, 230, 200, 400, 0.563),
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 360, 400, 700, 0.55),  # the H200's
+    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.55),  # measured
+    "b200": Gpu("NVIDIA B200", 178, 700, 400, 1000, 0.45),  # a guess
+    "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", 24, 15, 25, 450, 0.5),  # a guess; no NVLink
+}
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """GPUs of one kind, in nodes."""
+
+    gpu: Gpu
+    gpus: int
+    gpus_per_node: int
+    network: float
+    """Gbit/s a GPU"""
+
+    def shard(self, how: str | int) -> int:
+        """Ranks that share one copy of the weights, for ``parallel.shard``."""
+        node = min(self.gpus, self.gpus_per_node)
+        return {"full": self.gpus, "node": node, "none": 1}.get(str(how)) or int(how)
+
+    def bandwidth(self, ranks: int, nodes_apart: bool = False) -> float:
+        """Bytes a second of a ring of ``ranks``: a node's link, or the network of all GPUs of a node together."""
+        if ranks <= self.gpus_per_node and not nodes_apart:
+            return self.gpu.link * 1e9
+        beside = 1 if nodes_apart else self.gpus_per_node  # rings of nodes apart run one for each GPU of a node
+        return min(self.gpu.link * 1e9, NETWORK * beside * self.network / 8 * 1e9)
+
+
+def memory(
+    args: PretrainArgs, config: ModelConfig, shard: int, micro_batch: int, accumulation: int
+) -> dict[str, float]:
+    """Bytes on one GPU at the peak, by what they are for."""
+    n, tokens = config.num_params(), micro_batch * config.block_size
+    block = (n - 2 * config.padded_vocab_size * config.n_embd - config.n_embd) // config.n_layer
+    root = n - config.n_layer * block
+    gathered = n if not args.parallel.reshard_after_forward else root + 2 * block  # this block, and the next on its way
+    parts = {"parameters (fp32)": 4 * n / shard, "optimizer (fp32)": 8 * n / shard}
+    kept_back = accumulation > 1 and not args.parallel.sync_every_micro_batch
+    # kept back, gradients are whole on every rank; else the reduced ones of the micro-batches before
+    parts["gradients (fp32)"] = 4 * n if kept_back else 4 * n / shard if accumulation > 1 else 0
+    parts["FSDP buffers"] = (2 * gathered + 6 * block) if args.train.precision != "fp32" else 4 * gathered + 4 * block
+    parts["activations"] = tokens * activations(args, config)
+    parts["logits"] = logits(args, config, tokens)
+    return {name: float(size) for name, size in parts.items()}
+
+
+def activations(args: PretrainArgs, config: ModelConfig) -> float:
+    """Bytes a token leaves for the backward pass; with full checkpointing, one block's as it is done again too."""
+    d, kv = config.n_embd, 2 * config.n_query_groups * config.head_size
+    wide = config.intermediate_size
+    width = 2 if args.train.precision != "fp32" else 4
+    # the stream twice, q, k, v, attention's output; SwiGLU's two products and what they come to
+    whole = width * (4 * d + kv + 3 * wide)
+    if args.train.compile is False:
+        whole += 4 * 4 * d + 2 * width * d + width * wide  # the norms' fp32 copies, their outputs, and silu's
+    if args.train.activation_checkpointing == "full":
+        return config.n_layer * width * d + whole
+    if args.train.activation_checkpointing == "selective":  # what distributed.py's KEPT names
+        return config.n_layer * width * (5 * d + kv + 2 * wide) + whole
+    return config.n_layer * whole
+
+
+def logits(args: PretrainArgs, config: ModelConfig, tokens: int) -> float:
+    """Bytes of logits and their loss for ``tokens``: in full, or what the chunked loss holds."""
+    vocabulary = config.padded_vocab_size
+    if args.ops.cross_entropy == "reference":
+        return 12 * tokens * vocabulary  # log-softmax and two gradients in fp32
+    return 2 * min(tokens, CHUNK) * vocabulary + 6 * vocabulary * config.n_embd + 2 * tokens * config.n_embd
+
+
+def accumulation(args: PretrainArgs, gpus: int, micro_batch: int) -> int:
+    """Micro-batches a step of ``gpus`` ranks, at least one: more ranks than samples make the batch grow."""
+    return max(args.train.global_batch_size // (gpus * micro_batch), 1)
+
+
+def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluster) -> int:
+    """The largest that fits and divides the batch; 0 when not even 1 does."""
+    share = max(args.train.global_batch_size // cluster.gpus, 1)
+    shard = cluster.shard(args.parallel.shard)
+    for size in range(share, 0, -1):
+        if share % size == 0:
+            parts = memory(args, config, shard, size, accumulation(args, cluster.gpus, size))
+            if sum(parts.values()) <= USABLE * cluster.gpu.memory * GIB:
+                return size
+    return 0
+
+
+def communication(
+    args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, micro_batches: int
+) -> float:
+    """Seconds of collectives in a step, one after the other."""
+    shard = cluster.shard(how)
+    copies, n, units = cluster.gpus // shard, config.num_params(), config.n_layer + 1
+    width = 4 if args.train.precision == "fp32" else 2
+    gathers = micro_batches * (2 if args.parallel.reshard_after_forward else 1)
+    reductions = micro_batches if args.parallel.sync_every_micro_batch else 1
+    rate, hops = cluster.bandwidth(shard), (shard - 1) * HOP * units
+    sent = (shard - 1) / shard * n
+    seconds = gathers * (width * sent / rate + hops) + reductions * (4 * sent / rate + hops)
+    apart = cluster.gpus > cluster.gpus_per_node
+    over = cluster.bandwidth(copies, nodes_apart=apart)
+    across = 2 * (copies - 1) / copies * 4 * n / shard / over + 2 * (copies - 1) * HOP * units
+    return seconds + reductions * (across if copies > 1 else 0)
+
+
+@dataclass(frozen=True)
+class Speed:
+    """One step of a cluster."""
+
+    compute: float
+    """seconds"""
+    communication: float
+    """seconds; what is longer than the compute it runs beside is waited for"""
+    tokens_per_second: float
+    """of the whole cluster"""
+
+
+def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, rate: float, micro: int) -> Speed:
+    """A step where one GPU alone would do ``rate`` tokens a second, ``micro`` samples at a time."""
+    micro_batches = accumulation(args, cluster.gpus, micro)
+    tokens = cluster.gpus * micro_batches * micro * config.block_size
+    compute = tokens / cluster.gpus / rate
+    sent = communication(args, config, cluster, how, micro_batches)
+    return Speed(compute, sent, tokens / max(compute, sent))
+
+
+def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Path | None) -> tuple[float, str]:
+    """Tokens per second of one GPU, and where that is from."""
+    if benchmark is not None:
+        try:
+            lines = [json.loads(line) for line in benchmark.read_text().splitlines() if line.strip()]
+            best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise InputError(
+                f"{benchmark} has no line of benchmark_step.py for {config.name}: run it with --model {config.name}"
+            ) from error
+        return best, f"the best in {benchmark}"
+    share = gpu.mfu if mfu is None else mfu
+    if not 0 < share <= 1:
+        raise InputError(f"--mfu {share} must be in (0, 1]")
+    peak = peak_flops(gpu.device)
+    assert peak is not None  # a test goes through the table
+    return share * peak / flops_per_token(config), f"an MFU of {share:.1%}"
+
+
+def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float, source: str) -> Iterator[str]:
+    """The plan of one cluster, line by line."""
+    shard, micro, gpu = cluster.shard(args.parallel.shard), args.train.micro_batch_size, cluster.gpu
+    micro_batches = accumulation(args, cluster.gpus, micro)
+    yield f"model      {config.name}: {config.num_params():,} parameters, context {config.block_size:,}"
+    nodes = -(-cluster.gpus // cluster.gpus_per_node)
+    yield f"cluster    {cluster.gpus} x {gpu.device}, {nodes} nodes, {cluster.network:g} Gbit/s a GPU"
+    parts = memory(args, config, shard, micro, micro_batches)
+    for name, size in parts.items():
+        yield f"memory     {size / GIB:8.2f} GiB  {name}"
+    total, room = sum(parts.values()) / GIB, USABLE * gpu.memory
+    verdict = "fits" if total <= room else "DOES NOT FIT"
+    yield f"memory     {total:8.2f} GiB  in all at train.micro_batch_size {micro}: {verdict} in {room:.1f} GiB"
+    largest = largest_micro_batch(args, config, cluster)
+    if largest:
+        yield f"           largest that fits: {largest}, with {accumulation(args, cluster.gpus, largest)} a step"
+    else:
+        yield "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
+    now = speed(args, config, cluster, args.parallel.shard, rate, micro)
+    of_one = now.tokens_per_second / cluster.gpus
+    yield f"speed      {now.tokens_per_second:,.0f} tokens/s, {of_one:,.0f} a GPU ({source})"
+    yield f"step       compute {now.compute:.2f} s, communication {now.communication:.2f} s beside it"
+    tokens = total_tokens(args, config)
+    if tokens:
+        hours = tokens / now.tokens_per_second / 3600
+        yield f"time       {hours / 24:,.1f} days, {hours * cluster.gpus:,.0f} GPU-hours for {tokens:,} tokens"
+        yield f"energy     {hours * cluster.gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
+        yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * now.tokens_per_second / 1e6:,.1f} MB/s"
+    size = 12 * config.num_params() / 1e9
+    yield f"checkpoint {size:,.2f} GB each; at 2 GB/s {size / 2:,.1f} s to write, in the background"
+
+
+def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
+    """Tokens of the run, where the settings alone tell."""
+    if args.train.max_tokens is not None:
+        return args.train.max_tokens
+    steps = args.train.max_steps
+    return None if steps is None else steps * args.train.global_batch_size * config.block_size
+
+
+def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float) -> Iterator[str]:
+    """Where scaling stops: tokens/s by the number of GPUs, with the weights sharded over all of them or over a node."""
+    head = f"{'GPUs':>6} {'full shard':>13} {'':<12}  {'node shard':>13}"
+    yield f"{head} {'':<12}  tokens/s, and their share of perfect scaling"
+    for gpus in (2**power for power in range(3, 13)):
+        many = Cluster(cluster.gpu, gpus, cluster.gpus_per_node, cluster.network)
+        cells = []
+        for how in ("full", "node"):
+            micro = min(args.train.micro_batch_size, max(args.train.global_batch_size // gpus, 1))
+            found = speed(args, config, many, how, rate, micro).tokens_per_second
+            share = found / (gpus * rate)
+            cells.append(f"{found:>13,.0f} {'█' * math.floor(share * 7):<7} {share:>4.0%}")
+        grown = "" if gpus <= args.train.global_batch_size else f"   batch grown to {gpus:,} samples"
+        yield f"{gpus:>6} {'  '.join(cells)}{grown}"
