@@ -1,5 +1,6 @@
 """A real Slurm of two nodes, its jobs, and a tiny run for them."""
 
+import contextlib
 import csv
 import os
 import subprocess
@@ -22,7 +23,9 @@ class Job:
         self.cluster, self.number, self.output, self.out_dir = cluster, number, output, out_dir
 
     def says(self) -> str:
-        return self.output.read_text() if self.output.exists() else ""
+        """What it has printed, but for the line of each step."""
+        lines = self.output.read_text().splitlines(keepends=True) if self.output.exists() else []
+        return "".join(line for line in lines if not line.startswith("step "))
 
     def facts(self) -> dict[str, str]:
         """What Slurm knows of it."""
@@ -57,7 +60,8 @@ class Job:
         def runs() -> bool:
             facts = self.facts()
             if facts["JobState"] == "PENDING" and facts["Restarts"] == str(restarts):
-                self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+                with contextlib.suppress(subprocess.CalledProcessError):  # it has started meanwhile
+                    self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
             return facts["JobState"] == "RUNNING" and facts["Restarts"] == str(restarts)
 
         self.until(runs, seconds)
@@ -81,9 +85,8 @@ class Cluster:
 
     def call(self, *command: object) -> str:
         words = [str(word) for word in command]
-        done = subprocess.run(words, env=self.env, cwd=ROOT, capture_output=True, text=True, timeout=60)
-        assert done.returncode == 0, (words, done.stdout, done.stderr)
-        return done.stdout
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+        return subprocess.run(words, env=self.env, cwd=ROOT, text=True, timeout=60, check=True, **pipes).stdout
 
     def namespace(self, node: str) -> str:
         (name,) = [n for n in (self.folder / "namespaces").read_text().split() if n.endswith(f"-{node}")]
@@ -117,6 +120,12 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
         yield Cluster(folder)
     finally:
         subprocess.run(["bash", here / "down.sh", folder], check=True)  # fails if anything is left running
+
+
+@pytest.fixture(autouse=True)
+def no_job_left(cluster: Cluster) -> Iterator[None]:
+    yield
+    cluster.call("scancel", "--user=root")  # of a test that has failed
 
 
 @pytest.fixture(scope="session")

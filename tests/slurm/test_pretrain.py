@@ -36,7 +36,7 @@ def undisturbed(cluster, config_file: Path, tmp_path_factory: pytest.TempPathFac
             script = ["scripts/slurm/pretrain.sbatch", "--config", config_file, "--out_dir", folder / "run"]
             flags = ["--train.max_steps", steps]
             job = cluster.submit(folder / "output", NODES, *script, *flags, out_dir=folder / "run")
-            assert job.end() == ("COMPLETED", "0:0"), job.says()
+            assert job.end(300) == ("COMPLETED", "0:0"), job.says()
             assert "ranks    node1: rank 0\nranks    node2: rank 1\n" in job.says()
             known[steps] = job.metrics()
         return known[steps]
@@ -67,7 +67,7 @@ def test_a_killed_task_is_retried(start: Start, undisturbed) -> None:
     expected = undisturbed(600)
     job = start()
     job.until_step(120)
-    (rank,) = [pid for pid, line in job.cluster.processes("node2").items() if line.startswith("python pretrain/")]
+    (rank,) = [pid for pid, line in job.cluster.processes("node2").items() if "pretrain/train.py" in line]
     os.kill(rank, signal.SIGKILL)
     assert job.end() == ("COMPLETED", "0:0"), job.says()
     assert job.says().count("retried in 15 s") == 1
@@ -92,7 +92,7 @@ def test_a_job_of_a_higher_priority_preempts(start: Start, undisturbed, tmp_path
     job.until_step(120)
     urgent = ["--partition=high", "--nodes=2", "--exclusive", "--time=1", "--wrap=sleep 3"]
     other = job.cluster.submit(tmp_path / "urgent", urgent)
-    assert other.until(lambda: other.facts()["JobState"] == "COMPLETED") is None
+    other.until(lambda: other.facts()["JobState"] == "COMPLETED")
     job.until_requeued()
     assert job.end() == ("COMPLETED", "0:0"), job.says()
     assert "stopped by SIGTERM at step " in job.says()
@@ -101,7 +101,7 @@ def test_a_job_of_a_higher_priority_preempts(start: Start, undisturbed, tmp_path
 
 @pytest.mark.slow
 def test_a_time_limit(start: Start, undisturbed) -> None:
-    steps = 8000
+    steps = 3000
     expected = undisturbed(steps)
     job = start("--train.max_steps", steps, options=("--time=1", "--signal=USR1@30"))
     job.until_requeued()
