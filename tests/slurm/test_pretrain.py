@@ -1,4 +1,4 @@
-"""scripts/slurm/*.sbatch on a real Slurm of two nodes: whatever stops a run, its loss curve is the undisturbed one's."""
+"""scripts/slurm/*.sbatch on a real Slurm of two nodes: what stops a run leaves its loss curve the undisturbed one's."""
 
 import os
 import signal
