@@ -9,7 +9,7 @@ command goes on; 1 anything else.
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from pathlib import Path
 
@@ -19,7 +19,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 
 from tinyllama import InputError, checkpoint, cli, durable, evaluate
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
-from tinyllama.checkpointer import Checkpointer
+from tinyllama.checkpointer import Checkpointer, CheckpointError
 from tinyllama.data.ahead import on_device
 from tinyllama.data.loader import Loader, validation_batches
 from tinyllama.data.mixture import Mixture
@@ -158,6 +158,16 @@ def fit(
     batches = on_device(loader, fabric.device)
     losses = losses_of(run, model)
     saved, asked, fatal = state.step, None, None
+
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            log.event("checkpoint_failed", f"error: {error}", step=state.step, error=str(error))
+            if args.checkpoint.on_failure == "stop":
+                preemption.ask(Preemption.FAILED_SAVE)
+
     freeze_gc()
     while True:
         last = state.step == run.max_steps
@@ -166,15 +176,21 @@ def fit(
             if val_loss is not None:
                 state.validated = state.step
                 log.row({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
+        if checkpointer.done():
+            with told():
+                checkpointer.wait()
         asked = preemption.asked()
         if saved < state.step and (state.step % args.checkpoint.interval == 0 or last or asked):
             fatal = log.verdicts(guard.verdicts(late=0))
             if fatal:
                 break
             watchdog.beat(state.step, "checkpoint")
-            checkpointer.save(state, gpt, optimizer.optimizer, wait=bool(last or asked))
-            log.event("checkpoint", f"saving step {state.step}", step=state.step)
-            saved = state.step
+            with told():
+                checkpointer.wait()
+            with told():
+                checkpointer.save(state, gpt, optimizer.optimizer, wait=bool(last or asked))
+                log.event("checkpoint", f"saving step {state.step}", step=state.step)
+                saved = state.step
         if last or asked:
             break
         watchdog.beat(state.step, "step")
@@ -217,12 +233,13 @@ def fit(
             log.row(row, seconds_left=(run.max_steps - state.step) * run.tokens_per_step / speed)
         meter.pause()
     loader.close()
-    checkpointer.wait()
-    if fatal:
+    with told():
+        checkpointer.wait()
+    if fatal or saved < state.step:
         return DEFECT
     if asked and not last:
         log.event("stop", f"stopped by {asked} at step {state.step}; the same command goes on from there", by=asked)
-        return STOPPED
+        return DEFECT if asked == "checkpoint.on_failure" else STOPPED
     log.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {run.out_dir}", step=state.step)
     return DONE
 

@@ -162,18 +162,6 @@ def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_next_is_good(how: st
     assert holds(tmp_path / "step-00000003", 3)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
-    folder = tmp_path / "small"
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
-
-
 def test_a_disk_that_fills_up_while_it_saves(ranks: Ranks, small_disk: Path) -> None:
     folder = small_disk / "checkpoints"
     (said, there), other = ranks("failing", folder, "ballast")

@@ -226,7 +226,15 @@ for group in (kept, short, None):
 def test_files_of_an_earlier_world_go_and_a_failed_loop_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeat"
     folder.mkdir()
-    old = ["verdict.txt", "rank-00000.stacks.txt", "nccl_rank_0", "rank-00001.json", "rank-00002.json", "nccl_rank_12", "notes.txt"]
+    old = [
+        "verdict.txt",
+        "rank-00000.stacks.txt",
+        "nccl_rank_0",
+        "rank-00001.json",
+        "rank-00002.json",
+        "nccl_rank_12",
+        "notes.txt",
+    ]
     for name in old:
         (folder / name).touch()
 

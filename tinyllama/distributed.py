@@ -150,7 +150,8 @@ class Preemption:
     Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit.
     """
 
-    MAX_TIME = 0x100  # above every signal's number
+    MAX_TIME, FAILED_SAVE = 0x100, 0x101  # above every signal's number
+    NAMES = {MAX_TIME: "train.max_time", FAILED_SAVE: "checkpoint.on_failure"}
 
     def __init__(self, max_time: float | None = None) -> None:
         self._asked = 0
@@ -163,13 +164,17 @@ class Preemption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = number
 
+    def ask(self, number: int) -> None:
+        """Ask for a stop, on any rank, as a signal does."""
+        self._asked = self._asked or number
+
     def asked(self) -> str | None:
-        """What any rank was asked to stop by: a signal's name or ``train.max_time``; None: nothing. All must ask."""
+        """What any rank was asked to stop by: a signal's name or a setting's; None: nothing. All ranks must ask."""
         if time.monotonic() > self._until:
-            self._asked = self._asked or self.MAX_TIME
+            self.ask(self.MAX_TIME)
         number = torch.tensor(self._asked)
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         self._asked = int(number)
-        if self._asked == self.MAX_TIME:
-            return "train.max_time"
+        if self._asked in self.NAMES:
+            return self.NAMES[self._asked]
         return signal.Signals(self._asked).name if self._asked else None

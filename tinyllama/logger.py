@@ -1,5 +1,6 @@
 """What a run says: the console, a row a logged step in metrics.csv, and a line an event in events.jsonl."""
 
+import contextlib
 import csv
 import io
 import json
@@ -94,14 +95,18 @@ class RunLog:
         if self._last and int(self._last["step"]) == int(row["step"]):
             row = self._last | row
             os.truncate(self._metrics, self._last_at)
-        with self._metrics.open("a", newline="") as file:
-            self._last_at, self._last = file.tell(), row
-            csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+        end = self._metrics.stat().st_size
+        try:
+            with self._metrics.open("a", newline="") as file:
+                csv.DictWriter(file, COLUMNS, extrasaction="ignore").writerow(row)
+            self._last_at, self._last = end, row
+        except OSError:  # a full disk is for the checkpoint to report, and may pass; the console has the row
+            os.truncate(self._metrics, end)
 
     def event(self, name: str, text: str, **facts: Any) -> None:
         """Append an event with its facts to events.jsonl, and print ``text``."""
         if self._speaks:
-            with self._events.open("a") as file:
+            with contextlib.suppress(OSError), self._events.open("a") as file:  # it is printed all the same
                 file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
             print(text, flush=True)
 
