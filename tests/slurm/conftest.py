@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import os
+import re
 import subprocess
 import sys
 import time
@@ -41,6 +42,11 @@ class Job:
 
     def until_step(self, step: int) -> None:
         self.until(lambda: self.done() >= step)
+
+    def ranks(self) -> list[int]:
+        """The pids of its ranks, one on each node."""
+        lines = {**self.cluster.processes("node1"), **self.cluster.processes("node2")}
+        return [pid for pid, line in lines.items() if re.match(r"\S*python\S* pretrain/train.py ", line)]
 
     def done(self) -> int:
         """The last step in its metrics.csv."""
