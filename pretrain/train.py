@@ -34,7 +34,7 @@ from tinyllama.owner import Owner
 from tinyllama.run import Run
 from tinyllama.state import TrainState
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
-from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc
+from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc, set_timeout
 
 DONE, DEFECT, STOPPED = 0, 1, 75
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -157,7 +157,7 @@ def fit(
     )
     batches = on_device(loader, fabric.device)
     losses = losses_of(run, model)
-    saved, asked, fatal = state.step, None, None
+    first, saved, asked, fatal = state.step, state.step, None, None
 
     @contextlib.contextmanager
     def told() -> Iterator[None]:
@@ -168,7 +168,6 @@ def fit(
             if args.checkpoint.on_failure == "stop":
                 preemption.ask(Preemption.FAILED_SAVE)
 
-    freeze_gc()
     while True:
         last = state.step == run.max_steps
         if run.validation and (state.step % args.eval.interval == 0 or last) and state.validated < state.step:
@@ -218,6 +217,9 @@ def fit(
         optimizer.step()  # a step that must not reach the weights leaves them as they are
         optimizer.zero_grad()
         meter.step(run.tokens_per_step)
+        if state.step == first + 1:  # all is compiled, and the ranks run evenly
+            freeze_gc()
+            set_timeout(args.train.timeout + 60, keep=[checkpointer.group])
 
         due = state.step % args.log.interval == 0 or state.step == run.max_steps
         verdicts = guard.verdicts(late=0 if due else 1)  # 0 waits for the device

@@ -31,6 +31,12 @@ def train(argv: list[str]) -> int:
     return recipe.main(recipe.setup(cli.parse(PretrainArgs, argv)))
 
 
+def group_timeout(argv: list[str]) -> float:
+    """Seconds that a collective may take after the recipe has run."""
+    train(argv)
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
 def train_signalled(argv: list[str]) -> int:
     """The recipe, with a SIGUSR1 to the rank ``argv[1]`` in the phase ``argv[0]``; gives its exit code."""
     phase, rank, *argv = argv

@@ -124,7 +124,10 @@ def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> Non
     assert all(torch.equal(weights[name], values(f"model.{name}", weights[name].shape, 6)) for name in weights)
     file = tmp_path / "new" / "model.safetensors"
     checkpoint.export_weights(steps / "step-00000005", file)
-    checkpoint.export_weights(steps / "step-00000006", file)
+    script = Path(__file__).parents[1] / "scripts" / "export_checkpoint.py"
+    done = subprocess.run([sys.executable, script, steps, file], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{steps}/step-00000006 -> {file}: 0.000 GB\n"
     assert names(file.parent) == ["model.safetensors"]
     with safe_open(file, "pt") as exported:
         assert sorted(exported.keys()) == sorted(weights)

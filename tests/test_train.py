@@ -261,6 +261,12 @@ def test_a_disk_that_fills_up(world, config_file: Path, tmp_path: Path, small_di
     assert column(out, "loss")[-1] == column(straight, "loss")[-1]
 
 
+def test_collectives_may_take_less_once_the_run_is_steady(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--out_dir", tmp_path / "run", "--train.max_steps", 6, "--train.timeout", 200]
+    answers = world(2)("group_timeout", "--config", config_file, *flags)
+    assert [answer["result"] for answer in answers] == [260, 260]
+
+
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     answers = world(2)("train", "--config", config_file, "--out_dir", out, "--train.max_time", 1e-6)
