@@ -107,11 +107,11 @@ def test_a_job_of_a_higher_priority_preempts(start: Start, undisturbed, tmp_path
 @pytest.mark.slow
 def test_a_time_limit(start: Start, undisturbed) -> None:
     expected = undisturbed(600)
-    job = start(options=("--time=1", "--signal=USR1@30"))
+    job = start(options=("--time=2", "--signal=USR1@30"))
     job.until_step(20)
     ranks = job.ranks()
     for pid in ranks:
-        os.kill(pid, signal.SIGSTOP)  # so that the minute passes and the steps do not
+        os.kill(pid, signal.SIGSTOP)  # so that the minutes pass and the steps do not
     job.until(lambda: all(is_pending(pid, signal.SIGUSR1) for pid in ranks))
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
