@@ -50,7 +50,7 @@ def dying_at(call: int, function: Callable[..., Any]) -> Callable[..., Any]:
 
 def doom(choice: random.Random, rank: int) -> None:
     """Decide when this rank is killed: a moment after some step, or at a file of a save."""
-    kind = choice.choice(["step", "step", "fsync", "fsync", "remove"])
+    kind = choice.choice(["step", "fsync", "fsync" if rank else "remove"])  # rank 0 removes
     if kind == "step":
         last, moment, lr_at = choice.randrange(8), choice.uniform(0, 0.04), recipe.Run.lr_at
         steps = 0

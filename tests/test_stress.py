@@ -32,7 +32,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
 ) -> None:
     rng = np.random.default_rng(0)
     documents = [[int(3 + (start + i) % 250) for i in range(60)] + [2] for start in rng.integers(3, 250, 100)]
-    steps = 12 * KILLS
+    steps = 10 * KILLS
     config = {
         "model": {"name": "quickstart", "block_size": 32, "vocab_size": 256, "n_layer": 2, "n_embd": 32}
         | {"intermediate_size": 64},
