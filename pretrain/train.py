@@ -10,14 +10,14 @@ command goes on; 1 anything else.
 import contextlib
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
-from tinyllama import InputError, checkpoint, cli, durable, evaluate
+from tinyllama import InputError, checkpoint, cli, durable, evaluate, owner
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
 from tinyllama.checkpointer import Checkpointer, CheckpointError
 from tinyllama.data.ahead import on_device
@@ -30,7 +30,6 @@ from tinyllama.logger import Row, RunLog, max_memory_gb, start_card
 from tinyllama.model import GPT
 from tinyllama.ops import attention, choice, float8
 from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
-from tinyllama.owner import Owner
 from tinyllama.run import Run
 from tinyllama.state import TrainState
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
@@ -87,6 +86,7 @@ def main(run: Run) -> int:
     args = run.args
     fabric = build_fabric(args.parallel, args.train)
     fabric.launch()
+    run = replace(run, resume=fabric.broadcast(run.resume))  # a file system may show ranks different newest ones
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
     state = TrainState() if run.resume is None else checkpoint.load(run.resume, gpt, optimizer.optimizer)
@@ -97,8 +97,8 @@ def main(run: Run) -> int:
     if args.dry_run:
         return DONE
     rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
-    owner = Owner(run.out_dir, os.environ.get("SLURM_JOB_ID")) if rank == 0 else contextlib.nullcontext()
-    with owner, Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog:
+    owned = owner.held(run.out_dir, os.environ.get("SLURM_JOB_ID"))
+    with owned, Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog:
         code = fit(run, fabric, gpt, model, optimizer, state, preemption, watchdog)
     fabric.barrier()  # Fabric's launcher ends a rank that outlives another by more than seconds
     return code

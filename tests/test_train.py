@@ -267,6 +267,16 @@ def test_collectives_may_take_less_once_the_run_is_steady(world, config_file: Pa
     assert [answer["result"] for answer in answers] == [260, 260]
 
 
+def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "OWNER.json").write_text(json.dumps({"host": "node7", "pid": 1, "job_id": "5", "restarts": 0}))
+    for answer in world(2)("train", "--config", config_file, "--out_dir", out):
+        (fault,) = answer["faults"]
+        assert fault.startswith(f"{out} belongs to another run (pid 1 on node7, job 5; heartbeat ")
+    assert [path.name for path in out.iterdir()] == ["OWNER.json"]
+
+
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     answers = world(2)("train", "--config", config_file, "--out_dir", out, "--train.max_time", 1e-6)
