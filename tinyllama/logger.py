@@ -58,11 +58,10 @@ class RunLog:
         writer = csv.DictWriter(text, COLUMNS, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows[:-1])
-        durable.write(self._metrics, text.getvalue().encode())
-        self._last: dict[str, Any] = {}
-        self._last_at = 0
-        if rows:
-            self._append(rows[-1])
+        self._last_at = len(text.getvalue().encode())
+        writer.writerows(rows[-1:])
+        durable.write(self._metrics, text.getvalue().encode())  # with the last row: a kill from here on loses none
+        self._last: dict[str, Any] = rows[-1] if rows else {}
 
     def row(self, row: Row, seconds_left: float | None = None) -> None:
         """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and print it."""

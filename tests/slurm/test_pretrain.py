@@ -107,12 +107,12 @@ def test_a_job_of_a_higher_priority_preempts(start: Start, undisturbed, tmp_path
 @pytest.mark.slow
 def test_a_time_limit(start: Start, undisturbed) -> None:
     expected = undisturbed(600)
-    job = start(options=("--time=2", "--signal=USR1@30"))
-    job.until_step(20)
+    job = start(options=("--time=3", "--signal=USR1@30"))
+    job.until_step(1)
     ranks = job.ranks()
     for pid in ranks:
         os.kill(pid, signal.SIGSTOP)  # so that the minutes pass and the steps do not
-    job.until(lambda: all(is_pending(pid, signal.SIGUSR1) for pid in ranks))
+    job.until(lambda: all(is_pending(pid, signal.SIGUSR1) for pid in ranks), 240)
     for pid in ranks:
         os.kill(pid, signal.SIGCONT)
     job.until_requeued()
