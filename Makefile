@@ -2,13 +2,22 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test lint benchmark clean
+.PHONY: quickstart test test-slurm stress lint benchmark clean
 
 quickstart: .venv/installed  ## the whole workflow on a CPU: corpus, tokenizer, preparation, pretraining, resume, conversion
 	@bash scripts/quickstart.sh
 
 test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
+
+SLURM_TESTS := slurm
+test-slurm: .venv/installed  ## on a real Slurm of two nodes in network namespaces of this machine; needs root
+	@command -v slurmctld slurmd munged ip >/dev/null || \
+		apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps
+	$(BIN)/pytest tests/slurm -m '$(SLURM_TESTS)' --tb short
+
+stress: .venv/installed  ## 50 kills of a run that saves all the time
+	STRESS_KILLS=50 $(BIN)/pytest tests/test_stress.py -m slow
 
 lint: .venv/installed
 	$(BIN)/ruff check

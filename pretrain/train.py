@@ -9,17 +9,17 @@ command goes on; 1 anything else.
 
 import contextlib
 import os
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
-from tinyllama import InputError, checkpoint, cli, durable, evaluate
+from tinyllama import InputError, checkpoint, cli, durable, evaluate, owner
 from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
-from tinyllama.checkpointer import Checkpointer
+from tinyllama.checkpointer import Checkpointer, CheckpointError
 from tinyllama.console import Row, show_card, start_card
 from tinyllama.convert.start import start_weights
 from tinyllama.convert.weights import copy_into
@@ -33,11 +33,10 @@ from tinyllama.logger import RunLog, max_memory_gb
 from tinyllama.model import GPT
 from tinyllama.ops import attention, choice, float8
 from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
-from tinyllama.owner import Owner
 from tinyllama.run import Run
 from tinyllama.state import TrainState
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
-from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc
+from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc, set_timeout
 
 DONE, DEFECT, STOPPED = 0, 1, 75
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -94,6 +93,7 @@ def main(run: Run) -> int:
     args = run.args
     fabric = build_fabric(args.parallel, args.train)
     fabric.launch()
+    run = replace(run, resume=fabric.broadcast(run.resume))  # a file system may show ranks different newest ones
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
     if (weights := start_weights(run)) is not None:
@@ -106,9 +106,8 @@ def main(run: Run) -> int:
     if args.dry_run:
         return DONE
     rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
-    owner = Owner(run.out_dir, os.environ.get("SLURM_JOB_ID")) if rank == 0 else contextlib.nullcontext()
     with (
-        owner,
+        owner.held(run.out_dir, os.environ.get("SLURM_JOB_ID")),
         Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
         RunLog(run, state.step if run.resume else None, speaks=rank == 0) as log,
     ):
@@ -171,8 +170,17 @@ def fit(
     )
     batches = on_device(loader, fabric.device)
     losses = losses_of(run, model)
-    saved, asked, fatal = state.step, None, None
-    freeze_gc()
+    first, saved, asked, fatal = state.step, state.step, None, None
+
+    @contextlib.contextmanager
+    def told() -> Iterator[None]:
+        try:
+            yield
+        except CheckpointError as error:
+            log.event("checkpoint_failed", f"error: {error}", step=state.step, error=str(error))
+            if args.checkpoint.on_failure == "stop":
+                preemption.ask(Preemption.FAILED_SAVE)
+
     while True:
         last = state.step == run.max_steps
         if run.validation and (state.step % args.eval.interval == 0 or last) and state.validated < state.step:
@@ -181,15 +189,20 @@ def fit(
             if val_loss is not None:
                 state.validated = state.step
                 log.row({"step": state.step, "tokens": state.tokens, "val_loss": val_loss})
+        if checkpointer.done():
+            with told():
+                checkpointer.wait()
         asked = preemption.asked()
         if saved < state.step and (state.step % args.checkpoint.interval == 0 or last or asked):
             fatal = log.verdicts(guard.verdicts(late=0))
             if fatal:
                 break
             watchdog.beat(state.step, "checkpoint")
-            with log.clock("checkpoints", state.step):
+            with told():
+                checkpointer.wait()
+            with told(), log.clock("checkpoints", state.step):
                 checkpointer.save(state, gpt, optimizer.optimizer, wait=bool(last or asked))
-            saved = state.step
+                saved = state.step
         if last or asked:
             break
         watchdog.beat(state.step, "step")
@@ -201,9 +214,7 @@ def fit(
         loss_sum = torch.zeros((), device=fabric.device)
         for micro_batch in range(run.accumulation):
             batch = next(batches)
-            sync_gradients(
-                gpt, args.parallel.sync_every_micro_batch or micro_batch == run.accumulation - 1, args.parallel
-            )
+            sync_gradients(gpt, micro_batch == run.accumulation - 1, args.parallel)
             loss = losses(batch.input_ids, batch.targets)  # summed over the tokens
             # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
             fabric.backward(loss * (fabric.world_size / run.tokens_per_step))
@@ -217,6 +228,9 @@ def fit(
         optimizer.step()  # a step that must not reach the weights leaves them as they are
         optimizer.zero_grad()
         meter.step(run.tokens_per_step)
+        if state.step == first + 1:  # all is compiled, and the ranks run evenly
+            freeze_gc()
+            set_timeout(args.train.timeout + 60, keep=[checkpointer.group])
 
         due = state.step % args.log.interval == 0 or state.step == run.max_steps
         verdicts = guard.verdicts(late=0 if due else 1)  # 0 waits for the device
@@ -232,12 +246,13 @@ def fit(
             log.row(row, seconds_left=(run.max_steps - state.step) * run.tokens_per_step / speed)
         meter.pause()
     loader.close()
-    checkpointer.wait()
-    if fatal:
+    with told():
+        checkpointer.wait()
+    if fatal or saved < state.step:
         return DEFECT
     if asked and not last:
         log.event("stop", f"stopped by {asked} at step {state.step}; the same command goes on from there", by=asked)
-        return STOPPED
+        return DEFECT if asked == "checkpoint.on_failure" else STOPPED
     log.done(state)
     return DONE
 

@@ -19,7 +19,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 
-from tinyllama import InputError, cli
+from tinyllama import InputError, checkpointer, cli
 from tinyllama.args import PretrainArgs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pretrain"))
@@ -29,6 +29,12 @@ import train as recipe
 def train(argv: list[str]) -> int:
     """The whole recipe; gives its exit code."""
     return recipe.main(recipe.setup(cli.parse(PretrainArgs, argv)))
+
+
+def group_timeout(argv: list[str]) -> float:
+    """Seconds that a collective may take after the recipe has run."""
+    train(argv)
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
 def train_signalled(argv: list[str]) -> int:
@@ -70,6 +76,32 @@ def train_signalled(argv: list[str]) -> int:
         save = recipe.Checkpointer.save
         signalled = mock.patch.object(recipe.Checkpointer, "save", lambda *args, **kw: (now(), save(*args, **kw))[1])
     with signalled:
+        return recipe.main(run)
+
+
+def train_on_a_full_disk(argv: list[str]) -> int:
+    """The recipe, on a disk that is full from the middle of the second save to the beginning of the third."""
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    ballast = run.out_dir.parent / "ballast"
+    write_data, save = checkpointer._Writer.write_data, recipe.Checkpointer.save
+    writes, saves = itertools.count(1), itertools.count(1)
+
+    def fill(*args: Any) -> Any:
+        if next(writes) == 2 and dist.get_rank() == 1:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+        return write_data(*args)
+
+    def empty(*args: Any, **kwargs: Any) -> Any:
+        if next(saves) == 3 and run.args.checkpoint.on_failure == "continue":
+            ballast.unlink(missing_ok=True)
+        return save(*args, **kwargs)
+
+    with (
+        mock.patch.object(checkpointer._Writer, "write_data", fill),
+        mock.patch.object(recipe.Checkpointer, "save", empty),
+    ):
         return recipe.main(run)
 
 

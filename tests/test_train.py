@@ -216,19 +216,65 @@ def test_bf16_computes_in_bf16_and_keeps_the_rest_in_fp32(world, config_file: Pa
         }
 
 
-@pytest.mark.parametrize("phase", ["step", "validation", "checkpoint"])
+@pytest.mark.parametrize("phase", ["step", "validation", "checkpoint", "asynchronous checkpoint"])
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(world, config_file: Path, tmp_path: Path, phase: str) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     world(2).train("--config", config_file, "--out_dir", straight)
-    answers = world(2)("train_signalled", phase, 1, "--config", config_file, "--out_dir", stopped)
+    flags = ["--checkpoint.asynchronous", "asynchronous" in phase]
+    answers = world(2)("train_signalled", phase, 1, "--config", config_file, "--out_dir", stopped, *flags)
     assert [answer["result"] for answer in answers] == [75, 75]
     done = int(metrics(stopped)[-1]["step"])
-    assert done == {"step": 7, "validation": 20, "checkpoint": 21}[phase]
+    assert done == {"step": 7, "validation": 20}.get(phase, 21)
     assert f"stopped by SIGUSR1 at step {done}; the same command goes on from there" in answers[0]["said"]
     assert (stopped / "checkpoints" / f"step-{done:08d}" / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert column(stopped, name) == column(straight, name), name
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_disk_that_fills_up(world, config_file: Path, tmp_path: Path, small_disk: Path, on_failure: str) -> None:
+    straight, out = tmp_path / "straight", small_disk / "run"
+    world(2).train("--config", config_file, "--out_dir", straight)
+    flags = ["--checkpoint.interval", 10, "--checkpoint.asynchronous", "true", "--checkpoint.on_failure", on_failure]
+    answers = world(2)("train_on_a_full_disk", "--config", config_file, "--out_dir", out, *flags)
+    (said, *others) = [line for line in answers[0]["said"].splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: {out}/checkpoints/step-00000020 is not saved: ")
+    assert said.endswith("No space left on device")
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    if on_failure == "continue":
+        assert [answer["result"] for answer in answers] == [0, 0]
+        assert others == []
+        assert steps == ["step-00000010", "step-00000030", "step-00000040"]
+        after, expected = (tensors(run / "checkpoints" / "step-00000040") for run in (out, straight))
+        assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
+        assert column(out, "loss")[-1] == column(straight, "loss")[-1]
+        (event,) = [line for line in (out / "events.jsonl").read_text().splitlines() if "checkpoint_failed" in line]
+        assert json.loads(event)["error"] == said.removeprefix("error: ")
+    else:  # with a last attempt, in vain
+        assert [answer["result"] for answer in answers] == [1, 1]
+        assert "GB are free" in others[0]
+        assert steps == ["step-00000010"]
+        (small_disk / "ballast").unlink()
+    assert checkpoint.fault(out / "checkpoints" / "step-00000010") is None
+    world(2).train("--config", config_file, "--out_dir", out)
+    assert column(out, "loss")[-1] == column(straight, "loss")[-1]
+
+
+def test_collectives_may_take_less_once_the_run_is_steady(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--out_dir", tmp_path / "run", "--train.max_steps", 6, "--train.timeout", 200]
+    answers = world(2)("group_timeout", "--config", config_file, *flags)
+    assert [answer["result"] for answer in answers] == [260, 260]
+
+
+def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "OWNER.json").write_text(json.dumps({"host": "node7", "pid": 1, "job_id": "5", "restarts": 0}))
+    for answer in world(2)("train", "--config", config_file, "--out_dir", out):
+        (fault,) = answer["faults"]
+        assert fault.startswith(f"{out} belongs to another run (pid 1 on node7, job 5; heartbeat ")
+    assert [path.name for path in out.iterdir()] == ["OWNER.json"]
 
 
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:

@@ -138,7 +138,7 @@ with watch(timeout=2) as watchdog:
         assert heartbeat(tmp_path, rank)["waiting"] is waiting
 
 
-def test_ranks_that_cannot_speak_are_named_by_one_that_can(start) -> None:
+def test_ranks_that_cannot_speak_are_named_by_one_that_can(start, tmp_path: Path) -> None:
     code = """
 with watch(timeout=2) as watchdog:
     for step in range(3):
@@ -162,6 +162,7 @@ with watch(timeout=2) as watchdog:
     assert line.startswith(f"watchdog: dead, stopped or stuck in C code: rank 0 ({HOST}, pid {stopped}; step after")
     assert f", rank 1 ({HOST}, pid {held}; step after step 2), silent for " in line
     assert "rank 2" not in line
+    assert (tmp_path / "heartbeat" / "verdict.txt").read_text() == f"{line.removeprefix('watchdog: ')}\n"
     assert "in hold_the_interpreter" in said[said.index("Timeout (") :]
 
 
@@ -225,7 +226,15 @@ for group in (kept, short, None):
 def test_files_of_an_earlier_world_go_and_a_failed_loop_says_so(tmp_path: Path) -> None:
     folder = tmp_path / "heartbeat"
     folder.mkdir()
-    old = ["rank-00000.stacks.txt", "nccl_rank_0", "rank-00001.json", "rank-00002.json", "nccl_rank_12", "notes.txt"]
+    old = [
+        "verdict.txt",
+        "rank-00000.stacks.txt",
+        "nccl_rank_0",
+        "rank-00001.json",
+        "rank-00002.json",
+        "nccl_rank_12",
+        "notes.txt",
+    ]
     for name in old:
         (folder / name).touch()
 

@@ -199,6 +199,8 @@ class CheckpointArgs:
     """checkpoints at multiples of this many steps are kept for ever; null: none"""
     asynchronous: bool = True
     """train on while a checkpoint is being written"""
+    on_failure: Literal["continue", "stop"] = "continue"
+    """what a save that fails, as on a full disk, does to the run; the checkpoints before it stay as they are"""
 
 
 @dataclass(frozen=True)

@@ -61,7 +61,7 @@ class Checkpointer:
         self._keep_every = keep_every
         self._asynchronous = asynchronous
         # the collectives of a save run in a thread of their own and must not mix with those of a training step
-        self._group = dist.new_group(backend="gloo")
+        self.group = dist.new_group(backend="gloo")
         self._is_writer = dist.get_rank() == 0
         cuda = torch.cuda.is_available()
         self._stager = DefaultStager(
@@ -99,13 +99,11 @@ class Checkpointer:
         writer = _Writer(_unfinished(final), functools.partial(self._publish, final, self._files(state)))
         published = None
         if self._asynchronous and not wait:
-            future = dcp.async_save(
-                tensors, storage_writer=writer, process_group=self._group, async_stager=self._stager
-            )
+            future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, async_stager=self._stager)
             self._in_flight = final, cast(Future, future)
         else:
             with self._all_or_nothing(final):
-                dcp.save(tensors, storage_writer=writer, process_group=self._group)
+                dcp.save(tensors, storage_writer=writer, process_group=self.group)
             published = final
         if failed is not None:
             raise failed
@@ -143,7 +141,7 @@ class Checkpointer:
             except OSError as error:
                 fault = str(error)
         said = [fault]
-        dist.broadcast_object_list(said, src=0, group=self._group)
+        dist.broadcast_object_list(said, src=0, group=self.group)
         if said[0] is not None:
             raise CheckpointError(f"{final} is not saved: {said[0]}")
 

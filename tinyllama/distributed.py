@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -28,17 +29,65 @@ from tinyllama.ops import attention, float8
 # what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
 SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED]
 
+NO_JOB = ("bash", "interactive")
+"""Names of a Slurm job that make Fabric ignore Slurm."""
 
-def ranks(args: ParallelArgs) -> tuple[int, int]:
-    """Ranks on each node, and nodes: as srun or torchrun started us, else ``parallel.devices`` on this machine."""
+
+def launcher() -> str:
+    """Who has started this process: ``torchrun``, ``srun``, or a user by plain ``python``."""
     env = os.environ
     if "TORCHELASTIC_RUN_ID" in env:
+        return "torchrun"
+    in_step = "SLURM_STEP_ID" in env  # a batch script has the other variables too
+    if int(env.get("SLURM_NTASKS", 1)) > 1 or (in_step and env.get("SLURM_JOB_NAME") not in NO_JOB):
+        return "srun"
+    return "python"
+
+
+def ranks(args: ParallelArgs) -> tuple[int, int]:
+    """Ranks on each node, and nodes: as srun or torchrun started us, else ``parallel.devices`` on this machine.
+
+    Raises InputError for a launch that would hang, or of which every process would train alone.
+    """
+    env = os.environ
+    started_by, tasks = launcher(), int(env.get("SLURM_NTASKS", 1))
+    in_step = "SLURM_STEP_ID" in env
+    if started_by == "torchrun":
         local = int(env["LOCAL_WORLD_SIZE"])
-        return local, int(env["WORLD_SIZE"]) // local
-    if "SLURM_NTASKS" in env and "SLURM_PROCID" in env:
+        nodes = int(env["WORLD_SIZE"]) // local
+        if in_step and tasks > int(env["SLURM_NNODES"]):
+            raise InputError(
+                f"srun starts torchrun {tasks} times on {env['SLURM_NNODES']} nodes: give srun --ntasks-per-node 1, or "
+                "leave torchrun out"
+            )
+    elif started_by == "srun":
+        local = int(env.get("SLURM_NTASKS_PER_NODE", 1 if tasks == 1 else 0))
         nodes = int(env["SLURM_NNODES"])
-        return int(env["SLURM_NTASKS"]) // nodes, nodes
-    return args.devices or max(torch.cuda.device_count(), 1), 1
+        if not in_step:
+            raise InputError(f"the job has {tasks} tasks and this is none of them: start it with srun python ...")
+        if env.get("SLURM_JOB_NAME") in NO_JOB:
+            raise InputError(
+                f"the Slurm job is named {env['SLURM_JOB_NAME']}, which means no job: its {tasks} tasks would train "
+                "alone, each of them; give srun another --job-name"
+            )
+        if local == 0:
+            raise InputError(f"srun has --ntasks {tasks} without --ntasks-per-node: give --nodes and --ntasks-per-node")
+        if local * nodes != tasks:
+            raise InputError(
+                f"srun has --ntasks {tasks}, which is not {nodes} nodes x --ntasks-per-node {local}: leave --ntasks out"
+            )
+    else:
+        local, nodes = args.devices or max(torch.cuda.device_count(), 1), 1
+    if args.devices not in (None, local):
+        raise InputError(
+            f"parallel.devices is {args.devices} and {started_by} started {local} ranks on each node: leave it out"
+        )
+    if 0 < torch.cuda.device_count() < local:
+        raise InputError(
+            f"{local} ranks on each node and {torch.cuda.device_count()} GPUs to be seen here: start fewer, or give "
+            "--gpus-per-node in place of --gpus-per-task"
+        )
+    return local, nodes
 
 
 def shard_size(args: ParallelArgs, devices: int, nodes: int) -> int:
@@ -61,7 +110,9 @@ def build_fabric(args: ParallelArgs, train: TrainArgs) -> Fabric:
         tensor_parallel_size=1,
         timeout=timedelta(seconds=train.start_timeout),
     )
-    return Fabric(devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true")
+    # else Fabric would take a batch script of one task for a task of srun
+    here = LightningEnvironment() if launcher() == "python" else None
+    return Fabric(devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true", plugins=here)
 
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs) -> GPT:
@@ -150,7 +201,8 @@ class Preemption:
     Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit.
     """
 
-    MAX_TIME = 0x100  # above every signal's number
+    MAX_TIME, FAILED_SAVE = 0x100, 0x101  # above every signal's number
+    NAMES = {MAX_TIME: "train.max_time", FAILED_SAVE: "checkpoint.on_failure"}
 
     def __init__(self, max_time: float | None = None) -> None:
         self._asked = 0
@@ -163,13 +215,17 @@ class Preemption:
     def _receive(self, number: int, frame: FrameType | None) -> None:
         self._asked = number
 
+    def ask(self, number: int) -> None:
+        """Ask for a stop, on any rank, as a signal does."""
+        self._asked = self._asked or number
+
     def asked(self) -> str | None:
-        """What any rank was asked to stop by: a signal's name or ``train.max_time``; None: nothing. All must ask."""
+        """What any rank was asked to stop by: a signal's name or a setting's; None: nothing. All ranks must ask."""
         if time.monotonic() > self._until:
-            self._asked = self._asked or self.MAX_TIME
+            self.ask(self.MAX_TIME)
         number = torch.tensor(self._asked)
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         self._asked = int(number)
-        if self._asked == self.MAX_TIME:
-            return "train.max_time"
+        if self._asked in self.NAMES:
+            return self.NAMES[self._asked]
         return signal.Signals(self._asked).name if self._asked else None

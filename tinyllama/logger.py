@@ -62,17 +62,16 @@ class RunLog:
         writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
         writer.writeheader()
         writer.writerows(rows[:-1])
-        durable.write(self._metrics, text.getvalue().encode())
+        self._last_at = len(text.getvalue().encode())
+        writer.writerows(rows[-1:])
+        durable.write(self._metrics, text.getvalue().encode())  # with the last row: a kill from here on loses none
+        self._last: dict[str, Any] = rows[-1] if rows else {}
         losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
         self._best = min(losses, default=float("inf"))
         if run.args.log.wandb != "off":
             self._tracker = Tracker(run, self._console.line)
             for row in rows[:-1]:  # those it missed, if any
                 self._tracker.send(row)
-        self._last: dict[str, Any] = {}
-        self._last_at = 0
-        if rows:
-            self._append(rows[-1])
 
     def __enter__(self) -> "RunLog":
         if self._speaks:
@@ -156,7 +155,7 @@ class RunLog:
     def event(self, name: str, text: str, **facts: Any) -> None:
         """Append an event with its facts to events.jsonl, and show ``text``."""
         if self._speaks:
-            with self._events.open("a") as file:
+            with contextlib.suppress(OSError), self._events.open("a") as file:  # it is shown all the same
                 file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
             self._console.line(text, name)
 
@@ -166,9 +165,13 @@ class RunLog:
             os.truncate(self._metrics, self._last_at)
         elif self._last and self._tracker:
             self._tracker.send(self._last)  # nothing will be added to it any more
-        with self._metrics.open("a", newline="") as file:
-            self._last_at, self._last = file.tell(), row
-            csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+        end = self._metrics.stat().st_size
+        try:
+            with self._metrics.open("a", newline="") as file:
+                csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+            self._last_at, self._last = end, row
+        except OSError:  # a full disk is for the checkpoint to report, and may pass; the console has the row
+            os.truncate(self._metrics, end)
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:

@@ -11,9 +11,12 @@ import secrets
 import socket
 import sys
 import threading
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
+
+import torch.distributed as dist
 
 from tinyllama import InputError, durable
 
@@ -133,6 +136,22 @@ class Owner:
                     print(f"error: {what}", file=sys.stderr, flush=True)
                     os._exit(1)  # at once: two that write there would spoil it
                 os.utime(self._path)  # the file server's time, not ours
+
+
+@contextlib.contextmanager
+def held(out_dir: Path, job_id: str | None) -> Iterator[None]:
+    """Hold ``out_dir`` by rank 0; every rank must ask, and every rank raises the InputError of a refusal."""
+    with contextlib.ExitStack() as stack:
+        refusal: list[Any] = [None]
+        if dist.get_rank() == 0:
+            try:
+                stack.enter_context(Owner(out_dir, job_id))
+            except InputError as error:
+                refusal = [error.args]
+        dist.broadcast_object_list(refusal, src=0)
+        if refusal[0] is not None:
+            raise InputError(*refusal[0])
+        yield
 
 
 def _parse(text: str) -> dict[str, Any]:

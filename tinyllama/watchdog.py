@@ -1,8 +1,9 @@
 """The watch over a run: where each rank is, which one did not arrive when they stand still, and pauses taken together.
 
 Each rank keeps out_dir/heartbeat/rank-00003.json. In a stall every rank adds its stacks (rank-00003.stacks.txt) and
-what NCCL has recorded (``torchfrtrace OUT_DIR/heartbeat --prefix nccl_rank_``), one line names the rank to look at,
-and every process exits with 1, so that the launcher ends the job and the batch script starts it again.
+what NCCL has recorded (``torchfrtrace OUT_DIR/heartbeat --prefix nccl_rank_``), one line names the rank to look at, on
+stderr and in verdict.txt, and every process exits with 1, so that the launcher ends the job and the batch script
+starts it again.
 """
 
 import contextlib
@@ -30,6 +31,7 @@ import torch.distributed as dist
 Phase = Literal["start", "step", "validation", "checkpoint", "end"]
 
 STDERR = 2  # the descriptor: a thread that is stuck in a print holds the lock of sys.stderr
+VERDICT = "verdict.txt"
 GC_INTERVAL = 50
 """optimizer steps between two collections"""
 
@@ -95,7 +97,8 @@ class Watchdog:
         self._folder.mkdir(parents=True, exist_ok=True)
         for path in self._folder.iterdir():  # left by an earlier job, perhaps of more ranks
             match = re.match(r"(?:nccl_rank_|rank-)(\d+)", path.name)
-            if match and (int(match[1]) == self._rank or (self._rank == 0 and int(match[1]) >= self._world_size)):
+            mine = match and (int(match[1]) == self._rank or (self._rank == 0 and int(match[1]) >= self._world_size))
+            if mine or path.name == VERDICT:
                 path.unlink(missing_ok=True)
         self._last = (time.monotonic(), 0, "start", 0)
         self._writer.start()
@@ -162,18 +165,29 @@ class Watchdog:
                     faulthandler.dump_traceback(file)
                 _dump_nccl(self._folder / f"nccl_rank_{self._rank}")
             deadline = time.monotonic() + self._grace
-            said: list[int] = []
-            while len(said) < self._world_size and time.monotonic() < deadline:
+            said = 0
+            while said < self._world_size and time.monotonic() < deadline:
                 time.sleep(self._interval / 5)
-                said = [beat.rank for beat in read(self._folder, self._world_size) if beat.stalled_at]
-            if self._rank == min(said, default=self._rank):
-                os.write(STDERR, f"watchdog: {verdict(self._folder, self._world_size, limit)}\n".encode())
+                said = sum(beat.stalled_at is not None for beat in read(self._folder, self._world_size))
+            named = f"{verdict(self._folder, self._world_size, limit)}\n".encode()
+            if self._is_first(named):
+                os.write(STDERR, b"watchdog: " + named)
             else:
                 time.sleep(self._grace / 5)  # the launcher ends all ranks when the first one goes
         except BaseException:
             os.write(STDERR, traceback.format_exc().encode())
         finally:
             os._exit(1)  # sys.exit would end this thread only
+
+    def _is_first(self, named: bytes) -> bool:
+        """Whether no other rank has spoken: one that was stopped and wakes up later would tell another story."""
+        with contextlib.suppress(OSError):  # two that speak, as no file can be written, are better than none
+            try:
+                with (self._folder / VERDICT).open("xb") as file:
+                    file.write(named)
+            except FileExistsError:
+                return False
+        return True
 
 
 def read(folder: Path, world_size: int) -> list[Heartbeat]:

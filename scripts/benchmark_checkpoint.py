@@ -1,0 +1,66 @@
+"""For how long a save keeps training waiting: synchronous against asynchronous, a JSON line each.
+
+python scripts/benchmark_checkpoint.py [--model tinyllama_120m] [--rounds 3] [--folder DIR]
+
+One process, on its GPU if it has one. The two alternate; what an asynchronous save does after it has returned is waited
+for, and given as `whole`. Seconds are medians; the first round, which allocates what later ones use again, is left out.
+"""
+
+import json
+import statistics
+import tempfile
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from tinyllama import checkpoint, cli
+from tinyllama.checkpointer import Checkpointer
+from tinyllama.config import named_config
+from tinyllama.model import GPT
+from tinyllama.state import TrainState
+
+
+def main() -> None:
+    """Parse, measure, print."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("--model", default="tinyllama_120m", help="named size")
+    parser.add_argument("--rounds", type=int, default=3, help="saves of each kind that count")
+    parser.add_argument("--folder", help="on the disk to be measured (the system's folder for temporary files)")
+    args = parser.parse_args()
+    config = named_config(args.model)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+        dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
+        model = GPT(config).to(device)
+        optimizer = torch.optim.AdamW(model.parameters())
+        num_bytes = sum(
+            tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors(model, optimizer).values()
+        )
+        settings = cli.dump({"model": asdict(config)})
+        savers = {
+            name: Checkpointer(
+                Path(folder, name), config=settings, facts={}, keep_last=1, keep_every=None, asynchronous=name != "sync"
+            )
+            for name in ("sync", "async")
+        }
+        blocked: dict[str, list[float]] = {name: [] for name in savers}
+        whole: dict[str, list[float]] = {name: [] for name in savers}
+        for step in range(1, args.rounds + 2):
+            for name, saver in savers.items():
+                start = time.perf_counter()
+                saver.save(TrainState(step), model, optimizer)
+                blocked[name].append(time.perf_counter() - start)
+                saver.wait()
+                whole[name].append(time.perf_counter() - start)
+        dist.destroy_process_group()
+    facts = {"model": args.model, "parameters": config.num_params(), "gigabytes": round(num_bytes / 1e9, 3)}
+    for name in savers:
+        seconds = {"blocked": statistics.median(blocked[name][1:]), "whole": statistics.median(whole[name][1:])}
+        print(json.dumps({"save": name, "device": device, **facts, **{k: round(v, 3) for k, v in seconds.items()}}))
+
+
+if __name__ == "__main__":
+    cli.run(main)

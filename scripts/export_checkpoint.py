@@ -1,0 +1,23 @@
+"""Write a checkpoint's weights, by our names and as saved, into one safetensors file.
+
+python scripts/export_checkpoint.py CHECKPOINT FILE
+"""
+
+from pathlib import Path
+
+from tinyllama import checkpoint, cli
+
+
+def main() -> None:
+    """Parse, export, print."""
+    parser = cli.arguments(__doc__)
+    parser.add_argument("checkpoint", help="a step directory, or a run's out_dir for its newest step")
+    parser.add_argument("file", type=Path, help="the file to write, such as model.safetensors; one there is replaced")
+    args = parser.parse_args()
+    step_dir = checkpoint.resolve(args.checkpoint)
+    checkpoint.export_weights(step_dir, args.file)
+    print(f"{step_dir} -> {args.file}: {args.file.stat().st_size / 1e9:.3f} GB")
+
+
+if __name__ == "__main__":
+    cli.run(main)

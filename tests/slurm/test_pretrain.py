@@ -1,0 +1,147 @@
+"""scripts/slurm/*.sbatch on a real Slurm of two nodes: what stops a run leaves its loss curve the undisturbed one's."""
+
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+pytestmark = pytest.mark.slurm
+
+NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]  # over what the script asks for
+
+Start = Callable[..., "Job"]  # noqa: F821  # of conftest.py
+
+
+@pytest.fixture
+def start(cluster, config_file: Path, tmp_path: Path) -> Start:
+    """A function that submits pretrain.sbatch with Slurm's options and flags of train.py."""
+
+    def submit(*flags: object, options: tuple[str, ...] = ()):
+        script = ["scripts/slurm/pretrain.sbatch", "--config", config_file, "--out_dir", tmp_path / "run"]
+        return cluster.submit(tmp_path / "output", [*NODES, *options], *script, *flags, out_dir=tmp_path / "run")
+
+    return submit
+
+
+def is_pending(pid: int, number: int) -> bool:
+    """Whether a process has a signal that it has not seen."""
+    (mask,) = [line.split()[1] for line in Path(f"/proc/{pid}/status").read_text().splitlines() if "ShdPnd" in line]
+    return bool(int(mask, 16) >> (number - 1) & 1)
+
+
+@pytest.fixture(scope="session")
+def undisturbed(cluster, config_file: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[int], list]:
+    """What a run of so many steps that nothing happens to writes into its metrics.csv."""
+    known: dict[int, list] = {}
+
+    def metrics(steps: int) -> list:
+        if steps not in known:
+            folder = tmp_path_factory.mktemp("undisturbed")
+            script = ["scripts/slurm/pretrain.sbatch", "--config", config_file, "--out_dir", folder / "run"]
+            flags = ["--train.max_steps", steps]
+            job = cluster.submit(folder / "output", NODES, *script, *flags, out_dir=folder / "run")
+            assert job.end(300) == ("COMPLETED", "0:0"), job.says()
+            assert "ranks    node1: rank 0\nranks    node2: rank 1\n" in job.says()
+            known[steps] = job.metrics()
+        return known[steps]
+
+    return metrics
+
+
+def test_a_first_start(undisturbed) -> None:
+    rows = undisturbed(600)
+    assert [int(row["step"]) for row in rows] == list(range(1, 601))
+    assert float(rows[-1]["loss"]) < 0.7 * float(rows[0]["loss"])
+
+
+def test_usr1_saves_requeues_and_goes_on(start: Start, undisturbed) -> None:
+    expected = undisturbed(600)
+    job = start()
+    job.until_step(120)
+    job.cluster.call("scancel", "--signal=USR1", job.number)
+    job.until_requeued()
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    assert "stopped by SIGUSR1 at step " in job.says()
+    assert "restart 0: stopped with a checkpoint: requeued" in job.says()
+    assert "resumed from " in job.says()
+    assert job.metrics() == expected
+
+
+def test_a_killed_task_is_retried(start: Start, undisturbed) -> None:
+    expected = undisturbed(600)
+    job = start()
+    job.until_step(120)
+    os.kill(job.ranks()[1], signal.SIGKILL)
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    assert job.says().count("retried in 15 s") == 1
+    assert job.facts()["Restarts"] == "0"
+    assert len((job.out_dir / "crashes.log").read_text().splitlines()) == 1
+    assert job.metrics() == expected
+
+
+@pytest.mark.slow
+def test_bad_input_is_not_retried(start: Start) -> None:
+    job = start("--train.global_batch_size", 7)
+    assert job.end() == ("FAILED", "2:0"), job.says()
+    assert "error: train.global_batch_size 7 is not a multiple of 2 ranks" in job.says()
+    assert "bad input: not retried" in job.says()
+    assert not job.out_dir.exists()
+
+
+@pytest.mark.slow
+def test_a_job_of_a_higher_priority_preempts(start: Start, undisturbed, tmp_path: Path) -> None:
+    expected = undisturbed(600)
+    job = start()
+    job.until_step(120)
+    urgent = ["--partition=high", "--nodes=2", "--exclusive", "--time=1", "--wrap=sleep 3"]
+    other = job.cluster.submit(tmp_path / "urgent", urgent)
+    other.until(lambda: other.facts()["JobState"] == "COMPLETED")
+    job.until_requeued()
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    assert "stopped by SIGTERM at step " in job.says()
+    assert job.metrics() == expected
+
+
+@pytest.mark.slow
+def test_a_time_limit(start: Start, undisturbed) -> None:
+    expected = undisturbed(600)
+    job = start(options=("--time=3", "--signal=USR1@30"))
+    job.until_step(1)
+    ranks = job.ranks()
+    for pid in ranks:
+        os.kill(pid, signal.SIGSTOP)  # so that the minutes pass and the steps do not
+    job.until(lambda: all(is_pending(pid, signal.SIGUSR1) for pid in ranks), 240)
+    for pid in ranks:
+        os.kill(pid, signal.SIGCONT)
+    job.until_requeued()
+    job.cluster.call("scontrol", "update", f"JobId={job.number}", "TimeLimit=UNLIMITED")
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    assert "stopped by SIGUSR1 at step " in job.says()
+    assert "restart 0: stopped with a checkpoint: requeued" in job.says()
+    assert job.metrics() == expected
+
+
+@pytest.mark.slow
+def test_a_dead_node(start: Start, undisturbed) -> None:
+    expected = undisturbed(600)
+    job = start()
+    job.until_step(120)
+    for pid in job.cluster.processes("node2"):
+        os.kill(pid, signal.SIGKILL)
+    job.until(lambda: "DOWN" in job.cluster.call("sinfo", "--noheader", "--Node", "--format=%N %T").upper())
+    job.cluster.call("on", "node2", "slurmd", "-N", "node2")
+    job.until_requeued()
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    assert job.metrics() == expected
+
+
+@pytest.mark.slow
+def test_acceptance(cluster, config_file: Path, tmp_path: Path) -> None:
+    job = cluster.submit(tmp_path / "output", NODES, "scripts/slurm/acceptance.sbatch", "--config", config_file)
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    verdicts = [line for line in job.says().splitlines() if line.startswith(("pass", "fail"))]
+    assert len(verdicts) == 8
+    assert all(line.startswith("pass") for line in verdicts)
+    assert job.says().endswith("all passed\n")
