@@ -5,7 +5,6 @@ gigatoken is ten times as fast and young. So it is tried on ``GUARDS`` before an
 """
 
 import importlib.metadata
-import json
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal
@@ -24,12 +23,31 @@ CUT = 1 << 22  # bytes encoded at once; a longer document is cut
 _RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of words in one only grows
 _PROSE = "It's the first of 1,024 tests: don't split “quotes”, naïve words or 3.14159 wrongly…"
 GUARDS = (
-    *("", " ", "  ", "\n", "\t", "\r\n", "\0", "\ufffd", "\ufeff", "\u2581", " \u2581 a\u2581b\u2581", " " * 1000 + "x"),
+    *(
+        "",
+        " ",
+        "  ",
+        "\n",
+        "\t",
+        "\r\n",
+        "\0",
+        "\ufffd",
+        "\ufeff",
+        "\u2581",
+        " \u2581 a\u2581b\u2581",
+        " " * 1000 + "x",
+    ),
     *("<s>", "</s>", "<unk>", "<0x0A>", "a</s>b <s> <unk><0x0A> [INST] <|endoftext|>", "a  b   c\n\n\td  \n"),
     *("line one\r\nline two\r\n", "def f(x):\n\t\treturn x  # tab\n    y = [1, 22, 333]\n", "0123456789 ١٢٣ ²", _PROSE),
     *("e\u0301 is not \u00e9, \u212b \ufb01 \u00a0 \u3000 \u200b x", "漢字かな交じり文、한국어 ภาษาไทย", "Ω≈ç√∫˜µ≤≥÷"),
     *("\U0001f642\U0001f1eb\U0001f1f7 \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0010ffff\ud7ff\ue000\x7f\x1b[0m"),
-    *("x" * 3000, "word " * 500, "=" * 80 + "-" * 77 + "#" * 3 + "\n" * 9, "aaabababbbaab" * 30, "https://a.b/c?d=e&f=%20g"),
+    *(
+        "x" * 3000,
+        "word " * 500,
+        "=" * 80 + "-" * 77 + "#" * 3 + "\n" * 9,
+        "aaabababbbaab" * 30,
+        "https://a.b/c?d=e&f=%20g",
+    ),
 )
 
 
