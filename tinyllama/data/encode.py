@@ -46,6 +46,7 @@ GUARDS = (
         "word " * 500,
         "=" * 80 + "-" * 77 + "#" * 3 + "\n" * 9,
         "aaabababbbaab" * 30,
+        " " * 1000 + "x",
         "https://a.b/c?d=e&f=%20g",
     ),
 )

@@ -110,6 +110,9 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
             "skipped": sorted(bad),
         }
         packed.write_manifest(output, list(infos), **facts)
+        for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
+            if marker.name.removesuffix(_BAD) not in bad:
+                marker.unlink(missing_ok=True)
     lines = [summary.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
     new = len(todo) - len(bad) if todo else 0
     lines.append(
@@ -200,7 +203,7 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
                 bad[one.shard] = str(outcome)
                 durable.write(marker, str(outcome).encode())  # a later --finish counts it
             elif isinstance(outcome, Exception):
-                failed[one.shard] = f"{one.path}: {outcome}"
+                failed[one.shard] = str(outcome)
             else:
                 infos[one.shard] = outcome
                 marker.unlink(missing_ok=True)

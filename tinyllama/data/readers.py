@@ -88,7 +88,8 @@ class Source:
             elif self.path.suffix == ".txt":
                 yield from self._whole(file)
             else:
-                yield from self._records(decompressed(file, self.path.suffix))
+                stream = decompressed(file, self.path.suffix)  # it closes the file when it goes: not before the hash
+                yield from self._records(stream)
             while file.read(_BUFFER):  # pyarrow opens a file itself, and the hash is of every byte
                 pass
             self.size, self.blake2b = file.size, file.hash.hexdigest()
@@ -120,7 +121,7 @@ class Source:
                 continue
             where = f"line {number}:"
             long: dict[str, tuple[int, int]] = {}
-            record = self._loads(line if len(line) < LONG else _without_long_strings(line, long), where)
+            record = self._loads(_without_long_strings(line, long) if isinstance(line, bytearray) else line, where)
             if not isinstance(record, dict):
                 raise self._fault(f"{where} not a JSON object")
             if text_key not in record:
@@ -219,7 +220,8 @@ class Source:
 
 def _without_long_strings(line: bytearray, found: dict[str, tuple[int, int]]) -> bytes:
     """``line`` with a stand-in for each string of 1 MB and more, whose places are put into ``found``."""
-    parts, done = [], 0
+    parts: list[bytes | bytearray] = []
+    done = 0
     for string in _JSON_STRING.finditer(line):
         start, end = string.span(1)
         if end - start >= _BUFFER:

@@ -98,8 +98,10 @@ def _work(pipe: Connection, setup: Callable[[Any], Work], recipe: Any) -> None:
         one = pipe.recv()
         try:
             outcome = work(one)
-        except (InputError, Mismatch) as error:
+        except InputError as error:
             outcome = error
+        except Mismatch as error:
+            outcome = Mismatch(f"{one.path}: {error}")
         pipe.send(outcome)
 
 
