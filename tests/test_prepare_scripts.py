@@ -1,5 +1,7 @@
+import contextlib
 import json
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -95,6 +97,35 @@ def test_killed_and_run_again(slimpajama, undisturbed, tokenizer_file, tmp_path,
     again = run("slimpajama", slimpajama, tokenizer_file, output, "--workers", "2")
     assert again.returncode == 0, again.stderr
     assert files(output) == undisturbed
+
+
+@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+def test_killed_at_random_moments(slimpajama, undisturbed, tokenizer_file, tmp_path, kills):
+    rng = random.Random(0)
+    output = tmp_path / "out"
+    args = ("slimpajama", slimpajama, tokenizer_file, output, "--workers", "2", "--encoder", "sentencepiece")
+    done = 0
+    while done < kills:
+        process = start(*args)
+        time.sleep(rng.uniform(0.4, 2.5))
+        while process.poll() is None and done < kills:
+            done += 1
+            with contextlib.suppress(OSError, IndexError):
+                victim = rng.choice(workers_of(process.pid)) if rng.random() < 0.5 else process.pid
+                os.kill(victim, signal.SIGKILL)
+                if victim == process.pid:
+                    break
+            time.sleep(rng.uniform(0, 1))
+        process.communicate(timeout=60)  # it does not hang
+        for path in output.glob("chunk1--example_train_*.json"):  # so that there is always something to do
+            path.unlink()
+    assert run(*args).returncode == 0
+    assert bare(files(output)) == bare(undisturbed)
+
+
+def bare(folder: dict[str, bytes]) -> dict[str, bytes]:
+    """Without what says which encoder it was."""
+    return {name: b"" if b"encoded_by" in text else text for name, text in folder.items()}
 
 
 def test_no_worker_outlives_its_parent(tokenizer_file, tmp_path):

@@ -237,7 +237,8 @@ def open_packed(path: str | Path) -> PackedDataset:
 def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_size: int) -> None:
     """Raise InputError, with every fault, unless a model of these sizes can read all ``datasets``.
 
-    They must come from one tokenizer of ``vocab_size`` pieces (upstream's chunks do not say) and hold a block each.
+    They must come from one tokenizer of ``vocab_size`` pieces, with bos and eos set alike (upstream's chunks say
+    neither), and hold a block each.
     """
     faults = []
     for dataset in datasets:
@@ -254,6 +255,14 @@ def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_
     tokenizers = {d.tokenizer_sha256: str(d.path) for d in datasets if d.tokenizer_sha256 is not None}
     if len(tokenizers) > 1:
         faults.append(f"{' and '.join(tokenizers.values())} were made with different tokenizers: prepare them with one")
+    policies = {(d.bos, d.eos, d.bos_id, d.eos_id): d for d in datasets if d.bos is not None}
+    if len(policies) > 1:
+        (bos, eos, *_), one = next(iter(policies.items()))
+        other = list(policies.values())[1]
+        faults.append(
+            f"{one.path} was prepared with bos {bos}, eos {eos} (ids {one.bos_id}, {one.eos_id}) and {other.path} with "
+            f"bos {other.bos}, eos {other.eos} (ids {other.bos_id}, {other.eos_id}): prepare them alike"
+        )
     if faults:
         raise InputError(*faults)
 
