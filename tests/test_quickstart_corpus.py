@@ -9,7 +9,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from tinyllama.data.sources import Fields, Source
+from tinyllama.data.readers import Source
+from tinyllama.data.sources import Fields
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [f"chunk{chunk}/example_train_{shard}.jsonl.zst" for chunk in (1, 2) for shard in (0, 1)]
