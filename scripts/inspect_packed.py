@@ -1,6 +1,6 @@
 """Show what a folder of packed tokens holds, and check it.
 
-python scripts/inspect_packed.py data/slimpajama
+python scripts/inspect_packed.py data/slimpajama [--tokenizer FILE]
 python scripts/inspect_packed.py data/slimpajama --verify    # hash every shard; those that differ are named, exit 2
 """
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 from tinyllama import cli
 from tinyllama.data.inspection import inspect_packed
+from tinyllama.tokenizer import Tokenizer
 
 
 def main() -> None:
@@ -15,8 +16,9 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     parser.add_argument("folder", type=Path, help="the --output of a prepare command, or upstream's chunk files")
     parser.add_argument("--verify", action="store_true", help="hash every shard again and compare")
+    parser.add_argument("--tokenizer", type=Path, help="shows text: the beginning, and the most frequent tokens")
     args = parser.parse_args()
-    figures = inspect_packed(args.folder, args.verify)
+    figures = inspect_packed(args.folder, args.verify, Tokenizer(args.tokenizer) if args.tokenizer else None)
     width = max(map(len, figures))
     for key, value in figures.items():
         print(f"{key:{width}}  {value:,}" if isinstance(value, int | float) else f"{key:{width}}  {value}")

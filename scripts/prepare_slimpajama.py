@@ -1,25 +1,39 @@
 """Tokenize SlimPajama, its GitHub subset left out, into a packed dataset. Killed, it goes on where it stopped.
 
     python scripts/prepare_slimpajama.py --source DIR --tokenizer FILE --output DIR [--split train] [--workers N]
+        [--exclude RedPajamaGithub,...] [--fraction 0.1 --seed 0]
 
 DIR/train/chunk1/example_train_0.jsonl.zst becomes the shard chunk1--example_train_0.jsonl.zst. As a Slurm array of N
 tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
 """
 
-from tinyllama import cli
-from tinyllama.data.prepare import add_arguments, prepare
+import difflib
+
+from tinyllama import InputError, cli
+from tinyllama.data import flags
+from tinyllama.data.prepare import prepare
 from tinyllama.data.sources import Fields, find_inputs
+
+SUBSETS = [
+    f"RedPajama{name}" for name in ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")
+]
 
 
 def main() -> None:
     """Parse, find the input files, prepare, print the summary."""
     parser = cli.arguments(__doc__)
-    add_arguments(parser)
+    flags.add_arguments(parser)
     parser.add_argument("--split", default="train", help="folder of --source (default: train)")
+    # StarCoder has the code
+    parser.add_argument("--exclude", default="RedPajamaGithub", help="subsets, with commas (default: RedPajamaGithub)")
     args = parser.parse_args()
-    inputs = find_inputs(args.source / args.split, (".jsonl.zst",))
-    fields = Fields(leave_out=("RedPajamaGithub",))  # StarCoder has the code
-    print(prepare(inputs, fields, args.tokenizer, args.output, args.workers, args.task, args.finish))
+    exclude = tuple(sorted(filter(None, set(args.exclude.split(",")))))
+    for name in set(exclude) - set(SUBSETS):
+        nearest = ", ".join(difflib.get_close_matches(name, SUBSETS, 1, 0))
+        raise InputError(f"--exclude {name}: SlimPajama has no such subset; did you mean {nearest}?")
+    inputs = find_inputs(f"{args.source.rstrip('/')}/{args.split}", (".jsonl.zst",))
+    fields = Fields(subsets=True, leave_out=exclude, fraction=args.fraction, seed=args.seed)
+    print(prepare(inputs, fields, flags.options(args)))
 
 
 if __name__ == "__main__":

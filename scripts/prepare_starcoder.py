@@ -7,19 +7,20 @@ tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with -
 """
 
 from tinyllama import cli
-from tinyllama.data.prepare import add_arguments, prepare
+from tinyllama.data import flags
+from tinyllama.data.prepare import prepare
 from tinyllama.data.sources import Fields, find_inputs
 
 
 def main() -> None:
     """Parse, find the input files, prepare, print the summary."""
     parser = cli.arguments(__doc__)
-    add_arguments(parser)
+    flags.add_arguments(parser)
     parser.add_argument("--languages", default=".", help="folders of --source, with commas (default: every one)")
     args = parser.parse_args()
     inputs = find_inputs(args.source, (".parquet",), filter(None, args.languages.split(",")))
-    fields = Fields(text_key="content")
-    print(prepare(inputs, fields, args.tokenizer, args.output, args.workers, args.task, args.finish))
+    fields = Fields(text_key="content", fraction=args.fraction, seed=args.seed)
+    print(prepare(inputs, fields, flags.options(args)))
 
 
 if __name__ == "__main__":

@@ -2,23 +2,25 @@
 
     python scripts/prepare_text.py --source PATH --tokenizer FILE --output DIR [--text_key text] [--workers N]
 
-PATH is a file or a folder: .jsonl, .jsonl.gz and .jsonl.zst hold a document a line, .parquet one a row, .txt is one.
+PATH is a file or a folder: .jsonl, .jsonl.gz and .jsonl.zst hold a document a line, .parquet and .arrow (a dataset that
+`datasets` saved) one a row, .txt is one.
 """
 
 from tinyllama import cli
-from tinyllama.data.prepare import add_arguments, prepare
+from tinyllama.data import flags
+from tinyllama.data.prepare import prepare
 from tinyllama.data.sources import ENDINGS, Fields, find_inputs
 
 
 def main() -> None:
     """Parse, find the input files, prepare, print the summary."""
     parser = cli.arguments(__doc__)
-    add_arguments(parser)
+    flags.add_arguments(parser)
     parser.add_argument("--text_key", default="text", help="key or column that holds the text (default: text)")
     args = parser.parse_args()
     inputs = find_inputs(args.source, ENDINGS)
-    fields = Fields(text_key=args.text_key)
-    print(prepare(inputs, fields, args.tokenizer, args.output, args.workers, args.task, args.finish))
+    fields = Fields(text_key=args.text_key, fraction=args.fraction, seed=args.seed)
+    print(prepare(inputs, fields, flags.options(args)))
 
 
 if __name__ == "__main__":

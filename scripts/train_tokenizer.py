@@ -12,7 +12,8 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from tinyllama import InputError, cli, durable
-from tinyllama.data.sources import ENDINGS, Fields, Source, find_inputs
+from tinyllama.data.readers import Source
+from tinyllama.data.sources import ENDINGS, Fields, find_inputs
 from tinyllama.tokenizer import Tokenizer
 
 MAX_LINES = 300_000  # of a large corpus; more lines change little and take minutes
@@ -23,8 +24,9 @@ def lines(sources: list[str]) -> Iterator[str]:
     for source in sources:
         path, _, key = source.partition(":")
         for one in find_inputs(Path(path), ENDINGS):
-            for text in Source(one.path, Fields(text_key=key or "text")):
-                yield from text.splitlines()
+            with one.fetched() as file:
+                for text in Source(file, Fields(text_key=key or "text")):
+                    yield from text.splitlines()
 
 
 def sample(lines: Iterable[str], count: int) -> list[str]:

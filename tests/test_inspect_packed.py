@@ -59,6 +59,12 @@ def test_figures(folder):
         "tokenizer_sha256": "ab" * 32,
         "bos": "none",
         "eos": "2 after each document",
+        "documents of 1 to 1 tokens": 1,
+        "documents of 2 to 3 tokens": 1,
+        "documents of 4 to 7 tokens": 1,
+        "most_frequent": "2 33.3%, 5 11.1%, 6 11.1%, 7 11.1%, 8 11.1%, 9 11.1%, 10 11.1%",
+        "bos behind bos": "0 times in 9 tokens",
+        "eos behind eos": "1 times in 9 tokens",
     }
     assert inspect_packed(folder, verify=True).items() >= figures.items()
 
@@ -84,6 +90,25 @@ def test_damaged_index(folder, ends):
         np.save(folder / "a.idx.npy", np.array(ends, dtype=np.uint64))
     with pytest.raises(InputError, match=r"a.idx.npy is missing or does not fit its .bin: delete a.json and rerun"):
         inspect_packed(folder)
+
+
+def test_shares_and_text(tokenizer_file, tmp_path):
+    from tinyllama.data.prepare import Options, prepare
+    from tinyllama.data.sources import Fields, find_inputs
+    from tinyllama.tokenizer import Tokenizer
+
+    for name, text in {"go": "the llama", "c": "the llama"}.items():
+        (tmp_path / "in" / name).mkdir(parents=True)
+        (tmp_path / "in" / name / "a.txt").write_text(text)
+    options = Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece")
+    prepare(find_inputs(tmp_path / "in", (".txt",)), Fields(), options)
+    figures = inspect_packed(tmp_path / "out", tokenizer=Tokenizer(tokenizer_file))
+    assert (figures["share of c"], figures["share of go"]) == ("50.00% of the tokens",) * 2
+    assert "the llama" in figures["begins"]
+    other = tmp_path / "other.model"
+    other.write_bytes(tokenizer_file.read_bytes() + b"\x9a\x3f\x00")
+    with pytest.raises(InputError, match="is not what .* was made with"):
+        inspect_packed(tmp_path / "out", tokenizer=Tokenizer(other))
 
 
 def test_upstream_chunks(tmp_path):

@@ -9,7 +9,8 @@ import pytest
 import zstandard
 from pyarrow import parquet
 
-from tinyllama.data.sources import Fields, Source
+from tinyllama.data.readers import Source
+from tinyllama.data.sources import Fields
 
 ROOT = Path(__file__).parents[1]
 TRAIN = [f"chunk{chunk}/example_train_{shard}.jsonl.zst" for chunk in (1, 2) for shard in (0, 1)]
@@ -101,7 +102,7 @@ def test_nothing_of_a_held_out_module_is_in_training(corpus):
 
 def test_the_github_subset_is_there_to_be_left_out(corpus):
     path = corpus / "slimpajama" / "train" / TRAIN[0]
-    source = Source(path, Fields(leave_out=("RedPajamaGithub",)))
+    source = Source(path, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
     read = list(source)
     shard = rows(corpus, f"train/{TRAIN[0]}")
     assert source.dropped == {"RedPajamaGithub": sum(name == "RedPajamaGithub" for name, _ in shard)}

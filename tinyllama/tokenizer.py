@@ -4,6 +4,9 @@ import hashlib
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
+
+import numpy as np
 
 from tinyllama import InputError
 
@@ -40,6 +43,8 @@ class Tokenizer:
         except OSError as error:
             raise InputError(f"tokenizer {self.path}: {error.strerror}: give a file that can be read") from None
         self.sha256 = hashlib.sha256(payload).hexdigest()
+        self._processor: Any = None  # sentencepiece's
+        self._bare: dict[str, Any] | None = None  # the tokenizer.json that encodes
         self._encode: Callable[[str], list[int]]
         self._decode: Callable[[list[int]], str]
         if self.path.suffix == ".json":
@@ -60,6 +65,51 @@ class Tokenizer:
             ) from None
         return self._encode(text)
 
+    def encode_utf8(self, text: bytes) -> np.ndarray:
+        """``encode`` of UTF-8 into an array, without an object for each id."""
+        if self._processor:
+            return self._processor.encode(text, return_type="numpy")
+        return np.array(self._encode(text.decode()), dtype=np.uint32)
+
+    def pieces(self) -> list[str] | None:
+        """Every piece of a sentencepiece model that text can become, but those for single bytes; None: not one."""
+        if not self._processor:
+            return None
+        p = self._processor
+        special = (p.is_control, p.is_byte, p.is_unknown, p.is_unused)
+        return [p.id_to_piece(i) for i in range(self.vocab_size) if not any(test(i) for test in special)]
+
+    def json_without_added_tokens(self) -> str:
+        """A tokenizer.json that encodes text as this does, for libraries that read no other format.
+
+        Of a sentencepiece model it is what Llama's are: BPE over the scores, byte fallback, blanks as U+2581 and one
+        put before the text. Whether that is right for a model only its ids can tell.
+        """
+        if self._bare:
+            return json.dumps(self._bare)
+        p = self._processor
+        vocab = {p.id_to_piece(i): i for i in range(self.vocab_size)}
+        merges = []
+        for piece in self.pieces() or []:
+            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+            # by score, not by id: Llama 2 gave its runs of blanks low ids and the lowest scores
+            rank = -p.get_score(vocab[piece]), vocab[piece]
+            merges += [(*rank, vocab[a], vocab[b], [a, b]) for a, b in halves if a in vocab and b in vocab]
+        blanks = [
+            {"type": "Prepend", "prepend": "\u2581"},
+            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+        ]
+        bpe = {
+            "type": "BPE",
+            "unk_token": p.id_to_piece(p.unk_id()),
+            "fuse_unk": True,
+            "byte_fallback": True,
+            "vocab": vocab,
+            "merges": [halves for *_, halves in sorted(merges)],
+        }
+        normalizer = {"type": "Sequence", "normalizers": blanks}
+        return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": bpe})
+
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids below vocab_size; bos, eos and other control tokens give nothing."""
         return self._decode([int(i) for i in ids])
@@ -76,6 +126,7 @@ class Tokenizer:
         self.encoder, self.encoder_version = "sentencepiece", sentencepiece.__version__
         self.vocab_size = processor.vocab_size()
         self.bos_id, self.eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+        self._processor = processor
         self._encode, self._decode = processor.encode, processor.decode
 
     def _load_json(self, payload: bytes) -> None:
@@ -88,7 +139,8 @@ class Tokenizer:
         # Added tokens would turn a literal </s> of a text into id 2, a post-processor would add bos, and a truncation
         # that came with a fine-tuned model would cut documents: encode without them, decode with.
         removed: dict[str, object] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        bare = tokenizers.Tokenizer.from_str(json.dumps(json.loads(payload) | removed))
+        self._bare = json.loads(payload) | removed
+        bare = tokenizers.Tokenizer.from_str(json.dumps(self._bare))
         vocab = whole.get_vocab(with_added_tokens=True)
         self.encoder, self.encoder_version = "tokenizers", tokenizers.__version__
         self.vocab_size = max(vocab.values()) + 1

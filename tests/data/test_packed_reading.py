@@ -170,3 +170,11 @@ def test_datasets_that_a_model_cannot_read(tmp_path):
     assert f"{tmp_path / 'b'} was made with a vocabulary of 101 and model.vocab_size is 100" in vocabulary
     assert f"{tmp_path / 'b'} holds 8 tokens and a block takes 9" in tokens
     assert f"{tmp_path / 'a'} and {tmp_path / 'b'} were made with different tokenizers" in tokenizers
+
+
+def test_datasets_must_agree_on_bos_and_eos(packed_folder):
+    one = open_packed(packed_folder([[list(range(5, 40))]], "one"))
+    other = open_packed(packed_folder([[list(range(5, 40))]], "other", bos=True))
+    check_datasets([one, one], vocab_size=400, block_size=8)
+    with pytest.raises(InputError, match=r"one was prepared with bos False, eos True .*other with bos True, eos True"):
+        check_datasets([one, other], vocab_size=400, block_size=8)

@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 
 from tinyllama import InputError, cli
+from tinyllama.data.flags import add_arguments
 from tinyllama.data.packed import open_packed
-from tinyllama.data.prepare import add_arguments, prepare
+from tinyllama.data.prepare import Options, prepare
 from tinyllama.data.sources import ENDINGS, Fields, find_inputs
 from tinyllama.tokenizer import Tokenizer
 
@@ -30,7 +31,8 @@ def write(source: Path, texts: list[list[str]] = TEXTS) -> Path:
 
 
 def pack(source: Path, tokenizer: Path, output: Path, fields: Fields = TEXT, **options) -> str:
-    return prepare(find_inputs(source, ENDINGS), fields, tokenizer, output, **{"workers": 1} | options)
+    settings = {"workers": 1, "encoder": "sentencepiece"} | options
+    return prepare(find_inputs(source, ENDINGS), fields, Options(tokenizer, output, **settings))
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -74,7 +76,7 @@ def test_facts_of_a_shard(tmp_path, tokenizer_file):
     sets = ["RedPajamaGithub", "RedPajamaC4"]
     rows = [json.dumps({"body": "a\ud800", "meta": {"redpajama_set_name": name}}) + "\n" for name in sets]
     (source / "a.jsonl").write_text("".join(rows))
-    summary = pack(source, tokenizer_file, output, Fields("body", ("RedPajamaGithub",)))
+    summary = pack(source, tokenizer_file, output, Fields("body", True, ("RedPajamaGithub",)))
     assert "1 documents (1 of RedPajamaGithub left out, 1 with lone surrogates replaced)" in summary
     info = json.loads((output / "a.jsonl.json").read_bytes())
     assert info["source"]["name"] == "a.jsonl"
@@ -166,7 +168,12 @@ def test_bad_inputs_are_collected_and_the_good_ones_stay_done(tmp_path, tokenize
     assert len(messages) == len(names)
     assert all(f"{source}/{name}" in message for name, message in zip(names, messages, strict=True))
     good = {f"chunk{n % 2}--{n}.jsonl.{ending}" for n in range(4) for ending in ("bin", "idx.npy", "json")}
-    assert set(files(output)) == good
+    assert set(files(output)) == good | {"a.jsonl.zst.bad", "b.jsonl.bad", "c.parquet.bad"}
+    assert f"skipped: {source}/a.jsonl.zst: is a git-lfs" in pack(source, tokenizer_file, output, skip_bad_files=3)
+    manifest = json.loads((output / "manifest.json").read_bytes())
+    assert manifest["skipped"] == ["a.jsonl.zst", "b.jsonl", "c.parquet"]
+    assert len(manifest["shards"]) == 4
+    assert len(faults(source, tokenizer_file, output, skip_bad_files=2)) == 3
     written = {name: (output / name).stat().st_mtime_ns for name in good}
     for name in ("a.jsonl.zst", "b.jsonl", "c.parquet"):
         (source / name).unlink()
@@ -187,7 +194,7 @@ def test_an_output_of_other_settings_is_refused(tmp_path, tokenizer_file):
     assert "another --output" in message
     (message,) = faults(source, tokenizer_file, output, Fields("content"))
     assert "text_key was 'text' for shard chunk0--0.jsonl and is 'content' now" in message
-    (message,) = faults(source, tokenizer_file, output, Fields(leave_out=("RedPajamaGithub",)))
+    (message,) = faults(source, tokenizer_file, output, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
     assert "leave_out was []" in message
     os.remove(source / "chunk0/0.jsonl")
     (message,) = faults(source, tokenizer_file, output)
@@ -214,7 +221,7 @@ def test_a_tokenizer_without_eos(tmp_path):
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     bare.save(str(tmp_path / "tokenizer.json"))
     (message,) = faults(write(tmp_path / "in"), tmp_path, tmp_path / "out")
-    assert "tokenizer.json: has no end-of-document token" in message
+    assert "tokenizer.json: has no eos token" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -228,8 +235,86 @@ def test_flags():
     add_arguments(parser)
     required = ["--source", "a", "--tokenizer", "b", "--output", "c"]
     args = parser.parse_args([*required, "--task", "3/4", "--workers", "2"])
-    assert (args.source, args.tokenizer, args.output) == (Path("a"), Path("b"), Path("c"))
+    assert (args.source, args.tokenizer, args.output) == ("a", Path("b"), Path("c"))
     assert (args.task, args.workers, args.finish) == ((3, 4), 2, False)
     for flags in ("--task 4/4", "--task 1", "--workers 0", "--workers x", "--task 0/2 --finish"):
         with pytest.raises(InputError, match=flags.split()[0]):
             parser.parse_args([*required, *flags.split()])
+
+
+def test_bad_files_of_tasks_are_counted_at_the_end(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    (source / "a.jsonl").write_text("{")
+    for task in range(2):
+        pack(source, tokenizer_file, output, task=(task, 2), skip_bad_files=1)
+    (message,) = faults(source, tokenizer_file, output, finish=True)
+    assert f"{source}/a.jsonl: line 1: not valid JSON" in message
+    assert "4 shards (0 new)" in pack(source, tokenizer_file, output, finish=True, skip_bad_files=1)
+    assert json.loads((output / "manifest.json").read_bytes())["skipped"] == ["a.jsonl"]
+
+
+@pytest.mark.parametrize(("bos", "eos"), [(True, True), (True, False), (False, False)])
+def test_bos_and_eos_are_as_chosen_and_recorded(tmp_path, tokenizer_file, bos, eos):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    pack(source, tokenizer_file, output, bos=bos, eos=eos)
+    tokenizer, dataset = Tokenizer(tokenizer_file), open_packed(output)
+    texts = TEXTS[0] + TEXTS[1] + TEXTS[3]
+    expected = [i for text in texts for i in [1] * bos + tokenizer.encode(text) + [2] * eos]
+    assert dataset.read(0, dataset.tokens).tolist() == expected
+    assert (dataset.bos, dataset.eos, dataset.documents) == (bos, eos, 6)
+    (message,) = faults(source, tokenizer_file, output)
+    assert f"{'bos' if bos else 'eos'} was" in message
+
+
+def test_a_fraction_is_the_same_documents_every_time(tmp_path, tokenizer_file):
+    source = write(tmp_path / "in", [[f"{shard} {i}" for i in range(500)] for shard in range(2)])
+    some = Fields(fraction=0.3, seed=1)
+    for name, workers in (("a", 1), ("b", 2)):
+        pack(source, tokenizer_file, tmp_path / name, some, workers=workers)
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    manifest = json.loads((tmp_path / "a/manifest.json").read_bytes())
+    assert 240 < manifest["documents"] < 360
+    assert manifest["dropped"] == {"fraction": 1000 - manifest["documents"]}
+    pack(source, tokenizer_file, tmp_path / "c", Fields(fraction=0.3, seed=2))
+    assert open_packed(tmp_path / "c").fingerprint != open_packed(tmp_path / "a").fingerprint
+    (message,) = faults(source, tokenizer_file, tmp_path / "a", Fields(fraction=0.3, seed=2))
+    assert "seed was 1" in message
+
+
+def test_a_url_is_a_source_and_a_saved_dataset_too(tmp_path, tokenizer_file):
+    import datasets
+
+    source = write(tmp_path / "in")
+    pack(source, tokenizer_file, tmp_path / "local")
+    remote = prepare(
+        find_inputs(f"file://{source}", ENDINGS), TEXT, Options(tokenizer_file, tmp_path / "url", workers=2)
+    )
+    assert "4 shards (4 new), 6 documents" in remote
+    assert (tmp_path / "url/manifest.json").read_bytes() == (tmp_path / "local/manifest.json").read_bytes()
+    texts = TEXTS[0] + TEXTS[3]
+    datasets.Dataset.from_dict({"text": texts, "id": list(range(5))}).save_to_disk(tmp_path / "saved")
+    (tmp_path / "saved/cache-0123.arrow").write_bytes(b"left by a map")
+    pack(tmp_path / "saved", tokenizer_file, tmp_path / "arrow")
+    assert open_packed(tmp_path / "arrow").documents == 5
+
+
+def test_memory_filesystem(tokenizer_file):
+    import fsspec
+
+    from tinyllama.data.readers import Source
+
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/corpus/python/a.jsonl", b'{"text": "one"}\n')
+    fs.pipe("/corpus/go/b.jsonl", b'{"text": "two"}\n')
+    inputs = find_inputs("memory://corpus", ENDINGS)
+    assert [one.name for one in inputs] == ["go/b.jsonl", "python/a.jsonl"]
+    assert [one.name for one in find_inputs("memory://corpus", ENDINGS, ["go"])] == ["go/b.jsonl"]
+    with inputs[0].fetched() as path:
+        assert list(Source(path, TEXT)) == ["two"]
+    fs.rm("/corpus/go/b.jsonl")
+    with pytest.raises(InputError, match="memory://.*b.jsonl: cannot be fetched"), inputs[0].fetched():
+        pass
+    with pytest.raises(InputError, match="no file ending in"):
+        find_inputs("memory://nowhere", ENDINGS)
+    with pytest.raises(InputError, match="nosuch://x: cannot be reached"):
+        find_inputs("nosuch://x", ENDINGS)

@@ -9,8 +9,8 @@ shards by name; the token stream is their concatenation in that order, and nothi
 import functools
 import hashlib
 import io
-import json
 import os
+from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,12 +22,19 @@ import numpy as np
 
 from tinyllama import InputError, durable
 from tinyllama.data import lit_chunks
+from tinyllama.data.facts import (
+    DIGEST_SIZE,
+    DTYPES,
+    FORMAT_VERSION,
+    MANIFEST,
+    check_size,
+    fingerprint,
+    read_json,
+    read_shard_info,
+    to_json,
+)
 
-FORMAT_VERSION = 1
-MANIFEST = "manifest.json"
-DIGEST_SIZE = 32  # bytes of every blake2b here
 OPEN_FILES = 32  # mapped at a time, however many shards there are
-_DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 # shards that differ in one of these must not be read as one stream
 _AGREED = ("dtype", "vocab_size", "tokenizer_sha256", "encoder", "bos", "eos", "bos_id", "eos_id")
 
@@ -45,7 +52,7 @@ class ShardWriter:
         self.dtype = "uint16" if vocab_size < 65536 else "uint32"
         self.max_token = -1
         self._folder = Path(directory)
-        self._ends: list[int] = []
+        self._ends = array("Q")
         self._tokens = 0
         self._blake2b = hashlib.blake2b(digest_size=DIGEST_SIZE)
         self._tmp = durable.temporary(self._folder / f"{name}.bin")
@@ -60,19 +67,26 @@ class ShardWriter:
 
     def add(self, ids: list[int] | np.ndarray) -> None:
         """Append one document, its eos included; raises InputError for an id outside [0, vocab_size)."""
-        tokens = np.asarray(ids, dtype=np.int64)
-        low, high = int(tokens.min(initial=0)), int(tokens.max(initial=-1))
+        self.append(np.asarray(ids, dtype=np.int64), [len(ids)])
+
+    def append(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> None:
+        """Append tokens (n,) in which documents end at ``ends``, rising from 0 to n; what is behind the last goes on.
+
+        Raises InputError for an id outside [0, vocab_size).
+        """
+        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
         if low < 0 or high >= self.vocab_size:
             raise InputError(
                 f"{self.name}: token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: "
                 "prepare with the tokenizer the vocabulary size comes from"
             )
-        payload = tokens.astype(_DTYPES[self.dtype]).tobytes()
+        payload = ids.astype(DTYPES[self.dtype]).data
         self._file.write(payload)
         self._blake2b.update(payload)
-        self._tokens += tokens.size
-        self._ends.append(self._tokens)
-        self.max_token = max(self.max_token, high)
+        self._ends.extend((np.asarray(ends, dtype=np.uint64) + np.uint64(self._tokens)).tolist())
+        self._tokens += ids.size
+        if ids.size:
+            self.max_token = max(self.max_token, high)
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``facts``.
@@ -100,29 +114,15 @@ class ShardWriter:
         durable.sync(self._tmp)
         os.replace(self._tmp, self._folder / f"{self.name}.bin")
         durable.sync(self._folder)
-        durable.write(self._folder / f"{self.name}.json", _json(info, indent=1))
+        durable.write(self._folder / f"{self.name}.json", to_json(info, indent=1))
         return info
 
 
-def read_shard_info(directory: Path, name: str) -> dict[str, Any] | None:
-    """What NAME.json says, or None when the shard is not done; raises InputError when the shard is damaged."""
-    directory = Path(directory)
-    remedy = f"delete {name}.json and rerun the prepare command"
-    try:
-        info = _read_json(directory / f"{name}.json", remedy)
-    except FileNotFoundError:
-        return None
-    _check_size(directory / f"{name}.bin", info["tokens"] * _DTYPES[info["dtype"]].itemsize, remedy)
-    if not (directory / f"{name}.idx.npy").exists():
-        raise InputError(f"{directory / name}.idx.npy is missing: {remedy}")
-    return info
-
-
-def write_manifest(directory: Path, names: list[str]) -> dict[str, Any]:
-    """Write and return manifest.json of these shards, sorted by name.
+def write_manifest(directory: Path, names: list[str], **facts: Any) -> dict[str, Any]:
+    """Write and return manifest.json of these shards, sorted by name, and of ``facts``.
 
     Raises InputError when there is none, when one is not done or damaged, or when two differ in tokenizer, encoder,
-    dtype or bos/eos policy. ``fingerprint`` names the token stream: dtype, and length and hash of each shard in order.
+    dtype or bos/eos policy. ``fingerprint`` names the token stream.
     """
     infos: list[dict[str, Any]] = []
     for name in sorted(names):
@@ -142,14 +142,15 @@ def write_manifest(directory: Path, names: list[str]) -> dict[str, Any]:
     shards = [{key: info[key] for key in ("name", "tokens", "documents", "max_token", "blake2b")} for info in infos]
     manifest = dict(
         format_version=FORMAT_VERSION,
-        fingerprint=_fingerprint(first["dtype"], shards),
+        fingerprint=fingerprint(first["dtype"], shards),
         **{key: first.get(key) for key in _AGREED},
         tokens=sum(shard["tokens"] for shard in shards),
         documents=sum(shard["documents"] for shard in shards),
         max_token=max(shard["max_token"] for shard in shards),
         shards=shards,
+        **facts,
     )
-    durable.write(Path(directory) / MANIFEST, _json(manifest, indent=1))
+    durable.write(Path(directory) / MANIFEST, to_json(manifest, indent=1))
     return manifest
 
 
@@ -236,7 +237,8 @@ def open_packed(path: str | Path) -> PackedDataset:
 def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_size: int) -> None:
     """Raise InputError, with every fault, unless a model of these sizes can read all ``datasets``.
 
-    They must come from one tokenizer of ``vocab_size`` pieces (upstream's chunks do not say) and hold a block each.
+    They must come from one tokenizer of ``vocab_size`` pieces, with bos and eos set alike (upstream's chunks say
+    neither), and hold a block each.
     """
     faults = []
     for dataset in datasets:
@@ -253,50 +255,27 @@ def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_
     tokenizers = {d.tokenizer_sha256: str(d.path) for d in datasets if d.tokenizer_sha256 is not None}
     if len(tokenizers) > 1:
         faults.append(f"{' and '.join(tokenizers.values())} were made with different tokenizers: prepare them with one")
+    policies = {(d.bos, d.eos, d.bos_id, d.eos_id): d for d in datasets if d.bos is not None}
+    if len(policies) > 1:
+        (bos, eos, *_), one = next(iter(policies.items()))
+        other = list(policies.values())[1]
+        faults.append(
+            f"{one.path} was prepared with bos {bos}, eos {eos} (ids {one.bos_id}, {one.eos_id}) and {other.path} with "
+            f"bos {other.bos}, eos {other.eos} (ids {other.bos_id}, {other.eos_id}): prepare them alike"
+        )
     if faults:
         raise InputError(*faults)
 
 
 def _open_manifest(path: Path) -> PackedDataset:
     remedy = "rerun the prepare command"
-    manifest = _read_json(path / MANIFEST, remedy)
-    shards, dtype = manifest["shards"], _DTYPES[manifest["dtype"]]
-    if manifest["fingerprint"] != _fingerprint(manifest["dtype"], shards):
+    manifest = read_json(path / MANIFEST, remedy)
+    shards, dtype = manifest["shards"], DTYPES[manifest["dtype"]]
+    if manifest["fingerprint"] != fingerprint(manifest["dtype"], shards):
         raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {remedy}")
     files = [f"{shard['name']}.bin" for shard in shards]
     ends = list(accumulate(shard["tokens"] for shard in shards))
     for file, shard in zip(files, shards, strict=True):
-        _check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {remedy}")
+        check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {remedy}")
     keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "documents", "max_token", "bos", "eos", "bos_id", "eos_id")
     return PackedDataset(path, dtype=dtype, files=files, ends=ends, **{key: manifest[key] for key in keys})
-
-
-def _fingerprint(dtype: str, shards: list[dict[str, Any]]) -> str:
-    stream = {"dtype": dtype, "shards": [[shard["tokens"], shard["blake2b"]] for shard in shards]}
-    return hashlib.blake2b(_json(stream), digest_size=DIGEST_SIZE).hexdigest()
-
-
-def _json(value: dict[str, Any], indent: int | None = None) -> bytes:
-    return json.dumps(value, sort_keys=True, indent=indent).encode()
-
-
-def _read_json(path: Path, remedy: str) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_bytes())
-        version, dtype = value["format_version"], value["dtype"]
-    except (ValueError, TypeError, KeyError) as error:
-        raise InputError(f"{path} is damaged ({error!r}): {remedy}") from None
-    if version != FORMAT_VERSION or dtype not in _DTYPES:
-        raise InputError(
-            f"{path}: format version {version} with {dtype} tokens is not known here: use the TinyLlama that wrote it"
-        )
-    return value
-
-
-def _check_size(path: Path, expected: int, remedy: str) -> None:
-    try:
-        size = os.stat(path).st_size
-    except FileNotFoundError:
-        raise InputError(f"{path} is missing: {remedy}") from None
-    if size != expected:
-        raise InputError(f"{path} has {size} bytes, not the {expected} it was written with: {remedy}")

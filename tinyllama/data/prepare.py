@@ -1,58 +1,58 @@
 """Raw files to packed shards, one each, over worker processes; what a killed run had finished is not done again.
 
-The bytes in the output folder depend on the inputs, the tokenizer and the fields alone: not on the number of workers,
-on the order in which they finish, or on how often the run was killed and started again.
+The bytes in the output folder depend on the inputs, the tokenizer and the settings alone: not on the number of workers,
+on the order in which they finish, or on how often the run was killed and started again. ``.bin``, ``.idx.npy`` and the
+manifest do not depend on the encoder either; ``NAME.json`` says which one it was, so that a fault found in one later
+can be traced to its shards.
 """
 
-import argparse
-import contextlib
-import multiprocessing
 import os
 import re
-import signal
 import sys
-import threading
 import time
-from collections import Counter
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass
-from multiprocessing.connection import Connection, wait
-from multiprocessing.context import SpawnProcess
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from tinyllama import InputError
-from tinyllama.data import packed
-from tinyllama.data.sources import Fields, Input, Source
+import numpy as np
+
+from tinyllama import InputError, durable
+from tinyllama.data import packed, summary
+from tinyllama.data.encode import Choice, Encoder
+from tinyllama.data.facts import MANIFEST, read_shard_info
+from tinyllama.data.readers import Source
+from tinyllama.data.sources import Fields, Input
+from tinyllama.data.summary import Info
+from tinyllama.data.workers import Work, cores, over_workers
 from tinyllama.tokenizer import Tokenizer
 
-Info = dict[str, Any]  # what a shard's NAME.json says
-
-_TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json)\.[0-9a-f]+\.tmp")
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags all prepare commands share; ``prepare`` takes them by the same names."""
-    parser.add_argument("--source", type=Path, required=True, help="where the raw files are")
-    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model or tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the packed dataset")
-    parser.add_argument("--workers", type=_count, help="processes; default: one for each core this process may use")
-    part = parser.add_mutually_exclusive_group()
-    part.add_argument("--task", type=_task, metavar="I/N", help="only task I (0..N-1) of N: an array job; no manifest")
-    part.add_argument("--finish", action="store_true", help="only write the manifest, after all tasks")
+_TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
+_BAD = ".bad"  # NAME.bad says why an input could not be packed
+_FLUSH = 1 << 20  # tokens written at a time
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes: give 1 or more")
-    return int(text)
+@dataclass(frozen=True)
+class Options:
+    """How to prepare, whatever the inputs are."""
 
-
-def _task(text: str) -> tuple[int, int]:
-    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
-    if not match or int(match[1]) >= int(match[2]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1: give 0/4 to 3/4 for four tasks")
-    return int(match[1]), int(match[2])
+    tokenizer: Path
+    """sentencepiece .model or tokenizer.json"""
+    output: Path
+    """folder of the packed dataset"""
+    bos: bool = False
+    """begin each document with bos"""
+    eos: bool = True
+    """end each document with eos"""
+    encoder: Choice = "auto"
+    """what encodes; the tokens are the same"""
+    workers: int = field(default_factory=cores)
+    """processes"""
+    task: tuple[int, int] | None = None
+    """(i, n): inputs i, i + n, i + 2 n ... only, and no manifest"""
+    finish: bool = False
+    """only write the manifest"""
+    skip_bad_files: int = 0
+    """inputs that may be left out because they cannot be read"""
 
 
 @dataclass(frozen=True)
@@ -61,66 +61,92 @@ class _Recipe:
 
     output: Path
     tokenizer: Path
-    eos_id: int
+    encoder: Choice
+    bos_id: int | None
+    eos_id: int | None
     fields: Fields
     policy: Info  # facts of every shard: one that says otherwise is of another dataset
 
 
-def prepare(
-    inputs: Sequence[Input],
-    fields: Fields,
-    tokenizer: Path,
-    output: Path,
-    workers: int | None = None,
-    task: tuple[int, int] | None = None,
-    finish: bool = False,
-) -> str:
+def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     """Pack every input that is not packed yet, write the manifest, and return a summary.
 
-    The token stream is each document's tokens and then eos; there is no bos. A shard is done when its NAME.json agrees
-    with the name and size of its input; an input that changed is packed again. ``task`` (i, n) packs inputs i, i + n,
-    i + 2 n ... and writes no manifest; ``finish`` packs nothing.
+    The token stream is each document's tokens, with bos before and eos after them if so chosen. A shard is done when
+    its NAME.json agrees with the name and size of its input; an input that changed is packed again.
 
     Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
-    with ``finish`` when a shard is missing, and, after all other inputs are packed, with one fault for each bad input.
-    Raises RuntimeError naming the input when a worker dies.
+    with ``finish`` when a shard is missing, and, after all other inputs are packed, with one fault for each bad input
+    when there are more of them than may be skipped. Raises RuntimeError, after all others are packed too, naming each
+    input whose worker died twice or whose ids the fast encoder got wrong.
     """
     started = time.monotonic()
-    recipe = _recipe(fields, tokenizer, output)
+    output, task = options.output, options.task
+    recipe = _recipe(fields, options)
     mine = inputs if task is None else inputs[task[0] :: task[1]]
     infos = _done(inputs, mine, recipe)
     todo = [one for one in mine if one.shard not in infos]
-    if finish and todo:
-        raise InputError(
-            f"{output}: {len(todo)} of {len(mine)} shards are missing ({_some([one.shard for one in todo])}): "
-            "run the tasks that make them first"
-        )
+    bad = {}
+    if options.finish:
+        bad = {one.shard: fault for one in todo if (fault := _read_bad(output, one))}
+        if missing := [one.shard for one in todo if one.shard not in bad]:
+            raise InputError(
+                f"{output}: {len(missing)} of {len(mine)} shards are missing ({_some(missing)}): "
+                "run the tasks that make them first"
+            )
+        todo = []
     _remove_stale(output, None if task is None else {one.shard for one in mine})
     if todo:
-        infos |= _pack_all(todo, recipe, workers or _cores())
+        made, bad = _pack_all(todo, recipe, options.workers)
+        infos |= made
+    if len(bad) > options.skip_bad_files:
+        raise InputError(*(bad[shard] for shard in sorted(bad)))
     if task is None:
         if not any(info["documents"] for info in infos.values()):
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
-        packed.write_manifest(output, list(infos))
-    seconds = time.monotonic() - started
-    return f"{output}: {len(infos):,} shards ({len(todo):,} new), {_counts(infos.values())}, {seconds:.1f} s"
+        facts = {
+            "subsets": summary.subsets_of(infos.values()),
+            "dropped": summary.dropped_of(infos.values()),
+            "repaired": sum(info["repaired"] for info in infos.values()),
+            "skipped": sorted(bad),
+        }
+        packed.write_manifest(output, list(infos), **facts)
+        for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
+            if marker.name.removesuffix(_BAD) not in bad:
+                marker.unlink(missing_ok=True)
+    lines = [summary.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
+    new = len(todo) - len(bad) if todo else 0
+    lines.append(
+        f"{output}: {len(infos):,} shards ({new:,} new), {summary.counts(infos.values())}, "
+        f"{summary.duration(time.monotonic() - started)}"
+    )
+    return "\n".join(lines)
 
 
-def _recipe(fields: Fields, tokenizer: Path, output: Path) -> _Recipe:
-    used = Tokenizer(tokenizer)
-    if used.eos_id is None:
-        raise InputError(f"{used.path}: has no end-of-document token: name its eos_token in tokenizer_config.json")
+def _recipe(fields: Fields, options: Options) -> _Recipe:
+    used = Tokenizer(options.tokenizer)
+    for name, wanted, token in (("bos", options.bos, used.bos_id), ("eos", options.eos, used.eos_id)):
+        if wanted and token is None:
+            raise InputError(
+                f"{used.path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
+            )
+    encoder = Encoder(used, options.encoder)
+    if encoder.fell_back and not options.finish:
+        print(f"encoder: {encoder.name}, not the fast one: {encoder.fell_back}", file=sys.stderr, flush=True)
     policy = {
         "tokenizer_sha256": used.sha256,
         "encoder": used.encoder,
-        "bos": False,
-        "eos": True,
+        "bos": options.bos,
+        "eos": options.eos,
         "bos_id": used.bos_id,
         "eos_id": used.eos_id,
         "text_key": fields.text_key,
         "leave_out": list(fields.leave_out),
+        "fraction": fields.fraction,
+        "seed": fields.seed if fields.fraction < 1 else None,
     }
-    return _Recipe(output, used.path, used.eos_id, fields, policy)
+    chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
+    bos_id, eos_id = used.bos_id if options.bos else None, used.eos_id if options.eos else None
+    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy)
 
 
 def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
@@ -132,7 +158,7 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
         return {}
     except OSError as error:
         raise InputError(f"{output}: {error.strerror}: give another --output") from None
-    shards = {file.rpartition(".")[0] for file in files if file.endswith((".bin", ".json")) and file != packed.MANIFEST}
+    shards = {file.rpartition(".")[0] for file in files if file.endswith((".bin", ".json")) and file != MANIFEST}
     if strangers := shards - {one.shard for one in inputs}:
         raise InputError(
             f"{output}: {len(strangers)} shards belong to no input ({_some(sorted(strangers))}): "
@@ -140,7 +166,7 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
         )
     infos = {}
     for one in mine:
-        info = packed.read_shard_info(output, one.shard)
+        info = read_shard_info(output, one.shard)
         if info is None:
             continue
         for key, value in recipe.policy.items():
@@ -162,107 +188,92 @@ def _remove_stale(output: Path, shards: set[str] | None) -> None:
             file.unlink(missing_ok=True)
 
 
-def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> dict[str, Info]:
-    """Pack over worker processes, the largest input first so that none is left running alone at the end.
-
-    A pipe to each worker instead of a pool's queue: its end tells which worker died, and over which input.
-    """
+def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dict[str, Info], dict[str, str]]:
+    """The facts of each shard that was made, and the fault of each input that is bad."""
     recipe.output.mkdir(parents=True, exist_ok=True)
-    (recipe.output / packed.MANIFEST).unlink(missing_ok=True)  # it must not list a shard that is about to change
-    queue = sorted(todo, key=lambda one: one.size)
+    (recipe.output / MANIFEST).unlink(missing_ok=True)  # it must not list a shard that is about to change
     infos: dict[str, Info] = {}
-    faults: dict[str, InputError] = {}
-    processes: dict[Any, SpawnProcess] = {}  # by our end of the pipe
-    busy: dict[Any, Input] = {}
-
-    def give(pipe: Any) -> None:
-        if queue:
-            busy[pipe] = queue.pop()
-            with contextlib.suppress(OSError):  # a worker that is dead already: its pipe is at its end
-                pipe.send(busy[pipe])
-
-    context = multiprocessing.get_context("spawn")
+    bad: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    progress = summary.Progress(todo)
     try:
-        for _ in range(min(workers, len(queue))):
-            ours, theirs = context.Pipe()
-            processes[ours] = context.Process(target=_work, args=(theirs, recipe), daemon=True)
-            processes[ours].start()
-            theirs.close()
-            give(ours)
-        while busy:
-            ready: Any = wait(list(busy))
-            for pipe in ready:
-                one = busy.pop(pipe)
-                try:
-                    outcome = pipe.recv()
-                except (EOFError, OSError):
-                    processes[pipe].join()
-                    raise RuntimeError(
-                        f"{one.path}: its worker died (exit code {processes[pipe].exitcode}; -9: killed, perhaps for "
-                        "want of memory): run the command again, what is done is kept"
-                    ) from None
-                give(pipe)
-                (faults if isinstance(outcome, InputError) else infos)[one.shard] = outcome
-                said = "not packed" if isinstance(outcome, InputError) else _counts([outcome])
-                print(f"[{len(infos) + len(faults)}/{len(todo)}] {one.name}: {said}", file=sys.stderr, flush=True)
+        for one, outcome in over_workers(todo, _packer, recipe, workers):
+            marker = recipe.output / f"{one.shard}{_BAD}"
+            if isinstance(outcome, InputError):
+                bad[one.shard] = str(outcome)
+                durable.write(marker, str(outcome).encode())  # a later --finish counts it
+            elif isinstance(outcome, Exception):
+                failed[one.shard] = str(outcome)
+            else:
+                infos[one.shard] = outcome
+                marker.unlink(missing_ok=True)
+            progress.add(one, outcome)
     finally:
-        for process in processes.values():
-            process.kill()
-            process.join()
-    if faults:
-        raise InputError(*(fault for shard in sorted(faults) for fault in faults[shard].args))
-    return infos
+        progress.close()
+    if failed:
+        raise RuntimeError("\n".join(str(text) for text in [*failed.values(), *bad.values()]))
+    return infos, bad
 
 
-def _work(pipe: Connection, recipe: _Recipe) -> None:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent answers it
-    threading.Thread(target=_die_with_parent, daemon=True).start()
+def _read_bad(output: Path, one: Input) -> str:
+    try:
+        return (output / f"{one.shard}{_BAD}").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _packer(recipe: _Recipe) -> Work:
     tokenizer = Tokenizer(recipe.tokenizer)
-    while True:
-        one = pipe.recv()
-        try:
-            pipe.send(_pack(one, recipe, tokenizer))
-        except InputError as error:
-            pipe.send(error)
+    encoder = Encoder(tokenizer, recipe.encoder)
+
+    def pack(one: Input) -> Info:
+        encoder.renew()
+        with one.fetched() as path:
+            source = Source(path, recipe.fields, one.name)
+            try:
+                with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
+                    subsets = _write(writer, encoder.stream(source.pieces()), recipe, one)
+                    return writer.finish(
+                        **recipe.policy,
+                        encoded_by=encoder.name,
+                        source={"name": one.name, "bytes": source.size, "blake2b": source.blake2b},
+                        subsets=subsets,
+                        dropped=source.dropped,
+                        repaired=source.repaired,
+                    )
+            except OSError as error:  # the output's: those of the input are faults of it
+                raise RuntimeError(f"{recipe.output}: {error}") from error
+
+    return pack
 
 
-def _die_with_parent() -> None:
-    """A worker whose parent was killed -9 would else work on, beside the workers of the next run."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _pack(one: Input, recipe: _Recipe, tokenizer: Tokenizer) -> Info:
-    source = Source(one.path, recipe.fields)
-    with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
-        for text in source:
-            ids = tokenizer.encode(text)
-            ids.append(recipe.eos_id)
-            writer.add(ids)
-        return writer.finish(
-            **recipe.policy,
-            encoder_version=tokenizer.encoder_version,
-            source={"name": one.name, "bytes": source.size, "blake2b": source.blake2b},
-            dropped=source.dropped,
-            repaired=source.repaired,
-        )
-
-
-def _cores() -> int:
-    """Cores this process may use: in a container or a Slurm job fewer than the machine has."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-def _counts(infos: Collection[Info]) -> str:
-    dropped = sum((Counter(info["dropped"]) for info in infos), Counter[str]())
-    repaired = sum(info["repaired"] for info in infos)
-    left_out = [f"{count:,} of {subset} left out" for subset, count in sorted(dropped.items())]
-    notes = left_out + [f"{repaired:,} with lone surrogates replaced"] * bool(repaired)
-    documents, tokens = (sum(info[key] for info in infos) for key in ("documents", "tokens"))
-    noted = f" ({', '.join(notes)})" if notes else ""
-    return f"{documents:,} documents{noted}, {tokens:,} tokens"
+def _write(
+    writer: packed.ShardWriter, stream: Iterable[tuple[np.ndarray, int, str, bool]], recipe: _Recipe, one: Input
+) -> dict[str, dict[str, int]]:
+    """Write the documents, many at a time; returns documents, tokens and bytes of text of each subset."""
+    begin, end = ([] if i is None else [np.array([i], np.uint32)] for i in (recipe.bos_id, recipe.eos_id))
+    folder = one.name.partition("/")[0] if "/" in one.name else "."  # StarCoder's languages; SlimPajama says itself
+    figures: dict[str, list[int]] = {}
+    parts: list[np.ndarray] = []
+    ends: list[int] = []
+    size, begun = 0, False
+    for ids, num_bytes, subset, last in stream:
+        new = [*(() if begun else begin), ids, *(end if last else ())]
+        tokens = sum(map(len, new))
+        parts += new
+        size += tokens
+        begun = not last
+        documents, all_tokens, all_bytes = figures.get(subset, (0, 0, 0))
+        figures[subset] = [documents + last, all_tokens + tokens, all_bytes + num_bytes]
+        if last:
+            ends.append(size)
+        if size >= _FLUSH:
+            writer.append(np.concatenate(parts), ends)
+            parts, ends, size = [], [], 0
+    if parts:
+        writer.append(np.concatenate(parts), ends)
+    keys = ("documents", "tokens", "bytes")
+    return {subset or folder: dict(zip(keys, figures[subset], strict=True)) for subset in sorted(figures)}
 
 
 def _some(names: Sequence[str]) -> str:
