@@ -18,7 +18,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
 from tinyllama import InputError, checkpoint, cli, durable, evaluate, owner
-from tinyllama.args import PretrainArgs, check, gradient_accumulation, total_steps
+from tinyllama.args import PretrainArgs, check
 from tinyllama.checkpointer import Checkpointer, CheckpointError
 from tinyllama.console import Row, show_card, start_card
 from tinyllama.convert.start import start_weights
@@ -33,7 +33,7 @@ from tinyllama.logger import RunLog, max_memory_gb
 from tinyllama.model import GPT
 from tinyllama.ops import attention, choice, float8
 from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
-from tinyllama.run import Run
+from tinyllama.run import Run, gradient_accumulation, total_steps
 from tinyllama.state import TrainState
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
 from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc, set_timeout

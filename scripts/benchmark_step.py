@@ -36,12 +36,13 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # what a kernel of this name does; the first that fits counts
 KINDS = {
+    "compiled element-wise": r"^triton",
     "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
-    "products": r"gemm|cutlass|nvjet|cublas|s16816|xmma|scaled_mm",
+    "products": r"gemm|cutlass|nvjet|cublas|s16816|xmma",
     "clip and optimizer": r"adam|multi_tensor|foreach|lpnorm",
     "copies and casts": r"memcpy|memset|copy|cat_array|CatArray|split_with_sizes|chunk_cat|nccl",
     "embedding": r"embedding|sort|radix|scan",
-    "element-wise": r"triton|elementwise|reduce|vectorized",
+    "element-wise": r"elementwise|reduce|vectorized",
 }
 
 

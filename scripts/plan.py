@@ -9,7 +9,8 @@ FILE holds lines of benchmark_step.py. The figures that are no measurements are 
 from pathlib import Path
 
 from tinyllama import InputError, cli, plan
-from tinyllama.args import PretrainArgs, check, gradient_accumulation
+from tinyllama.args import PretrainArgs, check
+from tinyllama.run import gradient_accumulation
 
 
 def main() -> None:

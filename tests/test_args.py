@@ -12,10 +12,9 @@ from tinyllama.args import (
     Source,
     TrainArgs,
     check,
-    gradient_accumulation,
-    total_steps,
 )
 from tinyllama.config import ModelConfig, named_config
+from tinyllama.run import gradient_accumulation, total_steps
 
 DATA = DataArgs(sources=[Source("packed")])
 

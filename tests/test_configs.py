@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from tinyllama import cli
-from tinyllama.args import PretrainArgs, check, gradient_accumulation
+from tinyllama.args import PretrainArgs, check
+from tinyllama.run import gradient_accumulation
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

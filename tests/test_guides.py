@@ -130,7 +130,16 @@ def test_every_recipe_passes_a_dry_run(packed_folder, tmp_path: Path) -> None:
     lines = []
     for path in RECIPES:
         sources = yaml.safe_load(path.read_text())["data"]["sources"]
-        flags = ["--config", str(path), "--out_dir", str(tmp_path / path.stem), "--dry_run", *SMALL.split()]
+        flags = [
+            "--config",
+            str(path),
+            "--out_dir",
+            str(tmp_path / path.stem),
+            "--dry_run",
+            *SMALL.split(),
+            "--train.init_from",
+            "null",
+        ]
         flags += ["--data.sources", json.dumps([source | {"path": str(data)} for source in sources])]
         flags += ["--data.validation", json.dumps([{"path": str(data)}])]
         lines.append(json.dumps(["train", flags]))

@@ -11,7 +11,7 @@ from tinyllama import InputError
 from tinyllama.convert.weights import Weights
 from tinyllama.data.loader import validation_batches
 from tinyllama.data.packed import PackedDataset, open_packed
-from tinyllama.data.prepare import prepare
+from tinyllama.data.prepare import Options, prepare
 from tinyllama.data.sources import ENDINGS, Fields, find_inputs
 from tinyllama.evaluate import loss_sum
 from tinyllama.harness import Score
@@ -31,7 +31,7 @@ def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: i
         return _packed(weights, path, path.name, tokenizer, batch_size)
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / "packed"
-        prepare(find_inputs(path, ENDINGS), Fields(text_key="text"), tokenizer.path, packed, workers=1)
+        prepare(find_inputs(path, ENDINGS), Fields(), Options(tokenizer.path, packed, workers=1))
         return _packed(weights, packed, path.name, tokenizer, batch_size)
 
 

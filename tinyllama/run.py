@@ -4,7 +4,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from tinyllama.args import PretrainArgs
+from tinyllama import InputError
+from tinyllama.args import PretrainArgs, TrainArgs
 from tinyllama.config import ModelConfig
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
@@ -64,3 +65,45 @@ class Run:
         """What a converter has to know of the tokenizer."""
         dataset = self.sources[0]
         return {"tokenizer_sha256": dataset.tokenizer_sha256, "bos_id": dataset.bos_id, "eos_id": dataset.eos_id}
+
+
+def gradient_accumulation(train: TrainArgs, world_size: int) -> int:
+    """Micro-batches a rank passes through in one step.
+
+    Raises InputError, naming the nearest sizes that divide, when the global batch is not a whole number of them.
+    """
+    unit = world_size * train.micro_batch_size
+    if train.global_batch_size % unit:
+        lower = train.global_batch_size // unit * unit
+        nearest = " or ".join(str(size) for size in (lower, lower + unit) if size)
+        raise InputError(
+            f"train.global_batch_size {train.global_batch_size} is not a multiple of {world_size} ranks x "
+            f"train.micro_batch_size {train.micro_batch_size}; nearest valid: {nearest}"
+        )
+    return train.global_batch_size // unit
+
+
+def total_steps(args: PretrainArgs, block_size: int, num_blocks: int) -> int:
+    """Optimizer steps of the run, from whichever of steps, tokens and epochs was given.
+
+    ``num_blocks`` is the number of blocks of all sources together: an epoch is that many samples.
+    Raises InputError for a run of no steps or a warm-up that does not end before the run does.
+    """
+    train = args.train
+    if train.max_steps is not None:
+        steps = train.max_steps
+    elif train.max_tokens is not None:
+        steps = -(-train.max_tokens // (train.global_batch_size * block_size))
+    else:
+        assert train.max_epochs is not None  # check() has seen to it that one is given
+        steps = int(train.max_epochs * num_blocks / train.global_batch_size)
+        if steps == 0:
+            raise InputError(
+                f"train.max_epochs {train.max_epochs} of {num_blocks:,} blocks is less than one step of "
+                f"train.global_batch_size {train.global_batch_size} samples: raise the one or lower the other"
+            )
+    if args.optim.warmup_steps >= steps:
+        raise InputError(
+            f"optim.warmup_steps {args.optim.warmup_steps} does not end within the run's {steps} steps: lower it"
+        )
+    return steps
