@@ -13,11 +13,17 @@ test: .venv/installed
 SLURM_TESTS := slurm
 test-slurm: .venv/installed  ## on a real Slurm of two nodes in network namespaces of this machine; needs root
 	@command -v slurmctld slurmd munged ip >/dev/null || \
-		apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps
+		(apt-get update --quiet && \
+		apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps)
 	$(BIN)/pytest tests/slurm -m '$(SLURM_TESTS)' --tb short
 
 stress: .venv/installed  ## 50 kills of a run that saves all the time
 	STRESS_KILLS=50 $(BIN)/pytest tests/test_stress.py -m slow
+
+TOKENIZER := data/quickstart/tokenizer.model
+benchmark: .venv/installed  ## how fast this machine encodes, reads and trains, after make quickstart or with TOKENIZER=
+	$(BIN)/python scripts/benchmark_data.py --tokenizer $(TOKENIZER)
+	$(BIN)/python scripts/benchmark_step.py
 
 lint: .venv/installed
 	$(BIN)/ruff check

@@ -44,8 +44,8 @@ class Gpu:
 GPUS = {
     "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", 40, 230, 200, 400, 0.563),  # MFU: the published 24k tokens/s
     "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 80, 230, 200, 400, 0.563),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 360, 400, 700, 0.55),  # the H200's
-    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.55),  # measured
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 360, 400, 700, 0.55),  # as the H200 without FlashAttention-4
+    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.58),  # measured, with FlashAttention-4
     "b200": Gpu("NVIDIA B200", 178, 700, 400, 1000, 0.45),  # a guess
     "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", 24, 15, 25, 450, 0.5),  # a guess; no NVLink
 }
@@ -97,14 +97,15 @@ def activations(args: PretrainArgs, config: ModelConfig) -> float:
     d, kv = config.n_embd, 2 * config.n_query_groups * config.head_size
     wide = config.intermediate_size
     width = 2 if args.train.precision != "fp32" else 4
-    # the stream twice, q, k, v, attention's output; SwiGLU's two products and what they come to
-    whole = width * (4 * d + kv + 3 * wide)
+    # the stream and its norm, twice; the fused product of q, k and v, which v is a part of, and q and k turned;
+    # attention's output; SwiGLU's two products and what they come to
+    whole = width * (7 * d + 2 * kv + 3 * wide)
     if args.train.compile is False:
-        whole += 4 * 4 * d + 2 * width * d + width * wide  # the norms' fp32 copies, their outputs, and silu's
+        whole += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
     if args.train.activation_checkpointing == "full":
         return config.n_layer * width * d + whole
-    if args.train.activation_checkpointing == "selective":  # what distributed.py's KEPT names
-        return config.n_layer * width * (5 * d + kv + 2 * wide) + whole
+    if args.train.activation_checkpointing == "selective":  # the stream, and what distributed.py's SAVED names
+        return config.n_layer * width * (4 * d + kv + 2 * wide) + whole
     return config.n_layer * whole
 
 
@@ -140,7 +141,7 @@ def communication(
     shard = cluster.shard(how)
     copies, n, units = cluster.gpus // shard, config.num_params(), config.n_layer + 1
     width = 4 if args.train.precision == "fp32" else 2
-    gathers = micro_batches * (2 if args.parallel.reshard_after_forward else 1)
+    gathers = 2 * micro_batches if args.parallel.reshard_after_forward else 1
     reductions = micro_batches if args.parallel.sync_every_micro_batch else 1
     rate, hops = cluster.bandwidth(shard), (shard - 1) * HOP * units
     sent = (shard - 1) / shard * n
