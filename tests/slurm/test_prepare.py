@@ -14,11 +14,12 @@ import zstandard
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
-pytestmark = pytest.mark.slurm
+pytestmark = [pytest.mark.slurm, pytest.mark.slow]
 
 
 @pytest.fixture(scope="module")
-def cluster(tmp_path_factory) -> Iterator[Path]:
+def doomed_cluster(tmp_path_factory) -> Iterator[Path]:
+    """One of its own, for a node of it will be lost."""
     state = tmp_path_factory.mktemp("slurm")
     subprocess.run([HERE / "up.sh", state], check=True, capture_output=True, text=True)
     yield state
@@ -36,7 +37,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_an_array_survives_a_requeue_and_a_lost_node(cluster, tokenizer_file, tmp_path):
+def test_an_array_survives_a_requeue_and_a_lost_node(doomed_cluster, tokenizer_file, tmp_path):
     source, output, alone = tmp_path / "in", tmp_path / "out", tmp_path / "alone"
     (source / "train").mkdir(parents=True)
     for number in range(8):
@@ -48,8 +49,8 @@ def test_an_array_survives_a_requeue_and_a_lost_node(cluster, tokenizer_file, tm
     command = ["scripts/prepare_slimpajama.py", *map(str, flags)]
     env = os.environ | {
         "PYTHONPATH": str(ROOT),
-        "PATH": f"{cluster}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
-        "SLURM_CONF": f"{cluster}/slurm.conf",
+        "PATH": f"{doomed_cluster}/bin:{Path(sys.executable).parent}:{os.environ['PATH']}",
+        "SLURM_CONF": f"{doomed_cluster}/slurm.conf",
     }
 
     def call(*args: object) -> str:
@@ -68,7 +69,7 @@ def test_an_array_survives_a_requeue_and_a_lost_node(cluster, tokenizer_file, tm
 
     wait_for(lambda: list(output.glob("*.tmp")), 60)
     call("scontrol", "requeue", f"{array}_1")
-    (slurmd,) = (cluster / "run").glob("slurmd-node2.pid")
+    (slurmd,) = (doomed_cluster / "run").glob("slurmd-node2.pid")
     os.kill(int(slurmd.read_text()), signal.SIGKILL)
 
     def finished() -> bool:
