@@ -216,17 +216,22 @@ def test_bf16_computes_in_bf16_and_keeps_the_rest_in_fp32(world, config_file: Pa
         }
 
 
-@pytest.mark.parametrize("phase", ["step", "validation", "checkpoint", "asynchronous checkpoint"])
-def test_a_signal_to_one_rank_stops_all_and_loses_nothing(world, config_file: Path, tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize(
+    ("phase", "step", "asynchronous"),
+    [("1", 1, False), ("7", 7, True), ("validation", 20, False), ("checkpoint", 21, False), ("checkpoint", 21, True)]
+    + [("both", 7, True)],
+)
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
+    world, config_file: Path, tmp_path: Path, phase: str, step: int, asynchronous: bool
+) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     world(2).train("--config", config_file, "--out_dir", straight)
-    flags = ["--checkpoint.asynchronous", "asynchronous" in phase]
+    flags = ["--checkpoint.asynchronous", asynchronous]
     answers = world(2)("train_signalled", phase, 1, "--config", config_file, "--out_dir", stopped, *flags)
     assert [answer["result"] for answer in answers] == [75, 75]
-    done = int(metrics(stopped)[-1]["step"])
-    assert done == {"step": 7, "validation": 20}.get(phase, 21)
-    assert f"stopped by SIGUSR1 at step {done}; the same command goes on from there" in answers[0]["said"]
-    assert (stopped / "checkpoints" / f"step-{done:08d}" / ".metadata").exists()
+    assert metrics(stopped)[-1]["step"] == str(step)
+    assert f"stopped by SIGUSR1 at step {step}; the same command goes on from there" in answers[0]["said"]
+    assert (stopped / "checkpoints" / f"step-{step:08d}" / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert column(stopped, name) == column(straight, name), name
