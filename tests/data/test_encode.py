@@ -108,6 +108,16 @@ def test_text_without_blanks_is_cut_where_no_piece_reaches_over(monkeypatch):
     assert [i for ids, _ in found for i in ids] == tokenizer.encode_utf8(payload).tolist()
 
 
+def test_no_cut_is_known_where_text_is_normalized(tmp_path):
+    """sentencepiece's own default drops blanks and joins characters."""
+    import sentencepiece
+
+    texts = iter(["the little llama walked along the river", "a day in the mountains"] * 20)
+    settings = {"model_type": "bpe", "vocab_size": 50, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "nfkc"), **settings)
+    assert encode._cuts(Tokenizer(tmp_path / "nfkc.model")) == (None, "")
+
+
 def test_a_tokenizer_of_which_no_cut_is_known(tmp_path, monkeypatch):
     import tokenizers
 

@@ -4,8 +4,9 @@ gigatoken is ten times as fast and young. So it is tried on ``GUARDS`` before an
 ``SAMPLED`` is encoded by both. The tokens being the same, a dataset does not say which one made them; its shards do.
 
 Memory is bounded for every document: one of more than ``CUT`` bytes is encoded in parts, by both alike. It is cut where
-that changes no id, at any blank, line end or digit with Llama's tokenizer; only where a stretch of ``WINDOW`` bytes has
-no such place, or the tokenizer none that is known, are the few ids at the cut others than those of the whole.
+that changes no id: with Llama's tokenizer at a blank, a line end, a digit, or between letters that no piece has side by
+side. Only where ``WINDOW`` bytes have no such place, or none is known for the tokenizer, are the few ids at the cut
+others than those of the whole.
 """
 
 import importlib.metadata
@@ -23,8 +24,8 @@ Choice = Literal["auto", "fast", "sentencepiece"]
 Encode = Callable[[bytes], np.ndarray]
 
 SAMPLED = 1000  # documents (or parts of long ones), of which one is encoded by both
-CUT = 1 << 20  # bytes; a longer document is cut at the first place behind them,
-WINDOW = 1 << 16  # or after so many more without one right behind them
+CUT = 1 << 20  # bytes; a document of more is cut at the first place behind so many where that changes no id
+WINDOW = 1 << 16  # bytes in which such a place is looked for
 _RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of words in one only grows
 _PROSE = "It's the first of 1,024 tests: don't split “quotes”, naïve words or 3.14159 wrongly…"
 GUARDS = (
@@ -177,8 +178,8 @@ def _cuts(tokenizer: Tokenizer) -> tuple[re.Pattern[bytes] | None, str]:
     paired, ids = set("".join(pairs)), tokenizer.encode
 
     def is_mark(one: str) -> bool:
-        (_, *alone), rest = ids(one), ids(f"{one}  b")[len(ids(one)) :]
-        return ids(f"a{one}{one}  b") == [*ids("a"), *alone, *alone, *rest]
+        alone, rest = ids(one)[1:], ids(f"{one}  b")[len(ids(one)) :]  # [0]: the blank
+        return bool(alone) and ids(f"a{one}{one}  b") == [*ids("a"), *alone, *alone, *rest]
 
     marks = [one for one in "\n\t0123456789" if pieces and one not in paired and is_mark(one)]
     if not marks:
