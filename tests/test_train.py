@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -225,7 +226,20 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(world, config_file: Pa
     assert [answer["result"] for answer in answers] == [75, 75]
     done = int(metrics(stopped)[-1]["step"])
     assert done == {"step": 7, "validation": 20}.get(phase, 21)
-    assert f"stopped by SIGUSR1 at step {done}; the same command goes on from there" in answers[0]["said"]
+    rows = [row for row in metrics(stopped) if row["val_loss"]]
+    (last, at), (best, best_at) = [
+        (f"{float(row['val_loss']):.4f}", row["step"]) for row in (rows[-1], min(rows, key=lambda row: row["val_loss"]))
+    ]
+    card = answers[0]["said"].splitlines()[-9:]
+    assert card[0] == f"val_loss {last} at step {at}, best {best} at step {best_at}"
+    assert card[1] == f"loss     {float(metrics(stopped)[-1]['loss']):.4f} at step {done}"
+    assert re.fullmatch(rf"tokens   {done * 256:,} in all; [\d,]+ tokens/s on average", card[2])
+    assert card[3].startswith("time     since this start: training ")
+    assert card[4] == f"saved    {stopped}/checkpoints/step-{done:08d}"
+    assert card[5].startswith("next     torchrun ... ")
+    assert card[5].endswith("rank.py    # goes on from there")
+    assert card[7].split() == ["python", "scripts/report.py", str(stopped)]
+    assert card[8] == f"stopped by SIGUSR1 at step {done}; the same command goes on from there"
     assert (stopped / "checkpoints" / f"step-{done:08d}" / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
@@ -281,6 +295,7 @@ def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Pat
     out = tmp_path / "run"
     answers = world(2)("train", "--config", config_file, "--out_dir", out, "--train.max_time", 1e-6)
     assert [answer["result"] for answer in answers] == [75, 75]
+    assert "saved    nothing, as no step was done" in answers[0]["said"]
     assert "stopped by train.max_time at step 0" in answers[0]["said"]
 
 
