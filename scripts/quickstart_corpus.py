@@ -64,8 +64,10 @@ def main() -> None:
     parser.add_argument("--library", type=Path, default=sysconfig.get_path("stdlib"), help="modules to take")
     args = parser.parse_args()
     mark = args.output / "corpus.json"
-    made_from = {"python": platform.python_version(), "library": str(args.library)}
-    if mark.exists() and json.loads(mark.read_text()) == made_from:
+    made_from = json.dumps({"python": platform.python_version(), "library": str(args.library)})
+    if args.output.is_file():
+        raise InputError(f"--output {args.output} is a file: give a folder")
+    if mark.exists() and mark.read_text() == made_from:
         print(f"{args.output} is whole")
         return
     mark.unlink(missing_ok=True)
@@ -84,7 +86,7 @@ def main() -> None:
         write(args.output / "slimpajama", HELD_PROSE if held else PROSE, slimpajama)
         starcoder = [{"content": text} for text in code]
         write(args.output / ("starcoder_validation" if held else "starcoder"), HELD_CODE if held else CODE, starcoder)
-    durable.write(mark, json.dumps(made_from).encode())
+    durable.write(mark, made_from.encode())
 
 
 if __name__ == "__main__":

@@ -21,8 +21,12 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces (32000)")
     args = parser.parse_args()
     if not args.output.exists():
-        args.output.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(args.output, vocabulary.train(args.source, args.vocab_size))
+        model = vocabulary.train(args.source, args.vocab_size)
+        try:
+            args.output.parent.mkdir(parents=True, exist_ok=True)
+            durable.write(args.output, model)
+        except OSError as error:
+            raise InputError(f"{args.output} cannot be written ({error.strerror}): give another --output") from error
     found = Tokenizer(args.output)
     if found.vocab_size != args.vocab_size:
         raise InputError(f"{args.output} has {found.vocab_size} pieces, not {args.vocab_size}: give another --output")

@@ -130,6 +130,9 @@ def test_the_disk_is_left_as_it_was(tmp_path: Path) -> None:
     assert f"{tmp_path}: " in findings[0].text
     assert list(tmp_path.iterdir()) == []
     assert next(doctor.disk(Path("/proc/1"))).state == "wrong"
+    (tmp_path / "file").touch()
+    (finding,) = doctor.disk(tmp_path / "file")
+    assert finding.text == f"{tmp_path / 'file'} is a file"
 
 
 def test_no_room_for_scratch_files(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -150,9 +150,10 @@ def test_the_rate_is_taken_from_a_benchmark(tmp_path: Path) -> None:
     lines.append({"model": "tinyllama_120m", "tokens_per_second": 500_000})
     file.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file) == (77_000, f"the best in {file}")
-    file.write_text("no JSON\n")
-    with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
-        plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file)
+    for text in ("no JSON\n", '{"model": "tinyllama_1.1b", "tokens_per_second": 0}\n'):
+        file.write_text(text)
+        with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
+            plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file)
     rate, _ = plan.rate_of_one(CONFIG, plan.GPUS["h200"], 0.5, None)
     assert rate == 0.5 * 989.5e12 / flops_per_token(CONFIG)
 
@@ -182,6 +183,7 @@ def test_the_script() -> None:
             ["--gpus", "256", "--gpu", "h200"],
             "error: train.global_batch_size 1024 is not a multiple of 256 ranks x train",
         ),
+        (["--gpus", "12", "--gpu", "h200"], "error: --gpus 12 does not fill nodes of --gpus_per_node 8"),
         (["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"], "error: parallel.shard 5 does not divide 16 GPUs"),
     ],
 )

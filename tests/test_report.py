@@ -112,10 +112,40 @@ def test_no_run_is_said_in_a_line(tmp_path: Path, make_run: Callable[..., Path])
     with pytest.raises(InputError, match="nowhere has no metrics.csv with a row in it"):
         report.write([tmp_path / "nowhere"], tmp_path / "report.html")
     run = make_run("one")
-    (run / "config.yaml").write_text("model: 3")
-    with pytest.raises(InputError, match="config.yaml is not what a run writes there"):
-        report.write([run], tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(InputError, match=r"nowhere/x.html cannot be written \(No such file or directory\)"):
+        report.write([run], tmp_path / "nowhere" / "x.html")
+    with pytest.raises(InputError, match=r"one cannot be written \(Is a directory\): give another --output"):
+        report.write([run], run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n"]
+)
+def test_metrics_that_are_none(make_run: Callable[..., Path], content: bytes) -> None:
+    run = make_run("one")
+    (run / "metrics.csv").write_bytes(content)
+    with pytest.raises(InputError, match="one has no metrics.csv with a row in it"):
+        report.read_run(run)
+
+
+@pytest.mark.parametrize("content", [b"model: 3", b"", b"train: [1", b"\xff\xfe\0", b"{n_layr}", b"{x: 1, train: {}}"])
+def test_a_config_that_is_none(make_run: Callable[..., Path], content: bytes) -> None:
+    run = make_run("one")
+    config = (run / "config.yaml").read_bytes()
+    (run / "config.yaml").write_bytes(config.replace(b"n_layer", b"n_layr") if b"n_layr" in content else content)
+    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
+        report.read_run(run)
+
+
+def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    before = report.read_run(run)
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b'\n[1]\n"x"\n{"event": 3, "time": "x"}\n{"event": "start", "time": 1, "step": "x"}\n\xff\xfe\n')
+    with (run / "eval.csv").open("ab") as file:
+        file.write(b"\xff\n7,8\n")
+    assert report.read_run(run) == before
 
 
 def test_nothing_in_the_data_ends_the_script(make_run: Callable[..., Path], tmp_path: Path) -> None:

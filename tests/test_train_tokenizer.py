@@ -136,6 +136,12 @@ def test_a_tokenizer_that_is_there_is_left_alone(raw, trained):
     assert (trained.read_bytes(), trained.stat().st_mtime_ns) == before
 
 
+def test_an_output_that_cannot_be_written_is_an_error(raw, trained):
+    done = run(raw, trained / "tokenizer.model", 380)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {trained}/tokenizer.model cannot be written (")
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "says"),
     [(20_000, "too high .* <= "), (100, "smaller than required_chars"), (-1, "give a larger one")],

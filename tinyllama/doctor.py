@@ -199,6 +199,9 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
 def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
     """How much is free where a run would write, and how fast it is written and synced."""
     folder = out_dir.absolute()
+    if folder.is_file():
+        yield Finding(WRONG, "disk", f"{folder} is a file", "give another out_dir")
+        return
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9

@@ -181,9 +181,9 @@ class RunLog:
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv, but for one that is, or was when killed, being written; [] if there is no file."""
-    text = file.read_text(errors="replace") if file.exists() else ""
+    text = file.read_text(errors="replace") if file.is_file() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()
-    return [row for row in csv.DictReader(whole) if (row["step"] or "").isdigit()]
+    return [row for row in csv.DictReader(whole) if (row.get("step") or "").isdecimal()]
 
 
 def source_columns(paths: list[str]) -> list[str]:

@@ -197,6 +197,8 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
         try:
             lines = [json.loads(line) for line in benchmark.read_text().splitlines() if line.strip()]
             best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
+            if not best > 0:
+                raise ValueError(best)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{benchmark} has no line of benchmark_step.py for {config.name}: run it with --model {config.name}"
@@ -258,7 +260,8 @@ def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
     batch, total = args.train.global_batch_size, total_tokens(args, config)
     yield f"       {'weights sharded over all GPUs':<37} {'over a node, a copy on each':<36}".rstrip()
     yield "  GPUs" + f"   tokens/s {'days' if total else '':>6}  {'of perfect scaling':<17}" * 2
-    for gpus in (2**power for power in range(3, 13)):
+    sizes = (cluster.gpus_per_node * 2**power for power in range(13))
+    for gpus in (size for size in sizes if 8 <= size <= 4096):
         many = Cluster(cluster.gpu, gpus, cluster.gpus_per_node, cluster.network)
         micro = min(args.train.micro_batch_size, max(batch // gpus, 1))
         line = f"{gpus:>6}"

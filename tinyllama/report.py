@@ -40,7 +40,10 @@ def write(out_dirs: list[Path], output: Path) -> None:
     title = ", ".join(run["name"] for run in runs)
     for mark, content in {"TITLE": _escaped(title), "VERSION": __version__, "DATA": text}.items():
         page = page.replace(f"@{mark}@", content)
-    durable.write(output, page.replace("@PLOTLY@", get_plotlyjs()).encode())
+    try:
+        durable.write(output, page.replace("@PLOTLY@", get_plotlyjs()).encode())
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): give another --output") from error
 
 
 def read_run(out_dir: Path) -> Facts:
@@ -50,10 +53,12 @@ def read_run(out_dir: Path) -> Facts:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
         config = yaml.safe_load((out_dir / "config.yaml").read_text())
-        tokens_per_step = config["train"]["global_batch_size"] * config["model"]["block_size"]
+        tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"{out_dir / 'config.yaml'} is not what a run writes there: {error!r}") from error
+        model.num_params()
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
+        raise InputError(text) from error
     events = read_events(out_dir / "events.jsonl", tokens_per_step)
     smooth(rows)
     thinned = thin(rows)
@@ -101,13 +106,12 @@ def read_events(file: Path, tokens_per_step: int) -> list[Facts]:
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
             facts = json.loads(line)
-            kind, time = facts.pop("event"), facts.pop("time")
-        except (ValueError, KeyError, AttributeError):
+            kind, time, found = str(facts.pop("event")), float(facts.pop("time")), facts.pop("step", None)
+            step = step if found is None else int(found)
+        except (ValueError, KeyError, AttributeError, TypeError):
             continue  # it was being written when the process was killed
         if kind == "start":
             kind, started = "restart" if started else "start", True
-        found = facts.pop("step", None)
-        step = step if found is None else found
         details = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
         events.append({"kind": kind, "step": step, "tokens": step * tokens_per_step, "time": time, "details": details})
     return events
@@ -141,7 +145,7 @@ def thin(rows: list[Facts]) -> list[Facts]:
     return [rows[i] for i in sorted(kept)]
 
 
-def picture(rows: list[dict[str, str]], width: int = 72, height: int = 12) -> list[str]:
+def picture(rows: list[dict[str, str]], width: int = 68, height: int = 12) -> list[str]:
     """The loss over the tokens, for a terminal: lines of braille dots with the axes' ends; training and validation."""
     points: list[tuple[float, float]] = []
     for name in ("loss", "val_loss"):
@@ -181,7 +185,7 @@ def _table(file: Any) -> list[Facts]:
     if not file.is_file():
         return []
     rows = []
-    for row in csv.DictReader(file.read_text().splitlines()):
+    for row in csv.DictReader(file.read_text(errors="replace").splitlines()):
         try:
             rows.append(row | {"tokens": float(row["tokens"]), "value": float(row["value"])})
         except (KeyError, TypeError, ValueError):
