@@ -52,7 +52,7 @@ def write(out_dirs: list[Path], output: Path) -> None:
 
 
 def short(names: list[str], most: int = 24) -> list[str]:
-    """``names`` for a legend: if one is longer than ``most``, all but what they begin and end with alike, less a word."""
+    """``names`` for a legend: if one is longer than ``most``, without what all begin and end with, but a word."""
     if max(map(len, names)) <= most or len(set(names)) < 2:
         return names
 
