@@ -38,7 +38,10 @@ def group_timeout(argv: list[str]) -> float:
 
 
 def train_signalled(argv: list[str]) -> int:
-    """The recipe, with a SIGUSR1 to the rank ``argv[1]`` in the phase ``argv[0]``; gives its exit code."""
+    """The recipe, with a SIGUSR1 to the rank ``argv[1]`` in the phase ``argv[0]``; gives its exit code.
+
+    Phases: a step by its number, ``validation``, ``checkpoint``, or ``both``: a step and the save that it leads to.
+    """
     phase, rank, *argv = argv
     run = recipe.setup(cli.parse(PretrainArgs, argv))
 
@@ -46,16 +49,17 @@ def train_signalled(argv: list[str]) -> int:
         if dist.get_rank() == int(rank):
             os.kill(os.getpid(), signal.SIGUSR1)
 
-    if phase == "step":
-        lr_at = recipe.Run.lr_at
+    signalled = contextlib.ExitStack()
+    if phase.isdecimal() or phase == "both":
+        lr_at, step = recipe.Run.lr_at, 7 if phase == "both" else int(phase)
 
-        def seventh(run: Any, at: int) -> float:
-            if at == 6:
+        def signalling(run: Any, at: int) -> float:
+            if at == step - 1:
                 now()
             return lr_at(run, at)
 
-        signalled = mock.patch.object(recipe.Run, "lr_at", seventh)
-    elif phase == "validation":
+        signalled.enter_context(mock.patch.object(recipe.Run, "lr_at", signalling))
+    if phase == "validation":
         batches = recipe.validation_batches
         calls = itertools.count()
 
@@ -71,10 +75,11 @@ def train_signalled(argv: list[str]) -> int:
             return some(*args, **kwargs)
 
         calls_now = -1
-        signalled = mock.patch.object(recipe, "validation_batches", counted)
-    else:
+        signalled.enter_context(mock.patch.object(recipe, "validation_batches", counted))
+    if phase in ("checkpoint", "both"):
         save = recipe.Checkpointer.save
-        signalled = mock.patch.object(recipe.Checkpointer, "save", lambda *args, **kw: (now(), save(*args, **kw))[1])
+        patched = mock.patch.object(recipe.Checkpointer, "save", lambda *args, **kw: (now(), save(*args, **kw))[1])
+        signalled.enter_context(patched)
     with signalled:
         return recipe.main(run)
 

@@ -53,7 +53,7 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
         return answer
 
     try:
-        assert run("train_signalled", "step", "0")["result"] == 75  # a signal in step 7
+        assert run("train_signalled", "7", "0")["result"] == 75  # a signal in step 7
         for last in (12, 12):  # two that died on the way to a checkpoint after steps they had told of
             assert run("train")["result"] == 0
             shutil.rmtree(out / "checkpoints" / f"step-{last:08d}")

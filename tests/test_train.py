@@ -217,33 +217,46 @@ def test_bf16_computes_in_bf16_and_keeps_the_rest_in_fp32(world, config_file: Pa
         }
 
 
-@pytest.mark.parametrize("phase", ["step", "validation", "checkpoint", "asynchronous checkpoint"])
-def test_a_signal_to_one_rank_stops_all_and_loses_nothing(world, config_file: Path, tmp_path: Path, phase: str) -> None:
+@pytest.mark.parametrize(
+    ("phase", "step", "asynchronous"),
+    [("1", 1, False), ("7", 7, True), ("validation", 20, False), ("checkpoint", 21, False), ("checkpoint", 21, True)]
+    + [("both", 7, True)],
+)
+def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
+    world, config_file: Path, tmp_path: Path, phase: str, step: int, asynchronous: bool
+) -> None:
     straight, stopped = tmp_path / "straight", tmp_path / "stopped"
     world(2).train("--config", config_file, "--out_dir", straight)
-    flags = ["--checkpoint.asynchronous", "asynchronous" in phase]
+    flags = ["--checkpoint.asynchronous", asynchronous]
     answers = world(2)("train_signalled", phase, 1, "--config", config_file, "--out_dir", stopped, *flags)
     assert [answer["result"] for answer in answers] == [75, 75]
-    done = int(metrics(stopped)[-1]["step"])
-    assert done == {"step": 7, "validation": 20}.get(phase, 21)
-    rows = [row for row in metrics(stopped) if row["val_loss"]]
-    (last, at), (best, best_at) = [
-        (f"{float(row['val_loss']):.4f}", row["step"]) for row in (rows[-1], min(rows, key=lambda row: row["val_loss"]))
-    ]
-    card = answers[0]["said"].splitlines()[-9:]
-    assert card[0] == f"val_loss {last} at step {at}, best {best} at step {best_at}"
-    assert card[1] == f"loss     {float(metrics(stopped)[-1]['loss']):.4f} at step {done}"
-    assert re.fullmatch(rf"tokens   {done * 256:,} in all; [\d,]+ tokens/s on average", card[2])
-    assert card[3].startswith("time     since this start: training ")
-    assert card[4] == f"saved    {stopped}/checkpoints/step-{done:08d}"
-    assert card[5].startswith("next     torchrun ... ")
-    assert card[5].endswith("rank.py    # goes on from there")
-    assert card[7].split() == ["python", "scripts/report.py", str(stopped)]
-    assert card[8] == f"stopped by SIGUSR1 at step {done}; the same command goes on from there"
-    assert (stopped / "checkpoints" / f"step-{done:08d}" / ".metadata").exists()
+    assert metrics(stopped)[-1]["step"] == str(step)
+    assert f"stopped by SIGUSR1 at step {step}; the same command goes on from there" in answers[0]["said"]
+    assert (stopped / "checkpoints" / f"step-{step:08d}" / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert column(stopped, name) == column(straight, name), name
+
+
+def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out, "--eval.interval", 3]
+    answers = world(2)("train_signalled", "7", 1, *flags)
+    rows = [row for row in metrics(out) if row["val_loss"]]
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    card = answers[0]["said"].splitlines()[-9:]
+    last, lowest = (f"{float(row['val_loss']):.4f}" for row in (rows[-1], best))
+    assert card[0] == f"val_loss {last} at step 6, best {lowest} at step {best['step']}"
+    assert card[1] == f"loss     {float(metrics(out)[-1]['loss']):.4f} at step 7"
+    assert re.fullmatch(rf"tokens   {metrics(out)[-1]['tokens']} in all; [\d,]+ tokens/s on average", card[2])
+    assert card[3].startswith("time     since this start: training ")
+    assert card[4] == f"saved    {out}/checkpoints/step-00000007"
+    assert re.fullmatch(r"next     torchrun \.\.\. \S*rank\.py    # goes on from there", card[5])
+    assert card[7].split() == ["python", "scripts/report.py", str(out)]
+    assert card[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
+    event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
+    assert (event["event"], event["by"], event["step"]) == ("stop", "SIGUSR1", 7)
+    assert answers[1]["said"] == ""
 
 
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])

@@ -103,7 +103,8 @@ def shard_size(args: ParallelArgs, devices: int, nodes: int) -> int:
 def build_fabric(args: ParallelArgs, train: TrainArgs) -> Fabric:
     """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
     devices, nodes = ranks(args)
-    logging.getLogger("lightning.fabric").setLevel(logging.WARNING)  # our card says what it would
+    for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
+        logging.getLogger(name).setLevel(logging.WARNING)  # our card says what they would
     strategy = ModelParallelStrategy(
         parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, shard_size(args, devices, nodes), train),
         data_parallel_size=devices * nodes,

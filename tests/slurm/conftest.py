@@ -23,6 +23,11 @@ class Job:
     def __init__(self, cluster: "Cluster", number: str, output: Path, out_dir: Path) -> None:
         self.cluster, self.number, self.output, self.out_dir = cluster, number, output, out_dir
 
+    def task(self, number: int) -> "Job":
+        """One task of an array whose output has its number for %A and %a."""
+        output = str(self.output).replace("%A", self.number).replace("%a", str(number))
+        return Job(self.cluster, f"{self.number}_{number}", Path(output), self.out_dir)
+
     def says(self) -> str:
         """What it has printed, but for the line of each step."""
         lines = self.output.read_text().splitlines(keepends=True) if self.output.exists() else []
@@ -63,14 +68,15 @@ class Job:
     def until_requeued(self, restarts: int = 1, seconds: float = 120) -> None:
         """Return when it runs again, without the two minutes that Slurm would hold it."""
 
-        def runs() -> bool:
+        def is_in(*states: str) -> bool:
             facts = self.facts()
-            if facts["JobState"] == "PENDING" and facts["Restarts"] == str(restarts):
-                with contextlib.suppress(subprocess.CalledProcessError):  # it has started meanwhile
-                    self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
-            return facts["JobState"] == "RUNNING" and facts["Restarts"] == str(restarts)
+            return facts["JobState"] in states and facts["Restarts"] == str(restarts)
 
-        self.until(runs, seconds)
+        self.until(lambda: is_in("PENDING", "RUNNING"), seconds)
+        time.sleep(2)  # slurmd refuses a job that starts within the second in which it was killed
+        with contextlib.suppress(subprocess.CalledProcessError):  # it has started meanwhile
+            self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
+        self.until(lambda: is_in("RUNNING"), seconds)
 
     def end(self, seconds: float = 180) -> tuple[str, str]:
         """Its state and exit status when it is over and nothing of it is left on the nodes."""

@@ -1,0 +1,86 @@
+"""What the 120M model learns from the quickstart's corpus, fast and exact: `pytest -m gpu tests/test_numerics.py`.
+
+Prints, with -s, the largest difference of each pair of runs.
+"""
+
+import csv
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+TOKENS_PER_STEP = 32 * 2048
+SIZES = ["--model.name", "tinyllama_120m", "--model.vocab_size", 2048, "--train.global_batch_size", 32]
+REFERENCE = ["--train.precision", "fp32", "--train.compile", "false", "--train.micro_batch_size", 4]
+REFERENCE += [f"--ops.{op}=reference" for op in ("attention", "rms_norm", "swiglu", "cross_entropy")]
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+Train = Callable[..., list[dict[str, str]]]
+
+
+def call(*command: object) -> None:
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+@pytest.fixture(scope="module")
+def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
+    """A function that trains the 120M model on the quickstart's corpus; gives the rows of its metrics.csv."""
+    folder = tmp_path_factory.mktemp("numerics")
+    raw, tokenizer = folder / "raw", folder / "tokenizer.model"
+    call("scripts/quickstart_corpus.py", "--output", raw)
+    sources = [raw / "slimpajama" / "train", f"{raw}/starcoder:content"]
+    call("scripts/train_tokenizer.py", "--source", *sources, "--output", tokenizer, "--vocab_size", 2048)
+    for script, source in (
+        ("slimpajama", "slimpajama"), ("starcoder", "starcoder"), ("starcoder", "starcoder_validation")
+    ):  # fmt: skip
+        flags = ["--source", raw / source, "--tokenizer", tokenizer, "--output", folder / source]
+        call(f"scripts/prepare_{script}.py", *flags)
+    data = [
+        f'--data.sources=[{{"path": "{folder}/slimpajama"}}, {{"path": "{folder}/starcoder"}}]',
+        f'--data.validation=[{{"path": "{folder}/starcoder_validation"}}]',
+    ]
+
+    def run(name: str, steps: int, *flags: object, script: str = "pretrain/train.py") -> list[dict[str, str]]:
+        schedule = ["--train.max_steps", steps, "--optim.lr=1e-3", "--optim.min_lr=1e-4", "--optim.warmup_steps=20"]
+        quiet = ["--log.interval=10", "--checkpoint.interval", steps, "--eval.interval", steps]
+        call(
+            script, *SIZES, *data, *schedule, *quiet, "--train.micro_batch_size=16", *flags, "--out_dir", folder / name
+        )
+        with (folder / name / "metrics.csv").open() as file:
+            return list(csv.DictReader(file))
+
+    return run
+
+
+def losses(rows: list[dict[str, str]]) -> dict[int, float]:
+    """Training losses after the warm-up, by step."""
+    return {int(row["step"]): float(row["loss"]) for row in rows if row["loss"] and int(row["step"]) > 20}
+
+
+def test_bf16_fused_learns_what_fp32_and_upstreams_autocast_do(train: Train) -> None:
+    fused = losses(train("fused", 200))
+    others = {
+        "fp32 reference": losses(train("fp32", 200, *REFERENCE)),
+        "bf16-mixed by autocast": losses(train("autocast", 200, *REFERENCE, script="tests/autocast_run.py")),
+    }
+    assert len(fused) == 18
+    for name, curve in others.items():
+        worst = max(abs(fused[step] / loss - 1) for step, loss in curve.items())
+        print(f"bf16 fused against {name}: at most {worst:.3%} apart, last losses {fused[200]:.4f} {curve[200]:.4f}")
+        assert fused == pytest.approx(curve, rel=5e-3)
+
+
+@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8")
+def test_float8_learns_what_bf16_does(train: Train) -> None:
+    steps = 100_000_000 // TOKENS_PER_STEP
+    held_out = [float(train(name, steps, "--train.precision", name)[-1]["val_loss"]) for name in ("bf16", "float8")]
+    print(f"held-out loss after {steps * TOKENS_PER_STEP:,} tokens: bf16 {held_out[0]:.4f}, float8 {held_out[1]:.4f}")
+    assert held_out[1] == pytest.approx(held_out[0], rel=1e-2)
