@@ -248,7 +248,7 @@ def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Pat
     last, lowest = (f"{float(row['val_loss']):.4f}" for row in (rows[-1], best))
     assert card[0] == f"val_loss {last} at step 6, best {lowest} at step {best['step']}"
     assert card[1] == f"loss     {float(metrics(out)[-1]['loss']):.4f} at step 7"
-    assert re.fullmatch(rf"tokens   {metrics(out)[-1]['tokens']} in all; [\d,]+ tokens/s on average", card[2])
+    assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", card[2])
     assert card[3].startswith("time     since this start: training ")
     assert card[4] == f"saved    {out}/checkpoints/step-00000007"
     assert re.fullmatch(r"next     torchrun \.\.\. \S*rank\.py    # goes on from there", card[5])
