@@ -250,11 +250,11 @@ def fit(
         checkpointer.wait()
     if fatal or saved < state.step:
         return DEFECT
-    if asked and not last:
-        log.event("stop", f"stopped by {asked} at step {state.step}; the same command goes on from there", by=asked)
-        return DEFECT if asked == "checkpoint.on_failure" else STOPPED
-    log.done(state)
-    return DONE
+    stopped_by = None if last else asked
+    log.end(state, stopped_by)
+    if stopped_by == "checkpoint.on_failure":
+        return DEFECT
+    return STOPPED if stopped_by else DONE
 
 
 def losses_of(run: Run, model: torch.nn.Module) -> Losses:

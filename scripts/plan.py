@@ -31,6 +31,8 @@ def main() -> None:
     for name in ("gpus", "gpus_per_node", "network_gbps"):
         if getattr(ours, name) is not None and not getattr(ours, name) > 0:
             raise InputError(f"--{name} {getattr(ours, name)} must be greater than 0")
+    if ours.gpus > ours.gpus_per_node and ours.gpus % ours.gpus_per_node:
+        raise InputError(f"--gpus {ours.gpus} does not fill nodes of --gpus_per_node {ours.gpus_per_node}")
     gpu = plan.GPUS[ours.gpu]
     cluster = plan.Cluster(gpu, ours.gpus, ours.gpus_per_node, ours.network_gbps or gpu.network)
     if ours.gpus % cluster.shard(args.parallel.shard):

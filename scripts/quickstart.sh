@@ -3,7 +3,7 @@
 # A second run skips what is done. Nothing is downloaded.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false
+export PATH="$PWD/.venv/bin:$PATH" HF_HUB_OFFLINE=1 HF_HUB_DISABLE_PROGRESS_BARS=1 TOKENIZERS_PARALLELISM=false
 export OMP_WAIT_POLICY=passive # threads that wait by spinning take a busy machine's cores from themselves
 
 raw=data/quickstart/raw
@@ -24,7 +24,7 @@ finish_stage() {
 say() { # COMMAND: as one would type it
     local words=() word
     for word; do
-        case $word in *[!A-Za-z0-9_./:=-]*) words+=("\"$word\"") ;; *) words+=("$word") ;; esac
+        case $word in *[!A-Za-z0-9_./:=\&-]*) words+=("\"$word\"") ;; *) words+=("$word") ;; esac
     done
     printf '\n$ %s\n' "${words[*]}"
 }
@@ -105,13 +105,15 @@ finish_stage
 printf '\n== done\n'
 printf '%s\n' "${seconds[@]}"
 val_loss=$(cut -d, -f4 $run/metrics.csv | grep '[0-9]')
-printf '\nvalidation loss %.3f -> %.3f\n' $(head -n 1 <<<"$val_loss") $(tail -n 1 <<<"$val_loss")
-echo "$picture"
+val_loss=$(printf 'validation loss %.3f -> %.3f' $(sed -n '1p;$p' <<<"$val_loss"))
 cat <<END
 
+your own run   pretrain/README.md, configs/pretrain/tinyllama_1.1b.yaml
 metrics        $run/metrics.csv
 checkpoints    $run/checkpoints
 Hugging Face   $run/hf
-your own run   pretrain/README.md, configs/pretrain/tinyllama_1.1b.yaml
-look at        $run/report.html
+
+$val_loss, and all losses on the way:
+
+$picture
 END

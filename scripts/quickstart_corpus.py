@@ -2,9 +2,8 @@
 
 python scripts/quickstart_corpus.py --output DIR
 
-Prose, the topics of pydoc's help and the docstrings of the standard library, becomes DIR/slimpajama; code, the sources
-of the standard library, DIR/starcoder. One text in 16 is held out: DIR/slimpajama/validation and
-DIR/starcoder_validation. The same Python gives the same bytes; a finished corpus is left as it is.
+Prose (pydoc's help, the standard library's docstrings) becomes DIR/slimpajama, code (the library) DIR/starcoder. One
+text in 16 is held out for validation. The same Python gives the same bytes; a finished corpus is left as it is.
 """
 
 import ast
@@ -13,8 +12,8 @@ import io
 import json
 import platform
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pyarrow
 import zstandard
@@ -24,16 +23,10 @@ from tinyllama import InputError, cli, durable
 
 # tests, applications, what is not of the library, and the topics, which are prose
 LEFT_OUT = {"idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
-
-
-def sources(library: Path) -> Iterator[tuple[str, str]]:
-    """Path below ``library`` and text of each module that is not a test."""
-    for path in sorted(library.rglob("*.py")):
-        name = path.relative_to(library).as_posix()
-        if not LEFT_OUT & set(name.split("/")):
-            text = path.read_bytes().decode("utf-8", "ignore")
-            if text.strip():
-                yield name, text
+# file names come again in every chunk, as in SlimPajama
+PROSE = [f"train/chunk{chunk}/example_train_{i}.jsonl.zst" for chunk in (1, 2) for i in (0, 1)]
+CODE = [f"python/train-{i:05d}-of-00002.parquet" for i in (0, 1)]
+HELD_PROSE, HELD_CODE = ["validation/chunk1/example_holdout_0.jsonl.zst"], ["python/train-00000-of-00001.parquet"]
 
 
 def docstrings(text: str) -> str:
@@ -47,29 +40,21 @@ def docstrings(text: str) -> str:
 
 
 def held_out(text: str) -> bool:
-    """Whether a topic or a module, its docstrings with it, belongs to validation: by the hash of its text.
-
-    Docstrings go where their module goes: it holds them too, and would tell training what validation asks.
-    """
+    """By its hash, whether a topic or a module is for validation; docstrings, which a module holds, go with it."""
     return hashlib.blake2b(text.encode()).digest()[0] % 16 == 0
 
 
-def write_slimpajama(path: Path, documents: list[tuple[str, str]]) -> None:
-    """One ``.jsonl.zst`` shard of (subset, text)."""
-    rows = [json.dumps({"text": text, "meta": {"redpajama_set_name": name}}) for name, text in documents]
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write(path, zstandard.compress("".join(row + "\n" for row in rows).encode()))
-    print(f"{path}: {len(rows):,} documents")
-
-
-def write_starcoder(path: Path, documents: list[tuple[str, str]]) -> None:
-    """One parquet shard of (path, text)."""
-    columns = {"max_stars_repo_path": [name for name, _ in documents], "content": [text for _, text in documents]}
-    buffer = io.BytesIO()
-    parquet.write_table(pyarrow.table(columns), buffer)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    durable.write(path, buffer.getvalue())
-    print(f"{path}: {len(documents):,} documents")
+def write(folder: Path, shards: list[str], rows: list[dict[str, Any]]) -> None:
+    """``rows`` dealt out to the shards of ``folder``, in the format that a shard's ending names."""
+    for i, path in enumerate(folder / shard for shard in shards):
+        dealt, buffer = rows[i :: len(shards)], io.BytesIO()
+        if path.suffix == ".parquet":
+            parquet.write_table(pyarrow.Table.from_pylist(dealt), buffer)
+        else:
+            buffer.write(zstandard.compress("".join(json.dumps(row) + "\n" for row in dealt).encode()))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        durable.write(path, buffer.getvalue())
+        print(f"{path}: {len(dealt):,} documents")
 
 
 def main() -> None:
@@ -79,31 +64,29 @@ def main() -> None:
     parser.add_argument("--library", type=Path, default=sysconfig.get_path("stdlib"), help="modules to take")
     args = parser.parse_args()
     mark = args.output / "corpus.json"
-    made_from = {"python": platform.python_version(), "library": str(args.library)}
-    if mark.exists() and json.loads(mark.read_text()) == made_from:
+    made_from = json.dumps({"python": platform.python_version(), "library": str(args.library)})
+    if args.output.is_file():
+        raise InputError(f"--output {args.output} is a file: give a folder")
+    if mark.exists() and mark.read_text() == made_from:
         print(f"{args.output} is whole")
         return
     mark.unlink(missing_ok=True)
     from pydoc_data.topics import topics
 
-    modules = {text: name for name, text in sources(args.library)}  # each text once
+    files = [p for p in sorted(args.library.rglob("*.py")) if not LEFT_OUT & {*p.relative_to(args.library).parts}]
+    modules = dict.fromkeys(text for p in files if (text := p.read_bytes().decode("utf-8", "ignore")).strip())
     if not modules:
         raise InputError(f"{args.library}: no Python sources in it: give --library the folder of a standard library")
     for held in (False, True):
-        code = [(name, text) for text, name in modules.items() if held_out(text) == held]
+        code = [text for text in modules if held_out(text) == held]
         prose = [("RedPajamaBook", text) for _, text in sorted(topics.items()) if held_out(text) == held]
-        prose += [("RedPajamaC4", text) for text in (docstrings(text) for _, text in code) if len(text) > 200]
-        prose += [("RedPajamaGithub", text) for _, text in code[:20]]  # as in SlimPajama: preparation leaves it out
-        if held:
-            write_slimpajama(args.output / "slimpajama/validation/chunk1/example_holdout_0.jsonl.zst", prose)
-            write_starcoder(args.output / "starcoder_validation/python/train-00000-of-00001.parquet", code)
-        else:
-            for i in range(4):  # file names come again in every chunk, as in SlimPajama
-                path = f"slimpajama/train/chunk{i // 2 + 1}/example_train_{i % 2}.jsonl.zst"
-                write_slimpajama(args.output / path, prose[i::4])
-            for i in range(2):
-                write_starcoder(args.output / f"starcoder/python/train-{i:05d}-of-00002.parquet", code[i::2])
-    durable.write(mark, json.dumps(made_from).encode())
+        prose += [("RedPajamaC4", text) for text in map(docstrings, code) if len(text) > 200]
+        prose += [("RedPajamaGithub", text) for text in code[:20]]  # as in SlimPajama: preparation leaves it out
+        slimpajama = [{"text": text, "meta": {"redpajama_set_name": name}} for name, text in prose]
+        write(args.output / "slimpajama", HELD_PROSE if held else PROSE, slimpajama)
+        starcoder = [{"content": text} for text in code]
+        write(args.output / ("starcoder_validation" if held else "starcoder"), HELD_CODE if held else CODE, starcoder)
+    durable.write(mark, made_from.encode())
 
 
 if __name__ == "__main__":

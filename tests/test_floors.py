@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 FLOORS = {
     0: "tinyllama args cli config durable plan run schedule throughput tokenizer data data.encode data.facts "
     "data.flags data.inspection data.lit_chunks data.mixture data.packed data.prepare data.readers data.sources "
-    "data.streams data.summary data.workers",
+    "data.streams data.summary data.vocabulary data.workers",
     1: "ops ops.attention ops.backend ops.choice ops.cross_entropy ops.float8 ops.rms_norm ops.rope ops.swiglu",
     2: "data.ahead data.loader distributed guard model optim state",
     3: "checkpoint checkpointer console convert convert.folder convert.hf_folder convert.layout convert.native "

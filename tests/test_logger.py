@@ -115,16 +115,18 @@ def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pyte
                 log.row({"step": 2, "tokens": 200, "val_loss": val_loss})
         with log.clock("checkpoints", 2):
             pass
-        log.done(TrainState(step=2, tokens=200))
+        (run.out_dir / "checkpoints" / "step-00000009").mkdir(parents=True)
+        log.end(TrainState(step=9, tokens=900), None)
     said = capsys.readouterr().out
     assert "val_loss 2.2500  the best so far\nstep 2/9  val_loss 2.5000  best 2.2500\n" in said
     assert "checkpoint of step 2: training waited 0.0 s for it\n" in said
-    assert "val_loss 2.5000 at the end, best 2.5000 at step 2\n" in said  # metrics.csv has one value a step
-    assert "tokens   200 in all; 16 tokens/s on average\n" in said  # 10 s and 2.5 s
+    assert "val_loss 2.5000 at step 2, best 2.5000 at step 2\n" in said  # metrics.csv has one value a step
+    assert "tokens   900 in all; 16 tokens/s on average\n" in said  # 10 s and 2.5 s
+    assert f"saved    {run.out_dir}/checkpoints/step-00000009\n" in said
     assert f"next     python scripts/convert_lit_checkpoint.py {run.out_dir} {run.out_dir / 'hf'} --tokenizer " in said
-    assert said.endswith(f"done: 2 steps, 200 tokens, in {run.out_dir}\n")
+    assert said.endswith(f"done: 9 steps, 900 tokens, in {run.out_dir}\n")
     events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 2), ("done", 2)]
+    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 2), ("done", 9)]
     assert set(events[1]["seconds"]) == {"training", "validation", "checkpoints"}
 
 

@@ -122,7 +122,7 @@ def test_a_finished_corpus_is_left_alone_and_an_unfinished_one_finished(library,
     shard.write_bytes(b"")
     assert run(library, tmp_path).stdout == f"{tmp_path} is whole\n"
     assert shard.read_bytes() == b""
-    (tmp_path / "corpus.json").write_text(json.dumps({"python": "3.0", "library": str(library)}))  # of another Python
+    (tmp_path / "corpus.json").write_text("{")
     assert run(library, tmp_path).returncode == 0
     assert files(tmp_path) == whole
 
@@ -135,6 +135,12 @@ def test_a_corpus_that_is_being_replaced_is_not_whole(library, tmp_path):
     shard.mkdir()  # stops the run half-way
     assert run(library, tmp_path).returncode == 1
     assert not (tmp_path / "corpus.json").exists()
+
+
+def test_an_output_that_is_a_file_is_an_error(library, tmp_path):
+    (tmp_path / "file").touch()
+    done = run(library, tmp_path / "file")
+    assert (done.returncode, done.stderr) == (2, f"error: --output {tmp_path / 'file'} is a file: give a folder\n")
 
 
 def test_a_folder_without_sources_is_an_error(tmp_path):

@@ -1,6 +1,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
     }
     assert run["sources"] == ["tokens_prose", "tokens_code"]
     assert run["summary"] == {
+        "state": "done",
         "model": "quickstart, 1,311,872 parameters",
         "progress": "step 40, 163,840 tokens",
         "validation loss": "4.0244 (best 4.0244 at step 40)",
@@ -112,10 +114,40 @@ def test_no_run_is_said_in_a_line(tmp_path: Path, make_run: Callable[..., Path])
     with pytest.raises(InputError, match="nowhere has no metrics.csv with a row in it"):
         report.write([tmp_path / "nowhere"], tmp_path / "report.html")
     run = make_run("one")
-    (run / "config.yaml").write_text("model: 3")
-    with pytest.raises(InputError, match="config.yaml is not what a run writes there"):
-        report.write([run], tmp_path / "report.html")
-    assert not (tmp_path / "report.html").exists()
+    with pytest.raises(InputError, match=r"nowhere/x.html cannot be written \(No such file or directory\)"):
+        report.write([run], tmp_path / "nowhere" / "x.html")
+    with pytest.raises(InputError, match=r"one cannot be written \(Is a directory\): give another --output"):
+        report.write([run], run)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n"]
+)
+def test_metrics_that_are_none(make_run: Callable[..., Path], content: bytes) -> None:
+    run = make_run("one")
+    (run / "metrics.csv").write_bytes(content)
+    with pytest.raises(InputError, match="one has no metrics.csv with a row in it"):
+        report.read_run(run)
+
+
+@pytest.mark.parametrize("content", [b"model: 3", b"", b"train: [1", b"\xff\xfe\0", b"{n_layr}", b"{x: 1, train: {}}"])
+def test_a_config_that_is_none(make_run: Callable[..., Path], content: bytes) -> None:
+    run = make_run("one")
+    config = (run / "config.yaml").read_bytes()
+    (run / "config.yaml").write_bytes(config.replace(b"n_layer", b"n_layr") if b"n_layr" in content else content)
+    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
+        report.read_run(run)
+
+
+def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    before = report.read_run(run)
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b'\n[1]\n"x"\n{"event": 3, "time": "x"}\n{"event": "start", "time": 1, "step": "x"}\n\xff\xfe\n')
+    with (run / "eval.csv").open("ab") as file:
+        file.write(b"\xff\n7,8\n")
+    assert report.read_run(run) == before
 
 
 def test_nothing_in_the_data_ends_the_script(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -125,6 +157,40 @@ def test_nothing_in_the_data_ends_the_script(make_run: Callable[..., Path], tmp_
     page = (tmp_path / "report.html").read_text()
     assert "<script>alert" not in page
     assert "<b>one" not in page.split("<script")[0]
+
+
+def test_long_names_are_told_apart_in_legends() -> None:
+    assert report.short(["one", "two"]) == ["one", "two"]
+    assert report.short(["a-name-of-many-many-letters"]) == ["a-name-of-many-many-letters"]
+    names = [f"tinyllama_1.1b_warmup_2000_seed_{i}_attempt_of_monday" for i in (7, 13)]
+    assert report.short(names) == ["…seed_7_attempt…", "…seed_13_attempt…"]
+    names = ["quickstart", "quickstart_with_another_rate"]
+    assert report.short(names) == names
+
+
+def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run(name, steps=3000) for name in ("one", "two", "three", "four")]
+    report.write(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert len(page) < 6e6
+    assert "<title>4 runs ·" in page
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        ("done", "done"),
+        ("stop", "stopped"),
+        ("checkpoint", "not ended; last row 2001-09-09 "),
+        (None, "not ended; last"),
+    ],
+)
+def test_whether_a_run_has_ended(tmp_path: Path, last: str | None, state: str) -> None:
+    metrics = tmp_path / "metrics.csv"
+    metrics.touch()
+    os.utime(metrics, (1e9, 1e9))
+    events = [{"kind": "start"}, {"kind": "stop"}, {"kind": "restart"}, {"kind": last}] if last else []
+    assert report.state(events, metrics).startswith(state)
 
 
 @pytest.fixture(scope="module")
@@ -204,8 +270,17 @@ def test_two_runs_on_a_phone_in_the_dark_and_in_print(
     browser.find_element("xpath", "//div[@id='theme']/button[text()='dark']").click()
     dark = browser.execute_script(ink)
     assert light != dark
+    sizes = (
+        "return [...document.querySelectorAll('.card:not([hidden]) .plot')].map(plot => [plot.clientWidth, "
+        "plot.clientHeight, plot.querySelector('svg').clientWidth, plot.querySelector('svg').clientHeight])"
+    )
     browser.execute_script("dispatchEvent(new Event('beforeprint'))")
     assert browser.execute_script(ink) == light
+    drawn = browser.execute_script(sizes)
+    assert all(plot[:2] == plot[2:] for plot in drawn)
+    assert all(300 < width < 340 or 600 < width < 700 for width, *_ in drawn)  # of a sheet, not of the phone
     browser.execute_script("dispatchEvent(new Event('afterprint'))")
     assert browser.execute_script(ink) == dark
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert all(plot[0] == plot[2] < 390 for plot in browser.execute_script(sizes))
     assert browser.get_log("browser") == []

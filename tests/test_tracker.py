@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from tinyllama import tracker
 from tinyllama.args import DataArgs, LogArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
@@ -15,6 +16,13 @@ from tinyllama.logger import RunLog
 from tinyllama.run import Run
 
 BLOCK = 32768  # of LevelDB's log format, in which wandb keeps a run
+
+
+@pytest.fixture(autouse=True)
+def patience(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A busy machine may take longer than a run would wait."""
+    monkeypatch.setattr(tracker, "INIT_TIMEOUT", 300)
+    monkeypatch.setattr(tracker, "FINISH_TIMEOUT", 300)
 
 
 def history(out_dir: Path) -> dict[str, list[tuple[int, float]]]:

@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import shutil
 import socket
 import subprocess
@@ -237,6 +238,27 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
         assert column(stopped, name) == column(straight, name), name
 
 
+def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out, "--eval.interval", 3]
+    answers = world(2)("train_signalled", "7", 1, *flags)
+    rows = [row for row in metrics(out) if row["val_loss"]]
+    best = min(rows, key=lambda row: float(row["val_loss"]))
+    card = answers[0]["said"].splitlines()[-9:]
+    last, lowest = (f"{float(row['val_loss']):.4f}" for row in (rows[-1], best))
+    assert card[0] == f"val_loss {last} at step 6, best {lowest} at step {best['step']}"
+    assert card[1] == f"loss     {float(metrics(out)[-1]['loss']):.4f} at step 7"
+    assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", card[2])
+    assert card[3].startswith("time     since this start: training ")
+    assert card[4] == f"saved    {out}/checkpoints/step-00000007"
+    assert re.fullmatch(r"next     torchrun \.\.\. \S*rank\.py    # goes on from there", card[5])
+    assert card[7].split() == ["python", "scripts/report.py", str(out)]
+    assert card[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
+    event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
+    assert (event["event"], event["by"], event["step"]) == ("stop", "SIGUSR1", 7)
+    assert answers[1]["said"] == ""
+
+
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
 def test_a_disk_that_fills_up(world, config_file: Path, tmp_path: Path, small_disk: Path, on_failure: str) -> None:
     straight, out = tmp_path / "straight", small_disk / "run"
@@ -286,6 +308,7 @@ def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Pat
     out = tmp_path / "run"
     answers = world(2)("train", "--config", config_file, "--out_dir", out, "--train.max_time", 1e-6)
     assert [answer["result"] for answer in answers] == [75, 75]
+    assert "saved    nothing, as no step was done" in answers[0]["said"]
     assert "stopped by train.max_time at step 0" in answers[0]["said"]
 
 

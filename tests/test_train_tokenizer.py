@@ -1,4 +1,3 @@
-import importlib.util
 import json
 import os
 import re
@@ -12,19 +11,12 @@ import zstandard
 from pyarrow import parquet
 
 from tinyllama import InputError
+from tinyllama.data import vocabulary
 from tinyllama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[1]
 PROSE = "The little llama walked along the river, and in 1984 the others followed her."
 CODE = "def flibber(x):\n        return flibber(x) + 1024\n"
-
-
-@pytest.fixture(scope="module")
-def script():
-    spec = importlib.util.spec_from_file_location("train_tokenizer", ROOT / "scripts" / "train_tokenizer.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture(scope="module")
@@ -110,28 +102,28 @@ def test_what_is_not_a_piece_falls_back_to_its_bytes(trained):
     assert Tokenizer(trained).encode("🦙")[-4:] == [3 + byte for byte in "🦙".encode()]
 
 
-def test_the_same_bytes_again(script, raw, trained):
-    assert script.train(raw, 380) == trained.read_bytes()
+def test_the_same_bytes_again(raw, trained):
+    assert vocabulary.train(raw, 380) == trained.read_bytes()
 
 
-def test_a_sample_is_of_all_the_lines_and_always_the_same(script):
+def test_a_sample_is_of_all_the_lines_and_always_the_same():
     lines = [str(i) for i in range(10_000)]
-    sample = script.sample(iter(lines), 1000)
-    assert sample == script.sample(iter(lines), 1000)
+    sample = vocabulary.sample(iter(lines), 1000)
+    assert sample == vocabulary.sample(iter(lines), 1000)
     assert len(set(sample)) == 1000
     # each quarter gives 250 of 1000; the standard deviation is 13
     assert all(abs(sum(int(line) // 2500 == quarter for line in sample) - 250) < 65 for quarter in range(4))
-    assert script.sample(iter(lines[:7]), 1000) == lines[:7]
+    assert vocabulary.sample(iter(lines[:7]), 1000) == lines[:7]
 
 
-def test_more_lines_than_the_most_are_sampled(script, raw, monkeypatch):
-    monkeypatch.setattr(script, "MAX_LINES", 150)  # of 400, of which the last 200 are code
-    pieces = pieces_of(script.train(raw, 380))
+def test_more_lines_than_the_most_are_sampled(raw, monkeypatch):
+    monkeypatch.setattr(vocabulary, "MAX_LINES", 150)  # of 400, of which the last 200 are code
+    pieces = pieces_of(vocabulary.train(raw, 380))
     assert "▁llama" in pieces
     assert any("flibber" in piece for piece in pieces)
-    monkeypatch.setattr(script, "MAX_LINES", 1)
+    monkeypatch.setattr(vocabulary, "MAX_LINES", 1)
     with pytest.raises(InputError, match="too high"):
-        script.train(raw, 380)
+        vocabulary.train(raw, 380)
 
 
 def test_a_tokenizer_that_is_there_is_left_alone(raw, trained):
@@ -142,6 +134,12 @@ def test_a_tokenizer_that_is_there_is_left_alone(raw, trained):
     assert other.returncode == 2
     assert other.stderr == f"error: {trained} has 380 pieces, not 300: give another --output\n"
     assert (trained.read_bytes(), trained.stat().st_mtime_ns) == before
+
+
+def test_an_output_that_cannot_be_written_is_an_error(raw, trained):
+    done = run(raw, trained / "tokenizer.model", 380)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {trained}/tokenizer.model cannot be written (")
 
 
 @pytest.mark.parametrize(

@@ -287,7 +287,7 @@ def check(args: PretrainArgs) -> ModelConfig:
         if not 0 <= getattr(args.optim, name) < 1:
             faults.append(f"optim.{name} is {getattr(args.optim, name)}: it must be in [0, 1)")
     if args.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
-        faults.append("log.wandb needs wandb: pip install 'tinyllama[wandb]', or give --log.wandb off")
+        faults.append("log.wandb needs wandb: pip install wandb, or give --log.wandb off")
     if faults or model is None:
         raise InputError(*faults)
     return model

@@ -1,5 +1,7 @@
 """What a person sees of a run: two cards and, between them, a moving bar in a terminal or plain lines anywhere else."""
 
+import os
+import shlex
 import shutil
 import sys
 from collections.abc import Iterator
@@ -17,6 +19,7 @@ from rich.text import Text
 
 from tinyllama.ops import choice
 from tinyllama.run import Run
+from tinyllama.state import TrainState
 
 Row = dict[str, float | None]
 Card = Iterator[tuple[str, str]]
@@ -162,22 +165,36 @@ def _checkpoint_policy(run: Run) -> str:
     )
 
 
-def closing_card(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float]) -> Card:
-    """What came of it: ``rows`` of metrics.csv, and what the seconds since this start went into."""
+def closing_card(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState) -> Card:
+    """What came of it: ``rows`` of metrics.csv, what the seconds since this start went into, and what to do next."""
     losses = [(float(row["val_loss"]), int(row["step"])) for row in rows if row.get("val_loss")]
     if losses:
-        best, at = min(losses)
-        yield "val_loss", f"{losses[-1][0]:.4f} at the end, best {best:.4f} at step {at:,}"
+        (last, at), (best, best_at) = losses[-1], min(losses)
+        yield "val_loss", f"{last:.4f} at step {at:,}, best {best:.4f} at step {best_at:,}"
     trained = [row for row in rows if row.get("loss")]
     if trained:
         yield "loss", f"{float(trained[-1]['loss']):.4f} at step {int(trained[-1]['step']):,}"
-        yield "tokens", f"{int(trained[-1]['tokens']):,} in all; {mean_speed(trained):,.0f} tokens/s on average"
+        yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
-    yield "saved", str(run.out_dir / "checkpoints")
-    hf = run.out_dir / "hf"
-    yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER --verify"
+    saved = run.out_dir / "checkpoints" / f"step-{state.step:08d}"
+    yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
+    if state.step < run.max_steps:
+        yield "next", f"{same_command()}    # goes on from there"
+    else:
+        hf = run.out_dir / "hf"
+        yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER --verify"
     yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
     yield "", f"python scripts/report.py {run.out_dir}"
+
+
+def same_command() -> str:
+    """The command that started this process, but for a launcher's own flags, which its ranks are not told."""
+    launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = "torchrun ..."
+    elif "SLURM_PROCID" in os.environ:
+        launcher = "srun ... python"
+    return f"{launcher} {shlex.join(sys.argv)}"
 
 
 def mean_speed(rows: list[dict[str, Any]]) -> float:

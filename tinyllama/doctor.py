@@ -4,21 +4,22 @@ Nothing here may raise: a library that is broken is a finding, not a traceback.
 """
 
 import contextlib
-import importlib
 import importlib.metadata
 import os
 import platform
 import re
 import shutil
+import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
+from packaging.requirements import Requirement
 
 from tinyllama import InputError, durable
 from tinyllama.ops import choice
@@ -40,10 +41,13 @@ class Finding:
 
 def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Every finding, in the order of a machine's layers from the bottom up."""
-    for look in (machine, gpus, lambda: software(torch.__version__), libraries, operations):
-        yield from _safely(look)
-    yield from _safely(lambda: slurm(env))
-    yield from _safely(lambda: disk(out_dir))
+    yield from _safely("machine", machine)
+    yield from _safely("gpu", gpus)
+    yield from _safely("packages", packages)
+    yield from _safely("libraries", libraries)
+    yield from _safely("ops", operations)
+    yield from _safely("slurm", lambda: slurm(env))
+    yield from _safely("disk", lambda: disk(out_dir))
 
 
 def machine() -> Iterator[Finding]:
@@ -74,57 +78,91 @@ def gpus() -> Iterator[Finding]:
         peak = peak_flops(facts.name)
         text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}, "
         text += f"{peak / 1e12:.0f} TFLOP/s" if peak else "peak not known: no MFU will be shown"
-        ones = torch.ones(256, 256, device=f"cuda:{index}", dtype=torch.bfloat16)
-        works = (ones @ ones).float().mean().item() == 256
-        yield Finding(OK if works else WRONG, f"gpu {index}", text, "" if works else "a product of ones is wrong on it")
+        yield Finding(OK, f"gpu {index}", text)
         if (facts.major, facts.minor) < (8, 0):
             yield Finding(WRONG, f"gpu {index}", "computes no bfloat16", "give --train.precision fp32, or a newer GPU")
+        try:
+            ones = torch.ones(256, 256, device=f"cuda:{index}")
+            works = (ones @ ones).mean().item() == 256
+            fault = "a product of ones is wrong on it"
+        except RuntimeError as error:  # no kernel for a GPU so old or so new, or no memory left on it
+            works, fault = False, _first_line(error)
+        if not works:
+            remedy = "see in nvidia-smi that it is free, and install a torch built for it; else it is for the repair"
+            yield Finding(WRONG, f"gpu {index}", fault, remedy)
     if torch.distributed.is_nccl_available():
         yield Finding(OK, "nccl", ".".join(map(str, torch.cuda.nccl.version())))
     else:
         yield Finding(WRONG, "nccl", "torch has none", "install a torch for CUDA from pytorch.org")
 
 
-def software(torch_version: str) -> Iterator[Finding]:
-    """torch and lightning, and the versions of them that do something else than they say."""
+def packages() -> Iterator[Finding]:
+    """What pyproject.toml asks for, where the installed version is another."""
     cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else "CPU only"
-    yield Finding(OK, "torch", f"{torch_version}, {cuda}")
-    if not (2, 11) <= _numbers(torch_version) < (2, 14):
-        remedy = "pip install 'torch>=2.11,<2.14'"
-        yield Finding(WRONG, "torch", "FSDP2 and its checkpoints are tested with 2.11 to 2.13", remedy)
-    version = importlib.metadata.version("lightning")
-    yield Finding(OK, "lightning", version)
-    if _numbers(version) < (2, 6, 4):
-        text = "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights"
-        yield Finding(WRONG, "lightning", text, "pip install 'lightning>=2.6.4'")
+    yield Finding(OK, "torch", f"{torch.__version__}, {cuda}")
+    yield Finding(OK, "lightning", importlib.metadata.version("lightning"))
     if torch.cuda.is_available() and shutil.which(os.environ.get("CC", "gcc")) is None:
         yield Finding(WRONG, "compiler", "no C compiler: torch.compile fails", "install gcc, or --train.compile false")
+    try:
+        requirements = importlib.metadata.requires("tinyllama") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(NOTE, "tinyllama", "not installed: versions are not compared", "pip install -e .")
+        return
+    for wanted in map(Requirement, requirements):
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            if wanted.marker is None:  # else it is of an extra
+                yield Finding(WRONG, wanted.name, "not installed", "pip install -e .")
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            why = REASONS.get(wanted.name, "other versions are not tested")
+            text = f"{version} is installed, {wanted.specifier} is asked for: {why}"
+            yield Finding(WRONG, wanted.name, text, f"pip install '{wanted.name}{wanted.specifier}'")
 
 
 def libraries() -> Iterator[Finding]:
-    """Every optional library: its version, and whether a tiny call of it works."""
-    for name, (extra, call) in OPTIONAL.items():
-        package = PACKAGES.get(name, name.replace("_", "-"))
-        try:
-            version = importlib.metadata.version(package)
-        except importlib.metadata.PackageNotFoundError:
-            yield Finding(NOTE, package, f"not installed; for {extra}", f"pip install {package}")
-            continue
-        began = time.perf_counter()
-        try:
-            call(importlib.import_module(name))
-        except BaseException as error:  # a stub may even call sys.exit
-            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-            if isinstance(error, KeyboardInterrupt):
-                raise
-            remedy = f"pip uninstall {package}, or install it for this torch and CUDA"
-            yield Finding(WRONG, package, f"{version} is installed and does not work: {reason}", remedy)
-            continue
-        yield Finding(OK, package, f"{version}, works ({time.perf_counter() - began:.1f} s); for {extra}")
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        if _numbers(importlib.metadata.version("xformers")) >= (0, 0, 34):
-            text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
-            yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
+    """Every optional library: its version, and whether a tiny call of it works, all at once in processes of their own.
+
+    A library that was built for another torch may do anything, as far as ending the process that imports it.
+    """
+    versions: dict[str, str] = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library.package] = importlib.metadata.version(library.package)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    trials = {
+        library.package: subprocess.Popen([sys.executable, "-c", TRIAL, library.trial], **pipes)  # type: ignore[call-overload]
+        for library in LIBRARIES
+        if library.package in versions
+    }
+    for library in LIBRARIES:
+        package, purpose = library.package, f"for {library.purpose}"
+        if package not in versions:
+            useless = library.gpu and not torch.cuda.is_available()
+            text = f"not installed, and no GPU to use it; {purpose}" if useless else f"not installed; {purpose}"
+            yield Finding(NOTE, package, text, "" if useless else f"pip install {package}")
+        elif fault := _fault(trials[package]):
+            text = f"{versions[package]} is installed and does not work: {fault}"
+            yield Finding(WRONG, package, text, f"pip uninstall {package}, or install it for this torch and CUDA")
+        else:
+            yield Finding(OK, package, f"{versions[package]}, works; {purpose}")
+    if "xformers" in versions and Requirement("xformers>=0.0.34").specifier.contains(versions["xformers"]):
+        text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
+        yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
+
+
+def _fault(trial: subprocess.Popen[str]) -> str | None:
+    """What went wrong in a library's ``trial``; None if nothing did."""
+    try:
+        said, _ = trial.communicate(timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        trial.kill()
+        trial.wait()
+        return f"no answer within {TRIAL_SECONDS} s"
+    if trial.returncode < 0:
+        return f"{signal.Signals(-trial.returncode).name} ended the process that called it"
+    return said.splitlines()[-1] if trial.returncode else None
 
 
 def operations() -> Iterator[Finding]:
@@ -161,6 +199,9 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
 def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
     """How much is free where a run would write, and how fast it is written and synced."""
     folder = out_dir.absolute()
+    if folder.is_file():
+        yield Finding(WRONG, "disk", f"{folder} is a file", "give another out_dir")
+        return
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
@@ -184,39 +225,69 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
     if free < 53:
         text = f"{free:,.0f} GB free; the 1.1B's checkpoints are 13.2 GB each, and 4 of them are there at a time"
         yield Finding(NOTE, "disk", text, "give an out_dir on a larger disk for a large model")
+    scratch = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if scratch < 1:
+        text = f"{tempfile.gettempdir()}: {scratch:.1f} GB free, and torch.compile and others write there"
+        yield Finding(WRONG, "disk", text, "free some, or set TMPDIR to a larger disk")
 
 
-def _attend(attention: Callable[..., Any]) -> None:
-    if torch.cuda.is_available():
-        ones = torch.ones(1, 16, 2, 64, device="cuda", dtype=torch.bfloat16)  # (B, T, nh, hs)
-        attention(ones, ones, ones, causal=True)
+@dataclass(frozen=True)
+class Library:
+    """A package that is not needed."""
+
+    package: str
+    """as pip calls it"""
+    purpose: str
+    """the setting or the command that uses it"""
+    trial: str
+    """a tiny call"""
+    gpu: bool = False
+    """of no use without one"""
 
 
-OPTIONAL: dict[str, tuple[str, Callable[[Any], Any]]] = {
-    "flash_attn": ("ops.attention flash_attn", lambda m: _attend(m.flash_attn_func)),
-    "flash_attn.cute": ("ops.attention flash_attn_4", lambda m: _attend(m.flash_attn_func)),
-    "xformers": ("ops.swiglu xformers", lambda m: importlib.import_module("xformers.ops").SwiGLU),
-    "torchao": ("train.precision float8", lambda m: importlib.import_module("torchao.float8").Float8LinearConfig()),
-    "triton": ("torch.compile on a GPU", lambda m: m.next_power_of_2(3)),
-    "gigatoken": ("data preparation, 10 times as fast", lambda m: m.__name__),
-    "wandb": ("log.wandb", lambda m: m.Settings()),
-    "lm_eval": ("scripts/evaluate_harness.py", lambda m: importlib.import_module("lm_eval.tasks").TaskManager),
+ATTENTION = """
+import torch
+from {module} import flash_attn_func
+if torch.cuda.is_available():
+    ones = torch.ones(1, 16, 2, 64, device="cuda", dtype=torch.bfloat16)  # (B, T, nh, hs)
+    flash_attn_func(ones, ones, ones, causal=True)
+    torch.cuda.synchronize()
+"""
+LIBRARIES = (
+    Library("flash-attn", "ops.attention flash_attn", ATTENTION.format(module="flash_attn"), gpu=True),
+    Library("flash-attn-4", "ops.attention flash_attn_4", ATTENTION.format(module="flash_attn.cute"), gpu=True),
+    Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
+    Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
+    Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),
+    Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
+    Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),
+    Library("lm-eval", "scripts/evaluate_harness.py", "from lm_eval.tasks import TaskManager"),
+)
+TRIAL = """
+import sys
+try:
+    exec(sys.argv[1])
+except BaseException as error:  # a stub may even call sys.exit
+    print(f"\\n{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    sys.exit(1)
+"""
+TRIAL_SECONDS = 180
+
+REASONS = {
+    "torch": "FSDP2 and its checkpoints are tested with 2.11 to 2.13",
+    "lightning": "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
 }
-"""What is not needed, by the module to import: what it is for, and a tiny call."""
-
-PACKAGES = {"flash_attn.cute": "flash-attn-4"}
-"""What pip calls a module, where the name does not tell."""
+"""Why a version matters, where it is known."""
 
 
-def _numbers(version: str) -> tuple[int, ...]:
-    return tuple(int(number) for number in re.findall(r"\d+", version.split("+")[0])[:3])
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
 
 
-def _safely(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+def _safely(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
     try:
         yield from look()
     except InputError as error:
-        yield Finding(WRONG, "ops", "; ".join(map(str, error.args)), "see above")
+        yield Finding(WRONG, name, "; ".join(map(str, error.args)), "see above")
     except Exception as error:
-        name = getattr(look, "__name__", "look").strip("<>")
-        yield Finding(WRONG, name, f"could not be examined: {type(error).__name__}: {error}", "mend it, and ask again")
+        yield Finding(WRONG, name, f"could not be examined: {_first_line(error)}", "mend it, and ask again")

@@ -123,17 +123,22 @@ class RunLog:
             durable.write(self._run.out_dir / "STOPPED", (json.dumps(facts) + "\n").encode())
         self.event("stop", f"stopped for good, see {self._run.out_dir / 'STOPPED'}", **facts)
 
-    def done(self, state: TrainState) -> None:
-        """The last step is done: its row, the last word, and the closing card."""
+    def end(self, state: TrainState, asked: str | None) -> None:
+        """The last step is done, or something ``asked`` for a stop: the last word, after the closing card."""
         if not self._speaks:
             return
-        if self._tracker:
+        if self._tracker and not asked:
             self._tracker.send(self._last)
         self._console.__exit__(None, None, None)
         self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
-        show_card("done", closing_card(self._run, read_metrics(self._metrics), self._seconds))
-        text = f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}"
-        self.event("done", text, step=state.step, seconds=self._seconds)
+        card = closing_card(self._run, read_metrics(self._metrics), self._seconds, state)
+        show_card("stopped" if asked else "done", card)
+        facts = {"step": state.step, "seconds": self._seconds}
+        if asked:
+            text = f"stopped by {asked} at step {state.step}; the same command goes on from there"
+            self.event("stop", text, by=asked, **facts)
+        else:
+            self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **facts)
 
     def verdicts(self, verdicts: list[Verdict]) -> bool:
         """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
@@ -176,9 +181,9 @@ class RunLog:
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
     """The rows of a metrics.csv, but for one that is, or was when killed, being written; [] if there is no file."""
-    text = file.read_text(errors="replace") if file.exists() else ""
+    text = file.read_text(errors="replace") if file.is_file() else ""
     whole = text[: text.rfind("\n") + 1].splitlines()
-    return [row for row in csv.DictReader(whole) if (row["step"] or "").isdigit()]
+    return [row for row in csv.DictReader(whole) if (row.get("step") or "").isdecimal()]
 
 
 def source_columns(paths: list[str]) -> list[str]:

@@ -5,7 +5,6 @@ begins: the optimizer's state is there, all activations are, and the gradients o
 """
 
 import json
-import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,12 +65,15 @@ class Cluster:
         node = min(self.gpus, self.gpus_per_node)
         return {"full": self.gpus, "node": node, "none": 1}.get(str(how)) or int(how)
 
-    def bandwidth(self, ranks: int, nodes_apart: bool = False) -> float:
-        """Bytes a second of a ring of ``ranks``: a node's link, or the network of all GPUs of a node together."""
-        if ranks <= self.gpus_per_node and not nodes_apart:
+    def bandwidth(self, ranks: int, apart: int = 1) -> float:
+        """Bytes a second of a ring of ``ranks``, each ``apart`` GPUs from the next: a node's link, or its network.
+
+        The rings of a node share the network of all its GPUs; there are as many as neighbours stand apart.
+        """
+        if ranks * apart <= self.gpus_per_node:
             return self.gpu.link * 1e9
-        beside = 1 if nodes_apart else self.gpus_per_node  # rings of nodes apart run one for each GPU of a node
-        return min(self.gpu.link * 1e9, NETWORK * beside * self.network / 8 * 1e9)
+        of_ring = self.network * self.gpus_per_node / min(apart, self.gpus_per_node)
+        return min(self.gpu.link * 1e9, NETWORK * of_ring / 8 * 1e9)
 
 
 def memory(
@@ -134,22 +136,25 @@ def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluste
     return 0
 
 
-def communication(
-    args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, micro_batches: int
-) -> float:
-    """Seconds of collectives in a step, one after the other."""
+@dataclass(frozen=True)
+class Traffic:
+    """Seconds of collectives, one after the other."""
+
+    gather: float
+    """the weights, before a forward pass and, where they are resharded after it, before the backward pass"""
+    reduce: float
+    """the gradients, in a backward pass, over the ranks of a shard and over the copies"""
+
+
+def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int) -> Traffic:
+    """What one gathering and one reduction take."""
     shard = cluster.shard(how)
     copies, n, units = cluster.gpus // shard, config.num_params(), config.n_layer + 1
     width = 4 if args.train.precision == "fp32" else 2
-    gathers = 2 * micro_batches if args.parallel.reshard_after_forward else 1
-    reductions = micro_batches if args.parallel.sync_every_micro_batch else 1
-    rate, hops = cluster.bandwidth(shard), (shard - 1) * HOP * units
-    sent = (shard - 1) / shard * n
-    seconds = gathers * (width * sent / rate + hops) + reductions * (4 * sent / rate + hops)
-    apart = cluster.gpus > cluster.gpus_per_node
-    over = cluster.bandwidth(copies, nodes_apart=apart)
-    across = 2 * (copies - 1) / copies * 4 * n / shard / over + 2 * (copies - 1) * HOP * units
-    return seconds + reductions * (across if copies > 1 else 0)
+    rate, sent, hops = cluster.bandwidth(shard), (shard - 1) / shard * n, (shard - 1) * HOP * units
+    over, across = cluster.bandwidth(copies, apart=shard), 2 * (copies - 1) / copies * 4 * n / shard
+    reduced = 4 * sent / rate + hops + across / over + 2 * (copies - 1) * HOP * units
+    return Traffic(width * sent / rate + hops, reduced)
 
 
 @dataclass(frozen=True)
@@ -159,18 +164,31 @@ class Speed:
     compute: float
     """seconds"""
     communication: float
-    """seconds; what is longer than the compute it runs beside is waited for"""
+    """seconds"""
+    waiting: float
+    """seconds of the communication that no compute runs beside"""
     tokens_per_second: float
     """of the whole cluster"""
 
 
 def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, rate: float, micro: int) -> Speed:
-    """A step where one GPU alone would do ``rate`` tokens a second, ``micro`` samples at a time."""
+    """A step where one GPU alone would do ``rate`` tokens a second, ``micro`` samples at a time.
+
+    Each pass of a micro-batch hides its own collectives, at best: a third of the compute is forward.
+    """
     micro_batches = accumulation(args, cluster.gpus, micro)
     tokens = cluster.gpus * micro_batches * micro * config.block_size
     compute = tokens / cluster.gpus / rate
-    sent = communication(args, config, cluster, how, micro_batches)
-    return Speed(compute, sent, tokens / max(compute, sent))
+    forward, backward = compute / micro_batches / 3, compute / micro_batches * 2 / 3
+    one, reshards = traffic(args, config, cluster, how), args.parallel.reshard_after_forward
+    passes = []  # each one's compute and collectives
+    for number in range(micro_batches):
+        reduces = number == micro_batches - 1 or args.parallel.sync_every_micro_batch
+        passes.append((forward, one.gather if number == 0 or reshards else 0.0))
+        passes.append((backward, (one.gather if reshards else 0.0) + (one.reduce if reduces else 0.0)))
+    sent = sum(collectives for _, collectives in passes)
+    waiting = sum(max(collectives - beside, 0.0) for beside, collectives in passes)
+    return Speed(compute, sent, waiting, tokens / (compute + waiting))
 
 
 def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Path | None) -> tuple[float, str]:
@@ -179,6 +197,8 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
         try:
             lines = [json.loads(line) for line in benchmark.read_text().splitlines() if line.strip()]
             best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
+            if not best > 0:
+                raise ValueError(best)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
                 f"{benchmark} has no line of benchmark_step.py for {config.name}: run it with --model {config.name}"
@@ -213,7 +233,10 @@ def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float,
     now = speed(args, config, cluster, args.parallel.shard, rate, micro)
     of_one = now.tokens_per_second / cluster.gpus
     yield f"speed      {now.tokens_per_second:,.0f} tokens/s, {of_one:,.0f} a GPU ({source})"
-    yield f"step       compute {now.compute:.2f} s, communication {now.communication:.2f} s beside it"
+    yield (
+        f"step       {now.compute + now.waiting:.2f} s: compute {now.compute:.2f} s; communication "
+        f"{now.communication:.2f} s, of which {now.waiting:.2f} s are waited for"
+    )
     tokens = total_tokens(args, config)
     if tokens:
         hours = tokens / now.tokens_per_second / 3600
@@ -233,16 +256,27 @@ def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
 
 
 def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float) -> Iterator[str]:
-    """Where scaling stops: tokens/s by the number of GPUs, with the weights sharded over all of them or over a node."""
-    head = f"{'GPUs':>6} {'full shard':>13} {'':<12}  {'node shard':>13}"
-    yield f"{head} {'':<12}  tokens/s, and their share of perfect scaling"
-    for gpus in (2**power for power in range(3, 13)):
+    """Where scaling stops: a table with its curves, for weights sharded over all GPUs and over those of a node."""
+    batch, total = args.train.global_batch_size, total_tokens(args, config)
+    yield f"       {'weights sharded over all GPUs':<37} {'over a node, a copy on each':<36}".rstrip()
+    yield "  GPUs" + f"   tokens/s {'days' if total else '':>6}  {'of perfect scaling':<17}" * 2
+    sizes = (cluster.gpus_per_node * 2**power for power in range(13))
+    for gpus in (size for size in sizes if 8 <= size <= 4096):
         many = Cluster(cluster.gpu, gpus, cluster.gpus_per_node, cluster.network)
-        cells = []
+        micro = min(args.train.micro_batch_size, max(batch // gpus, 1))
+        line = f"{gpus:>6}"
         for how in ("full", "node"):
-            micro = min(args.train.micro_batch_size, max(args.train.global_batch_size // gpus, 1))
             found = speed(args, config, many, how, rate, micro).tokens_per_second
             share = found / (gpus * rate)
-            cells.append(f"{found:>13,.0f} {'█' * math.floor(share * 7):<7} {share:>4.0%}")
-        grown = "" if gpus <= args.train.global_batch_size else f"   batch grown to {gpus:,} samples"
-        yield f"{gpus:>6} {'  '.join(cells)}{grown}"
+            days = f"{total / found / 86400:,.1f}" if total else ""
+            line += f" {found:>10,.0f} {days:>6}  {bar(share, 12):<12} {share:>4.0%}"
+        yield line
+    if batch < 4096:
+        yield f"Above {batch:,} GPUs the batch grows, to a sample a GPU."
+    yield "Not counted: many GPUs have small micro-batches, which compute at a lower MFU."
+
+
+def bar(share: float, width: int) -> str:
+    """``share`` of ``width`` characters, to an eighth of one."""
+    full, rest = divmod(round(share * width * 8), 8)
+    return "█" * full + ("", *"▏▎▍▌▋▊▉")[rest]

@@ -9,6 +9,8 @@ import importlib.resources
 import itertools
 import json
 import math
+import os
+import time
 from pathlib import Path
 from typing import Any
 
@@ -20,52 +22,82 @@ from tinyllama.console import duration, mean_speed
 from tinyllama.logger import read_metrics
 
 BUCKETS = 1000
-"""A curve of more points than twice this is thinned out to its lowest and highest in each of as many stretches."""
+"""Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
+runs of one page share them."""
 
 Facts = dict[str, Any]
 
 
 def write(out_dirs: list[Path], output: Path) -> None:
     """Write the page of one run, or of several in comparison; raises InputError where there is no run."""
-    runs = [read_run(out_dir) for out_dir in out_dirs]
+    runs = [read_run(out_dir, BUCKETS // len(out_dirs)) for out_dir in out_dirs]
     names = [run["name"] for run in runs]
     for run, out_dir in zip(runs, out_dirs, strict=True):
         if names.count(run["name"]) > 1:
             run["name"] = str(out_dir)
+    for run, label in zip(runs, short([run["name"] for run in runs]), strict=True):
+        run["label"] = label
     from plotly.offline import get_plotlyjs
 
     data = {"runs": runs, "published": _table(importlib.resources.files("tinyllama") / "published_scores.csv")}
     page = (importlib.resources.files("tinyllama") / "report_page.html").read_text()
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script
-    title = ", ".join(run["name"] for run in runs)
+    title = f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]
     for mark, content in {"TITLE": _escaped(title), "VERSION": __version__, "DATA": text}.items():
         page = page.replace(f"@{mark}@", content)
-    durable.write(output, page.replace("@PLOTLY@", get_plotlyjs()).encode())
+    try:
+        durable.write(output, page.replace("@PLOTLY@", get_plotlyjs()).encode())
+    except OSError as error:
+        raise InputError(f"{output} cannot be written ({error.strerror}): give another --output") from error
 
 
-def read_run(out_dir: Path) -> Facts:
+def short(names: list[str], most: int = 24) -> list[str]:
+    """``names`` for a legend: if one is longer than ``most``, without what all begin and end with, but a word."""
+    if max(map(len, names)) <= most or len(set(names)) < 2:
+        return names
+
+    def but_a_word(common: str) -> int:
+        return max(common.rstrip("_-").rfind(mark) for mark in "_-") + 1
+
+    begin = but_a_word(os.path.commonprefix(names))
+    end = but_a_word(os.path.commonprefix([name[begin:][::-1] for name in names]))
+    cut = [name[begin : len(name) - end] for name in names]
+    return ["…" * (begin > 0) + name + "…" * (end > 0) for name in cut]
+
+
+def read_run(out_dir: Path, buckets: int = BUCKETS) -> Facts:
     """All that the page shows of the run in ``out_dir``."""
     rows = [row for row in map(_numbers, read_metrics(out_dir / "metrics.csv")) if row.get("tokens") is not None]
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
         config = yaml.safe_load((out_dir / "config.yaml").read_text())
-        tokens_per_step = config["train"]["global_batch_size"] * config["model"]["block_size"]
+        tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
-    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
-        raise InputError(f"{out_dir / 'config.yaml'} is not what a run writes there: {error!r}") from error
+        model.num_params()
+    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+        text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
+        raise InputError(text) from error
     events = read_events(out_dir / "events.jsonl", tokens_per_step)
     smooth(rows)
-    thinned = thin(rows)
+    thinned = thin(rows, buckets)
     sources = [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"]
     return {
         "name": out_dir.resolve().name,
-        "summary": summary(rows, events, model),
+        "summary": {"state": state(events, out_dir / "metrics.csv")} | summary(rows, events, model),
         "columns": {name: [row.get(name) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": sources,
         "events": events,
         "evaluations": _table(out_dir / "eval.csv"),
     }
+
+
+def state(events: list[Facts], metrics: Path) -> str:
+    """Whether the run has ended, as far as its folder tells."""
+    ends = {"stop": "stopped", "done": "done"}
+    if events and events[-1]["kind"] in ends:
+        return ends[events[-1]["kind"]]
+    return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M', time.localtime(metrics.stat().st_mtime))}"
 
 
 def summary(rows: list[Facts], events: list[Facts], model: ModelConfig) -> dict[str, str]:
@@ -101,15 +133,14 @@ def read_events(file: Path, tokens_per_step: int) -> list[Facts]:
     for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
         try:
             facts = json.loads(line)
-            kind, time = facts.pop("event"), facts.pop("time")
-        except (ValueError, KeyError, AttributeError):
+            kind, at, found = str(facts.pop("event")), float(facts.pop("time")), facts.pop("step", None)
+            step = step if found is None else int(found)
+        except (ValueError, KeyError, AttributeError, TypeError):
             continue  # it was being written when the process was killed
         if kind == "start":
             kind, started = "restart" if started else "start", True
-        found = facts.pop("step", None)
-        step = step if found is None else found
         details = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
-        events.append({"kind": kind, "step": step, "tokens": step * tokens_per_step, "time": time, "details": details})
+        events.append({"kind": kind, "step": step, "tokens": step * tokens_per_step, "time": at, "details": details})
     return events
 
 
@@ -126,11 +157,11 @@ def smooth(rows: list[Facts]) -> None:
         row["smooth"] = total / weight
 
 
-def thin(rows: list[Facts]) -> list[Facts]:
+def thin(rows: list[Facts], buckets: int = BUCKETS) -> list[Facts]:
     """``rows``, or of a long run those with the lowest and highest loss in each stretch and those with a validation."""
-    if len(rows) <= 2 * BUCKETS:
+    if len(rows) <= 2 * buckets:
         return rows
-    size = -(-len(rows) // BUCKETS)
+    size = -(-len(rows) // buckets)
     kept = {0, len(rows) - 1}
     for first in range(0, len(rows), size):
         stretch = range(first, min(first + size, len(rows)))
@@ -141,7 +172,7 @@ def thin(rows: list[Facts]) -> list[Facts]:
     return [rows[i] for i in sorted(kept)]
 
 
-def picture(rows: list[dict[str, str]], width: int = 72, height: int = 12) -> list[str]:
+def picture(rows: list[dict[str, str]], width: int = 68, height: int = 12) -> list[str]:
     """The loss over the tokens, for a terminal: lines of braille dots with the axes' ends; training and validation."""
     points: list[tuple[float, float]] = []
     for name in ("loss", "val_loss"):
@@ -181,7 +212,7 @@ def _table(file: Any) -> list[Facts]:
     if not file.is_file():
         return []
     rows = []
-    for row in csv.DictReader(file.read_text().splitlines()):
+    for row in csv.DictReader(file.read_text(errors="replace").splitlines()):
         try:
             rows.append(row | {"tokens": float(row["tokens"]), "value": float(row["value"])})
         except (KeyError, TypeError, ValueError):

@@ -148,7 +148,7 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
     try:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
-        raise InputError("gigatoken is not installed: pip install 'tinyllama[fast]'") from None
+        raise InputError("gigatoken is not installed: pip install gigatoken") from None
     payload = tokenizer.json_without_added_tokens()
 
     def make() -> Encode:
