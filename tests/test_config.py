@@ -29,5 +29,9 @@ def test_all_faults_of_a_config_are_reported_together() -> None:
     )
     with pytest.raises(InputError, match="model.n_layer is 0: it must be greater than 0"):
         ModelConfig(name="x", n_layer=0)
+    with pytest.raises(InputError, match="model.n_layer is 2.5: it must be a whole number"):
+        ModelConfig(name="x", n_layer=2.5)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="make 9,007,200,223,717,376 parameters: lower the one"):
+        ModelConfig(name="x", vocab_size=2**41)
     with pytest.raises(InputError, match="is 5: RoPE needs an even head size"):
         ModelConfig(name="x", n_embd=20, n_head=4, n_query_groups=4)

@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -24,7 +25,7 @@ from tinyllama.perplexity import count_bytes, perplexity
 from tinyllama.tokenizer import Tokenizer
 
 sys.path.insert(0, str(Path(__file__).parent))
-from models import CONFIG, weights
+from models import CONFIG, given, weights
 
 SENTENCES = [
     "The little llama walked along the river until the evening.",
@@ -167,8 +168,6 @@ def test_perplexity_of_packed_tokens_and_of_the_same_texts(packed_folder, step_d
 
 
 def test_watching_takes_each_step_once_as_it_appears_until_the_run_is_done(step_dir, tmp_path):
-    import shutil
-
     run = tmp_path / "run"
 
     def appear(step):
@@ -323,6 +322,28 @@ def test_the_table_shows_the_published_scores_beside():
     assert harness.table([harness.Score(1, 2, "own", "acc", 0.25, 0)]).split() == ["own", "acc", "0.2500"]
 
 
+def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, tmp_path, script, tokenizer_file):
+    copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
+    file = tmp_path / "run/eval.csv"
+    for content in (b"a,b\n1,2\n", b"\xff\xff"):
+        file.write_bytes(content)
+        args = ("--tokenizer", tokenizer_file, "--perplexity", tmp_path / "none")
+        code, out, err = script("evaluate_harness", copied, *args)
+        assert (code, out, err.count("\n")) == (2, "", 1)
+        assert err.startswith(f"error: {file} is no table of scores (")
+        assert file.read_bytes() == content
+
+
+def test_a_tag_or_pattern_gives_the_scores_of_each_of_its_tasks():
+    results = {
+        name: {"alias": name, "acc,none": share, "acc_stderr,none": "N/A"} for name, share in (("a", 0.5), ("b", 1))
+    }
+    found = {"results": results, "n-shot": {"a": 0, "b": 2}}
+    rows = [(score.task, score.value, score.shots) for score in harness._scores(given(), found, "some_tag")]
+    assert rows == [("a", 0.5, 0), ("b", 1.0, 2)]
+    assert [score.task for score in harness._scores(given(), found, "b")] == ["b"]
+
+
 def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks, tmp_path):
     (tmp_path / "empty").mkdir()
     common = (step_dir, "--tokenizer", tokenizer_file)
@@ -331,6 +352,11 @@ def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks
         ((*common, "--tasks", "no_such_task"), "lm-eval knows no task no_such_task"),
         ((*common, "--tasks", "humaneval"), "runs code"),
         ((*common, "--perplexity", tmp_path / "none"), str(tmp_path / "none")),
+        ((*common, "--perplexity", tmp_path, "--batch_size", "0"), "--batch_size is 0"),
+        (
+            (*common, "--perplexity", tmp_path, "--watch"),
+            f"{step_dir} is no run: give the out_dir of one that has begun",
+        ),
         ((*common, "--perplexity", tmp_path / "empty"), "empty"),
         ((tmp_path / "empty", "--tokenizer", tokenizer_file, "--tasks", "x"), "holds no complete checkpoint"),
     ]:

@@ -183,7 +183,7 @@ def fault(step_dir: Path) -> str | None:
     except OSError as error:
         return f"{Path(error.filename or step_dir).name}: {error.strerror}"
     except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
-        return str(error)
+        return " ".join(str(error).split())
     return None
 
 

@@ -45,6 +45,8 @@ class ModelConfig:
     def __post_init__(self) -> None:
         sizes = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "tie_embeddings")}
         faults = [f"model.{k} is {v}: it must be greater than 0" for k, v in sizes.items() if not 0 < v < math.inf]
+        whole = [field.name for field in dataclasses.fields(self) if field.type in (int, "int")]
+        faults += [f"model.{k} is {sizes[k]}: it must be a whole number" for k in whole if type(sizes[k]) is not int]
         if not faults:
             if self.n_embd % self.n_head:
                 faults.append(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}")

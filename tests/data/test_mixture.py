@@ -215,7 +215,8 @@ def test_every_fault_is_reported():
 
 # shares that change
 
-ramps = st.lists(st.tuples(st.integers(0, 40), st.integers(0, 40)).filter(any), min_size=1, max_size=5).filter(
+shares = st.integers(0, 40) | st.integers(0, 999_999)  # many are of a few per cent, others have six digits
+ramps = st.lists(st.tuples(shares, shares).filter(any), min_size=1, max_size=5).filter(
     lambda pairs: any(a for a, _ in pairs) and any(b for _, b in pairs)
 )
 
@@ -269,6 +270,18 @@ def test_the_ramp_of_the_second_version():
     assert np.abs(drawn - after - ramp * np.array([0.875, 0.075, 0.05])).max() < 2
     later = np.array(order.drawn(end + 1_024_000))
     assert (later - drawn).tolist() == pytest.approx([768_000, 153_600, 102_400], abs=2)
+
+
+def test_a_run_of_3t_tokens_has_no_longer_table_than_its_ramp():
+    ramp = -(-6_000_000_000 // 2048)
+    order = Mixture([321_868_032, 142_131_968], [1, 0], 3407, ["s", "c"], PUBLISHED, ramp)
+    last = 1_430_512 * WINDOW
+    drawn, source = order.drawn(last), order.locate(np.arange(last, last + WINDOW))[0]
+    prose = ramp * (1 + PUBLISHED[0]) / 2 + (last - ramp) * PUBLISHED[0]
+    assert drawn == pytest.approx([prose, last - prose], abs=3)
+    assert sum(drawn) == last
+    assert 710 <= np.sum(source == 0) <= 711
+    assert order._ramp_starts.nbytes == 16 * (-(-ramp // WINDOW) + 1)
 
 
 def test_a_ramp_is_part_of_the_fingerprint_and_none_changes_nothing():

@@ -101,7 +101,7 @@ class Mixture:
 
         The first source has had floor(samples * share), the second its floor of what is left, and so on: exact (Python
         integers never overflow), never falling, and together all samples, so that the differences are the quotas. On a
-        ramp they are looked up, 8 bytes a window and source.
+        ramp they are looked up in a table, which no sample after the ramp makes longer.
         """
         inside = np.minimum(windows, len(self._ramp_starts) - 1)
         left, total = (windows - inside).astype(object) * WINDOW, sum(self._weights)
@@ -140,6 +140,8 @@ def _ramp_starts(weights: list[int], final: list[int], ramp: int) -> np.ndarray:
 
     A window's quotas are the shares' exact integrals over it, each rounded down, and one more for those sources that
     are furthest behind their integral from sample 0: off by less than one sample in every window, without drifting.
+    That needs the windows before, hence a table: 8 bytes a window and source, and 10 us a window to make. For three
+    sources and blocks of 2,048 tokens, a ramp of 6B tokens is 69 kB and 0.03 s, one of 3T tokens 34 MB and 15 s.
     """
     first, last = sum(weights), sum(final)
     unit = first * last * 2 * max(ramp, 1)  # the integrals are whole numbers of 1 / unit
