@@ -213,9 +213,9 @@ def fit(
         set_lr(optimizer, lr)
         loss_sum = torch.zeros((), device=fabric.device)
         for micro_batch in range(run.accumulation):
-            batch = next(batches)
+            input_ids, targets = next(batches)
             sync_gradients(gpt, micro_batch == run.accumulation - 1, args.parallel)
-            loss = losses(batch.input_ids, batch.targets)  # summed over the tokens
+            loss = losses(input_ids, targets)  # summed over the tokens
             # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
             fabric.backward(loss * (fabric.world_size / run.tokens_per_step))
             loss_sum += loss.detach()

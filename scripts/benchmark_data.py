@@ -1,24 +1,29 @@
 """Measure data preparation and loading on this machine: one JSON line for each variant, medians of interleaved rounds.
 
-    python scripts/benchmark_data.py --tokenizer FILE [--rounds 3] [--megabytes 55] [--work DIR]
+    python scripts/benchmark_data.py --tokenizer FILE [--rounds 3] [--megabytes 55] [--texts DIR] [--work DIR]
 
-The shards are this Python's own texts, laid out like SlimPajama (.jsonl.zst) and StarCoder (.parquet). Every figure is
-per CPU-second of a process of its own. ``original`` is the way of the original's scripts: text lines, JSON parsed
-twice, sentencepiece to a list, an array for each document. ``litdata`` is measured where it is installed.
+The shards are laid out like SlimPajama (.jsonl.zst) and StarCoder (.parquet): every different text of this Python's
+library and packages, docstrings and manuals in the first (or the .txt files of DIR), code in the second. Every variant
+runs in a process of its own; ``cpu_s`` is without ``set_up_s``, CPU-seconds of imports and of loading the tokenizer.
+``original`` is the way of the original's scripts: text lines, JSON parsed twice, sentencepiece to a list, an array for
+each document. LitData and datatrove are measured where they are installed; they and sentencepiece take seconds for a
+megabyte, so theirs is a shard of a quarter.
 """
 
+import functools
 import importlib.util
 import json
 import multiprocessing
 import os
 import re
-import resource
+import shutil
 import statistics
 import sysconfig
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow
@@ -26,148 +31,242 @@ import zstandard
 from pyarrow import parquet
 
 from tinyllama import cli
-from tinyllama.data.prepare import Options, prepare
+from tinyllama.data.prepare import Options, _packer, _recipe, prepare
+from tinyllama.data.readers import Source
 from tinyllama.data.sources import Fields, Input, find_inputs
+
+Work = Callable[[], int]
 
 DOCSTRING = re.compile(r'"""(.{200,20000}?)"""', re.DOTALL)
 SHARDS = {
     "slimpajama": (".jsonl.zst", Fields(subsets=True, leave_out=("RedPajamaGithub",))),
     "starcoder": (".parquet", Fields("content")),
 }
+SLOW = 4  # variants that only the comparison needs get a shard smaller by this
+BLOCK = 2048
 
 
-def texts(endings: set[str], size: int) -> Iterator[str]:
-    """Each different text of this Python's library and packages, up to ``size`` characters."""
-    seen = set()
+def python_texts(endings: set[str]) -> Iterator[str]:
+    """Each text of this Python's library and packages; of code only the docstrings, where prose is wanted too."""
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in sorted(Path(root).rglob("*")):
             if path.suffix in endings and path.is_file():
                 text = path.read_bytes().decode(errors="ignore")
-                if path.suffix == ".py" and ".md" in endings:
-                    text = "\n\n".join(DOCSTRING.findall(text))  # prose
-                if text.strip() and text not in seen and size > 0:
-                    seen.add(text)
-                    size -= len(text)
-                    yield text
+                yield "\n\n".join(DOCSTRING.findall(text)) if path.suffix == ".py" and ".md" in endings else text
 
 
-def write_shards(folder: Path, size: int, copies: int) -> None:
-    """``copies`` of a shard of each kind, ``size`` characters each."""
+def different(texts: Iterator[str], size: int) -> Iterator[str]:
+    """No text twice, up to ``size`` characters."""
+    seen = set()
+    for text in texts:
+        if text.strip() and text not in seen:
+            seen.add(text)
+            size -= len(text)
+            yield text
+        if size < 0:
+            return
+
+
+def write_shards(folder: Path, size: int, copies: int, prose: Iterator[str]) -> None:
+    """``copies`` of a shard of each kind, ``size`` characters each, and one that is smaller."""
     names = [f"RedPajama{name}" for name in ("CommonCrawl", "C4", "Wikipedia", "Github")]
     rows = [
         json.dumps({"text": text, "meta": {"redpajama_set_name": names[3 if i % 20 == 19 else i % 3]}}) + "\n"
-        for i, text in enumerate(texts({".py", ".md", ".rst", ".txt"}, size))
+        for i, text in enumerate(different(prose, size))
     ]
-    code = pyarrow.table({"content": list(texts({".py"}, size))})
-    for kind in SHARDS:
-        (folder / kind).mkdir()
-    for i in range(copies):
-        (folder / f"slimpajama/{i}.jsonl.zst").write_bytes(zstandard.compress("".join(rows).encode()))
-        parquet.write_table(code, folder / f"starcoder/{i}.parquet", compression="zstd")
+    code = list(different(python_texts({".py"}), size))
+    for name in [*map(str, range(copies)), "small"]:
+        part = SLOW if name == "small" else 1
+        for kind in SHARDS:
+            (folder / name / kind).mkdir(parents=True)
+        text = "".join(rows[::part]).encode()
+        (folder / name / "slimpajama/a.jsonl.zst").write_bytes(zstandard.compress(text))
+        parquet.write_table(
+            pyarrow.table({"content": code[::part]}), folder / name / "starcoder/a.parquet", compression="zstd"
+        )
 
 
-def original(kind: str, folder: Path, tokenizer: Path, output: Path) -> int:
-    """Tokens that a loop like the original's makes of one shard."""
+def original(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
+    """A loop like the original's."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    tokens = 0
 
     def documents() -> Iterator[str]:
         if kind == "starcoder":
-            yield from parquet.read_table(folder / "starcoder/0.parquet", columns=["content"])["content"].to_pylist()
+            yield from parquet.read_table(shard, columns=["content"])["content"].to_pylist()
             return
-        with zstandard.open(folder / "slimpajama/0.jsonl.zst", "rt", encoding="utf-8") as file:
+        with zstandard.open(shard, "rt", encoding="utf-8") as file:
             for line in file:
                 text = json.loads(line)["text"]
                 if json.loads(line)["meta"]["redpajama_set_name"] != "RedPajamaGithub":
                     yield text
 
-    with open(output / "original.bin", "wb") as file:
-        for text in documents():
-            ids = np.array([*processor.encode(text), processor.eos_id()], dtype=np.uint16)
-            file.write(ids.tobytes())
-            tokens += ids.size
-    return tokens
+    def work() -> int:
+        tokens = 0
+        with open(output / "original.bin", "wb") as file:
+            for text in documents():
+                ids = np.array([*processor.encode(text), processor.eos_id()], dtype=np.uint16)
+                file.write(ids.tobytes())
+                tokens += ids.size
+        return tokens
+
+    return work
 
 
-def ours(kind: str, folder: Path, tokenizer: Path, output: Path, encoder: str) -> int:
-    """Tokens that a worker of ours makes of the same shard, hashes and facts included."""
-    from tinyllama.data.prepare import _packer, _recipe
-
-    ending, fields = SHARDS[kind]
-    one = Input(str(folder / kind / f"0{ending}"), f"0{ending}", 0)
-    options = Options(tokenizer, output, encoder=encoder)  # type: ignore[arg-type]
-    return _packer(_recipe(fields, options))(one)["tokens"]
+def ours(kind: str, shard: Path, tokenizer: Path, output: Path, encoder: str) -> Work:
+    """A worker of ours, hashes and facts included."""
+    pack = _packer(_recipe(SHARDS[kind][1], Options(tokenizer, output, encoder=encoder)))  # type: ignore[arg-type]
+    return lambda: pack(Input(str(shard), shard.name, 0))["tokens"]
 
 
-def litdata(kind: str, folder: Path, tokenizer: Path, output: Path) -> int:
-    """The same shard through LitData's optimize and sentencepiece."""
-    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(output / "cache")
-    import litdata as library
+def ids_for_litdata(kind: str, tokenizer: Path, shard: str) -> Iterator[Any]:
+    """A tensor for each document."""
     import sentencepiece
     import torch
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    ending, fields = SHARDS[kind]
-    from tinyllama.data.readers import Source
-
-    def ids(path: str) -> Iterator[torch.Tensor]:
-        for text in Source(Path(path), fields):
-            yield torch.tensor([*processor.encode(text), 2], dtype=torch.uint16)
-
-    library.optimize(
-        ids, [str(folder / kind / f"0{ending}")], str(output / "litdata"), chunk_bytes="64MB",
-        item_loader=library.streaming.TokensLoader(), num_workers=1,
-    )  # fmt: skip
-    return sum(path.stat().st_size for path in (output / "litdata").glob("*.bin")) // 2
+    for text in Source(Path(shard), SHARDS[kind][1]):
+        yield torch.tensor([*processor.encode(text), processor.eos_id()], dtype=torch.uint16)
 
 
-def load(folder: Path, rate: float | None) -> int:
-    """Samples of 2,049 tokens in batches of 8 through the loader; with ``rate``, that many a second for 10 s."""
+def litdata(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
+    """LitData's optimize with sentencepiece, behind our reader."""
+    # without these it empties $TMPDIR/data and $TMPDIR/chunks
+    os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(output / "cache")
+    import litdata as library
+
+    ids = functools.partial(ids_for_litdata, kind, tokenizer)
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory(dir=output) as folder:
+            library.optimize(
+                ids, [str(shard)], folder, chunk_bytes="64MB", item_loader=library.TokensLoader(), num_workers=1
+            )
+            return sum(path.stat().st_size for path in Path(folder).glob("*.bin")) // 2
+
+    return work
+
+
+def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
+    """datatrove's DocumentTokenizer, which takes a tokenizer.json, with a reader of its own."""
+    from datatrove.executor import LocalPipelineExecutor
+    from datatrove.pipeline.filters import LambdaFilter
+    from datatrove.pipeline.readers import JsonlReader, ParquetReader
+    from datatrove.pipeline.tokens import DocumentTokenizer
+
+    from tinyllama.tokenizer import Tokenizer
+
+    (output / "tokenizer.json").write_text(Tokenizer(tokenizer).json_without_added_tokens())
+
+    def wanted(document: Any) -> bool:
+        return document.metadata.get("meta", {}).get("redpajama_set_name") != "RedPajamaGithub"
+
+    def work() -> int:
+        with tempfile.TemporaryDirectory(dir=output) as folder:
+            reader = (
+                ParquetReader(str(shard.parent), text_key="content", doc_progress=False)
+                if kind == "starcoder"
+                else JsonlReader(str(shard.parent), compression="zstd")
+            )
+            steps = [
+                reader,
+                LambdaFilter(wanted),
+                DocumentTokenizer(folder, tokenizer_name_or_path=str(output / "tokenizer.json"), eos_token="</s>"),
+            ]
+            LocalPipelineExecutor(steps, logging_dir=f"{folder}/logs").run()
+            return sum(path.stat().st_size for path in Path(folder).glob("*.ds")) // 2
+
+    return work
+
+
+def whole(folder: Path, tokenizer: Path, output: Path, workers: int) -> Work:
+    """The tokens of all SlimPajama shards over worker processes."""
+    inputs = [one for one in find_inputs(folder, (".jsonl.zst",)) if not one.name.startswith("small")]
+
+    def work() -> int:
+        prepare(inputs, SHARDS["slimpajama"][1], Options(tokenizer, output, workers=workers))
+        return sum(path.stat().st_size for path in output.glob("*.bin")) // 2
+
+    return work
+
+
+def load(folder: Path, on_cpu: bool, rate: float | None = None) -> Work:
+    """Samples in batches of 8, as a device receives them or widened on the CPU; ``rate``: so many a second for 10 s."""
+    import torch
+
+    from tinyllama.data.ahead import on_device
     from tinyllama.data.loader import Loader
     from tinyllama.data.mixture import Mixture
     from tinyllama.data.packed import open_packed
 
+    torch.set_num_threads(1)
     data = open_packed(folder)
-    mixture = Mixture([data.num_blocks(2048)], [1.0], 0, [data.fingerprint])
+    data.read(0, data.tokens)  # into the page cache
+    mixture = Mixture([data.num_blocks(BLOCK)], [1.0], 0, [data.fingerprint])
     sizes = {"global_batch_size": 1024, "micro_batch_size": 8, "rank": 0, "world_size": 1, "start_sample": 0}
-    batches = 20_000 if rate is None else int(rate * 10 / 8)
-    with Loader([data], mixture, block_size=2048, vocab_size=32000, **sizes) as loader:
-        next(loader)
-        began, cpu = time.perf_counter(), time.process_time()
-        for i in range(batches):
-            next(loader)
+    loader = Loader([data], mixture, block_size=BLOCK, vocab_size=32000, **sizes)
+    batches: Iterator[Any] = on_device(loader, torch.device("cpu")) if on_cpu else loader
+
+    def work() -> int:
+        count, began = 20_000 if rate is None else int(rate * 10 / 8), time.perf_counter()
+        for i in range(count):
+            next(batches)
             if rate is not None:
                 time.sleep(max(0.0, began + (i + 1) * 8 / rate - time.perf_counter()))
-    return 8 * batches if rate is None else round(1e6 * (time.process_time() - cpu) / (time.perf_counter() - began))
+        return 8 * count
+
+    return work
 
 
-def measured(pipe, function, arguments) -> None:
-    """In a process of its own: what ``function`` returns, CPU and wall seconds, peak memory."""
-    wall, cpu = time.perf_counter(), time.process_time()
-    count = function(*arguments)
-    cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
-    pipe.send((count, cpu, wall, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024))
+def measured(pipe: Any, function: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
+    """In a process of its own: what comes of ``function``, CPU-seconds, seconds, those of its set-up, peak MB."""
+    cpu = lambda: sum(os.times()[:4])  # noqa: E731 (children included, once they have ended)
+    started = cpu()
+    work = function(*arguments)
+    set_up, began, wall = cpu() - started, cpu(), time.perf_counter()
+    count = work()
+    wall = time.perf_counter() - wall
+    used = cpu() - began
+    # getrusage would tell the parent's, too
+    memory = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
+    pipe.send((count, used, wall, set_up, memory))
+    pipe.close()
+    os._exit(0)  # a loader's thread has no end
 
 
-def alone(function, *arguments) -> tuple[int, float, float, float]:
-    """``measured`` in a new process."""
+def alone(function: Callable[..., Work], arguments: tuple[Any, ...]) -> list[tuple[float, ...]]:
+    """``measured`` in a new process; nothing of a peer that fails, which has said why."""
     context = multiprocessing.get_context("spawn")
     ours, theirs = context.Pipe()
     process = context.Process(target=measured, args=(theirs, function, arguments))
     process.start()
     theirs.close()
-    result = ours.recv()
-    process.join()
-    return result
+    try:
+        return [ours.recv()]
+    except EOFError:
+        return []
+    finally:
+        process.join()
 
 
-def whole(folder: Path, tokenizer: Path, output: Path, workers: int) -> int:
-    """Tokens of all SlimPajama shards over worker processes."""
-    inputs = find_inputs(folder / "slimpajama", (".jsonl.zst",))
-    prepare(inputs, SHARDS["slimpajama"][1], Options(tokenizer, output, workers=workers))
-    return sum(path.stat().st_size for path in output.glob("*.bin")) // 2
+def variants(folder: Path, tokenizer: Path) -> Iterator[tuple[str, Callable[..., Work], tuple[Any, ...]]]:
+    """Name, function and arguments of each, in the order in which a round runs them."""
+    output = folder / "output"
+    for kind, (ending, _) in SHARDS.items():
+        large, small = (folder / size / kind / f"a{ending}" for size in ("0", "small"))
+        yield f"{kind}: original", original, (kind, large, tokenizer, output)
+        yield f"{kind}: ours", ours, (kind, large, tokenizer, output, "auto")
+        yield f"{kind}: ours, sentencepiece", ours, (kind, small, tokenizer, output, "sentencepiece")
+        for peer in (litdata, datatrove):
+            if importlib.util.find_spec(peer.__name__):
+                yield f"{kind}: {peer.__name__}", peer, (kind, small, tokenizer, output)
+    for workers in (1, 2):
+        name = f"whole preparation, {workers} worker{'s'[: workers - 1]}"
+        yield name, whole, (folder, tokenizer, folder / f"packed-{workers}", workers)
+    yield "loader", load, (folder / "packed-1", False)
+    yield "loader, widened on the CPU", load, (folder / "packed-1", True)
+    yield "loader at 234 samples/s", load, (folder / "packed-1", True, 234.0)
 
 
 def main() -> None:
@@ -176,38 +275,26 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians are printed (default: 3)")
     parser.add_argument("--megabytes", type=int, default=55, help="of text in a shard (default: 55)")
+    parser.add_argument("--texts", type=Path, help="folder whose .txt files are the prose (default: this Python's own)")
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where the shards go")
     args = parser.parse_args()
+    results: dict[str, list[tuple[float, ...]]] = {}
     with tempfile.TemporaryDirectory(dir=args.work, prefix="benchmark-data-") as name:
         folder = Path(name)
-        write_shards(folder, args.megabytes * 1_000_000, 4)
-        variants = {
-            f"{kind}: {what}": (function, kind, folder, args.tokenizer, folder / "out", *more)
-            for kind in SHARDS
-            for what, function, more in (
-                ("original", original, ()),
-                ("ours, sentencepiece", ours, ("sentencepiece",)),
-                ("ours, auto", ours, ("auto",)),
-                *([("litdata, sentencepiece", litdata, ())] if importlib.util.find_spec("litdata") else []),
-            )
-        }
-        results: dict[str, list[tuple[int, float, float, float]]] = {}
-        (folder / "out").mkdir()
-        for number in range(args.rounds):
-            for variant, (function, *arguments) in variants.items():
-                results.setdefault(variant, []).append(alone(function, *arguments))
-            for workers in (1, 2):
-                output = folder / f"whole-{workers}-{number}"
-                found = alone(whole, folder, args.tokenizer, output, workers)
-                results.setdefault(f"whole preparation, {workers} processes", []).append(found)
-            packed = folder / f"whole-1-{number}"
-            results.setdefault("loader", []).append(alone(load, packed, None))
-            results.setdefault("loader at 234 samples/s: millionths of a core", []).append(alone(load, packed, 234.0))
-        for variant, rounds in results.items():
-            count, cpu, wall, memory = (statistics.median(column) for column in zip(*rounds, strict=True))
-            line = {"variant": variant, "count": count, "cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
-            line |= {"per_cpu_s": round(count / cpu), "per_wall_s": round(count / wall), "peak_mb": round(memory)}
-            print(json.dumps(line), flush=True)
+        given = (path.read_text() for path in sorted(args.texts.rglob("*.txt"))) if args.texts else None
+        prose = given or python_texts({".py", ".md", ".rst", ".txt"})
+        write_shards(folder, args.megabytes * 1_000_000, 4, prose)
+        (folder / "output").mkdir()
+        for _ in range(args.rounds):
+            for packed in folder.glob("packed-*"):
+                shutil.rmtree(packed)
+            for variant, function, arguments in variants(folder, args.tokenizer):
+                results.setdefault(variant, []).extend(alone(function, arguments))
+    for variant, rounds in ((variant, rounds) for variant, rounds in results.items() if rounds):
+        count, cpu, wall, set_up, memory = (statistics.median(column) for column in zip(*rounds, strict=True))
+        line = {"variant": variant, "count": count, "cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
+        line |= {"per_cpu_s": round(count / cpu), "per_wall_s": round(count / wall), "core": round(cpu / wall, 4)}
+        print(json.dumps(line | {"set_up_s": round(set_up, 2), "peak_mb": round(memory)}), flush=True)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,14 @@ def main() -> None:
     for name in left_out:
         print(f"left out: {name}, which runs code that the model writes (--allow_code_execution)")
 
+    if args.batch_size < 1:
+        raise InputError(f"--batch_size is {args.batch_size}: give 1 or more")
+
     def score(path: Path) -> None:
         weights = open_weights(path)
         tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], weights.config)
+        file = harness.csv_of(weights)
+        harness.read_scores(file)  # before hours of work for a file that cannot take them
         scores = []
         if tasks:
             scores += harness.evaluate(
@@ -40,19 +45,22 @@ def main() -> None:
             )
         if args.perplexity is not None:
             scores += perplexity.perplexity(weights, args.perplexity, tokenizer, args.batch_size)
-        harness.append(harness.csv_of(weights), scores)
-        print(f"{weights.path}\n{harness.table(scores)}\n-> {harness.csv_of(weights)}", flush=True)
+        print(f"{weights.path}\n{harness.table(scores)}", flush=True)
+        harness.append(file, scores)
+        print(f"-> {file}", flush=True)
 
     if not args.watch:
         score(args.checkpoint)
         return
-    for step_dir in harness.watch(args.checkpoint, POLL_SECONDS):
+    names = [task.name if isinstance(task, harness.Task) else task for task in tasks]
+    names += [args.perplexity.name] if args.perplexity is not None else []
+    for step_dir in harness.watch(args.checkpoint, names, POLL_SECONDS):
         try:
             score(step_dir)
         except (InputError, OSError) as error:
             if step_dir.exists():
                 raise
-            print(f"{step_dir} was removed by its run while it was read: {error}")
+            print(f"{step_dir} was removed by its run while it was read: {error}", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,6 +6,8 @@ python scripts/export_checkpoint.py CHECKPOINT FILE
 from pathlib import Path
 
 from tinyllama import checkpoint, cli
+from tinyllama.convert import tensor_file
+from tinyllama.convert.weights import open_weights
 
 
 def main() -> None:
@@ -15,7 +17,7 @@ def main() -> None:
     parser.add_argument("file", type=Path, help="the file to write, such as model.safetensors; one there is replaced")
     args = parser.parse_args()
     step_dir = checkpoint.resolve(args.checkpoint)
-    checkpoint.export_weights(step_dir, args.file)
+    tensor_file.export(open_weights(step_dir), args.file)
     print(f"{step_dir} -> {args.file}: {args.file.stat().st_size / 1e9:.3f} GB")
 
 

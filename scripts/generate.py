@@ -29,7 +29,7 @@ def main() -> None:
     weights = open_weights(args.checkpoint)
     config = weights.config
     tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], config)
-    how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p")}
+    how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     generate.check(config, **how)
     prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
     if not all(prompts):
@@ -38,7 +38,7 @@ def main() -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     new = generate.Texts(tokenizer, prompts)
     started = time.perf_counter()
-    for step in generate.stream(model, prompts, **how, eos_id=tokenizer.eos_id, seed=args.seed):
+    for step in generate.stream(model, prompts, **how, eos_id=tokenizer.eos_id):
         pieces = new.add(step)
         if len(prompts) == 1:
             print(pieces[0], end="", flush=True)

@@ -15,8 +15,10 @@ import torch
 import torch.distributed as dist
 from safetensors import safe_open
 
-from tinyllama import checkpoint
+from tinyllama import checkpoint, durable
 from tinyllama.checkpointer import CheckpointError, prune
+from tinyllama.convert import tensor_file
+from tinyllama.convert.weights import open_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_rank import CONFIG, Run, holds, make, values
@@ -123,7 +125,7 @@ def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> Non
     assert list(weights) == [name for name, _ in Run.build(sharded=False).model.named_parameters()]
     assert all(torch.equal(weights[name], values(f"model.{name}", weights[name].shape, 6)) for name in weights)
     file = tmp_path / "new" / "model.safetensors"
-    checkpoint.export_weights(steps / "step-00000005", file)
+    tensor_file.export(open_weights(steps / "step-00000005"), file)
     script = Path(__file__).parents[1] / "scripts" / "export_checkpoint.py"
     done = subprocess.run([sys.executable, script, steps, file], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
@@ -143,9 +145,9 @@ def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> Non
 def test_an_export_that_fails_leaves_what_was_there(steps: Path, tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "model.safetensors"
     file.write_text("before")
-    monkeypatch.setattr(checkpoint.durable, "sync", lambda path: 1 / 0)
+    monkeypatch.setattr(durable, "sync", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
-        checkpoint.export_weights(steps / "step-00000006", file)
+        tensor_file.export(open_weights(steps / "step-00000006"), file)
     assert names(tmp_path) == ["model.safetensors"]
     assert file.read_text() == "before"
 

@@ -63,6 +63,28 @@ def no_state_dict(path):
     torch.save([torch.ones(1)], path / "pytorch_model.bin")
 
 
+def binned(content):
+    def change(path):
+        (hf(path) / "model.safetensors").unlink()
+        torch.save(content, path / "pytorch_model.bin")
+
+    return change
+
+
+def int8_norm(path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(hf(path) / "model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"].to(torch.int8)
+    save_file(state, path / "model.safetensors")
+
+
+def absent_shard(path):
+    names = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "../../etc/passwd"}
+    (hf(path) / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
+    (path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": names}))
+
+
 def small_vocabulary(path):
     hf(path, vocab_size=448)
     shutil.copy(path.parent / "big.model", path / "tokenizer.model")
@@ -76,6 +98,21 @@ REFUSED = {
     "no weights": (lambda path: (hf(path) / "model.safetensors").unlink(), "has no model.safetensors"),
     "a pickle with code": (pickled, "is not executed"),
     "no state dict": (no_state_dict, "is no state dict"),
+    "a number for a name": (binned({1: torch.ones(1)}), "is no state dict"),
+    "a tensor without data": (binned({"model.norm.weight": torch.ones(64, device="meta")}), "is no state dict"),
+    "a sparse tensor": (binned({"model.norm.weight": torch.ones(64).to_sparse()}), "is no state dict"),
+    "whole numbers": (int8_norm, "has model.norm.weight in I8: give float32, bfloat16 or float16"),
+    "a shard that is not there": (absent_shard, "hf/passwd is missing, which model.safetensors.index.json names"),
+    "a broken mark": (
+        lambda path: (hf(path) / "export.json").write_text('{"files": [], "model": 5}'),
+        "export.json is",
+    ),
+    "a million layers": (lambda path: hf(path, num_hidden_layers=10**6), "has 2 layers, the model's sizes 1000000"),
+    "half a layer": (lambda path: hf(path, num_hidden_layers=2.5), "num_hidden_layers is 2.5: give a whole number"),
+    "a negative size": (lambda path: hf(path, num_attention_heads=-8), "num_attention_heads is -8"),
+    "an endless base": (lambda path: hf(path, rope_theta=float("inf"), rope_parameters=None), "rope_theta inf is not"),
+    "no base": (lambda path: hf(path, rope_theta="big", rope_parameters=None), "rope_theta big is not a whole number"),
+    "no epsilon": (lambda path: hf(path, rms_norm_eps=float("nan")), "model.norm_eps is nan"),
     "no JSON": (lambda path: (hf(path) / "config.json").write_text("{"), "cannot be read as JSON"),
     "no sizes": (lambda path: (hf(path) / "config.json").write_text('{"model_type": "llama"}'), "num_attention_heads"),
     "Mistral": (
@@ -135,6 +172,9 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
     (tmp_path / "cut.pth").write_bytes((tmp_path / "whole.pth").read_bytes()[:5000])
     (tmp_path / "text.pth").write_text("no pickle")
     torch.save([1], tmp_path / "list.pth")
+    torch.save({1: torch.ones(1), "transformer.wte.weight": torch.ones(2).to("meta")}, tmp_path / "numbers.pth")
+    ln_f = "transformer.ln_f.weight"
+    torch.save(state | {ln_f: state[ln_f].to(torch.int8)}, tmp_path / "int8.pth")
     broken = tmp_path / "run/checkpoints/step-00000012"
     shutil.copytree(step_dir, broken)
     (broken / ".metadata").write_bytes(pickle.dumps(Evil()))
@@ -147,7 +187,12 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         ("text.pth", sizes, "text.pth cannot be loaded"),
         ("list.pth", sizes, "transformer.wte.weight is missing"),
         ("whole.pth", [], "does not say its model's sizes"),
-        ("whole.pth", ["--model.name", "tinyllama_1.1b"], "is missing"),
+        ("whole.pth", ["--model.name", "tinyllama_1.1b"], "whole.pth has 2 layers, the model's sizes 22"),
+        ("whole.pth", [*sizes, "--model.n_layer", str(10**6)], "has 2 layers, the model's sizes 1000000"),
+        ("whole.pth", [*sizes, "--model.n_embd", str(10**12)], "parameters: lower the one that is too large"),
+        ("whole.pth", [*sizes, "--model.norm_eps", "nan"], "model.norm_eps is nan"),
+        ("numbers.pth", sizes, "transformer.wte.weight is missing"),
+        ("int8.pth", sizes, "int8.pth has transformer.ln_f.weight in torch.int8"),
         ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
         ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "neither true nor false"),
         ("run", ["--model.n_layer", "3"], "says its model's sizes itself"),
@@ -160,4 +205,48 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         assert err.startswith("error: ")
         assert fault in err
         assert {path.name for path in tmp_path.iterdir()} == before
+    assert not Path("/tmp/tinyllama_was_here").exists()
+
+
+def test_an_output_that_cannot_be_is_refused_in_one_line(tmp_path, script, step_dir):
+    copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
+    (tmp_path / "file").write_text("mine")
+    hf_folder.write(tmp_path / "hf", given())
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    before = files()
+    for name, source in [("convert_lit_checkpoint", copied), ("convert_hf_checkpoint", tmp_path / "hf")]:
+        for output in (tmp_path / "file", tmp_path / "file/x", "/proc/x", tmp_path / ("x" * 300), "/", source):
+            code, out, err = script(name, source, output)
+            assert (code, out, err.count("\n"), err[:7]) == (2, "", 1, "error: "), (output, err)
+    for output in (tmp_path, tmp_path / "file/x", "/proc/x", tmp_path / ("x" * 300), "/", "", copied / "state.json"):
+        code, out, err = script("export_checkpoint", copied, output)
+        assert (code, out, err.count("\n"), err[:7]) == (2, "", 1, "error: "), (output, err)
+    assert files() == before
+
+
+def test_a_disk_that_fills_up_leaves_nothing(small_disk, tmp_path, script, step_dir):
+    hf_folder.write(tmp_path / "hf", given())
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(4_000_000))
+    for name, source in [("convert_lit_checkpoint", step_dir), ("convert_hf_checkpoint", tmp_path / "hf")]:
+        code, out, err = script(name, source, small_disk / "out")
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith(f"error: cannot write {small_disk}/out: No space left on device: ")
+    code, out, err = script("export_checkpoint", step_dir, small_disk / "out.safetensors")
+    assert (code, out, err.count("\n")) == (2, "", 1), err
+    assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+def test_tensors_that_are_damaged_are_refused_in_one_line(tmp_path, script, step_dir):
+    copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
+    for file in copied.glob("*.distcp"):
+        file.write_bytes(pickle.dumps(Evil()).ljust(file.stat().st_size, b"\0"))
+    for name in ("convert_lit_checkpoint", "export_checkpoint"):
+        code, out, err = script(name, copied, tmp_path / "out")
+        assert (code, out, err.count("\n")) == (2, "", 1), err
+        assert err.startswith(f"error: {copied} cannot be read (")
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
     assert not Path("/tmp/tinyllama_was_here").exists()

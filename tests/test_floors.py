@@ -17,8 +17,8 @@ FLOORS = {
     1: "ops ops.attention ops.backend ops.choice ops.cross_entropy ops.float8 ops.rms_norm ops.rope ops.swiglu",
     2: "data.ahead data.loader distributed guard model optim state",
     3: "checkpoint checkpointer console convert convert.folder convert.hf_folder convert.layout convert.native "
-    "convert.start convert.tokenizer_files convert.verify convert.weights doctor evaluate generate harness logger "
-    "owner perplexity report tracker watchdog",
+    "convert.start convert.tensor_file convert.tokenizer_files convert.verify convert.weights doctor evaluate "
+    "generate harness logger owner perplexity report tracker watchdog",
 }
 FLOOR = {
     "tinyllama" if name == "tinyllama" else f"tinyllama.{name}": floor

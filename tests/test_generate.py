@@ -117,15 +117,34 @@ def test_drawn_tokens_follow_the_probabilities():
 
 def test_numbers_that_cannot_be_are_refused_together():
     with pytest.raises(InputError) as caught:
-        check(CONFIG, max_new_tokens=0, temperature=-1, top_k=0, top_p=1.5)
+        check(CONFIG, max_new_tokens=0, temperature=-1, top_k=0, top_p=1.5, seed=-1)
     assert [fault.split()[0] for fault in caught.value.args] == [
         "--max_new_tokens",
         "--temperature",
         "--top_k",
         "--top_p",
+        "--seed",
     ]
-    with pytest.raises(InputError, match="--temperature is nan"):
-        check(CONFIG, 1, float("nan"), None, 1.0)
+    for changed in ({"temperature": float("nan")}, {"max_new_tokens": 10**15}, {"seed": 2**63}):
+        (key,) = changed
+        with pytest.raises(InputError, match=f"--{key} is "):
+            check(CONFIG, **{"max_new_tokens": 1, "temperature": 0, "top_k": None, "top_p": 1.0, "seed": 0} | changed)
+
+
+def test_a_temperature_or_a_share_near_zero_leaves_the_likeliest(gpt):
+    greedy = generate(gpt, [[5, 17]], 6)
+    for how in ({"temperature": 1e-300}, {"temperature": 1e-45}, {"temperature": 1.0, "top_p": 1e-300}):
+        assert generate(gpt, [[5, 17]], 6, **how) == greedy
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_weights_that_are_no_numbers_are_told_of(gpt, temperature):
+    model = GPT(CONFIG)
+    model.load_state_dict(gpt.state_dict())
+    with torch.no_grad():
+        model.transformer["ln_f"].weight[3] = torch.nan
+    with pytest.raises(InputError, match="logits are not numbers"):
+        generate(model, [[5, 17]], 6, temperature=temperature)
 
 
 def test_pieces_of_a_text_are_the_text_and_have_whole_characters(tokenizer_file):

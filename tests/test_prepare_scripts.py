@@ -143,12 +143,18 @@ def test_no_worker_outlives_its_parent(tokenizer_file, tmp_path):
 def test_a_killed_worker_is_replaced_once(slimpajama, undisturbed, tokenizer_file, tmp_path):
     output = tmp_path / "out"
     process = start("slimpajama", slimpajama, tokenizer_file, output, "--workers", "1")
-    wait_for(lambda: len(list(output.glob("*.json"))) >= 2)
+    wait_for(lambda: workers_of(process.pid))
     (worker,) = workers_of(process.pid)
+    left = []
+    while not left:  # stopped in the middle of a shard
+        os.kill(worker, signal.SIGCONT)
+        wait_for(lambda: list(output.glob("*.tmp")))
+        os.kill(worker, signal.SIGSTOP)
+        left = list(output.glob("*.tmp"))
     os.kill(worker, signal.SIGKILL)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0, said
-    assert files(output) == undisturbed
+    assert files(output) == undisturbed  # and nothing of what was left
 
 
 def test_a_worker_killed_twice_is_named_and_the_run_ends(tokenizer_file, tmp_path):

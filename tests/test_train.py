@@ -587,13 +587,55 @@ def test_a_run_resumed_inside_a_ramp_sees_what_an_uninterrupted_one_sees(
 ) -> None:
     config["data"]["sources"][0] |= {"weight": 1, "final_weight": 0.2}
     config["data"]["sources"][1] |= {"weight": 0, "final_weight": 0.8}
-    config["data"]["ramp_tokens"] = 30 * 8 * 32
+    config["data"]["ramp_tokens"] = 30 * 128 * 32
+    config["train"] |= {"global_batch_size": 128, "micro_batch_size": 32}  # the run is of five windows
     path = tmp_path / "ramp.yaml"
     path.write_text(yaml.safe_dump(config))
     out = tmp_path / "straight"
     world(2).train("--config", path, "--out_dir", out)
-    resumed = branch(out, 20)
-    world(1).train("--config", path, "--out_dir", resumed)
-    assert column(resumed, "loss") == pytest.approx(column(out, "loss"), abs=2e-6)
+    resumed, alone = branch(out, 20), tmp_path / "alone"
+    shutil.copytree(resumed, alone)
+    world(2).train("--config", path, "--out_dir", resumed)
+    for name in ("step", "loss", "val_loss", "grad_norm", "tokens_up", "tokens_down"):
+        assert column(resumed, name) == column(out, name), name
+    before, after = (tensors(run / "checkpoints" / "step-00000040") for run in (out, resumed))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    down = np.array(column(out, "tokens_down")) / 32  # its share is 0.8 of sample / 3840, then 0.8
+    assert down[[8, 16, 40]] == pytest.approx(
+        [0.4 * 1024**2 / 3840, 0.4 * 2048**2 / 3840, 0.4 * 3840 + 0.8 * 1280], abs=1
+    )
+    world(1).train("--config", path, "--out_dir", alone)
+    assert column(alone, "loss") == pytest.approx(column(out, "loss"), abs=2e-6)
     (fault,) = world(1)("train", "--config", path, "--out_dir", resumed, "--data.ramp_tokens", 9999)[0]["faults"]
-    assert "data.ramp_tokens was 7680 and is 9999" in fault
+    assert "data.ramp_tokens was 122880 and is 9999" in fault
+
+
+def test_tied_embeddings_train_resume_and_export_alike_in_every_world(
+    world, config_file: Path, tmp_path: Path, script: Callable[..., tuple[int, str, str]]
+) -> None:
+    flags = ["--config", config_file, "--model.tie_embeddings", "true"]
+    alone, out, compiled = (tmp_path / name for name in ("alone", "two", "compiled"))
+    world(1).train(*flags, "--out_dir", alone)
+    world(2).train(*flags, "--out_dir", out)
+    for name in ("loss", "val_loss"):
+        assert column(out, name) == pytest.approx(column(alone, name), abs=2e-6, rel=0)
+    assert column(out, "loss")[-1] < 0.7 * column(out, "loss")[0]
+    saved = tensors(out / "checkpoints" / "step-00000040")
+    assert "model.transformer.wte.weight" in saved
+    assert not [name for name in saved if "lm_head" in name]
+    resumed = branch(out, 20)
+    world(2).train(*flags, "--out_dir", resumed)
+    assert column(resumed, "loss") == column(out, "loss")
+    again = tensors(resumed / "checkpoints" / "step-00000040")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in saved.items())
+    code, said, err = script("convert_lit_checkpoint", out, tmp_path / "hf", "--verify")
+    assert (code, json.loads((tmp_path / "hf/config.json").read_text())["tie_word_embeddings"]) == (0, True), said + err
+    code, said, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "back", "--verify")
+    assert code == 0, said + err
+    back = checkpoint.load_weights(tmp_path / "back/step-00000000")
+    assert back.keys() == {name.removeprefix("model.") for name in saved if name.startswith("model.")}
+    assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in back.items())
+    world(2).train(*flags, "--out_dir", compiled, "--train.compile", "true", "--train.max_steps", 12)
+    world(2).train(*flags, "--out_dir", tmp_path / "eager", "--train.max_steps", 12)
+    assert column(compiled, "loss") == pytest.approx(column(tmp_path / "eager", "loss"), abs=1e-5, rel=0)

@@ -11,16 +11,17 @@ import pickle
 import re
 import warnings
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 import yaml
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from tinyllama import InputError, __version__, durable
+from tinyllama import InputError
 from tinyllama.config import ModelConfig
 from tinyllama.state import TrainState
 
@@ -28,8 +29,6 @@ FORMAT_VERSION = 1
 
 # AdamW's state of one parameter
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
-SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 # all that DCP's pickled .metadata of tensors is made of
 METADATA_CLASSES = {
@@ -68,37 +67,6 @@ def open_weights(
     reader = _Reader(step_dir)
     weights = _weights(reader)
     return weights, lambda name: _read(reader, {name: weights[name]})[name]
-
-
-def export_weights(step_dir: Path, file: Path) -> None:
-    """Write the model's full tensors, by our names and as saved, into one safetensors file, whole or not at all.
-
-    One tensor at a time is in memory. The file's metadata has step, tokens, our version and the model's sizes as JSON.
-    """
-    reader, saved = _Reader(step_dir), read_state(step_dir)
-    weights = _weights(reader)
-    facts = {"format": "pt", "tinyllama": __version__, "step": str(saved["step"]), "tokens": str(saved["tokens"])}
-    header: dict[str, Any] = {"__metadata__": facts | {"model": json.dumps(asdict(read_model_config(step_dir)))}}
-    end = 0
-    for name, entry in weights.items():
-        start, end = end, end + entry.size.numel() * entry.properties.dtype.itemsize
-        dtype = SAFETENSORS_DTYPES[entry.properties.dtype]
-        header[name] = {"dtype": dtype, "shape": list(entry.size), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers after it lie on multiples of their size
-    file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = durable.temporary(file)
-    try:
-        with unfinished.open("wb") as out:
-            out.write(len(text).to_bytes(8, "little") + text)
-            for name, entry in weights.items():
-                tensor = _read(reader, {name: entry})[name]
-                out.write(tensor.view(-1).view(torch.uint8).numpy().data)
-        durable.sync(unfinished)
-        unfinished.replace(file)
-        durable.sync(file.parent)
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def read_state(step_dir: Path) -> dict[str, Any]:
@@ -241,7 +209,11 @@ def _read(reader: "_Reader", weights: dict[str, TensorStorageMetadata]) -> dict[
     full = {f"model.{name}": torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in weights.items()}
     with warnings.catch_warnings():  # it warns that there is no process group, which is what we want
         warnings.simplefilter("ignore", UserWarning)
-        dcp.load(full, storage_reader=reader, no_dist=True)
+        try:
+            dcp.load(full, storage_reader=reader, no_dist=True)
+        except CheckpointException as error:  # no Exception, and its text is a trace
+            cause = str(error.failures[0][0]).partition(". ")[0].partition("\n")[0]
+            raise InputError(f"{reader.path} cannot be read ({cause}): give another step of its run") from error
     return {name.removeprefix("model."): tensor for name, tensor in full.items()}
 
 

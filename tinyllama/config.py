@@ -2,10 +2,13 @@
 
 import dataclasses
 import difflib
+import math
 from dataclasses import dataclass
 from typing import Any
 
 from tinyllama import InputError
+
+MOST = 10**13  # parameters that are taken for a slip of the hand
 
 
 @dataclass(frozen=True)
@@ -41,7 +44,7 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         sizes = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "tie_embeddings")}
-        faults = [f"model.{k} is {v}: it must be greater than 0" for k, v in sizes.items() if v <= 0]
+        faults = [f"model.{k} is {v}: it must be greater than 0" for k, v in sizes.items() if not 0 < v < math.inf]
         if not faults:
             if self.n_embd % self.n_head:
                 faults.append(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}")
@@ -49,6 +52,10 @@ class ModelConfig:
                 faults.append(f"model.n_embd / model.n_head is {self.head_size}: RoPE needs an even head size")
             if self.n_head % self.n_query_groups:
                 faults.append(f"model.n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
+            if self.num_params() > MOST:
+                faults.append(
+                    f"the model's sizes make {self.num_params():,} parameters: lower the one that is too large"
+                )
         if faults:
             raise InputError(*faults)
 

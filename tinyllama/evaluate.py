@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 import torch
 from torch import Tensor
 
+from tinyllama.data.ahead import on_device
 from tinyllama.data.loader import Batch
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
 
@@ -21,10 +22,9 @@ def loss_sum(
     To be summed over the ranks and then divided: a mean of means would weigh ranks, not tokens.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
-    for batch in batches:
+    for input_ids, targets in on_device(batches, device):
         if stop():
             return None
-        targets = batch.targets.to(device)
-        total[0] += model(batch.input_ids.to(device), targets)
+        total[0] += model(input_ids, targets)
         total[1] += (targets != IGNORE_INDEX).sum()
     return total

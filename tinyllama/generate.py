@@ -14,6 +14,8 @@ from tinyllama.tokenizer import Tokenizer
 
 # B sequences, nh query heads, G key-value heads, T new tokens, S tokens in the cache, hs head size, V vocab_size
 
+MOST_NEW_TOKENS = 1_000_000  # memory for them is taken at the start
+
 
 class KVCache:
     """Keys and values of up to ``length_limit`` tokens of ``batch_size`` sequences, in memory that is taken once."""
@@ -64,7 +66,7 @@ def stream(
     likeliest token; above, tokens are drawn from softmax(logits / temperature), of the ``top_k`` likeliest, of the
     fewest whose probabilities make ``top_p``. Every sequence is at the same position in a step, a longer prompt still
     being read while a shorter one is continued: so nothing is padded, and each gets what it would get alone. Past
-    block_size the model goes on from the last half of the context.
+    block_size the model goes on from the last half of the context. Raises InputError for logits that are no numbers.
     """
     config, device = model.config, next(model.parameters()).device
     draw = [torch.Generator().manual_seed(seed) for _ in prompts]
@@ -83,6 +85,8 @@ def stream(
             begin = end = position - config.block_size // 2
             cache.length = 0
         logits = model(tokens[:, end:position].to(device), cache=cache)[:, 0, : config.vocab_size]  # (B, V)
+        if logits.isnan().any():
+            raise InputError("the model's logits are not numbers, nor then are some of its weights: give another one")
         end = position
         chosen: list[int | None] = []
         for i, row in enumerate(logits.float().cpu()):
@@ -99,7 +103,8 @@ def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, 
     """A token by its logits (V,) fp32; the rows that pad the vocabulary must have been cut off, they are no tokens."""
     if temperature == 0:
         return int(logits.argmax())
-    logits, ids = (logits / temperature).sort(descending=True, stable=True)
+    # in fp64, and 0 at most, for a temperature or top_p near 0 must leave the likeliest one
+    logits, ids = ((logits - logits.max()).double() / temperature).sort(descending=True, stable=True)
     probabilities = logits[:top_k].softmax(-1)
     before = probabilities.cumsum(-1) - probabilities  # of the likelier ones; the likeliest always stays
     return int(ids[torch.multinomial(probabilities * (before < top_p), 1, generator=draw)])
@@ -115,17 +120,21 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
     return new
 
 
-def check(config: ModelConfig, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float) -> None:
+def check(
+    config: ModelConfig, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
+) -> None:
     """Raise InputError, with every fault, for numbers that cannot be."""
     faults = []
-    if max_new_tokens < 1:
-        faults.append(f"--max_new_tokens is {max_new_tokens}: give 1 or more")
+    if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
+        faults.append(f"--max_new_tokens is {max_new_tokens}: give 1 to {MOST_NEW_TOKENS}")
     if not 0 <= temperature < float("inf"):
         faults.append(f"--temperature is {temperature}: give 0 for the likeliest token, or more to draw")
     if top_k is not None and top_k < 1:
         faults.append(f"--top_k is {top_k}: give 1 to the vocabulary's {config.vocab_size}")
     if not 0 < top_p <= 1:
         faults.append(f"--top_p is {top_p}: give a share above 0, up to 1")
+    if not 0 <= seed < 2**63:
+        faults.append(f"--seed is {seed}: give a whole number from 0, below 2^63")
     if faults:
         raise InputError(*faults)
 

@@ -8,7 +8,7 @@ import json
 import os
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -64,6 +64,9 @@ class Score:
     shots: int | None
 
 
+COLUMNS = [field.name for field in fields(Score)]
+
+
 def resolve(names: Sequence[str], allow_code: bool) -> tuple[list[Task | str], list[str]]:
     """The tasks that ``names`` of suites and tasks stand for, and what was left out because it executes code.
 
@@ -110,9 +113,9 @@ def evaluate(
             f"lm-eval knows no task {', '.join(unknown)}: see lm-eval ls tasks, or give --include_path DIR"
         )
     scores: list[Score] = []
-    by_shots: dict[int | None, list[Task | str]] = {}
+    by_shots: dict[int | str, list[Task | str]] = {}  # those of no suite one by one, for a tag's name is in no result
     for task in tasks:
-        by_shots.setdefault(task.shots if isinstance(task, Task) else None, []).append(task)
+        by_shots.setdefault(task.shots if isinstance(task, Task) else task, []).append(task)
     with tempfile.TemporaryDirectory() as folder, _code_allowed(allow_code):
         hf_folder.write(Path(folder) / "hf", weights, tokenizer)
         model = HFLM(
@@ -123,31 +126,36 @@ def evaluate(
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         for shots, group in by_shots.items():
-            found = simple_evaluate(
-                model=model,
-                tasks=[task.name if isinstance(task, Task) else task for task in group],
-                num_fewshot=shots,
-                task_manager=manager,
-                log_samples=False,
-                bootstrap_iters=0,
-                confirm_run_unsafe_code=allow_code,
-            )
+            try:
+                found = simple_evaluate(
+                    model=model,
+                    tasks=manager.match_tasks([task.name if isinstance(task, Task) else task for task in group]),
+                    num_fewshot=shots if isinstance(shots, int) else None,
+                    task_manager=manager,
+                    log_samples=False,
+                    bootstrap_iters=0,
+                    confirm_run_unsafe_code=allow_code,
+                )
+            except ConnectionError as error:
+                raise InputError(f"the data of a task cannot be had ({error}): run it once with a network") from None
             assert found is not None  # it is on the other ranks only
             for task in group:
-                scores += _scores(weights, found, task, shots)
+                scores += _scores(weights, found, task)
     return scores
 
 
-def _scores(weights: Weights, found: dict[str, Any], task: Task | str, shots: int | None) -> Iterator[Score]:
-    name = task.name if isinstance(task, Task) else task
-    results = {**found["results"], **found.get("groups", {})}[name]
-    for key, value in results.items():
-        metric = key.partition(",")[0]  # "acc_norm,none": the second is a filter's name
-        if isinstance(value, int | float) and "stderr" not in metric and "," in key:
-            if isinstance(task, Task) and metric != task.metric:
-                continue
-            used = shots if shots is not None else found.get("n-shot", {}).get(name)
-            yield Score(weights.facts["step"], weights.facts["tokens"], name, metric, float(value), used)
+def _scores(weights: Weights, found: dict[str, Any], task: Task | str) -> Iterator[Score]:
+    """Those of a task or group; of a tag or a pattern those of every task in it."""
+    results = {**found["results"], **found.get("groups", {})}
+    asked = task.name if isinstance(task, Task) else task
+    for name in [asked] if asked in results else results:
+        for key, value in results[name].items():
+            metric = key.partition(",")[0]  # "acc_norm,none": the second is a filter's name
+            if isinstance(value, int | float) and "stderr" not in metric and "," in key:
+                if isinstance(task, Task) and metric != task.metric:
+                    continue
+                shots = task.shots if isinstance(task, Task) else found.get("n-shot", {}).get(name)
+                yield Score(weights.facts["step"], weights.facts["tokens"], name, metric, float(value), shots)
 
 
 @contextlib.contextmanager
@@ -166,46 +174,63 @@ def csv_of(weights: Weights) -> Path:
     return (folder.parent if folder.name == "checkpoints" else folder) / "eval.csv"
 
 
+def read_scores(path: Path) -> list[dict[str, str]]:
+    """The rows of an eval.csv; [] when there is none yet. Raises InputError for a file that is something else."""
+    try:
+        rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
+        if rows.fieldnames in (None, COLUMNS):
+            return list(rows)
+        reason = f"its first line is not {','.join(COLUMNS)}"
+    except (OSError, ValueError, csv.Error) as error:
+        reason = str(error)
+    raise InputError(f"{path} is no table of scores ({reason}): move it away")
+
+
 def append(path: Path, scores: Sequence[Score]) -> None:
     """Add ``scores`` to an eval.csv; a reader finds it without them or with all of them."""
-    text = io.StringIO(path.read_text() if path.exists() else "")
-    text.seek(0, io.SEEK_END)
-    writer = csv.writer(text, lineterminator="\n")
-    if not text.tell():
-        writer.writerow(field.name for field in fields(Score))
-    writer.writerows(asdict(score).values() for score in scores)
-    durable.write(path, text.getvalue().encode())
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*read_scores(path), *map(asdict, scores)])
+    try:
+        durable.write(path, text.getvalue().encode())
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): the scores are only those shown above") from None
 
 
-def evaluated_steps(path: Path) -> set[int]:
-    """The steps that an eval.csv has scores of."""
-    if not path.exists():
-        return set()
-    with path.open(newline="") as file:
-        return {int(row["step"]) for row in csv.DictReader(file) if row["step"]}
+def evaluated_steps(path: Path, names: Collection[str]) -> set[int]:
+    """The steps that an eval.csv has scores of, for each task or dataset of ``names``."""
+    found: dict[int, set[str]] = {}
+    for row in read_scores(path):
+        if row["step"].isdigit():
+            found.setdefault(int(row["step"]), set()).add(row["task"])
+    return {step for step, tasks in found.items() if tasks.issuperset(names)}
 
 
-def watch(run: Path, seconds: float) -> Iterator[Path]:
-    """Each complete step of ``run`` that has no scores, oldest first, as it appears; ends after a run that is done.
+def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
+    """Each complete step of ``run`` that lacks scores for some of ``names``, oldest first, as it appears.
 
-    Looks every ``seconds``. Raises InputError when there is no such run.
+    Looks every ``seconds``. Ends when the run has reached its last step, or has STOPPED and waits for a person; one
+    that was interrupted may be started again, and is waited for. Raises InputError when there is no such run.
     """
-    if not run.is_dir():
-        raise InputError(f"{run} is no folder: give the out_dir of a run")
-    seen = evaluated_steps(run / "eval.csv")
+    if not ((run / "checkpoints").is_dir() or (run / "events.jsonl").is_file()):
+        raise InputError(f"{run} is no run: give the out_dir of one that has begun")
+    seen = evaluated_steps(run / "eval.csv", names)
     while True:
-        done = _is_done(run)  # looked up before the steps, so that the last one is not missed
+        over = _is_over(run)  # looked up before the steps, so that the last one is not missed
         steps = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
         for step in sorted(steps.keys() - seen):
             if checkpoint.fault(steps[step]) is None:
                 seen.add(step)
                 yield steps[step]
-        if done:
+        if over:
             return
         time.sleep(seconds)
 
 
-def _is_done(run: Path) -> bool:
+def _is_over(run: Path) -> bool:
+    if (run / "STOPPED").exists():
+        return True
     try:
         return json.loads((run / "events.jsonl").read_text().splitlines()[-1])["event"] == "done"
     except (OSError, ValueError, IndexError, KeyError):  # not begun, or the line is being written
@@ -213,7 +238,11 @@ def _is_done(run: Path) -> bool:
 
 
 def published() -> list[dict[str, str]]:
-    """The rows of published_scores.csv: model, tokens, task, metric, value (a share of 1) and source."""
+    """The rows of published_scores.csv: model, tokens, task, metric, value (a share of 1) and source.
+
+    Only what a source confirmed that can be read again. So of the paper's tables (arXiv:2401.02385, 2 and 3) these are
+    left out: OPT-1.3B, and the problem-solving scores of Pythia-1.4B and of TinyLlama's last step.
+    """
     text = importlib.resources.files("tinyllama").joinpath("published_scores.csv").read_text()
     return list(csv.DictReader(io.StringIO(text)))
 

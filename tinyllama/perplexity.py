@@ -61,6 +61,8 @@ def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch
     total = loss_sum(model, batches, device)
     assert total is not None  # nobody stops it
     loss = total[0].item() / total[1].item()
+    if math.isnan(loss):
+        raise InputError(f"the loss of {weights.path} is not a number, nor then are some of its weights: give another")
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     if num_bytes := count_bytes(dataset, tokenizer):
         values["bits_per_byte"] = loss / math.log(2) * dataset.tokens / num_bytes

@@ -75,9 +75,9 @@ class Tokenizer:
         """Every piece of a sentencepiece model that text can become, but those for single bytes; None: not one."""
         if not self._processor:
             return None
-        p = self._processor
-        special = (p.is_control, p.is_byte, p.is_unknown, p.is_unused)
-        return [p.id_to_piece(i) for i in range(self.vocab_size) if not any(test(i) for test in special)]
+        p, ids = self._processor, list(range(self.vocab_size))
+        special = zip(p.is_control(ids), p.is_byte(ids), p.is_unknown(ids), p.is_unused(ids), strict=True)
+        return [piece for piece, flags in zip(p.id_to_piece(ids), special, strict=True) if not any(flags)]
 
     def json_without_added_tokens(self) -> str:
         """A tokenizer.json that encodes text as this does, for libraries that read no other format.
@@ -87,14 +87,16 @@ class Tokenizer:
         """
         if self._bare:
             return json.dumps(self._bare)
-        p = self._processor
-        vocab = {p.id_to_piece(i): i for i in range(self.vocab_size)}
+        p, ids = self._processor, list(range(self.vocab_size))
+        vocab = dict(zip(p.id_to_piece(ids), ids, strict=True))
+        scores = p.get_score(ids)
         merges = []
         for piece in self.pieces() or []:
-            halves = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
-            # by score, not by id: Llama 2 gave its runs of blanks low ids and the lowest scores
-            rank = -p.get_score(vocab[piece]), vocab[piece]
-            merges += [(*rank, vocab[a], vocab[b], [a, b]) for a, b in halves if a in vocab and b in vocab]
+            number = vocab[piece]
+            for i in range(1, len(piece)):
+                if (a := piece[:i]) in vocab and (b := piece[i:]) in vocab:
+                    # by score, not by id: Llama 2 gave its runs of blanks low ids and the lowest scores
+                    merges.append((-scores[number], number, vocab[a], vocab[b], [a, b]))
         blanks = [
             {"type": "Prepend", "prepend": "\u2581"},
             {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},

@@ -71,10 +71,70 @@ def test_a_document_cut_anywhere_has_the_same_ids(tokenizer_file, monkeypatch, c
             assert stream(encoder, pieces) == tokenizer.encode_utf8(payload).tolist(), (text[:80], size)
 
 
+def parts(encoder: Encoder, pieces: list[bytes]) -> list[tuple[list[int], int]]:
+    """Ids and bytes of each part of one document."""
+    documents = [(piece, "", number == len(pieces) - 1) for number, piece in enumerate(pieces)]
+    return [(ids.tolist(), size) for ids, size, *_ in encoder.stream(documents)]
+
+
+@pytest.mark.parametrize("choice", ["sentencepiece", pytest.param("fast", marks=llama)])
+def test_no_part_of_a_document_is_long(tokenizer_file, monkeypatch, choice):
+    """Where nothing tells a cut that changes no id, both encoders cut alike, between characters."""
+    if choice == "fast":
+        pytest.importorskip("gigatoken")
+    tokenizer = Tokenizer(LLAMA or tokenizer_file)
+    encoder = Encoder(tokenizer, choice)
+    monkeypatch.setattr(encode, "CUT", 1000)
+    monkeypatch.setattr(encode, "WINDOW", 100)
+    for text in ("x" * 50_000, "漢字" * 10_000, "é" * 20_000, "a" * 999 + "🦙" * 5000):
+        payload = text.encode()
+        whole = parts(encoder, [payload])
+        assert max(size for _, size in whole) <= 1100
+        assert {size for _, size in whole[:-1]} <= set(range(1000, 1004))
+        assert tokenizer.decode([i for ids, _ in whole for i in ids]) == text
+        assert parts(encoder, [payload[i : i + 777] for i in range(0, len(payload), 777)]) == whole
+        assert whole == parts(Encoder(tokenizer, "sentencepiece"), [payload])
+
+
+@llama
+def test_text_without_blanks_is_cut_where_no_piece_reaches_over(monkeypatch):
+    tokenizer = Tokenizer(LLAMA)
+    monkeypatch.setattr(encode, "CUT", 1000)
+    monkeypatch.setattr(encode, "WINDOW", 100)
+    letters = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ+/"
+    payload = "".join(random.Random(0).choices(letters, k=100_000)).encode()
+    found = parts(Encoder(tokenizer, "sentencepiece"), [payload])
+    assert len(found) > 90
+    assert [i for ids, _ in found for i in ids] == tokenizer.encode_utf8(payload).tolist()
+
+
+def test_no_cut_is_known_where_text_is_normalized(tmp_path):
+    """sentencepiece's own default drops blanks and joins characters."""
+    import sentencepiece
+
+    texts = iter(["the little llama walked along the river", "a day in the mountains"] * 20)
+    settings = {"model_type": "bpe", "vocab_size": 50, "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "nfkc"), **settings)
+    assert encode._cuts(Tokenizer(tmp_path / "nfkc.model")) == (None, "")
+
+
+def test_a_tokenizer_of_which_no_cut_is_known(tmp_path, monkeypatch):
+    import tokenizers
+
+    model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(encode, "CUT", 5)
+    monkeypatch.setattr(encode, "WINDOW", 4)
+    assert parts(Encoder(Tokenizer(tmp_path), "sentencepiece"), [b"abababa", b"bab"]) == [
+        ([2, 2, 0], 5),
+        ([1, 2, 2], 5),
+    ]
+
+
 def test_a_wrong_encoder_is_found_while_it_runs(tokenizer_file):
     encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
     encoder._make = lambda: lambda text: np.array([5])
-    encoder.renew()
+    encoder._encode = encoder._make()
     with pytest.raises(Mismatch, match="gives other ids .* for the text b'a llama'"):
         list(encoder.stream([(b"a llama", "", True)]))
 

@@ -1,13 +1,15 @@
 import itertools
 import threading
 import time
+import tracemalloc
 
 import numpy as np
 import pytest
 import torch
 
 from tinyllama import InputError
-from tinyllama.data.loader import Loader, validation_batches
+from tinyllama.data.ahead import on_device
+from tinyllama.data.loader import Batch, Loader, validation_batches
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import ShardWriter, open_packed, write_manifest
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
@@ -45,10 +47,17 @@ def loader(datasets, weights=(0.693584, 0.306416), num_blocks=None, **changes):
     return Loader(datasets, mixture, block_size=T, vocab_size=VOCAB, **{**sizes, **changes})
 
 
+def on_cpu(batches):
+    """(input_ids, targets, samples) of each batch."""
+    for batch in batches:
+        for input_ids, targets in on_device([batch], torch.device("cpu")):
+            yield input_ids, targets, batch.samples
+
+
 def rows(batches):
     """{sample number: first token} after checking that each row is a block of consecutive tokens."""
     seen = {}
-    for input_ids, targets, samples in batches:
+    for input_ids, targets, samples in on_cpu(batches):
         assert input_ids.dtype == targets.dtype == torch.int64
         assert input_ids.is_contiguous()
         assert targets.is_contiguous()
@@ -117,8 +126,7 @@ def test_starting_at_a_step_equals_skipping_to_it(two, skipped):
     with loader(two, start_sample=8 * skipped) as batches:
         got = list(itertools.islice(batches, 10))
     assert [batch.samples.tolist() for batch in got] == [batch.samples.tolist() for batch in expected]
-    assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(got, expected, strict=True))
-    assert all(torch.equal(a.targets, b.targets) for a, b in zip(got, expected, strict=True))
+    assert all(torch.equal(a.tokens, b.tokens) for a, b in zip(got, expected, strict=True))
 
 
 def test_sources_of_different_dtypes_in_one_batch(tmp_path):
@@ -178,6 +186,48 @@ def test_the_thread_reads_a_few_batches_ahead_and_no_more(two, monkeypatch):
         assert len(reads) == 6  # one taken, four waiting, one in hand
 
 
+@pytest.mark.parametrize(("micro_batch_size", "size"), [(1, 64), (3, 63), (48, 48), (96, 96)])
+def test_a_read_is_64_samples_or_one_micro_batch(two, monkeypatch, micro_batch_size, size):
+    reads = []
+    blocks = two[0].blocks
+    monkeypatch.setattr(two[0], "blocks", lambda found, *rest: reads.append(len(found)) or blocks(found, *rest))
+    with loader(two[:1], micro_batch_size=micro_batch_size, global_batch_size=96 * 3) as batches:
+        assert len(next(batches).tokens) == micro_batch_size
+    assert reads[0] == size
+
+
+def test_tokens_travel_as_they_are_packed(two):
+    with loader(two) as batches:
+        batch = next(batches)
+    assert batch.tokens.dtype == torch.uint16
+    assert batch.tokens.shape == (2, T + 1)
+
+
+@pytest.mark.gpu
+def test_a_gpu_gets_what_a_cpu_gets(two, tmp_path):
+    big = pack(tmp_path / "big", numbers(5, first=65_000), vocab_size=70_000)
+    wide = [Batch(torch.from_numpy(big.blocks(np.array([0, 1]), T)).pin_memory(), np.array([0, -1]))]
+    with loader(two) as batches:
+        taken = list(itertools.islice(batches, 50)) + wide
+    assert all(batch.tokens.is_pinned() for batch in taken)
+    gpu, cpu = (on_device(taken, torch.device(name)) for name in ("cuda", "cpu"))
+    for pair, expected in zip(gpu, cpu, strict=True):
+        assert [tensor.tolist() for tensor in pair] == [tensor.tolist() for tensor in expected]
+
+
+def test_memory_does_not_grow_with_the_batches(two):
+    with loader(two) as batches:
+        tracemalloc.start()
+        held = []
+        for _ in range(4):
+            for _ in range(500):
+                next(batches)
+            held.append(tracemalloc.get_traced_memory()[1])
+            tracemalloc.reset_peak()
+        tracemalloc.stop()
+    assert max(held[1:]) < 1.2 * held[0]
+
+
 # validation
 
 
@@ -188,14 +238,14 @@ def validate(datasets, world_size, micro_batch_size, max_samples=None):
         sizes = {"block_size": T, "vocab_size": VOCAB, "micro_batch_size": micro_batch_size}
         ranks = list(validation_batches(datasets, rank=rank, world_size=world_size, max_samples=max_samples, **sizes))
         lengths.add(len(ranks))
-        for input_ids, targets, samples in ranks:
+        for batch, (input_ids, targets, samples) in zip(ranks, on_cpu(ranks), strict=True):
             assert input_ids.shape == targets.shape == (micro_batch_size, T)
             real = samples >= 0
             assert (samples[real] % world_size == rank).all()
             assert (targets[~real] == IGNORE_INDEX).all()
             assert (input_ids[~real] == 0).all()
             total += int(targets[targets != IGNORE_INDEX].sum())
-            part = rows([(input_ids[real], targets[real], samples[real])])
+            part = rows([Batch(batch.tokens[real], samples[real])])
             assert not part.keys() & seen.keys()
             seen |= part
     assert len(lengths) == 1  # a collective in every batch of every rank

@@ -1,6 +1,9 @@
 import json
 import os
 import random
+import subprocess
+import sys
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -296,6 +299,28 @@ def test_a_url_is_a_source_and_a_saved_dataset_too(tmp_path, tokenizer_file):
     (tmp_path / "saved/cache-0123.arrow").write_bytes(b"left by a map")
     pack(tmp_path / "saved", tokenizer_file, tmp_path / "arrow")
     assert open_packed(tmp_path / "arrow").documents == 5
+
+
+def test_what_killed_workers_had_fetched_is_removed(tmp_path, tokenizer_file, monkeypatch):
+    source, temporary = write(tmp_path / "in"), tmp_path / "tmp"
+    temporary.mkdir()
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    code = "import sys; from tinyllama.data.sources import *; one, = find_inputs(sys.argv[1], ENDINGS)\n"
+    code += "with one.fetched() as path: print(path, flush=True); sys.stdin.read()"
+    url = f"file://{source}/chunk0/0.jsonl"
+    start = lambda: subprocess.Popen(  # noqa: E731
+        [sys.executable, "-c", code, url], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    with start() as killed, start() as alive:
+        left, used = (Path(process.stdout.readline().strip()) for process in (killed, alive))
+        killed.kill()
+        killed.wait()
+        assert left.read_text() == used.read_text() == (source / "chunk0/0.jsonl").read_text()
+        prepare(find_inputs(f"file://{source}", ENDINGS), TEXT, Options(tokenizer_file, tmp_path / "out", workers=2))
+        assert list(temporary.rglob("*.jsonl")) == [used]
+        alive.stdin.close()
+    assert list(temporary.iterdir()) == []
 
 
 def test_memory_filesystem(tokenizer_file):

@@ -36,17 +36,17 @@ def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
     Every file in it has then reached the disk, and ``facts`` are in its mark. Raises InputError as refuse_foreign does,
     for an ``output`` that cannot be made, and for one that holds the ``source``, which would be lost.
     """
-    if output.resolve() in (source.resolve(), *source.resolve().parents) and output.exists():
-        raise InputError(f"{output} holds {source}, which is to be converted: give another folder")
-    refuse_foreign(output)
-    output = output.resolve()  # a name even for "."
-    unfinished, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
-    for stale in (unfinished, replaced):
-        shutil.rmtree(stale, ignore_errors=True)
+    given, output = output, output.resolve()  # a name even for "."
     try:
+        if output in (source.resolve(), *source.resolve().parents) and output.exists():
+            raise InputError(f"{given} holds {source}, which is to be converted: give another folder")
+        refuse_foreign(output)
+        unfinished, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
+        for stale in (unfinished, replaced):
+            shutil.rmtree(stale, ignore_errors=True)
         unfinished.mkdir(parents=True)
     except OSError as error:
-        raise InputError(f"cannot create {output}: {error.strerror}: give a folder that can be written") from None
+        raise InputError(f"cannot create {given}: {error.strerror}: give a folder that can be written") from None
     try:
         yield unfinished
         names = sorted([MARK, *(path.name for path in unfinished.iterdir())])
@@ -56,8 +56,10 @@ def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
         if output.exists():
             output.rename(replaced)
         unfinished.rename(output)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(unfinished, ignore_errors=True)
+        if isinstance(error, OSError):  # a full disk
+            raise InputError(f"cannot write {given}: {error.strerror}: make room, or give another folder") from None
         raise
     durable.sync(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)

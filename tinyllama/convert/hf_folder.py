@@ -1,16 +1,12 @@
 """Our weights as a folder that transformers' LlamaForCausalLM and AutoTokenizer load, written one tensor at a time."""
 
-import json
-from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
-from tinyllama import checkpoint
-from tinyllama.convert import folder, layout
+from tinyllama.convert import folder, layout, tensor_file
 from tinyllama.convert.tokenizer_files import write_tokenizer
 from tinyllama.convert.weights import Weights
 from tinyllama.tokenizer import Tokenizer
@@ -61,26 +57,8 @@ def _write_tensors(output: Path, weights: Weights, shard_bytes: int) -> None:
             for tensor in layout.to_hf(theirs, weights.read(ours), weights.config).values()
         )
         inside = {key: shapes[key] for _, theirs in shard for key in theirs}
-        _write_safetensors(output / name, inside, weights.dtype, tensors)
+        tensor_file.write(output / name, inside, weights.dtype, tensors, {})
     if len(shards) > 1:
         places = {key: name for name, shard in zip(names, shards, strict=True) for _, theirs in shard for key in theirs}
         content = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": places}
         folder.write_json(output / "model.safetensors.index.json", content)
-
-
-def _write_safetensors(
-    path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype, tensors: Iterable[Tensor]
-) -> None:
-    """One file of the format (the length of a JSON header, that, then the bytes), a tensor at a time in memory."""
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-    end = 0
-    for key, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        name = checkpoint.SAFETENSORS_DTYPES[dtype]
-        header[key] = {"dtype": name, "shape": list(shape), "data_offsets": [start, end]}
-    text = json.dumps(header).encode()
-    text += b" " * (-len(text) % 8)  # the numbers after it lie on multiples of their size
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
-            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)

@@ -108,6 +108,13 @@ def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype
     }
 
 
+WHOLE = (
+    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "max_position_embeddings"),
+)
+"""Sizes in config.json."""
+
+
 def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig:
     """Our sizes of a config.json's content ``hf``, the file ``where``; ``pieces`` is its tokenizer's vocabulary.
 
@@ -118,6 +125,8 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         heads, width, rows = hf["num_attention_heads"], hf["hidden_size"], hf["vocab_size"]
         rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
         base = rope.get("rope_theta") or hf.get("rope_theta") or 10000
+        if wrong := [key for key in WHOLE if hf.get(key) is not None and not (type(hf[key]) is int and hf[key] > 0)]:
+            raise InputError(*(f"{where}: {key} is {hf[key]!r}: give a whole number above 0" for key in wrong))
         faults = [f"{where}: {fault}" for fault in _unsupported(hf, rope, base, width, heads)]
         if pieces is not None and pieces > rows:
             faults.append(
@@ -164,7 +173,7 @@ def _unsupported(hf: dict[str, Any], rope: dict[str, Any], base: float, width: i
         yield f"RoPE type {_rope_type(rope)} is not supported: give a model with default or linear RoPE"
     if hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
         yield "partial_rotary_factor is not supported: give a model that rotates whole heads"
-    if base != int(base):
+    if not isinstance(base, int | float) or base % 1 != 0:  # that of inf and nan is nan
         yield f"rope_theta {base} is not a whole number: our rope_base is one"
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if hf.get(key):

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
@@ -42,7 +43,12 @@ def write(output: Path, weights: Weights) -> Path:
         }
         with warnings.catch_warnings():  # it warns that there is no process group, which is what we want
             warnings.simplefilter("ignore", UserWarning)
-            dcp.save(empty, storage_writer=_Writer(step_dir), planner=_Planner(weights), no_dist=True)
+            try:
+                dcp.save(empty, storage_writer=_Writer(step_dir), planner=_Planner(weights), no_dist=True)
+            except CheckpointException as error:  # no Exception, and its text is a trace
+                cause = error.failures[0][0]
+                hidden = cause.__context__  # what torch.save makes a RuntimeError of
+                raise hidden if isinstance(cause, RuntimeError) and isinstance(hidden, OSError) else cause from None
         (step_dir / "config.yaml").write_text(cli.dump({"model": asdict(weights.config)}))
         (step_dir / "state.json").write_text(json.dumps(state, indent=2))
         for name in TOKENIZER_FILES:

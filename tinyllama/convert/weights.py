@@ -3,6 +3,7 @@
 import functools
 import json
 import pickle
+import re
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from tinyllama.convert import folder, layout
 from tinyllama.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 # of upstream's parameters as plain lit_gpt names them, where ours and its last state have swiglu.w1, w2 and w3
@@ -35,7 +37,7 @@ class Weights:
     dtype: torch.dtype
     """of all tensors as read"""
     facts: dict[str, Any]
-    """step, tokens, tokenizer_sha256, bos_id and eos_id, None where not known"""
+    """step, tokens, tokenizer_sha256, bos_id and eos_id; None: not known"""
     read: Callable[[str], Tensor]
     """one tensor in full by our name, on the CPU, in memory of its own"""
 
@@ -70,9 +72,9 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     step_dir = checkpoint.resolve(path)
     entries, read = checkpoint.open_weights(step_dir)
     config = checkpoint.read_model_config(step_dir)
-    _check_shapes(step_dir, {name: tuple(entry.size) for name, entry in entries.items()}, layout.shapes(config))
-    dtype = _one_dtype(step_dir, entries["transformer.wte.weight"].properties.dtype)
-    return Weights(step_dir, config, dtype, checkpoint.read_state(step_dir), read)
+    _check_shapes(step_dir, config, {name: tuple(entry.size) for name, entry in entries.items()}, layout.shapes)
+    dtype = _one_dtype(step_dir, {name: entry.properties.dtype for name, entry in entries.items()})
+    return Weights(step_dir, config, dtype, _facts(checkpoint.read_state(step_dir)), lambda name: read(name).to(dtype))
 
 
 @torch.no_grad()
@@ -94,26 +96,22 @@ def _open_hf(path: Path) -> Weights:
     pieces = Tokenizer(path).vocab_size if has_tokenizer else None
     config = layout.config_of(hf, str(path / "config.json"), pieces)
     if "model" in said:  # it is an export of ours, which knows what is padding
-        config = replace(config, **{key: said["model"][key] for key in ("name", "vocab_size", "padding_multiple")})
-    tensors = _hf_tensors(path)
-    expected = layout.hf_shapes(config)
-    ignored = {key for key in tensors if key.endswith("rotary_emb.inv_freq")}  # older versions saved this table
-    if config.tie_embeddings:
-        ignored.add("lm_head.weight")
-    found = {key: tensor.shape for key, tensor in tensors.items() if key not in ignored or key in expected}
-    _check_shapes(path, found, expected)
-    dtype = _one_dtype(path, tensors["model.embed_tokens.weight"].dtype)
+        try:
+            config = replace(config, **{key: said["model"][key] for key in ("name", "vocab_size", "padding_multiple")})
+        except (KeyError, TypeError) as error:
+            raise InputError(f"{path / folder.MARK} is not what an export writes ({error!r}): export again") from None
+    # older versions saved a table, and some save tied embeddings twice
+    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
+    tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith(ignored)}
+    _check_shapes(path, config, {key: tensor.shape for key, tensor in tensors.items()}, layout.hf_shapes)
+    dtype = _one_dtype(path, {key: tensor.dtype for key, tensor in tensors.items()})
     parts = dict(layout.keys(config))
 
     def read(name: str) -> Tensor:
         return layout.from_hf([tensors[key].read().to(dtype) for key in parts[name]], config)
 
-    eos_id, bos_id = (
-        value[0] if isinstance(value, list) and value else value
-        for value in (hf.get("eos_token_id"), hf.get("bos_token_id"))
-    )
-    facts = {"step": said.get("step") or 0, "tokens": said.get("tokens") or 0, "eos_id": eos_id, "bos_id": bos_id}
-    return Weights(path, config, dtype, facts | {"tokenizer_sha256": said.get("tokenizer_sha256")}, read)
+    ids = {f"{end}_id": _first_id(hf.get(f"{end}_token_id")) for end in ("eos", "bos")}
+    return Weights(path, config, dtype, _facts({"step": 0, "tokens": 0} | said | ids), read)
 
 
 def _open_upstream(path: Path, config: ModelConfig) -> Weights:
@@ -121,17 +119,31 @@ def _open_upstream(path: Path, config: ModelConfig) -> Weights:
     state = content.get("model", content) if isinstance(content, dict) else {}
     tensors = {}
     for name, tensor in state.items() if isinstance(state, Mapping) else ():
-        if isinstance(tensor, Tensor):
+        if isinstance(name, str) and _is_plain(tensor):
             for plain, fused in PLAIN_MLP.items():
                 name = name.replace(plain, fused)
             tensors[name] = tensor
-    _check_shapes(path, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes(config))
-    dtype = _one_dtype(path, tensors["transformer.wte.weight"].dtype)
-    step = content.get("step_count", 0)
+    _check_shapes(path, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes)
+    dtype = _one_dtype(path, {name: tensor.dtype for name, tensor in tensors.items()})
     # upstream trained with Llama's tokenizer, and its files do not say how many tokens
-    facts = {"step": step if isinstance(step, int) else 0, "tokens": None, "tokenizer_sha256": None}
-    read = lambda name: tensors[name].to(dtype, copy=True)  # noqa: E731
-    return Weights(path, config, dtype, facts | {"eos_id": 2, "bos_id": 1}, read)
+    facts = _facts({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
+    return Weights(path, config, dtype, facts, lambda name: tensors[name].to(dtype, copy=True))
+
+
+def _facts(said: Mapping[str, Any]) -> dict[str, Any]:
+    """Those of Weights; what is no number, or no text, is not known."""
+    numbers = {key: said.get(key) for key in ("step", "tokens", "eos_id", "bos_id")}
+    facts = {key: value if type(value) is int and value >= 0 else None for key, value in numbers.items()}
+    sha256 = said.get("tokenizer_sha256")
+    return facts | {"tokenizer_sha256": sha256 if isinstance(sha256, str) else None}
+
+
+def _first_id(value: Any) -> Any:
+    return value[0] if isinstance(value, list) and value else value
+
+
+def _is_plain(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
 @dataclass(frozen=True)
@@ -150,8 +162,8 @@ def _hf_tensors(path: Path) -> dict[str, _Stored]:
     for file in _hf_files(path):
         if file.suffix == ".bin":
             content = _unpickle(file)
-            if not (isinstance(content, dict) and all(isinstance(value, Tensor) for value in content.values())):
-                raise InputError(f"{file} is no state dict: give a file of tensors by name")
+            if not (isinstance(content, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in content.items())):
+                raise InputError(f"{file} is no state dict: give a file of plain tensors by name")
             for key, tensor in content.items():
                 tensors[key] = _Stored(tuple(tensor.shape), tensor.dtype, tensor.clone)
             continue
@@ -159,9 +171,10 @@ def _hf_tensors(path: Path) -> dict[str, _Stored]:
             opened = safe_open(file, framework="pt")
             for key in opened.keys():  # noqa: SIM118 (it is no dict)
                 part = opened.get_slice(key)
-                dtype = _SAFETENSORS.get(part.get_dtype(), torch.uint8)
+                if (kind := part.get_dtype()) not in SAFETENSORS_DTYPES:
+                    raise InputError(f"{file} has {key} in {kind}: give float32, bfloat16 or float16 weights")
                 read = functools.partial(_read_safetensors, file, key)
-                tensors[key] = _Stored(tuple(part.get_shape()), dtype, read)
+                tensors[key] = _Stored(tuple(part.get_shape()), SAFETENSORS_DTYPES[kind], read)
         except (SafetensorError, OSError) as error:
             raise InputError(f"{file} cannot be read ({error}): fetch it whole (git lfs pull)") from None
     return tensors
@@ -173,9 +186,6 @@ def _read_safetensors(file: Path, key: str) -> Tensor:
     # opened for each tensor, so that the mapped pages of the whole file do not add up in memory
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(key)
-
-
-_SAFETENSORS = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 
 
 def _hf_files(path: Path) -> list[Path]:
@@ -204,7 +214,16 @@ def _unpickle(path: Path) -> Any:
         raise InputError(f"{path} cannot be loaded ({reason}): give a file of plain tensors, whole") from None
 
 
-def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check_shapes(
+    path: Path,
+    config: ModelConfig,
+    found: Mapping[str, tuple[int, ...]],
+    expected_of: Callable[[ModelConfig], dict[str, tuple[int, ...]]],
+) -> None:
+    layers = {int(number[1]) for key in found if (number := re.search(r"\.(?:h|layers)\.(\d+)\.", key))}
+    if layers and config.n_layer != max(layers) + 1:  # before a list of a million missing ones
+        raise InputError(f"{path} has {max(layers) + 1} layers, the model's sizes {config.n_layer}: give those of one")
+    expected = expected_of(config)
     faults = [f"{key} is missing" for key in expected if key not in found]
     faults += [f"{key} is not of such a model" for key in found if key not in expected]
     faults += [
@@ -217,10 +236,12 @@ def _check_shapes(path: Path, found: Mapping[str, tuple[int, ...]], expected: Ma
         raise InputError(f"{path}: {'; '.join(faults[:3])}{more}: give weights and sizes of one model")
 
 
-def _one_dtype(path: Path, dtype: torch.dtype) -> torch.dtype:
-    if dtype not in DTYPES.values():
-        raise InputError(f"{path} holds {dtype} weights: give float32, bfloat16 or float16 ones")
-    return dtype
+def _one_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
+    """The dtype that holds all tensors exactly."""
+    for key, dtype in dtypes.items():
+        if dtype not in DTYPES.values():
+            raise InputError(f"{path} has {key} in {dtype}: give float32, bfloat16 or float16 weights")
+    return functools.reduce(torch.promote_types, dtypes.values())
 
 
 def _json(path: Path) -> dict[str, Any]:

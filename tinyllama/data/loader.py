@@ -16,21 +16,19 @@ import torch
 from tinyllama import InputError
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
-from tinyllama.ops.cross_entropy import IGNORE_INDEX
 
-_PREFETCHED = 4  # micro-batches ready and waiting; one is read in far less than a step's time
+_PREFETCHED = 4  # reads ready and waiting
+_READ = 64  # samples read and handed over at once, or one micro-batch if that is more: far less than a step's time
 _LOCATED = 8192  # samples of the whole world whose place is computed at once: eight windows, about 2 ms
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank; in pinned memory where there is a GPU to copy it to."""
+    """One micro-batch of one rank, as it was packed; ``on_device`` makes input ids and targets of it."""
 
-    input_ids: torch.Tensor
-    """(B, T) int64"""
-    targets: torch.Tensor
-    """(B, T) int64, the token after each of input_ids"""
+    tokens: torch.Tensor
+    """(B, T + 1) of the datasets' dtype; in pinned memory where there is a GPU to copy it to"""
     samples: np.ndarray
-    """(B,) int64, global sample numbers; -1 in rows that only fill up a validation batch"""
+    """(B,) int64, global sample numbers; -1 in the last rows of a validation batch, where they only fill it up"""
 
 
 class Loader:
@@ -38,8 +36,7 @@ class Loader:
 
     The n-th step from there takes the samples from start_sample + n * global_batch_size on; each rank has its share of
     them in one piece, cut into micro-batches. So what a step trains on is the same for every world size and
-    micro-batch. The sizes must divide. Iterating raises InputError for a token id outside
-    the vocabulary.
+    micro-batch. The sizes must divide. Iterating raises InputError for a token id outside the vocabulary.
     """
 
     def __init__(
@@ -65,7 +62,8 @@ class Loader:
         self._share = np.arange(rank * share, (rank + 1) * share)  # of each step, in samples
         self._start_sample = start_sample
         self._device = torch.cuda.current_device() if torch.cuda.is_available() else None
-        self._ready: queue.Queue[Batch | BaseException] = queue.Queue(_PREFETCHED)
+        self._taken: Iterator[Batch] = iter(())  # what is left of one read
+        self._ready: queue.Queue[Iterator[Batch] | BaseException] = queue.Queue(_PREFETCHED)
         self._closed = threading.Event()
         self._thread = threading.Thread(target=self._work, name="loader", daemon=True)
         self._thread.start()
@@ -74,13 +72,15 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        if self._closed.is_set():
-            raise StopIteration
-        item = self._ready.get()
-        if isinstance(item, BaseException):
-            self.close()
-            raise item
-        return item
+        while not self._closed.is_set():
+            if batch := next(self._taken, None):
+                return batch
+            item = self._ready.get()
+            if isinstance(item, BaseException):
+                self.close()
+                raise item
+            self._taken = item
+        raise StopIteration
 
     def __enter__(self) -> Self:
         return self
@@ -102,23 +102,26 @@ class Loader:
         try:
             if self._device is not None:
                 torch.cuda.set_device(self._device)  # a new thread starts on GPU 0, and pinning would wake that one
-            for batch in self._batches():
-                self._ready.put(batch)
+            for read in self._reads():
+                self._ready.put(read)
                 if self._closed.is_set():
                     return
         except BaseException as error:  # every one, or the consumer would wait for ever
             self._ready.put(error)
 
-    def _batches(self) -> Iterator[Batch]:
+    def _reads(self) -> Iterator[Iterator[Batch]]:
         num_steps = max(1, _LOCATED // self._global_batch_size)
         steps = np.arange(num_steps)[:, None] * self._global_batch_size
+        size = self._micro_batch_size * max(1, _READ // self._micro_batch_size)
         for first in itertools.count(self._start_sample, num_steps * self._global_batch_size):
             samples = (first + steps + self._share).ravel()
             source, _, block = self._mixture.locate(samples)
-            for start in range(0, len(samples), self._micro_batch_size):
-                rows = slice(start, start + self._micro_batch_size)
-                tokens = _read(self._datasets, source[rows], block[rows], self._block_size, self._vocab_size)
-                yield Batch(_tensor(tokens[:, :-1]), _tensor(tokens[:, 1:]), samples[rows])
+            for start in range(0, len(samples), size):
+                rows = slice(start, start + size)
+                tokens = _tensor(_read(self._datasets, source[rows], block[rows], self._block_size, self._vocab_size))
+                micro_batches = range(0, len(tokens), self._micro_batch_size)
+                parts = np.split(samples[rows], micro_batches[1:])
+                yield map(Batch, tokens.split(self._micro_batch_size), parts)
 
 
 def validation_batches(
@@ -156,11 +159,9 @@ def validation_batches(
         index = samples[real] * total // num_samples  # in the concatenation of all datasets' blocks
         source = np.searchsorted(ends, index, side="right")
         block = index - (ends - num_blocks)[source]
-        input_ids = np.zeros((micro_batch_size, block_size), dtype=np.int64)
-        targets = np.full((micro_batch_size, block_size), IGNORE_INDEX)
         tokens = _read(datasets, source, block, block_size, vocab_size)
-        input_ids[real], targets[real] = tokens[:, :-1], tokens[:, 1:]
-        yield Batch(_tensor(input_ids), _tensor(targets), samples)
+        fill = np.zeros((micro_batch_size - len(tokens), block_size + 1), tokens.dtype)
+        yield Batch(_tensor(np.concatenate([tokens, fill])), samples)
 
 
 def _read(
@@ -182,6 +183,6 @@ def _read(
 
 
 def _tensor(tokens: np.ndarray) -> torch.Tensor:
-    """Contiguous int64, widened only here; pinned when there is a GPU, so that it can be copied while that computes."""
-    tensor = torch.from_numpy(tokens.astype(np.int64))
+    """Pinned when there is a GPU, so that it can be copied while that computes."""
+    tensor = torch.from_numpy(tokens)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor

@@ -34,7 +34,7 @@ from tinyllama.data.facts import (
     to_json,
 )
 
-OPEN_FILES = 32  # mapped at a time, however many shards there are
+OPEN_FILES = 32  # at a time, however many shards there are
 # shards that differ in one of these must not be read as one stream
 _AGREED = ("dtype", "vocab_size", "tokenizer_sha256", "encoder", "bos", "eos", "bos_id", "eos_id")
 
@@ -175,7 +175,7 @@ class PackedDataset:
     eos_id: int | None = None
 
     def __post_init__(self) -> None:
-        self._map = functools.lru_cache(maxsize=OPEN_FILES)(self._open_map)
+        self._file = functools.lru_cache(maxsize=OPEN_FILES)(self._open)
 
     @property
     def tokens(self) -> int:
@@ -205,17 +205,23 @@ class PackedDataset:
         return out
 
     def _fill(self, out: np.ndarray, start: int) -> None:
-        while len(out):
-            file = bisect_right(self.ends, start)
-            tokens = self._map(file)
-            piece = tokens[start - self.ends[file] + len(tokens) :][: len(out)]
-            out[: len(piece)] = piece
-            out, start = out[len(piece) :], start + len(piece)
+        """Put the tokens from ``start`` on into ``out``, from as many files as they lie in.
 
-    def _open_map(self, file: int) -> np.ndarray:
-        length = self.ends[file] - (self.ends[file - 1] if file else 0)
-        tokens = np.memmap(self.path / self.files[file], self.dtype, mode="r", offset=self.header, shape=(length,))
-        return np.asarray(tokens)  # a plain view: np.memmap's own slicing costs more than the copy of a block
+        Read, not mapped: memory stays what it is, and a file that shrinks or fails is an error, not a SIGBUS.
+        """
+        while len(out):
+            number = bisect_right(self.ends, start)
+            piece = out[: self.ends[number] - start]
+            file = self._file(number)  # held until it is read, though another thread may push it out of the cache
+            before = self.ends[number - 1] if number else 0
+            place = self.header + (start - before) * self.dtype.itemsize
+            count = os.preadv(file.fileno(), [piece.data], place) // self.dtype.itemsize
+            if not count:
+                raise InputError(f"{file.name} has become shorter since it was opened: prepare the folder again")
+            out, start = out[count:], start + count
+
+    def _open(self, number: int) -> io.FileIO:
+        return io.FileIO(self.path / self.files[number])
 
 
 def open_packed(path: str | Path) -> PackedDataset:

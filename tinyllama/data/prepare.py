@@ -94,10 +94,12 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
                 "run the tasks that make them first"
             )
         todo = []
-    _remove_stale(output, None if task is None else {one.shard for one in mine})
+    stale = None if task is None else {one.shard for one in mine}
+    _remove_stale(output, stale)
     if todo:
         made, bad = _pack_all(todo, recipe, options.workers)
         infos |= made
+        _remove_stale(output, stale)  # of workers that died meanwhile, and were replaced
     if len(bad) > options.skip_bad_files:
         raise InputError(*(bad[shard] for shard in sorted(bad)))
     if task is None:
@@ -181,7 +183,7 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
 
 
 def _remove_stale(output: Path, shards: set[str] | None) -> None:
-    """Remove what a killed run left of these shards (None: of all); those of other tasks may be in use."""
+    """Remove what the killed left of these shards (None: of all); those of other tasks may be in use."""
     for file in output.glob("*.tmp"):
         match = _TMP.fullmatch(file.name)
         if match and (shards is None or match[1] in shards):

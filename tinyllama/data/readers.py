@@ -84,6 +84,8 @@ class Source:
         with file:
             if file.starts_with(_LFS_POINTER):
                 raise self._fault("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
+            if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
+                raise self._fault("has no bytes, which is no compressed file", "download it again")
             if self.path.suffix in (".parquet", ".arrow"):
                 yield from self._rows()
             elif self.path.suffix == ".txt":

@@ -3,7 +3,9 @@
 A source is a folder or a file, local or at any URL that fsspec knows (``s3://``, ``gs://``, ``hf://`` ...).
 """
 
+import fcntl
 import os
+import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -14,6 +16,7 @@ from typing import Any, NoReturn
 from tinyllama import InputError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt")
+_FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
 _DATASETS_STATE = "state.json"  # beside the .arrow files of a dataset that ``datasets`` saved
 
 
@@ -58,8 +61,8 @@ class Input:
         if "://" not in self.path:
             yield Path(self.path)
             return
-        with tempfile.TemporaryDirectory(prefix="prepare-") as folder:
-            local = Path(folder, self.name.rpartition("/")[2])
+        with _folder() as folder:
+            local = folder / self.name.rpartition("/")[2]
             try:
                 fs, path = _filesystem(self.path)
                 fs.get_file(path, str(local))
@@ -139,6 +142,42 @@ def _find_remote(source: str, endings: tuple[str, ...], folders: set[str]) -> It
             raise _nothing(fs.unstrip_protocol(root), endings)
         for path in found:
             yield Input(fs.unstrip_protocol(path), path.removeprefix(f"{top}/"), listed[path]["size"])
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    """A folder of this process in ``$TMPDIR``; those of processes that were killed are removed."""
+    for left in Path(tempfile.gettempdir()).glob(f"{_FETCHED}*"):
+        _remove(left, _hold(left))
+    held = None
+    while held is None:  # None: another process has just taken it for one that was left
+        folder = Path(tempfile.mkdtemp(prefix=_FETCHED))
+        held = _hold(folder)
+    try:
+        yield folder
+    finally:
+        _remove(folder, held)
+
+
+def _hold(folder: Path) -> int | None:
+    """A handle by which no other process can hold ``folder`` until this one dies; None: one does, or it is gone."""
+    try:
+        handle = os.open(folder, os.O_RDONLY)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        os.stat(folder)
+    except OSError:
+        os.close(handle)
+        return None
+    return handle
+
+
+def _remove(folder: Path, held: int | None) -> None:
+    if held is not None:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(held)
 
 
 def _wanted(names: list[str], endings: tuple[str, ...]) -> list[str]:

@@ -1,0 +1,67 @@
+"""Files in the safetensors format, written one tensor at a time."""
+
+import json
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from tinyllama import InputError, __version__, durable
+from tinyllama.convert import layout
+from tinyllama.convert.weights import SAFETENSORS_DTYPES, Weights
+
+NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+
+
+def write(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[Tensor],
+    facts: Mapping[str, str],
+) -> None:
+    """The length of a JSON header, the header, then the bytes of ``tensors``, which are in the order of ``shapes``."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt", **facts}}
+    end = 0
+    for key, shape in shapes.items():
+        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
+        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # the numbers after it lie on multiples of their size
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors:
+            file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+
+
+def export(weights: Weights, file: Path) -> None:
+    """Write all of ``weights`` by our names into ``file``, whole or not at all; one there is replaced.
+
+    Its metadata has step, tokens, our version and the model's sizes as JSON. Raises InputError for a ``file`` that
+    cannot be written, or that is part of what is read.
+    """
+    if weights.path.resolve() in (file.resolve(), *file.resolve().parents):
+        raise InputError(f"{file} is part of {weights.path}, which is to be exported: give another file")
+    config, shapes = weights.config, layout.shapes(weights.config)
+    facts = {"tinyllama": __version__} | {key: str(weights.facts[key]) for key in ("step", "tokens")}
+    facts["model"] = json.dumps(asdict(config))
+    unfinished = None
+    try:
+        if file.is_dir() or not file.name:
+            raise InputError(f"{file} is a folder: give a file, such as model.safetensors in it")
+        file.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = durable.temporary(file)
+        write(unfinished, shapes, weights.dtype, map(weights.read, shapes), facts)
+        durable.sync(unfinished)
+        unfinished.replace(file)
+        durable.sync(file.parent)
+    except OSError as error:
+        raise InputError(
+            f"cannot write {file} ({error.strerror}): give a file in a folder that can be written"
+        ) from None
+    finally:
+        if unfinished is not None:
+            unfinished.unlink(missing_ok=True)
