@@ -5,15 +5,22 @@ python scripts/doctor.py [--out_dir DIR]
 
 from pathlib import Path
 
-from tinyllama import cli, doctor
+from tinyllama import cli
 
 
 def main() -> int:
     """Parse, look, print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where runs will be written (out)")
+    args = parser.parse_args()
+    try:
+        from tinyllama import doctor
+    except Exception as error:
+        print(f"wrong  torch cannot be imported: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+        print("       -> pip install -e ., with a torch for this machine's CUDA, or for its CPU")
+        return 1
     wrong = 0
-    for finding in doctor.examine(parser.parse_args().out_dir):
+    for finding in doctor.examine(args.out_dir):
         wrong += finding.state == doctor.WRONG
         print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
         if finding.remedy:

@@ -153,6 +153,15 @@ def test_what_fails_while_looking_is_a_finding(monkeypatch: pytest.MonkeyPatch, 
     assert len(findings) > 5
 
 
+def test_a_torch_that_cannot_be_imported_is_said_in_a_line(stub: Any) -> None:
+    stub("torch", "2.12", "raise OSError('libcudart.so.13: cannot open shared object file\\nand more')")
+    done = subprocess.run([sys.executable, "scripts/doctor.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    first, remedy = done.stdout.splitlines()
+    assert first == "wrong  torch cannot be imported: OSError: libcudart.so.13: cannot open shared object file"
+    assert remedy.startswith("       -> pip install -e .")
+
+
 def test_the_script_ends_with_what_it_found(stub: Any, tmp_path: Path) -> None:
     stub("wandb", "0.99", "raise ImportError('half installed')")
     command = [sys.executable, "scripts/doctor.py", "--out_dir", tmp_path]

@@ -100,7 +100,6 @@ def packages() -> Iterator[Finding]:
     """What pyproject.toml asks for, where the installed version is another."""
     cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else "CPU only"
     yield Finding(OK, "torch", f"{torch.__version__}, {cuda}")
-    yield Finding(OK, "lightning", importlib.metadata.version("lightning"))
     if torch.cuda.is_available() and shutil.which(os.environ.get("CC", "gcc")) is None:
         yield Finding(WRONG, "compiler", "no C compiler: torch.compile fails", "install gcc, or --train.compile false")
     try:
@@ -122,7 +121,7 @@ def packages() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """Every optional library: its version, and whether a tiny call of it works, all at once in processes of their own.
+    """Every library of LIBRARIES: whether a tiny call of it works, all at once in processes of their own.
 
     A library that was built for another torch may do anything, as far as ending the process that imports it.
     """
@@ -233,7 +232,7 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Library:
-    """A package that is not needed."""
+    """A package to try."""
 
     package: str
     """as pip calls it"""
@@ -254,6 +253,8 @@ if torch.cuda.is_available():
     torch.cuda.synchronize()
 """
 LIBRARIES = (
+    Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
+    Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
     Library("flash-attn", "ops.attention flash_attn", ATTENTION.format(module="flash_attn"), gpu=True),
     Library("flash-attn-4", "ops.attention flash_attn_4", ATTENTION.format(module="flash_attn.cute"), gpu=True),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
