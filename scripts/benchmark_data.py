@@ -266,7 +266,7 @@ def variants(folder: Path, tokenizer: Path) -> Iterator[tuple[str, Callable[...,
         yield name, whole, (folder, tokenizer, folder / f"packed-{workers}", workers)
     yield "loader", load, (folder / "packed-1", False)
     yield "loader, widened on the CPU", load, (folder / "packed-1", True)
-    yield "loader at 234 samples/s", load, (folder / "packed-1", True, 234.0)
+    yield "loader at 234 samples/s", load, (folder / "packed-1", False, 234.0)
 
 
 def main() -> None:
