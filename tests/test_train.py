@@ -360,7 +360,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world, config_file: Path, 
     out = tmp_path / "run"
     said = world(2).train("--config", config_file, "--out_dir", out, "--dry_run")
     assert "ranks 0 1" in said
-    assert "shards   2 ranks share one copy of the weights, 1 copies" in said
+    assert "weights  copies: 1, ranks that share each: 2" in said
     assert "dtypes   master float32, pass float32, reduction float32" in said
     assert "8 samples a step = 2 ranks x 2 x 2, 256 tokens" in said
     assert not out.exists()

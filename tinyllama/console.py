@@ -126,7 +126,7 @@ def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[s
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
         yield "ranks", host
-    yield "shards", f"{shard} ranks share one copy of the weights, {world_size // shard} copies"
+    yield "weights", f"copies: {world_size // shard}, ranks that share each: {shard}"
     yield "dtypes", dtypes
     compiled = args.train.compiles("cuda" if torch.cuda.is_available() else "cpu")
     yield "ops", f"{choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
