@@ -174,7 +174,10 @@ class Checkpointer:
                 shutil.rmtree(_unfinished(final), ignore_errors=True)
             rank = min(error.failures)
             cause = error.failures[rank][0]
-            raise CheckpointError(f"{final} is not saved: rank {rank}: {type(cause).__name__}: {cause}") from error
+            text = f"{final} is not saved: rank {rank}: {type(cause).__name__}: {cause}"
+            if isinstance(cause, RuntimeError):  # torch.save's own, which does not say why it could not write
+                text += " (is the disk full?)"
+            raise CheckpointError(text) from error
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
