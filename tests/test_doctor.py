@@ -162,6 +162,7 @@ def test_a_torch_that_cannot_be_imported_is_said_in_a_line(stub: Any) -> None:
     assert remedy.startswith("       -> pip install -e .")
 
 
+@pytest.mark.slow
 def test_the_script_ends_with_what_it_found(stub: Any, tmp_path: Path) -> None:
     stub("wandb", "0.99", "raise ImportError('half installed')")
     command = [sys.executable, "scripts/doctor.py", "--out_dir", tmp_path]

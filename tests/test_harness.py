@@ -216,6 +216,7 @@ def test_the_command_watches(step_dir, packed_folder, tokenizer_file, script):
     (run / "events.jsonl").unlink()
 
 
+@pytest.mark.slow
 def test_a_live_run_is_watched_to_its_end(packed_folder, tokenizer_file, tmp_path, script, monkeypatch):
     tokenizer = Tokenizer(tokenizer_file)
     documents = [[[*tokenizer.encode(text), 2] for text in SENTENCES * 8]]
@@ -344,6 +345,7 @@ def test_a_tag_or_pattern_gives_the_scores_of_each_of_its_tasks():
     assert [score.task for score in harness._scores(given(), found, "b")] == ["b"]
 
 
+@pytest.mark.slow
 def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks, tmp_path):
     (tmp_path / "empty").mkdir()
     common = (step_dir, "--tokenizer", tokenizer_file)

@@ -17,6 +17,7 @@ from tinyllama.logger import read_metrics
 ROOT = Path(__file__).parents[1]
 
 
+@pytest.mark.slow
 def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: Path) -> None:
     pytest.importorskip("wandb")
     out = tmp_path / "run"

@@ -181,6 +181,7 @@ def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_pa
     assert json.loads((tmp_path / "OWNER.json").read_text()) == OTHER
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None:
     first = start(tmp_path)
     assert verdict(first) == "holds\n"

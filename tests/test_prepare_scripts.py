@@ -99,7 +99,7 @@ def test_killed_and_run_again(slimpajama, undisturbed, tokenizer_file, tmp_path,
     assert files(output) == undisturbed
 
 
-@pytest.mark.parametrize("kills", [4, pytest.param(30, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("kills", [2, pytest.param(30, marks=pytest.mark.slow)])
 def test_killed_at_random_moments(slimpajama, undisturbed, tokenizer_file, tmp_path, kills):
     rng = random.Random(0)
     output = tmp_path / "out"

@@ -173,17 +173,25 @@ LAYOUTS = {
 }
 
 
-def test_the_layout_does_not_change_the_run(world, config_file: Path, tmp_path: Path) -> None:
+QUICK = ["sharded over 2", "replicated over 2"]
+
+
+@pytest.mark.parametrize(
+    "names", [QUICK, pytest.param([name for name in LAYOUTS if name not in QUICK], marks=pytest.mark.slow)]
+)
+def test_the_layout_does_not_change_the_run(world, config_file: Path, tmp_path: Path, names: list[str]) -> None:
     steps = ["--train.max_steps", 50]
     alone = tmp_path / "alone"
     world(1).train("--config", config_file, "--out_dir", alone, *steps)
-    for name, (size, flags) in LAYOUTS.items():
+    for name in names:
+        size, flags = LAYOUTS[name]
         out = tmp_path / name
         world(size).train("--config", config_file, "--out_dir", out, *steps, *flags)
         for loss in ("loss", "val_loss"):
             assert column(out, loss) == pytest.approx(column(alone, loss), abs=2e-6, rel=0), (name, loss)
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_in_any_world(world, config_file: Path, tmp_path: Path) -> None:
     alone = tmp_path / "alone"
     world(1).train("--config", config_file, "--out_dir", alone)
@@ -219,8 +227,14 @@ def test_bf16_computes_in_bf16_and_keeps_the_rest_in_fp32(world, config_file: Pa
 
 @pytest.mark.parametrize(
     ("phase", "step", "asynchronous"),
-    [("1", 1, False), ("7", 7, True), ("validation", 20, False), ("checkpoint", 21, False), ("checkpoint", 21, True)]
-    + [("both", 7, True)],
+    [
+        ("7", 7, True),
+        ("validation", 20, False),
+        ("checkpoint", 21, True),
+        pytest.param("1", 1, False, marks=pytest.mark.slow),
+        pytest.param("checkpoint", 21, False, marks=pytest.mark.slow),
+        pytest.param("both", 7, True, marks=pytest.mark.slow),
+    ],
 )
 def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     world, config_file: Path, tmp_path: Path, phase: str, step: int, asynchronous: bool
@@ -494,6 +508,7 @@ def test_a_token_outside_the_vocabulary_is_found(
     assert "token 9999 at position 100 " in fault
 
 
+@pytest.mark.slow
 def test_plain_python_starts_its_own_ranks(config_file: Path, tmp_path: Path) -> None:
     command = [sys.executable, "pretrain/train.py", "--config", config_file, "--parallel.devices", "2"]
     flags = ["--out_dir", tmp_path / "run", "--train.max_steps", "6", "--train.precision", "bf16"]
@@ -582,6 +597,7 @@ def test_weights_that_do_not_fit_the_run_are_refused(world, config_file: Path, h
     world(1).train(*start, "--model.rope_base", 10000, "--model.rope_condense_ratio", 2, "--train.max_steps", 6)
 
 
+@pytest.mark.slow
 def test_a_run_resumed_inside_a_ramp_sees_what_an_uninterrupted_one_sees(
     world, config: dict[str, Any], tmp_path: Path
 ) -> None:
@@ -611,6 +627,7 @@ def test_a_run_resumed_inside_a_ramp_sees_what_an_uninterrupted_one_sees(
     assert "data.ramp_tokens was 122880 and is 9999" in fault
 
 
+@pytest.mark.slow
 def test_tied_embeddings_train_resume_and_export_alike_in_every_world(
     world, config_file: Path, tmp_path: Path, script: Callable[..., tuple[int, str, str]]
 ) -> None:
