@@ -164,13 +164,10 @@ def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
     def work() -> int:
         with tempfile.TemporaryDirectory(dir=output) as folder:
-            reader = (
-                ParquetReader(str(shard.parent), text_key="content", doc_progress=False)
-                if kind == "starcoder"
-                else JsonlReader(str(shard.parent), compression="zstd")
-            )
+            parquets = functools.partial(ParquetReader, text_key="content", doc_progress=False)
+            reader = parquets if kind == "starcoder" else functools.partial(JsonlReader, compression="zstd")
             steps = [
-                reader,
+                reader(str(shard.parent)),
                 LambdaFilter(wanted),
                 DocumentTokenizer(folder, tokenizer_name_or_path=str(output / "tokenizer.json"), eos_token="</s>"),
             ]
@@ -279,18 +276,19 @@ def main() -> None:
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where the shards go")
     args = parser.parse_args()
     results: dict[str, list[tuple[float, ...]]] = {}
+    args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="benchmark-data-") as name:
         folder = Path(name)
         given = (path.read_text() for path in sorted(args.texts.rglob("*.txt"))) if args.texts else None
-        prose = given or python_texts({".py", ".md", ".rst", ".txt"})
-        write_shards(folder, args.megabytes * 1_000_000, 4, prose)
+        write_shards(folder, args.megabytes * 1_000_000, 4, given or python_texts({".py", ".md", ".rst", ".txt"}))
         (folder / "output").mkdir()
         for _ in range(args.rounds):
             for packed in folder.glob("packed-*"):
                 shutil.rmtree(packed)
             for variant, function, arguments in variants(folder, args.tokenizer):
-                results.setdefault(variant, []).extend(alone(function, arguments))
-    for variant, rounds in ((variant, rounds) for variant, rounds in results.items() if rounds):
+                for result in alone(function, arguments):
+                    results.setdefault(variant, []).append(result)
+    for variant, rounds in results.items():
         count, cpu, wall, set_up, memory = (statistics.median(column) for column in zip(*rounds, strict=True))
         line = {"variant": variant, "count": count, "cpu_s": round(cpu, 2), "wall_s": round(wall, 2)}
         line |= {"per_cpu_s": round(count / cpu), "per_wall_s": round(count / wall), "core": round(cpu / wall, 4)}
