@@ -216,16 +216,18 @@ def test_a_gpu_gets_what_a_cpu_gets(two, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_batches(two):
+    batches_a_round, rounds = 500, 4
     with loader(two) as batches:
         tracemalloc.start()
         held = []
-        for _ in range(4):
-            for _ in range(500):
+        for _ in range(rounds):
+            for _ in range(batches_a_round):
                 next(batches)
             held.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.reset_peak()
         tracemalloc.stop()
-    assert max(held[1:]) < 1.2 * held[0]
+    # The smallest object kept for each batch is 32 bytes with its place in a list; how full the queue is moves a few kB.
+    assert held[-1] - held[0] < 16 * batches_a_round * (rounds - 1), held
 
 
 # validation
