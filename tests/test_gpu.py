@@ -2,25 +2,41 @@
 
 import csv
 import json
+import os
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 
-from tinyllama.config import ModelConfig
+from tinyllama.args import OptimArgs, ParallelArgs, TrainArgs
+from tinyllama.checkpoint import load_weights
+from tinyllama.config import ModelConfig, named_config
+from tinyllama.distributed import parallelize
+from tinyllama.generate import generate
 from tinyllama.model import GPT, OPS, Block, init_weights
 from tinyllama.ops import choice
+from tinyllama.optim import build_optimizer, local_gradients
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda")
 CONFIG = ModelConfig("tiny", block_size=256, vocab_size=512, n_layer=2, n_head=4, n_query_groups=2, n_embd=256)
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+
+
+@pytest.fixture(scope="module")
+def mesh(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dist.DeviceMesh]:
+    store = dist.FileStore(str(tmp_path_factory.mktemp("store") / "store"), 1)
+    dist.init_process_group("nccl", store=store, rank=0, world_size=1, device_id=torch.device("cuda", 0))
+    yield dist.init_device_mesh("cuda", (1,))
+    dist.destroy_process_group()
 
 
 @pytest.fixture
@@ -38,9 +54,11 @@ def train(packed_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., l
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
 
-    def run(name: str, *flags: object) -> list[float]:
-        command = [sys.executable, "pretrain/train.py", "--config", tmp_path / "run.yaml", "--out_dir", tmp_path / name]
-        done = subprocess.run([*map(str, command), *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def run(name: str, *flags: object, script: str = "pretrain/train.py") -> list[float]:
+        command = [sys.executable, script, "--config", tmp_path / "run.yaml", "--out_dir", tmp_path / name]
+        done = subprocess.run([*map(str, command), *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
         with (tmp_path / name / "metrics.csv").open() as file:
             return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
@@ -82,6 +100,17 @@ def test_a_resumed_run_is_the_straight_run(train: Callable[..., list[float]], tm
     assert resumed == pytest.approx(straight[6:], rel=1e-3)
 
 
+def test_with_deterministic_algorithms_a_resumed_run_is_the_straight_one_bit_for_bit(
+    train: Callable[..., list[float]], tmp_path: Path
+) -> None:
+    script = "tests/deterministic_run.py"
+    straight = train("straight", script=script)
+    at = tmp_path / "straight" / "checkpoints" / "step-00000006"
+    assert train("resumed", "--train.resume", at, script=script) == straight[6:]
+    ends = [load_weights(tmp_path / name / "checkpoints" / "step-00000012") for name in ("straight", "resumed")]
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+
 def test_recomputing_changes_memory_not_losses(train: Callable[..., list[float]]) -> None:
     kept = train("kept")
     for what in ("selective", "full"):
@@ -93,3 +122,40 @@ def test_auto_says_what_it_chose(train: Callable[..., list[float]], tmp_path: Pa
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
     assert events[0]["ops"] == choice.resolve({}, GPU, dtype=torch.bfloat16)
     assert events[0]["ops"]["cross_entropy"] == "chunked"
+
+
+def test_a_step_of_the_whole_1_1b_model_is_that_of_the_reference(mesh: dist.DeviceMesh) -> None:
+    config = named_config("tinyllama_1.1b")
+    generator = torch.Generator().manual_seed(0)
+    ids = torch.randint(config.vocab_size, (1, config.block_size + 1), generator=generator).to(GPU)
+
+    def step(ops: dict[str, str], **how: Any) -> list[float]:
+        """Loss, norm of its gradient, and what AdamW's step on it makes of the loss."""
+        with torch.device("meta"):
+            gpt = GPT(config, ops)
+        model = parallelize(gpt, mesh, ParallelArgs(), 1, TrainArgs(**how))
+        optimizer = build_optimizer(model, OptimArgs(lr=1e-4))
+        first = model(ids[:, :-1], ids[:, 1:]) / config.block_size
+        first.backward()
+        norm = torch.nn.utils.get_total_norm(local_gradients(model))
+        optimizer.step()
+        with torch.no_grad():
+            second = model(ids[:, :-1], ids[:, 1:]) / config.block_size
+        return [first.item(), norm.item(), second.item()]
+
+    # with all scores in fp32 the activations of 22 layers would not fit
+    expected = step(OPS | {"attention": "reference"}, precision="fp32", compile=False, activation_checkpointing="full")
+    assert expected[0] == pytest.approx(np.log(config.vocab_size), rel=0.05)
+    assert expected[2] < expected[0]
+    ours = step(choice.resolve({}, GPU, dtype=torch.bfloat16))
+    assert ours[0] == pytest.approx(expected[0], rel=1e-3)
+    assert ours[1:] == pytest.approx(expected[1:], rel=2e-2)
+
+
+def test_greedy_tokens_are_those_of_the_cpu() -> None:
+    model = GPT(CONFIG)
+    init_weights(model, seed=3)
+    prompts = [[5, 17, 80], [9], [300, 2, 3, 4, 5, 6, 7]]
+    expected = generate(model, prompts, 300)
+    assert len({token for tokens in expected for token in tokens}) > 10
+    assert generate(model.to(GPU), prompts, 300) == expected

@@ -52,7 +52,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         schedule = ["--train.max_steps", steps, "--optim.lr=1e-3", "--optim.min_lr=1e-4", "--optim.warmup_steps=20"]
         quiet = ["--log.interval=10", "--checkpoint.interval", steps, "--eval.interval", steps]
         call(
-            script, *SIZES, *data, *schedule, *quiet, "--train.micro_batch_size=16", *flags, "--out_dir", folder / name
+            script, *SIZES, *data, *schedule, *quiet, "--train.micro_batch_size=32", *flags, "--out_dir", folder / name
         )
         with (folder / name / "metrics.csv").open() as file:
             return list(csv.DictReader(file))

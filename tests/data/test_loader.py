@@ -226,7 +226,7 @@ def test_memory_does_not_grow_with_the_batches(two):
             held.append(tracemalloc.get_traced_memory()[1])
             tracemalloc.reset_peak()
         tracemalloc.stop()
-    # The smallest object kept for each batch is 32 bytes with its place in a list; how full the queue is moves a few kB.
+    # The smallest object kept for each batch takes 32 bytes with its place in a list; the queue moves a few kB
     assert held[-1] - held[0] < 16 * batches_a_round * (rounds - 1), held
 
 

@@ -47,7 +47,8 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
     from flash_attn import flash_attn_func
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, nh or G, hs)
-    return flash_attn_func(q, k, v, causal=True).transpose(1, 2)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    return flash_attn_func(q, k, v, causal=True, deterministic=deterministic).transpose(1, 2)
 
 
 def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
@@ -80,7 +81,8 @@ def _flash_attn_4_backward(
 
     # its own would have the strides of q, k and v, which torch.compile may lay out anew
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
-    _flash_attn_bwd(q, k, v, out, gradient, lse, causal=True, dq=dq, dk=dk, dv=dv)
+    deterministic = torch.are_deterministic_algorithms_enabled()
+    _flash_attn_bwd(q, k, v, out, gradient, lse, causal=True, dq=dq, dk=dk, dv=dv, deterministic=deterministic)
     return dq, dk, dv
 
 
