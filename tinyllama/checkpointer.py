@@ -63,15 +63,7 @@ class Checkpointer:
         # the collectives of a save run in a thread of their own and must not mix with those of a training step
         self.group = dist.new_group(backend="gloo")
         self._is_writer = dist.get_rank() == 0
-        cuda = torch.cuda.is_available()
-        self._stager = DefaultStager(
-            StagingOptions(
-                use_pinned_memory=cuda,
-                use_shared_memory=False,
-                use_async_staging=False,  # the next step changes what is copied: save() returns after it
-                use_non_blocking_copy=cuda,
-            )
-        )
+        self._stager = _Stager()
         self._in_flight: tuple[Path, Future] | None = None
         if self._is_writer and folder.is_dir():
             for path in folder.iterdir():
@@ -200,6 +192,23 @@ def _step(path: Path) -> int:
 
 def _unfinished(final: Path) -> Path:
     return final.with_name(f"{final.name}.tmp")
+
+
+class _Stager(DefaultStager):
+    """Copies to memory that is taken once, pinned where there is a GPU; the copies are made when stage() returns."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
+        # never in a thread: the next step changes what is copied
+        how = {"use_shared_memory": False, "use_async_staging": False}
+        super().__init__(StagingOptions(use_pinned_memory=self._cuda, use_non_blocking_copy=self._cuda, **how))
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        # as DefaultStager's, which in torch 2.11 and 2.12 then gives the memory back and cannot be used again
+        staged: dict[str, Any] = self._state_dict_stager.stage(state_dict, non_blocking=self._cuda)
+        if self._cuda:
+            torch.cuda.synchronize()
+        return staged
 
 
 class _Writer(dcp.FileSystemWriter):
