@@ -1,0 +1,129 @@
+"""What only several GPUs can show, over NCCL: `pytest -m gpu` on a machine that has two."""
+
+import csv
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from tinyllama.checkpoint import load_weights
+
+ROOT = Path(__file__).parents[1]
+CONFIG = {
+    "model": {"name": "quickstart", "vocab_size": 512, "n_layer": 2, "n_embd": 256, "intermediate_size": 512},
+    "train": {"max_steps": 12, "global_batch_size": 16, "micro_batch_size": 4, "precision": "fp32", "compile": False},
+    "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2},
+    "checkpoint": {"interval": 3},
+    "log": {"interval": 1},
+}
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")]
+
+Start = Callable[..., "subprocess.Popen[bytes]"]
+
+
+@pytest.fixture
+def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Start:
+    """Start the recipe on so many GPUs, in a session of its own."""
+    rng = np.random.default_rng(0)
+    documents = [[*rng.integers(3, 60, rng.integers(50, 900)).tolist(), 2] for _ in range(400)]
+    data = {"sources": [{"path": str(packed_folder([documents], vocab_size=512))}]}
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "data": data}))
+    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+
+    def run(name: str, gpus: int, *flags: object) -> "subprocess.Popen[bytes]":
+        command = [sys.executable, "pretrain/train.py", "--config", tmp_path / "run.yaml"]
+        command += ["--out_dir", tmp_path / name, "--parallel.devices", gpus, *flags]
+        with (tmp_path / "stderr").open("w") as stderr:  # a file, for a rank that stands still never closes a pipe
+            return subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stderr=stderr, start_new_session=True)
+
+    return run
+
+
+@pytest.fixture
+def alone(start: Start, tmp_path: Path) -> dict[int, float]:
+    """Losses of the run on one GPU."""
+    assert start("alone", 1).wait() == 0
+    return losses(tmp_path / "alone")
+
+
+def losses(out_dir: Path) -> dict[int, float]:
+    with (out_dir / "metrics.csv").open() as file:
+        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        (),
+        ("--parallel.shard", "none"),
+        ("--parallel.reshard_after_forward", "false", "--parallel.sync_every_micro_batch", "true"),
+    ],
+)
+def test_two_gpus_learn_what_one_does(
+    flags: tuple[str, ...], start: Start, alone: dict[int, float], tmp_path: Path
+) -> None:
+    assert start("two", 2, *flags).wait() == 0
+    assert len(alone) == 12
+    assert losses(tmp_path / "two") == pytest.approx(alone, rel=2e-5)
+
+
+@pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
+def test_a_run_goes_on_with_another_number_of_gpus(
+    first: int, then: int, start: Start, alone: dict[int, float], tmp_path: Path
+) -> None:
+    assert start("run", first, "--train.max_time", 0.01).wait() == 75
+    assert max(losses(tmp_path / "run"), default=0) < 12
+    assert start("run", then).wait() == 0
+    assert losses(tmp_path / "run") == pytest.approx(alone, rel=2e-5)
+
+
+# a watchdog that looks every second
+LONG = ["--train.max_steps", 400, "--train.timeout", 10, "--checkpoint.interval", 50]
+
+
+def test_a_signal_to_one_rank_stops_both_and_nothing_is_lost(start: Start, tmp_path: Path) -> None:
+    assert start("straight", 2, *LONG).wait() == 0
+    stopped = start("stopped", 2, *LONG)
+    os.kill(heartbeat(tmp_path / "stopped", rank=1, step=20)["pid"], signal.SIGTERM)
+    assert stopped.wait(60) == 75
+    assert start("stopped", 2, *LONG).wait() == 0
+    assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
+    ends = [load_weights(tmp_path / name / "checkpoints" / "step-00000400") for name in ("straight", "stopped")]
+    assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
+
+
+def test_a_rank_that_stands_still_is_named(start: Start, tmp_path: Path) -> None:
+    run = start("run", 2, *LONG, "--train.max_steps", 100_000)
+    try:
+        os.kill(heartbeat(tmp_path / "run", rank=1, step=20)["pid"], signal.SIGSTOP)
+        assert run.wait(120) == 1
+    finally:
+        os.killpg(run.pid, signal.SIGKILL)
+    said = tmp_path / "run" / "heartbeat"
+    assert "rank 1" in (tmp_path / "stderr").read_text()
+    assert "rank 1" in (said / "verdict.txt").read_text()
+    assert "fit" in (said / "rank-00000.stacks.txt").read_text()
+    assert (said / "nccl_rank_0").stat().st_size > 0
+
+
+def heartbeat(out_dir: Path, rank: int, step: int) -> dict[str, int]:
+    """The heartbeat of ``rank`` when it has done ``step``."""
+    path = out_dir / "heartbeat" / f"rank-{rank:05d}.json"
+    until = time.monotonic() + 120
+    while time.monotonic() < until:
+        if path.exists():
+            beat: dict[str, int] = json.loads(path.read_text())
+            if beat["step"] >= step:
+                return beat
+        time.sleep(0.05)
+    raise AssertionError(f"{path} is not at step {step}")
