@@ -177,14 +177,16 @@ def failing(run: Run, folder: Path, how: str) -> Any:
 def pinned(run: Run, folder: Path) -> bool:
     """Save two steps from the GPU, asynchronously; gives whether all copies were made into pinned memory."""
     run, saver = Run.build("cuda"), make(folder, asynchronous=True)
-    run.save(saver, 3)
-    staged = list(saver._stager._state_dict_stager._cached_storage_mapping.values())
-    run.save(saver, 4)
-    again = list(saver._stager._state_dict_stager._cached_storage_mapping.values())
+    copies = []
+    for step in (3, 4):
+        run.save(saver, step)
+        staged = saver._stager._state_dict_stager._cached_storage_mapping
+        tensors = checkpoint.tensors(run.model, run.optimizer).values()
+        shards = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+        copies.append([staged[shard.untyped_storage()] for shard in shards])
     saver.wait()
-    assert [storage.data_ptr() for storage in staged] == [storage.data_ptr() for storage in again]
-    assert len(staged) == len(checkpoint.tensors(run.model, run.optimizer))
-    return all(storage.is_pinned() for storage in staged if storage.nbytes() > 4)
+    assert [copy.data_ptr() for copy in copies[0]] == [copy.data_ptr() for copy in copies[1]]
+    return all(copy.is_pinned() for copy in copies[0] if copy.nbytes() > 4)
 
 
 def killed(folder: Path, when: int) -> int:

@@ -206,7 +206,8 @@ def _hf_files(path: Path) -> list[Path]:
 def _unpickle(path: Path) -> Any:
     """The content of a file that torch.save wrote; nothing in it is executed."""
     try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+        with torch.sparse.check_sparse_tensor_invariants():  # unasked, torch 2.11 warns that it does not
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
         if "Weights only load failed" in str(error):
