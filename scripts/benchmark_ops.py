@@ -75,9 +75,11 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
         with torch.no_grad():
             forward = microseconds(lambda: call(*inputs))
         weights = torch.randn_like(call(*inputs))
+        wanted = [p for x in inputs for p in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
+        wanted = [p for p in wanted if isinstance(p, Tensor) and p.requires_grad]
 
         def both() -> None:
-            call(*inputs).backward(weights)
+            torch.autograd.grad(call(*inputs), wanted, weights)  # backward() would add to the gradients before
 
         total = microseconds(both)
     except (RuntimeError, AssertionError) as error:  # out of memory, or a shape the kernel is not made for
