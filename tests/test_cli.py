@@ -122,3 +122,9 @@ def test_defects_keep_their_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+def test_ctrl_c_is_a_line_and_what_shells_expect() -> None:
+    code = "import os, signal; from tinyllama import cli; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

@@ -6,6 +6,7 @@ The only file that knows jsonargparse.
 import argparse
 import difflib
 import re
+import signal
 import sys
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,13 +22,19 @@ Config = TypeVar("Config")
 
 
 def run(main: Callable[[], int | None]) -> NoReturn:
-    """Call ``main`` and exit with what it returns (None is 0); an InputError prints its faults and exits 2."""
+    """Call ``main`` and exit with what it returns (None is 0).
+
+    An InputError prints its faults and exits 2; Ctrl-C is a line and 130, as shells have it.
+    """
     try:
         sys.exit(main())
     except InputError as error:
         for fault in error.args:
             print(f"error: {fault}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(128 + signal.SIGINT)
 
 
 class _Parser(argparse.ArgumentParser):
