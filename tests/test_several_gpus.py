@@ -95,7 +95,7 @@ def test_a_signal_to_one_rank_stops_both_and_nothing_is_lost(start: Start, tmp_p
     assert start("straight", 2, *LONG).wait() == 0
     stopped = start("stopped", 2, *LONG)
     os.kill(heartbeat(tmp_path / "stopped", rank=1, step=20)["pid"], signal.SIGTERM)
-    assert stopped.wait(60) == 75
+    assert stopped.wait(300) == 75
     assert start("stopped", 2, *LONG).wait() == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     ends = [load_weights(tmp_path / name / "checkpoints" / "step-00000400") for name in ("straight", "stopped")]
@@ -106,7 +106,7 @@ def test_a_rank_that_stands_still_is_named(start: Start, tmp_path: Path) -> None
     run = start("run", 2, *LONG, "--train.max_steps", 100_000)
     try:
         os.kill(heartbeat(tmp_path / "run", rank=1, step=20)["pid"], signal.SIGSTOP)
-        assert run.wait(120) == 1
+        assert run.wait(300) == 1
     finally:
         os.killpg(run.pid, signal.SIGKILL)
     said = tmp_path / "run" / "heartbeat"
@@ -119,7 +119,7 @@ def test_a_rank_that_stands_still_is_named(start: Start, tmp_path: Path) -> None
 def heartbeat(out_dir: Path, rank: int, step: int) -> dict[str, int]:
     """The heartbeat of ``rank`` when it has done ``step``."""
     path = out_dir / "heartbeat" / f"rank-{rank:05d}.json"
-    until = time.monotonic() + 120
+    until = time.monotonic() + 300
     while time.monotonic() < until:
         if path.exists():
             beat: dict[str, int] = json.loads(path.read_text())

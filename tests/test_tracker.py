@@ -55,7 +55,7 @@ def settled(out_dir: Path, steps: list[tuple[int, float]]) -> list[tuple[int, fl
 
     wandb's finish() may return while its own process still writes.
     """
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while True:
         (found,) = history(out_dir).values()
         if found == steps or time.monotonic() > deadline:

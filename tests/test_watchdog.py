@@ -83,7 +83,7 @@ class World:
 
     def end(self) -> tuple[list[int], str]:
         """Exit codes, and what was said on stderr, once all ranks are gone."""
-        said, errors = self.process.communicate(timeout=30)
+        said, errors = self.process.communicate(timeout=300)
         return [int(word) for word in said.splitlines()[-1].split()], errors
 
 

@@ -38,7 +38,7 @@ class Job:
         words = self.cluster.call("scontrol", "--oneliner", "show", "job", self.number).split()
         return dict(word.split("=", 1) for word in words if "=" in word)
 
-    def until(self, true: Callable[[], bool], seconds: float = 120) -> None:
+    def until(self, true: Callable[[], bool], seconds: float = 300) -> None:
         deadline = time.monotonic() + seconds
         while not true():
             if time.monotonic() > deadline:
@@ -65,7 +65,7 @@ class Job:
             rows = [row for row in csv.DictReader(file) if row["skipped"]]
         return [{name: row[name] for name in ("step", "tokens", "loss", "lr", "grad_norm")} for row in rows]
 
-    def until_requeued(self, restarts: int = 1, seconds: float = 120) -> None:
+    def until_requeued(self, restarts: int = 1, seconds: float = 300) -> None:
         """Return when it runs again, without the two minutes that Slurm would hold it."""
 
         def is_in(*states: str) -> bool:
@@ -78,7 +78,7 @@ class Job:
             self.cluster.call("scontrol", "update", f"JobId={self.number}", "StartTime=now")
         self.until(lambda: is_in("RUNNING"), seconds)
 
-    def end(self, seconds: float = 180) -> tuple[str, str]:
+    def end(self, seconds: float = 600) -> tuple[str, str]:
         """Its state and exit status when it is over and nothing of it is left on the nodes."""
         self.until(lambda: self.facts()["JobState"] not in {"PENDING", "RUNNING", "COMPLETING"}, seconds)
         self.until(lambda: self.cluster.commands() == {"slurmd"}, 30)
@@ -98,7 +98,7 @@ class Cluster:
     def call(self, *command: object) -> str:
         words = [str(word) for word in command]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-        return subprocess.run(words, env=self.env, cwd=ROOT, text=True, timeout=60, check=True, **pipes).stdout
+        return subprocess.run(words, env=self.env, cwd=ROOT, text=True, timeout=300, check=True, **pipes).stdout
 
     def namespace(self, node: str) -> str:
         (name,) = [n for n in (self.folder / "namespaces").read_text().split() if n.endswith(f"-{node}")]
