@@ -16,10 +16,10 @@ import torch
 ROOT = Path(__file__).parents[1]
 TOKENS_PER_STEP = 32 * 2048
 SIZES = ["--model.name", "tinyllama_120m", "--model.vocab_size", 2048, "--train.global_batch_size", 32]
-# The recipe's rate, in small steps. At 1e-3 after 20 steps two runs of one program end 5 % apart (bf16 on an H100), for
-# the backward pass of attention adds in any order, and what so small a difference becomes is no matter of numerics.
-WARMUP = 50
-CALM = ["--optim.lr=4e-4", "--optim.min_lr=4e-5", "--optim.warmup_steps", WARMUP, "--train.global_batch_size=8"]
+# So slow a rate that a run does not multiply small differences: with a warm-up of 50 steps to 4e-4 the gradient's norm
+# jumps, and two fp32 runs of which one starts from weights rounded to bf16 part by 3 % (12 layers, 256 wide).
+WARMUP = 100
+CALM = ["--optim.lr=1e-4", "--optim.min_lr=1e-5", "--optim.warmup_steps", WARMUP, "--train.global_batch_size=8"]
 CALM += ["--train.micro_batch_size=8"]
 REFERENCE = [*CALM, "--train.precision", "fp32", "--train.compile", "false", "--train.micro_batch_size", 4]
 REFERENCE += [f"--ops.{op}=reference" for op in ("attention", "rms_norm", "swiglu", "cross_entropy")]
@@ -76,7 +76,7 @@ def test_bf16_fused_learns_what_fp32_and_upstreams_autocast_do(train: Train) -> 
         "fp32 reference": losses(train("fp32", 200, *REFERENCE)),
         "bf16-mixed by autocast": losses(train("autocast", 200, *REFERENCE, script="tests/autocast_run.py")),
     }
-    assert len(fused) == 15
+    assert len(fused) == 10
     for name, curve in others.items():
         worst = max(abs(fused[step] / loss - 1) for step, loss in curve.items())
         print(f"bf16 fused against {name}: at most {worst:.3%} apart, last losses {fused[200]:.4f} {curve[200]:.4f}")
