@@ -1,8 +1,6 @@
 """What only a GPU can show: `pytest -m gpu` on a machine that has one."""
 
-import csv
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -20,6 +18,7 @@ from tinyllama.checkpoint import load_weights
 from tinyllama.config import ModelConfig, named_config
 from tinyllama.distributed import parallelize
 from tinyllama.generate import generate
+from tinyllama.logger import read_metrics
 from tinyllama.model import GPT, OPS, Block, init_weights
 from tinyllama.ops import choice
 from tinyllama.optim import build_optimizer, local_gradients
@@ -54,14 +53,11 @@ def train(packed_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., l
     }
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
 
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-
     def run(name: str, *flags: object, script: str = "pretrain/train.py") -> list[float]:
         command = [sys.executable, script, "--config", tmp_path / "run.yaml", "--out_dir", tmp_path / name]
-        done = subprocess.run([*map(str, command), *map(str, flags)], cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run([*map(str, command), *map(str, flags)], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-3000:]
-        with (tmp_path / name / "metrics.csv").open() as file:
-            return [float(row["loss"]) for row in csv.DictReader(file) if row["loss"]]
+        return [float(row["loss"]) for row in read_metrics(tmp_path / name / "metrics.csv") if row["loss"]]
 
     return run
 

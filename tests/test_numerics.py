@@ -3,8 +3,6 @@
 Prints, with -s, the largest difference of each pair of runs.
 """
 
-import csv
-import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,6 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
+
+from tinyllama.logger import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TOKENS_PER_STEP = 32 * 2048
@@ -30,8 +30,7 @@ Train = Callable[..., list[dict[str, str]]]
 
 
 def call(*command: object) -> None:
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
-    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, env=env, capture_output=True, text=True)
+    done = subprocess.run([sys.executable, *map(str, command)], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
 
 
@@ -59,8 +58,7 @@ def train(tmp_path_factory: pytest.TempPathFactory) -> Train:
         call(
             script, *SIZES, *data, *schedule, *quiet, "--train.micro_batch_size=32", *flags, "--out_dir", folder / name
         )
-        with (folder / name / "metrics.csv").open() as file:
-            return list(csv.DictReader(file))
+        return read_metrics(folder / name / "metrics.csv")
 
     return run
 

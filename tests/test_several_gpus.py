@@ -1,7 +1,5 @@
 """What only several GPUs can show, over NCCL: `pytest -m gpu` on a machine that has two."""
 
-import csv
-import json
 import os
 import signal
 import subprocess
@@ -16,6 +14,8 @@ import torch
 import yaml
 
 from tinyllama.checkpoint import load_weights
+from tinyllama.logger import read_metrics
+from tinyllama.watchdog import Heartbeat, read
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {
@@ -38,13 +38,12 @@ def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Start:
     documents = [[*rng.integers(3, 60, rng.integers(50, 900)).tolist(), 2] for _ in range(400)]
     data = {"sources": [{"path": str(packed_folder([documents], vocab_size=512))}]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "data": data}))
-    env = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
 
     def run(name: str, gpus: int, *flags: object) -> "subprocess.Popen[bytes]":
         command = [sys.executable, "pretrain/train.py", "--config", tmp_path / "run.yaml"]
         command += ["--out_dir", tmp_path / name, "--parallel.devices", gpus, *flags]
         with (tmp_path / "stderr").open("w") as stderr:  # a file, for a rank that stands still never closes a pipe
-            return subprocess.Popen([*map(str, command)], cwd=ROOT, env=env, stderr=stderr, start_new_session=True)
+            return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=stderr, start_new_session=True)
 
     return run
 
@@ -57,8 +56,8 @@ def alone(start: Start, tmp_path: Path) -> dict[int, float]:
 
 
 def losses(out_dir: Path) -> dict[int, float]:
-    with (out_dir / "metrics.csv").open() as file:
-        return {int(row["step"]): float(row["loss"]) for row in csv.DictReader(file) if row["loss"]}
+    rows = read_metrics(out_dir / "metrics.csv")
+    return {int(row["step"]): float(row["loss"]) for row in rows if row["loss"]}
 
 
 @pytest.mark.parametrize(
@@ -94,7 +93,7 @@ LONG = ["--train.max_steps", 400, "--train.timeout", 10, "--checkpoint.interval"
 def test_a_signal_to_one_rank_stops_both_and_nothing_is_lost(start: Start, tmp_path: Path) -> None:
     assert start("straight", 2, *LONG).wait() == 0
     stopped = start("stopped", 2, *LONG)
-    os.kill(heartbeat(tmp_path / "stopped", rank=1, step=20)["pid"], signal.SIGTERM)
+    os.kill(heartbeat(tmp_path / "stopped", rank=1, step=20).pid, signal.SIGTERM)
     assert stopped.wait(300) == 75
     assert start("stopped", 2, *LONG).wait() == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
@@ -105,7 +104,7 @@ def test_a_signal_to_one_rank_stops_both_and_nothing_is_lost(start: Start, tmp_p
 def test_a_rank_that_stands_still_is_named(start: Start, tmp_path: Path) -> None:
     run = start("run", 2, *LONG, "--train.max_steps", 100_000)
     try:
-        os.kill(heartbeat(tmp_path / "run", rank=1, step=20)["pid"], signal.SIGSTOP)
+        os.kill(heartbeat(tmp_path / "run", rank=1, step=20).pid, signal.SIGSTOP)
         assert run.wait(300) == 1
     finally:
         os.killpg(run.pid, signal.SIGKILL)
@@ -116,14 +115,12 @@ def test_a_rank_that_stands_still_is_named(start: Start, tmp_path: Path) -> None
     assert (said / "nccl_rank_0").stat().st_size > 0
 
 
-def heartbeat(out_dir: Path, rank: int, step: int) -> dict[str, int]:
+def heartbeat(out_dir: Path, rank: int, step: int) -> Heartbeat:
     """The heartbeat of ``rank`` when it has done ``step``."""
-    path = out_dir / "heartbeat" / f"rank-{rank:05d}.json"
     until = time.monotonic() + 300
     while time.monotonic() < until:
-        if path.exists():
-            beat: dict[str, int] = json.loads(path.read_text())
-            if beat["step"] >= step:
+        for beat in read(out_dir / "heartbeat", 2):
+            if beat.rank == rank and beat.step >= step:
                 return beat
         time.sleep(0.05)
-    raise AssertionError(f"{path} is not at step {step}")
+    raise AssertionError(f"rank {rank} of {out_dir} is not at step {step}")

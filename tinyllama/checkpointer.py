@@ -199,9 +199,14 @@ class _Stager(DefaultStager):
 
     def __init__(self) -> None:
         self._cuda = torch.cuda.is_available()
-        # never in a thread: the next step changes what is copied
-        how = {"use_shared_memory": False, "use_async_staging": False}
-        super().__init__(StagingOptions(use_pinned_memory=self._cuda, use_non_blocking_copy=self._cuda, **how))
+        super().__init__(
+            StagingOptions(
+                use_pinned_memory=self._cuda,
+                use_shared_memory=False,
+                use_async_staging=False,  # the next step changes what is copied
+                use_non_blocking_copy=self._cuda,
+            )
+        )
 
     def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         # as DefaultStager's, which in torch 2.11 and 2.12 then gives the memory back and cannot be used again
