@@ -53,10 +53,8 @@ SHAPES = [(1, 1, 1, 1, 8), (2, 8, 2, 7, 16), (1, 3, 3, 130, 32), (2, 32, 4, 65, 
 def usable(operation, backend, device, dtype=torch.bfloat16):
     """The backend's function, or a skip with the reason."""
     found = choice.OPERATIONS[operation][backend]
-    if fault := found.fault(torch.device(device)):
+    if fault := found.fault(torch.device(device), dtype):
         pytest.skip(fault)
-    if backend in {"sdpa_cudnn", "sdpa_flash", "flash_attn", "flash_attn_4"} and dtype == torch.float32:
-        pytest.skip("a kernel of 16 bits")
     return found.call
 
 
@@ -159,7 +157,7 @@ def test_rms_norm_of_bf16_divides_in_fp32():
 @pytest.mark.parametrize("device", ["cpu", gpu])
 @pytest.mark.parametrize("backend", swiglu.BACKENDS)
 def test_swiglu_gates_with_its_first_matrix(backend, device, dtype):
-    call = usable("swiglu", backend, device)
+    call = usable("swiglu", backend, device, dtype)
     x = normal(5, 16, dtype=dtype, device=device)
     matrices = [normal(*shape, dtype=dtype, device=device) for shape in ((24, 16), (24, 16), (16, 24))]
 
@@ -229,6 +227,11 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
     with pytest.raises(InputError, match="flash_attn takes no document mask: choose auto, flex, sdpa, reference"):
         choice.resolve({"attention": "flash_attn"}, CPU, dtype=torch.bfloat16, masked=True)
     assert choice.resolve({}, CPU, dtype=torch.bfloat16, masked=True)["attention"] == "sdpa"
+    with pytest.raises(InputError, match="swiglu xformers does not multiply in float8: choose auto, reference"):
+        choice.resolve({"swiglu": "xformers"}, CPU, dtype=torch.bfloat16, float8=True)
+    half = Backend(call=print, half=True)
+    assert half.fault(CPU, torch.bfloat16) is None
+    assert half.fault(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"
     absent = Backend(call=print, module="no_such_module.inside", package="no-such")
     assert absent.fault(CPU) == "it needs no-such: pip install no-such, or choose another"
 

@@ -158,7 +158,7 @@ class OpsArgs:
     rms_norm: str = "auto"
     """reference or torch"""
     swiglu: str = "auto"
-    """reference or xformers"""
+    """reference, quack (the gate inside the products' kernels) or xformers"""
     cross_entropy: str = "auto"
     """reference, or chunked: without the logits in full"""
 

@@ -24,10 +24,10 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tinyllama import InputError
 from tinyllama.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
-from tinyllama.ops import attention, float8
+from tinyllama.ops import attention, float8, swiglu
 
 # what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
-SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED]
+SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
 
 NO_JOB = ("bash", "interactive")
 """Names of a Slurm job that make Fabric ignore Slurm."""

@@ -252,11 +252,20 @@ if torch.cuda.is_available():
     flash_attn_func(ones, ones, ones, causal=True)
     torch.cuda.synchronize()
 """
+GATED = """
+import torch
+from quack.gemm_interface import gemm_gated
+if torch.cuda.is_available():
+    ones = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
+    gemm_gated(ones, ones, activation="swiglu", tuned=False)
+    torch.cuda.synchronize()
+"""
 LIBRARIES = (
     Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
     Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
     Library("flash-attn", "ops.attention flash_attn", ATTENTION.format(module="flash_attn"), gpu=True),
     Library("flash-attn-4", "ops.attention flash_attn_4", ATTENTION.format(module="flash_attn.cute"), gpu=True),
+    Library("quack-kernels", "ops.swiglu quack", GATED, gpu=True),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
     Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
     Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),

@@ -100,8 +100,8 @@ def activations(args: PretrainArgs, config: ModelConfig) -> float:
     wide = config.intermediate_size
     width = 2 if args.train.precision != "fp32" else 4
     # the stream and its norm, twice; the fused product of q, k and v, which v is a part of, and q and k turned;
-    # attention's output; SwiGLU's two products and what they come to
-    whole = width * (7 * d + 2 * kv + 3 * wide)
+    # attention's output; SwiGLU's two products and, if its backward pass does not make it anew, what they come to
+    whole = width * (7 * d + 2 * kv + (2 if args.ops.swiglu == "quack" else 3) * wide)
     if args.train.compile is False:
         whole += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
     if args.train.activation_checkpointing == "full":

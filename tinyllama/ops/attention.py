@@ -7,6 +7,7 @@ onward. Every backend takes q (B, nh, T, hs), k and v (B, G, T, hs) and what ``d
 
 import functools
 import math
+import warnings
 from typing import Any
 
 import torch
@@ -58,12 +59,18 @@ def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
     return out.transpose(1, 2)
 
 
+@functools.cache
+def _interface() -> Any:
+    from flash_attn.cute import interface
+
+    warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning)  # it is for masks, which nobody gives here
+    return interface
+
+
 @torch.library.custom_op("tinyllama::flash_attn_4", mutates_args=())
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     """Attention (B, T, nh, hs) and the log of each row's softmax sum (B, nh, T) fp32."""
-    from flash_attn.cute.interface import _flash_attn_fwd
-
-    out, lse, *_ = _flash_attn_fwd(q, k, v, causal=True, return_lse=True)
+    out, lse, *_ = _interface()._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
     return out, lse
 
 
@@ -77,12 +84,12 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _flash_attn_4_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    from flash_attn.cute.interface import _flash_attn_bwd
-
     # its own would have the strides of q, k and v, which torch.compile may lay out anew
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
-    _flash_attn_bwd(q, k, v, out, gradient, lse, causal=True, dq=dq, dk=dk, dv=dv, deterministic=deterministic)
+    _interface()._flash_attn_bwd(
+        q, k, v, out, gradient, lse, causal=True, dq=dq, dk=dk, dv=dv, deterministic=deterministic
+    )
     return dq, dk, dv
 
 
@@ -121,14 +128,23 @@ def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
 BACKENDS = {
     "reference": Backend(reference),
     "sdpa": Backend(sdpa),
-    "sdpa_cudnn": Backend(functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), cuda=True, capability=(8, 0)),
-    "sdpa_flash": Backend(functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION), cuda=True, capability=(8, 0)),
+    "sdpa_cudnn": Backend(
+        functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), cuda=True, half=True, capability=(8, 0)
+    ),
+    "sdpa_flash": Backend(
+        functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION), cuda=True, half=True, capability=(8, 0)
+    ),
     "flex": Backend(flex, cuda=True, capability=(8, 0)),
     "flash_attn": Backend(
-        flash_attn, cuda=True, capability=(8, 0), module="flash_attn.flash_attn_interface", package="flash-attn"
+        flash_attn,
+        cuda=True,
+        half=True,
+        capability=(8, 0),
+        module="flash_attn.flash_attn_interface",
+        package="flash-attn",
     ),
     "flash_attn_4": Backend(
-        flash_attn_4, cuda=True, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"
+        flash_attn_4, cuda=True, half=True, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"
     ),
 }
 

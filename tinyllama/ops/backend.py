@@ -16,6 +16,8 @@ class Backend:
     call: Callable[..., Any]
     cuda: bool = False
     """it runs on a GPU only"""
+    half: bool = False
+    """it takes 16-bit numbers only"""
     capability: tuple[int, int] = (0, 0)
     """least compute capability of that GPU"""
     module: str | None = None
@@ -25,12 +27,14 @@ class Backend:
     notes: Callable[[], str | None] = field(default=lambda: None)
     """what a user should know of the installed version"""
 
-    def fault(self, device: torch.device) -> str | None:
-        """Why it cannot run on ``device``, with the remedy; None when it can."""
+    def fault(self, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> str | None:
+        """Why it cannot run on ``device`` with tensors of ``dtype``, with the remedy; None when it can."""
         if self.cuda and device.type != "cuda":
             return "it runs on a CUDA GPU only: choose another, or auto"
         if self.cuda and (found := torch.cuda.get_device_capability(device)) < self.capability:
             return f"it needs compute capability {self.capability}, this GPU has {found}: choose another, or auto"
+        if self.half and dtype.itemsize > 2:
+            return "it computes in 16 bits: choose another, auto, or train.precision bf16"
         if self.module is not None and not _importable(self.module):
             return f"it needs {self.package}: pip install {self.package}, or choose another"
         return None

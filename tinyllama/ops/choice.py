@@ -17,7 +17,8 @@ OPERATIONS: dict[str, dict[str, Backend]] = {
 """Every operation with a choice, and its backends by name, the reference first."""
 
 
-# What auto takes: the first that can run there. The order is that of the measurements in scripts/README.md.
+# What auto takes: the first that can run there. The order is that of the measurements in scripts/README.md; quack's
+# SwiGLU, the fastest on Hopper, is not among them until whole runs with it were compared, as they were with the others.
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "attention": ("sdpa",),
@@ -43,6 +44,9 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
 MASKED = ("flex", "sdpa", "reference")
 """Backends of attention that can keep documents apart, the fastest first."""
 
+FLOAT8 = ("reference",)
+"""Backends of swiglu that leave the products to its modules, which may be float8's."""
+
 
 def family(device: torch.device) -> str:
     """The column of AUTO for ``device``: cpu, ampere (and Ada and older), hopper (and newer)."""
@@ -52,27 +56,38 @@ def family(device: torch.device) -> str:
 
 
 def resolve(
-    wanted: Mapping[str, str], device: torch.device, *, dtype: torch.dtype, masked: bool = False
+    wanted: Mapping[str, str],
+    device: torch.device,
+    *,
+    dtype: torch.dtype,
+    masked: bool = False,
+    float8: bool = False,
 ) -> dict[str, str]:
-    """The backend of each operation by name, for tensors of ``dtype`` on ``device``, with a document mask or without.
+    """The backend of each operation by name, for tensors of ``dtype`` on ``device``.
+
+    ``masked``: with a document mask; ``float8``: with modules that multiply in float8.
 
     ``wanted`` gives a name or ``auto`` for each. Raises InputError with every name that is not known or cannot run.
     """
     chosen: dict[str, str] = {}
     faults = []
-    column = family(device) if dtype != torch.float32 else "cpu"  # the fast kernels compute in 16 bits
+    column = family(device) if dtype != torch.float32 else "cpu"
     for operation, backends in OPERATIONS.items():
         name = wanted.get(operation, "auto")
-        maskable = MASKED if masked and operation == "attention" else tuple(backends)
+        able, lack = tuple(backends), ""
+        if masked and operation == "attention":
+            able, lack = MASKED, "takes no document mask"
+        if float8 and operation == "swiglu":
+            able, lack = FLOAT8, "does not multiply in float8"
         if name == "auto":
-            order = MASKED if maskable is MASKED and column != "cpu" else AUTO[column][operation]
-            usable = (n for n in order if backends[n].fault(device) is None)
+            order = able if lack and column != "cpu" else AUTO[column][operation]
+            usable = (n for n in order if backends[n].fault(device, dtype) is None)
             chosen[operation] = next(usable, next(iter(backends)))
-        elif name in backends and name not in maskable:
-            faults.append(f"ops.{operation} {name} takes no document mask: choose auto, {', '.join(maskable)}")
         elif name not in backends:
             faults.append(f"ops.{operation} {name!r} is not known: choose auto, {', '.join(backends)}")
-        elif fault := backends[name].fault(device):
+        elif name not in able:
+            faults.append(f"ops.{operation} {name} {lack}: choose auto, {', '.join(able)}")
+        elif fault := backends[name].fault(device, dtype):
             faults.append(f"ops.{operation} {name} cannot be used: {fault}")
         else:
             chosen[operation] = name
