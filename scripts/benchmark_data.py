@@ -10,6 +10,7 @@ each document. LitData and datatrove are measured where they are installed; they
 megabyte, so theirs is a shard of a quarter.
 """
 
+import contextlib
 import functools
 import importlib.util
 import json
@@ -34,6 +35,7 @@ from tinyllama import cli
 from tinyllama.data.prepare import Options, _packer, _recipe, prepare
 from tinyllama.data.readers import Source
 from tinyllama.data.sources import Fields, Input, find_inputs
+from tinyllama.data.workers import huge_pages
 
 Work = Callable[[], int]
 
@@ -235,12 +237,13 @@ def measured(pipe: Any, function: Callable[..., Work], arguments: tuple[Any, ...
 def alone(function: Callable[..., Work], arguments: tuple[Any, ...]) -> list[tuple[float, ...]]:
     """``measured`` in a new process; nothing of a peer that fails, which has said why."""
     context = multiprocessing.get_context("spawn")
-    ours, theirs = context.Pipe()
-    process = context.Process(target=measured, args=(theirs, function, arguments))
-    process.start()
-    theirs.close()
+    here, there = context.Pipe()
+    process = context.Process(target=measured, args=(there, function, arguments))
+    with huge_pages() if function is ours else contextlib.nullcontext():  # as a worker has it
+        process.start()
+    there.close()
     try:
-        return [ours.recv()]
+        return [here.recv()]
     except EOFError:
         return []
     finally:
@@ -280,7 +283,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.work, prefix="benchmark-data-") as name:
         folder = Path(name)
         given = (path.read_text() for path in sorted(args.texts.rglob("*.txt"))) if args.texts else None
-        write_shards(folder, args.megabytes * 1_000_000, 4, given or python_texts({".py", ".md", ".rst", ".txt"}))
+        write_shards(folder, args.megabytes * 1_000_000, 8, given or python_texts({".py", ".md", ".rst", ".txt"}))
         (folder / "output").mkdir()
         for _ in range(args.rounds):
             for packed in folder.glob("packed-*"):

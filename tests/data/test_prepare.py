@@ -1,3 +1,4 @@
+import functools
 import json
 import os
 import random
@@ -13,7 +14,8 @@ from tinyllama import InputError, cli
 from tinyllama.data.flags import add_arguments
 from tinyllama.data.packed import open_packed
 from tinyllama.data.prepare import Options, prepare
-from tinyllama.data.sources import ENDINGS, Fields, find_inputs
+from tinyllama.data.sources import ENDINGS, Fields, Input, find_inputs
+from tinyllama.data.workers import over_workers
 from tinyllama.tokenizer import Tokenizer
 
 TEXTS = [
@@ -343,3 +345,15 @@ def test_memory_filesystem(tokenizer_file):
         find_inputs("memory://nowhere", ENDINGS)
     with pytest.raises(InputError, match="nosuch://x: cannot be reached"):
         find_inputs("nosuch://x", ENDINGS)
+
+
+@pytest.mark.parametrize("before", [None, "glibc.malloc.check=1"])
+def test_workers_ask_for_huge_pages_and_leave_the_environment_alone(monkeypatch, before):
+    monkeypatch.delenv("GLIBC_TUNABLES", raising=False)
+    if before:
+        monkeypatch.setenv("GLIBC_TUNABLES", before)
+    one = Input("a", "a", 1)
+    asks = functools.partial(functools.partial, os.getenv)  # a worker of it answers with the variable it is set up with
+    ((_, found),) = over_workers([one], asks, "GLIBC_TUNABLES", 1)
+    assert found == ":".join(filter(None, ("glibc.malloc.hugetlb=1", before)))
+    assert os.environ.get("GLIBC_TUNABLES") == before

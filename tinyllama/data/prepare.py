@@ -28,7 +28,7 @@ from tinyllama.tokenizer import Tokenizer
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 _BAD = ".bad"  # NAME.bad says why an input could not be packed
-_FLUSH = 1 << 20  # tokens written at a time
+_FLUSH = 1 << 16  # tokens written at a time, few enough to stay in a processor's cache
 
 
 @dataclass(frozen=True)

@@ -136,7 +136,7 @@ class Source:
             text = record[text_key]
             if not isinstance(text, str):
                 raise self._fault(f"{where} {text_key!r} is {type(text).__name__}, not a string")
-            if text not in long:
+            if not long or text not in long:  # a text takes time to hash
                 yield self._utf8(text), subset, True
                 continue
             repaired = self.repaired

@@ -50,7 +50,8 @@ def over_workers(
     def hire() -> None:
         ours, theirs = context.Pipe()
         processes[ours] = context.Process(target=_work, args=(theirs, setup, recipe), daemon=True)
-        processes[ours].start()
+        with huge_pages():
+            processes[ours].start()
         theirs.close()
         give(ours)
 
@@ -88,6 +89,22 @@ def over_workers(
         for process in processes.values():
             process.kill()
             process.join()
+
+
+@contextlib.contextmanager
+def huge_pages() -> Iterator[None]:
+    """Processes that start meanwhile ask for memory in pages of 2 MB: the fast encoder finds words in its cache sooner.
+
+    glibc reads the wish at a process's start; where it or the kernel knows no such pages, nothing changes.
+    """
+    before = os.environ.get("GLIBC_TUNABLES")
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (f":{before}" if before else "")
+    try:
+        yield
+    finally:
+        del os.environ["GLIBC_TUNABLES"]
+        if before:
+            os.environ["GLIBC_TUNABLES"] = before
 
 
 def _work(pipe: Connection, setup: Callable[[Any], Work], recipe: Any) -> None:
