@@ -84,9 +84,8 @@ def choose_ops(args: PretrainArgs, datasets: list[PackedDataset]) -> dict[str, s
     for dataset in datasets if args.data.document_mask else []:
         if not dataset.eos:
             raise InputError(f"data.document_mask needs documents that end with eos: prepare {dataset.path} again so")
-    precision = args.train.precision
-    dtype, by_float8 = torch.float32 if precision == "fp32" else torch.bfloat16, precision == "float8"
-    return choice.resolve(asdict(args.ops), device, dtype=dtype, masked=args.data.document_mask, float8=by_float8)
+    masked = args.data.document_mask
+    return choice.resolve(asdict(args.ops), device, precision=args.train.precision, masked=masked)
 
 
 def main(run: Run) -> int:

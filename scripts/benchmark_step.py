@@ -58,8 +58,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": "1"} | settings
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
     config = args.model.resolve()
-    dtype = torch.float32 if args.train.precision == "fp32" else torch.bfloat16
-    ops = choice.resolve(vars(args.ops), DEVICE, dtype=dtype, float8=args.train.precision == "float8")
+    ops = choice.resolve(vars(args.ops), DEVICE, precision=args.train.precision)
     fabric = build_fabric(args.parallel, args.train)
     fabric.launch()
     with torch.device("meta"):

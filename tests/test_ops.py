@@ -211,7 +211,7 @@ def test_the_scale_of_a_loss_is_not_rounded():
 
 
 def test_auto_is_what_runs_anywhere_on_a_cpu():
-    chosen = choice.resolve({}, CPU, dtype=torch.bfloat16)
+    chosen = choice.resolve({}, CPU, precision="bf16")
     assert chosen == {"attention": "sdpa"} | dict.fromkeys(("rms_norm", "swiglu", "cross_entropy"), "reference")
     assert choice.describe(chosen).startswith("attention sdpa, rms_norm reference")
 
@@ -219,16 +219,16 @@ def test_auto_is_what_runs_anywhere_on_a_cpu():
 def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
     wanted = {"attention": "flash_attn_4", "rms_norm": "nope", "swiglu": "auto", "cross_entropy": "chunked"}
     with pytest.raises(InputError) as error:
-        choice.resolve(wanted, CPU, dtype=torch.bfloat16)
+        choice.resolve(wanted, CPU, precision="bf16")
     assert error.value.args == (
         "ops.attention flash_attn_4 cannot be used: it runs on a CUDA GPU only: choose another, or auto",
         "ops.rms_norm 'nope' is not known: choose auto, reference, torch",
     )
     with pytest.raises(InputError, match="flash_attn takes no document mask: choose auto, flex, sdpa, reference"):
-        choice.resolve({"attention": "flash_attn"}, CPU, dtype=torch.bfloat16, masked=True)
-    assert choice.resolve({}, CPU, dtype=torch.bfloat16, masked=True)["attention"] == "sdpa"
+        choice.resolve({"attention": "flash_attn"}, CPU, precision="bf16", masked=True)
+    assert choice.resolve({}, CPU, precision="bf16", masked=True)["attention"] == "sdpa"
     with pytest.raises(InputError, match="swiglu xformers does not multiply in float8: choose auto, reference"):
-        choice.resolve({"swiglu": "xformers"}, CPU, dtype=torch.bfloat16, float8=True)
+        choice.resolve({"swiglu": "xformers"}, CPU, precision="float8")
     half = Backend(call=print, half=True)
     assert half.fault(CPU, torch.bfloat16) is None
     assert half.fault(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"

@@ -167,8 +167,7 @@ def _fault(trial: subprocess.Popen[str]) -> str | None:
 def operations() -> Iterator[Finding]:
     """What each operation resolves to here, and what else could be named."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    chosen = choice.resolve({}, device, dtype=dtype)
+    chosen = choice.resolve({}, device, precision="bf16" if device.type == "cuda" else "fp32")
     for operation, backends in choice.OPERATIONS.items():
         usable = [name for name, backend in backends.items() if backend.fault(device) is None]
         text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
@@ -244,28 +243,24 @@ class Library:
     """of no use without one"""
 
 
-ATTENTION = """
+KERNEL = """
 import torch
-from {module} import flash_attn_func
+from {module} import {name}
 if torch.cuda.is_available():
-    ones = torch.ones(1, 16, 2, 64, device="cuda", dtype=torch.bfloat16)  # (B, T, nh, hs)
-    flash_attn_func(ones, ones, ones, causal=True)
+    ones = torch.ones({shape}, device="cuda", dtype=torch.bfloat16)
+    {name}({arguments})
     torch.cuda.synchronize()
 """
-GATED = """
-import torch
-from quack.gemm_interface import gemm_gated
-if torch.cuda.is_available():
-    ones = torch.ones(16, 16, device="cuda", dtype=torch.bfloat16)
-    gemm_gated(ones, ones, activation="swiglu", tuned=False)
-    torch.cuda.synchronize()
-"""
+ATTENTION = {"name": "flash_attn_func", "shape": "1, 16, 2, 64", "arguments": "ones, ones, ones, causal=True"}
+GATED = {"name": "gemm_gated", "shape": "16, 16", "arguments": 'ones, ones, activation="swiglu", tuned=False'}
 LIBRARIES = (
     Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
     Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
-    Library("flash-attn", "ops.attention flash_attn", ATTENTION.format(module="flash_attn"), gpu=True),
-    Library("flash-attn-4", "ops.attention flash_attn_4", ATTENTION.format(module="flash_attn.cute"), gpu=True),
-    Library("quack-kernels", "ops.swiglu quack", GATED, gpu=True),
+    Library("flash-attn", "ops.attention flash_attn", KERNEL.format(module="flash_attn", **ATTENTION), gpu=True),
+    Library(
+        "flash-attn-4", "ops.attention flash_attn_4", KERNEL.format(module="flash_attn.cute", **ATTENTION), gpu=True
+    ),
+    Library("quack-kernels", "ops.swiglu quack", KERNEL.format(module="quack.gemm_interface", **GATED), gpu=True),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
     Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
     Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),

@@ -102,8 +102,9 @@ def huge_pages() -> Iterator[None]:
     try:
         yield
     finally:
-        del os.environ["GLIBC_TUNABLES"]
-        if before:
+        if before is None:
+            del os.environ["GLIBC_TUNABLES"]
+        else:
             os.environ["GLIBC_TUNABLES"] = before
 
 

@@ -55,29 +55,21 @@ def family(device: torch.device) -> str:
     return "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
 
 
-def resolve(
-    wanted: Mapping[str, str],
-    device: torch.device,
-    *,
-    dtype: torch.dtype,
-    masked: bool = False,
-    float8: bool = False,
-) -> dict[str, str]:
-    """The backend of each operation by name, for tensors of ``dtype`` on ``device``.
-
-    ``masked``: with a document mask; ``float8``: with modules that multiply in float8.
+def resolve(wanted: Mapping[str, str], device: torch.device, *, precision: str, masked: bool = False) -> dict[str, str]:
+    """The backend of each operation by name, for a pass of this train.precision, with a document mask or without.
 
     ``wanted`` gives a name or ``auto`` for each. Raises InputError with every name that is not known or cannot run.
     """
     chosen: dict[str, str] = {}
     faults = []
+    dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     column = family(device) if dtype != torch.float32 else "cpu"
     for operation, backends in OPERATIONS.items():
         name = wanted.get(operation, "auto")
         able, lack = tuple(backends), ""
         if masked and operation == "attention":
             able, lack = MASKED, "takes no document mask"
-        if float8 and operation == "swiglu":
+        if precision == "float8" and operation == "swiglu":
             able, lack = FLOAT8, "does not multiply in float8"
         if name == "auto":
             order = able if lack and column != "cpu" else AUTO[column][operation]
