@@ -20,6 +20,7 @@ from lightning.fabric.wrappers import _FabricOptimizer
 from tinyllama import InputError, checkpoint, cli, durable, evaluate, owner
 from tinyllama.args import PretrainArgs, check
 from tinyllama.checkpointer import Checkpointer, CheckpointError
+from tinyllama.config import ModelConfig
 from tinyllama.console import Row, show_card, start_card
 from tinyllama.convert.start import start_weights
 from tinyllama.convert.weights import copy_into
@@ -63,7 +64,7 @@ def setup(args: PretrainArgs) -> Run:
     fingerprints = [source.fingerprint for source in sources]
     mixture = Mixture(num_blocks, weights, args.data.seed, fingerprints, final_weights, ramp)
     max_steps = total_steps(args, config.block_size, sum(num_blocks))
-    ops = choose_ops(args, [*sources, *validation])
+    ops = choose_ops(args, config, [*sources, *validation])
     resume = checkpoint.to_resume(Path(args.out_dir), args.train.resume)
     run = Run(args, config, sources, validation, mixture, accumulation, max_steps, ops, resume)
     if run.resume is not None:
@@ -76,7 +77,7 @@ def setup(args: PretrainArgs) -> Run:
     return run
 
 
-def choose_ops(args: PretrainArgs, datasets: list[PackedDataset]) -> dict[str, str]:
+def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
     """The backend of each operation on the device that this run will have."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.train.precision == "float8" and (fault := float8.fault(device)):
@@ -85,7 +86,7 @@ def choose_ops(args: PretrainArgs, datasets: list[PackedDataset]) -> dict[str, s
         if not dataset.eos:
             raise InputError(f"data.document_mask needs documents that end with eos: prepare {dataset.path} again so")
     masked = args.data.document_mask
-    return choice.resolve(asdict(args.ops), device, precision=args.train.precision, masked=masked)
+    return choice.resolve(asdict(args.ops), config, device, precision=args.train.precision, masked=masked)
 
 
 def main(run: Run) -> int:

@@ -51,7 +51,7 @@ def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any,
         k, v = (normal(samples, config.n_query_groups, T, config.head_size) for _ in range(2))
         return (q, k, v), 2 * samples * config.n_head * T * T * config.head_size / 1e12, 0
     if operation == "rms_norm":
-        return (normal(samples, T, C), normal(C), config.norm_eps), 0, 2 * N * C * 2 / 1e9
+        return (normal(samples, T, C), normal(C), config.norm_eps, normal(samples, T, C)), 0, 4 * N * C * 2 / 1e9
     if operation == "swiglu":
         linears = [torch.nn.Linear(*sizes, bias=False, device="cuda", dtype=torch.bfloat16) for sizes in ((C, H),) * 2]
         linears.append(torch.nn.Linear(H, C, bias=False, device="cuda", dtype=torch.bfloat16))
@@ -74,7 +74,9 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
         before = torch.cuda.memory_allocated()
         with torch.no_grad():
             forward = microseconds(lambda: call(*inputs))
-        weights = torch.randn_like(call(*inputs))
+        outputs = call(*inputs)
+        weights = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else [outputs])]
+        del outputs
         wanted = [p for x in inputs for p in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
         wanted = [p for p in wanted if isinstance(p, Tensor) and p.requires_grad]
 

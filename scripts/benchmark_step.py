@@ -58,7 +58,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": "1"} | settings
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
     config = args.model.resolve()
-    ops = choice.resolve(vars(args.ops), DEVICE, precision=args.train.precision)
+    ops = choice.resolve(vars(args.ops), config, DEVICE, precision=args.train.precision)
     fabric = build_fabric(args.parallel, args.train)
     fabric.launch()
     with torch.device("meta"):
@@ -218,14 +218,16 @@ def _budget(step: Step, batch: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         _sync()
     spent: Counter[str] = Counter()
     kernels: Counter[str] = Counter()
+    launches: Counter[str] = Counter()
     for event in profiler.key_averages():
         name = event.key
         kind = next((kind for kind, pattern in KINDS.items() if re.search(pattern, name, re.IGNORECASE)), "other")
         spent[kind] += event.self_device_time_total / 1e3
         kernels[name[:90]] += event.self_device_time_total / 1e3
+        launches[name[:90]] += event.count
     spent["wall, profiled"] = (time.perf_counter() - start) * 1e3
     for name, ms in kernels.most_common(25):
-        print(f"{ms:9.2f} ms  {name}", file=sys.stderr)
+        print(f"{ms:9.2f} ms {launches[name]:5} x  {name}", file=sys.stderr)
     return {kind: round(ms, 1) for kind, ms in spent.most_common()}
 
 

@@ -62,8 +62,9 @@ def train(packed_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., l
     return run
 
 
-def test_a_compiled_block_is_the_eager_one() -> None:
-    model = GPT(CONFIG, OPS | {"attention": "sdpa_cudnn"}).to(GPU)
+@pytest.mark.parametrize("wanted", [OPS | {"attention": "sdpa_cudnn"}, {}], ids=["plain", "auto"])
+def test_a_compiled_block_is_the_eager_one(wanted: dict[str, str]) -> None:
+    model = GPT(CONFIG, choice.resolve(wanted, CONFIG, GPU, precision="bf16")).to(GPU)
     init_weights(model, seed=0)
     block: Block = model.transformer["h"][0].bfloat16()
     cos, sin = model.rope_tables(GPU)
@@ -116,7 +117,7 @@ def test_recomputing_changes_memory_not_losses(train: Callable[..., list[float]]
 def test_auto_says_what_it_chose(train: Callable[..., list[float]], tmp_path: Path) -> None:
     train("run", "--train.max_steps", 3)
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
-    assert events[0]["ops"] == choice.resolve({}, GPU, precision="bf16")
+    assert events[0]["ops"] == choice.resolve({}, CONFIG, GPU, precision="bf16")
     assert events[0]["ops"]["cross_entropy"] == "chunked"
 
 
@@ -143,7 +144,7 @@ def test_a_step_of_the_whole_1_1b_model_is_that_of_the_reference(mesh: dist.Devi
     expected = step(OPS | {"attention": "reference"}, precision="fp32", compile=False, activation_checkpointing="full")
     assert expected[0] == pytest.approx(np.log(config.vocab_size), rel=0.05)
     assert expected[2] < expected[0]
-    ours = step(choice.resolve({}, GPU, precision="bf16"))
+    ours = step(choice.resolve({}, config, GPU, precision="bf16"))
     assert ours[0] == pytest.approx(expected[0], rel=1e-3)
     assert ours[1:] == pytest.approx(expected[1:], rel=2e-2)
 

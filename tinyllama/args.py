@@ -156,7 +156,7 @@ class OpsArgs:
     attention: str = "auto"
     """reference, sdpa, sdpa_cudnn, sdpa_flash, flex, flash_attn (FlashAttention-2) or flash_attn_4"""
     rms_norm: str = "auto"
-    """reference or torch"""
+    """reference, torch or quack (the addition before it inside)"""
     swiglu: str = "auto"
     """reference, quack (the gate inside the products' kernels) or xformers"""
     cross_entropy: str = "auto"

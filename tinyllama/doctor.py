@@ -22,6 +22,7 @@ import torch
 from packaging.requirements import Requirement
 
 from tinyllama import InputError, durable
+from tinyllama.config import named_config
 from tinyllama.ops import choice
 from tinyllama.throughput import peak_flops
 
@@ -167,7 +168,8 @@ def _fault(trial: subprocess.Popen[str]) -> str | None:
 def operations() -> Iterator[Finding]:
     """What each operation resolves to here, and what else could be named."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = choice.resolve({}, device, precision="bf16" if device.type == "cuda" else "fp32")
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    chosen = choice.resolve({}, named_config("tinyllama_1.1b"), device, precision=precision)
     for operation, backends in choice.OPERATIONS.items():
         usable = [name for name, backend in backends.items() if backend.fault(device) is None]
         text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
@@ -260,7 +262,7 @@ LIBRARIES = (
     Library(
         "flash-attn-4", "ops.attention flash_attn_4", KERNEL.format(module="flash_attn.cute", **ATTENTION), gpu=True
     ),
-    Library("quack-kernels", "ops.swiglu quack", KERNEL.format(module="quack.gemm_interface", **GATED), gpu=True),
+    Library("quack-kernels", "ops quack", KERNEL.format(module="quack.gemm_interface", **GATED), gpu=True),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
     Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
     Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),

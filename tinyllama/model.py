@@ -80,7 +80,7 @@ class GPT(nn.Module):
         x = self.transformer["wte"](input_ids)  # (B, T, C)
         for block in self.transformer["h"].children():
             x = block(x, cos, sin, mask, *([cache] if cache is not None else []))
-        x = self.transformer["ln_f"](x if cache is None else x[:, -1:])  # (B, T or 1, C)
+        x, _ = self.transformer["ln_f"](x if cache is None else x[:, -1:])  # (B, T or 1, C)
         tied = self.config.tie_embeddings
         weight = cast(Tensor, self.transformer["wte"].weight if tied else self.lm_head.weight)  # (V, C)
         if targets is not None:
@@ -111,8 +111,9 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
         """x (B, T, C), cos and sin (T, hs/2) fp32, mask as the attention's backend takes it -> (B, T, C)."""
-        x = x + self.attn(self.norm_1(x), cos, sin, mask, cache)
-        return x + self.mlp(self.norm_2(x))
+        h, x = self.norm_1(x)
+        h, x = self.norm_2(x, self.attn(h, cos, sin, mask, cache))
+        return x + self.mlp(h)
 
 
 class CausalSelfAttention(nn.Module):
@@ -174,9 +175,9 @@ class RMSNorm(nn.Module):
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., C) -> (..., C)."""
-        return self.normalise(x, self.weight, self.eps)
+    def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """The stream x (..., C) and what is added to it -> the norm of their sum, and the sum, (..., C) each."""
+        return self.normalise(x, self.weight, self.eps, added)
 
 
 def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:

@@ -129,10 +129,10 @@ BACKENDS = {
     "reference": Backend(reference),
     "sdpa": Backend(sdpa),
     "sdpa_cudnn": Backend(
-        functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), cuda=True, half=True, capability=(8, 0)
+        functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), cuda=True, half=True, capability=(8, 0), multiple=8
     ),
     "sdpa_flash": Backend(
-        functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION), cuda=True, half=True, capability=(8, 0)
+        functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION), cuda=True, half=True, capability=(8, 0), multiple=8
     ),
     "flex": Backend(flex, cuda=True, capability=(8, 0)),
     "flash_attn": Backend(
@@ -140,11 +140,18 @@ BACKENDS = {
         cuda=True,
         half=True,
         capability=(8, 0),
+        multiple=8,
         module="flash_attn.flash_attn_interface",
         package="flash-attn",
     ),
     "flash_attn_4": Backend(
-        flash_attn_4, cuda=True, half=True, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"
+        flash_attn_4,
+        cuda=True,
+        half=True,
+        capability=(9, 0),
+        multiple=8,
+        module="flash_attn.cute",
+        package="flash-attn-4",
     ),
 }
 

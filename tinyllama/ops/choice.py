@@ -5,6 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from tinyllama import InputError
+from tinyllama.config import ModelConfig
 from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
 from tinyllama.ops.backend import Backend
 
@@ -17,8 +18,16 @@ OPERATIONS: dict[str, dict[str, Backend]] = {
 """Every operation with a choice, and its backends by name, the reference first."""
 
 
-# What auto takes: the first that can run there. The order is that of the measurements in scripts/README.md; quack's
-# SwiGLU, the fastest on Hopper, is not among them until whole runs with it were compared, as they were with the others.
+SIZES = {
+    "attention": ("head_size",),
+    "rms_norm": ("n_embd",),
+    "swiglu": ("n_embd", "intermediate_size"),
+    "cross_entropy": (),
+}
+"""The sizes of a model that an operation's kernels meet."""
+
+
+# what auto takes: the first that can run there, in the order of the measurements in scripts/README.md
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "attention": ("sdpa",),
@@ -34,8 +43,8 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "hopper": {
         "attention": ("flash_attn_4", "sdpa_cudnn"),
-        "rms_norm": ("reference",),
-        "swiglu": ("reference",),
+        "rms_norm": ("quack", "reference"),
+        "swiglu": ("quack", "reference"),
         "cross_entropy": ("chunked",),
     },
 }
@@ -55,7 +64,9 @@ def family(device: torch.device) -> str:
     return "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
 
 
-def resolve(wanted: Mapping[str, str], device: torch.device, *, precision: str, masked: bool = False) -> dict[str, str]:
+def resolve(
+    wanted: Mapping[str, str], config: ModelConfig, device: torch.device, *, precision: str, masked: bool = False
+) -> dict[str, str]:
     """The backend of each operation by name, for a pass of this train.precision, with a document mask or without.
 
     ``wanted`` gives a name or ``auto`` for each. Raises InputError with every name that is not known or cannot run.
@@ -67,19 +78,20 @@ def resolve(wanted: Mapping[str, str], device: torch.device, *, precision: str, 
     for operation, backends in OPERATIONS.items():
         name = wanted.get(operation, "auto")
         able, lack = tuple(backends), ""
+        sizes = {key: getattr(config, key) for key in SIZES[operation]}
         if masked and operation == "attention":
             able, lack = MASKED, "takes no document mask"
         if precision == "float8" and operation == "swiglu":
             able, lack = FLOAT8, "does not multiply in float8"
         if name == "auto":
             order = able if lack and column != "cpu" else AUTO[column][operation]
-            usable = (n for n in order if backends[n].fault(device, dtype) is None)
+            usable = (n for n in order if backends[n].fault(device, dtype, sizes) is None)
             chosen[operation] = next(usable, next(iter(backends)))
         elif name not in backends:
             faults.append(f"ops.{operation} {name!r} is not known: choose auto, {', '.join(backends)}")
         elif name not in able:
             faults.append(f"ops.{operation} {name} {lack}: choose auto, {', '.join(able)}")
-        elif fault := backends[name].fault(device, dtype):
+        elif fault := backends[name].fault(device, dtype, sizes):
             faults.append(f"ops.{operation} {name} cannot be used: {fault}")
         else:
             chosen[operation] = name
