@@ -37,6 +37,7 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 # what a kernel of this name does; the first that fits counts
 KINDS = {
     "compiled element-wise": r"^triton",
+    "norms": r"RMSNorm",
     "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
     "products": r"gemm|cutlass|nvjet|cublas|s16816|xmma",
     "clip and optimizer": r"adam|multi_tensor|foreach|lpnorm",
