@@ -254,7 +254,10 @@ def test_a_backend_is_left_to_models_of_its_sizes(monkeypatch):
     odd = dataclasses.replace(CONFIG, intermediate_size=5636)
     assert choice.resolve({}, CONFIG, CPU, precision="bf16")["swiglu"] == "eights"
     assert choice.resolve({}, odd, CPU, precision="bf16")["swiglu"] == "reference"
-    with pytest.raises(InputError, match="eights cannot be used: it takes multiples of 8 and model.intermediate_size"):
+    with pytest.raises(
+        InputError,
+        match="eights cannot be used: it takes multiples of 8, the model's intermediate_size is 5636: choose another",
+    ):
         choice.resolve({"swiglu": "eights"}, odd, CPU, precision="bf16")
 
 

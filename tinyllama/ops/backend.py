@@ -45,7 +45,7 @@ class Backend:
             return "it computes in 16 bits: choose another, auto, or train.precision bf16"
         for key, size in sizes.items():
             if size % self.multiple:
-                return f"it takes multiples of {self.multiple} and model.{key} is {size}: choose another, or auto"
+                return f"it takes multiples of {self.multiple}, the model's {key} is {size}: choose another, or auto"
         if self.module is not None and not _importable(self.module):
             return f"it needs {self.package}: pip install {self.package}, or choose another"
         return None
