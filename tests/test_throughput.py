@@ -51,7 +51,10 @@ def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) 
     assert meter.lap() == 100
     now += 1
     meter.step(300)
-    assert meter.lap() == 500 / 3
-    now += 1
+    assert meter.lap() == 300  # the first lap, with the compilation, has gone
+    now += 3
     meter.step(300)
-    assert meter.lap() == 300  # the first lap has left the window
+    assert meter.lap() == 600 / 4
+    now += 1
+    meter.step(900)
+    assert meter.lap() == 1200 / 4  # the second has left the window

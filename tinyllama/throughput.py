@@ -43,10 +43,14 @@ def flops_per_token(config: ModelConfig) -> int:
 
 
 class Meter:
-    """Tokens per second over the last ``window`` laps; a lap is the training steps between two log lines."""
+    """Tokens per second over the last ``window`` laps; a lap is the training steps between two log lines.
+
+    The first lap, in which everything is compiled, counts only until there is another.
+    """
 
     def __init__(self, window: int = 10) -> None:
         self._laps: deque[tuple[int, float]] = deque(maxlen=window)
+        self._cold = True
         self.start()
 
     def start(self) -> None:
@@ -70,6 +74,9 @@ class Meter:
     def lap(self) -> float:
         """End the lap, begin the next, and give the tokens per second of the window."""
         self.pause()
+        if self._cold and self._laps:
+            self._laps.clear()
+            self._cold = False
         self._laps.append((self._tokens, self._seconds))
         self.start()
         return sum(tokens for tokens, _ in self._laps) / sum(seconds for _, seconds in self._laps)
