@@ -141,11 +141,10 @@ def fit(
     settings = cli.dump(run.resolved())
     if fabric.is_global_zero:
         durable.write(run.out_dir / "config.yaml", settings.encode())
-    fresh = f"a new run of the weights of {args.train.init_from}" if args.train.init_from else "a new run"
-    origin = f"resumed from {run.resume}" if run.resume else fresh
-    log.event(
-        "start", f"start    {origin} at step {state.step}", step=state.step, world_size=fabric.world_size, ops=run.ops
-    )
+    said, facts = f"start    {run.origin} at step {state.step}", {"step": state.step, "world_size": fabric.world_size}
+    if changed := run.changed():
+        said += "\nchanged  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
+    log.event("start", said, **facts, ops=run.ops, changed=changed)
     checkpointer = Checkpointer(
         run.out_dir / "checkpoints",
         config=settings,

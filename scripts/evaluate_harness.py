@@ -10,6 +10,7 @@ from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.weights import open_weights
 
 POLL_SECONDS = 30
+MAX_BATCH = 65536  # beyond any GPU's memory
 
 
 def main() -> None:
@@ -30,8 +31,8 @@ def main() -> None:
     for name in left_out:
         print(f"left out: {name}, which runs code that the model writes (--allow_code_execution)")
 
-    if args.batch_size < 1:
-        raise InputError(f"--batch_size is {args.batch_size}: give 1 or more")
+    if not 1 <= args.batch_size <= MAX_BATCH:
+        raise InputError(f"--batch_size is {args.batch_size}: give 1 to {MAX_BATCH:,}")
 
     def score(path: Path) -> None:
         weights = open_weights(path)

@@ -7,11 +7,13 @@ text in 16 is held out for validation. The same Python gives the same bytes; a f
 """
 
 import ast
+import contextlib
 import hashlib
 import io
 import json
 import platform
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -44,6 +46,15 @@ def held_out(text: str) -> bool:
     return hashlib.blake2b(text.encode()).digest()[0] % 16 == 0
 
 
+@contextlib.contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """An error of the disk becomes the user's, with the remedy."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): make room or give another --output") from None
+
+
 def write(folder: Path, shards: list[str], rows: list[dict[str, Any]]) -> None:
     """``rows`` dealt out to the shards of ``folder``, in the format that a shard's ending names."""
     for i, path in enumerate(folder / shard for shard in shards):
@@ -52,8 +63,9 @@ def write(folder: Path, shards: list[str], rows: list[dict[str, Any]]) -> None:
             parquet.write_table(pyarrow.Table.from_pylist(dealt), buffer)
         else:
             buffer.write(zstandard.compress("".join(json.dumps(row) + "\n" for row in dealt).encode()))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        durable.write(path, buffer.getvalue())
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            durable.write(path, buffer.getvalue())
         print(f"{path}: {len(dealt):,} documents")
 
 
@@ -65,12 +77,15 @@ def main() -> None:
     args = parser.parse_args()
     mark = args.output / "corpus.json"
     made_from = json.dumps({"python": platform.python_version(), "library": str(args.library)})
-    if args.output.is_file():
-        raise InputError(f"--output {args.output} is a file: give a folder")
-    if mark.exists() and mark.read_text() == made_from:
+    with writing(args.output):
+        if args.output.is_file():
+            raise InputError(f"--output {args.output} is a file: give a folder")
+        whole = mark.exists() and mark.read_text() == made_from
+        if not whole:
+            mark.unlink(missing_ok=True)
+    if whole:
         print(f"{args.output} is whole")
         return
-    mark.unlink(missing_ok=True)
     from pydoc_data.topics import topics
 
     files = [p for p in sorted(args.library.rglob("*.py")) if not LEFT_OUT & {*p.relative_to(args.library).parts}]
@@ -86,7 +101,8 @@ def main() -> None:
         write(args.output / "slimpajama", HELD_PROSE if held else PROSE, slimpajama)
         starcoder = [{"content": text} for text in code]
         write(args.output / ("starcoder_validation" if held else "starcoder"), HELD_CODE if held else CODE, starcoder)
-    durable.write(mark, made_from.encode())
+    with writing(mark):
+        durable.write(mark, made_from.encode())
 
 
 if __name__ == "__main__":

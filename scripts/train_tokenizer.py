@@ -6,6 +6,7 @@ PATH is a file or folder of raw text as prepare_text.py takes it, KEY the key or
 text), as in raw/starcoder:content. Lines are sampled from all of it. A tokenizer that is there is left as it is.
 """
 
+import os
 from pathlib import Path
 
 from tinyllama import InputError, cli, durable
@@ -20,7 +21,9 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces (32000)")
     args = parser.parse_args()
-    if not args.output.exists():
+    # not Path.exists, which raises for a name that is too long
+    kept = ", which was there and is left as it is" if os.path.exists(args.output) else ""
+    if not kept:
         model = vocabulary.train(args.source, args.vocab_size)
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)
@@ -30,7 +33,7 @@ def main() -> None:
     found = Tokenizer(args.output)
     if found.vocab_size != args.vocab_size:
         raise InputError(f"{args.output} has {found.vocab_size} pieces, not {args.vocab_size}: give another --output")
-    print(f"{args.output}: {found.vocab_size:,} pieces, sha256 {found.sha256[:16]}")
+    print(f"{args.output}: {found.vocab_size:,} pieces, sha256 {found.sha256[:16]}{kept}")
 
 
 if __name__ == "__main__":

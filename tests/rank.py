@@ -11,6 +11,7 @@ import json
 import os
 import signal
 import sys
+import time
 import traceback
 from pathlib import Path
 from typing import Any
@@ -37,17 +38,22 @@ def group_timeout(argv: list[str]) -> float:
     return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
 
 
-def train_signalled(argv: list[str]) -> int:
-    """The recipe, with a SIGUSR1 to the rank ``argv[1]`` in the phase ``argv[0]``; gives its exit code.
+def train_signalled(argv: list[str]) -> int | str:
+    """The recipe, with a signal to rank ``argv[1]`` in the phase ``argv[0]``; gives its exit code, or "interrupted".
 
-    Phases: a step by its number, ``validation``, ``checkpoint``, or ``both``: a step and the save that it leads to.
+    Phases: a step by its number, ``validation``, ``checkpoint``, or ``both``: a step and the save that it leads to;
+    there it is SIGUSR1. ``ctrl-c`` and ``ctrl-c twice`` are SIGINT in step 7.
     """
     phase, rank, *argv = argv
+    number, times = (signal.SIGINT, 2 if phase == "ctrl-c twice" else 1) if "ctrl" in phase else (signal.SIGUSR1, 1)
+    phase = "7" if "ctrl" in phase else phase
     run = recipe.setup(cli.parse(PretrainArgs, argv))
 
     def now() -> None:
         if dist.get_rank() == int(rank):
-            os.kill(os.getpid(), signal.SIGUSR1)
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+                time.sleep(0.02 if times == 2 else 0)
 
     signalled = contextlib.ExitStack()
     if phase.isdecimal() or phase == "both":
@@ -80,8 +86,11 @@ def train_signalled(argv: list[str]) -> int:
         save = recipe.Checkpointer.save
         patched = mock.patch.object(recipe.Checkpointer, "save", lambda *args, **kw: (now(), save(*args, **kw))[1])
         signalled.enter_context(patched)
-    with signalled:
-        return recipe.main(run)
+    with signalled, mock.patch.object(recipe.Preemption, "ONE_PRESS", 0.01):
+        try:
+            return recipe.main(run)
+        except KeyboardInterrupt:
+            return "interrupted"
 
 
 def train_on_a_full_disk(argv: list[str]) -> int:

@@ -51,6 +51,24 @@ def test_all_faults_are_reported_together() -> None:
     assert "optim.min_lr 0.001 is greater than optim.lr 0.0001: lower it" in caught.value.args
 
 
+@pytest.mark.parametrize(
+    ("train", "fault"),
+    [
+        (
+            {"max_steps": 2**63},
+            "train.max_steps is 9223372036854775808: it must be greater than 0, at most 1,000,000,0",
+        ),
+        (
+            {"max_steps": 3, "timeout": 1e30},
+            r"train.timeout is 1e\+30: it must be greater than 0, at most 1,000,000,000",
+        ),
+    ],
+)
+def test_numbers_that_are_slips_of_the_hand(train: dict[str, Any], fault: str) -> None:
+    with pytest.raises(InputError, match=fault):
+        check(run(**train))
+
+
 @pytest.mark.parametrize("train", [{}, {"max_steps": 1, "max_epochs": 1}])
 def test_one_length_must_be_given(train: dict[str, int]) -> None:
     with pytest.raises(InputError, match="one of train.max_steps, train.max_tokens and train.max_epochs must be given"):

@@ -58,6 +58,17 @@ JUNK: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
     "empty settings": ("step-00000009", lambda path: (path / "config.yaml").write_text(""), ""),
     "state.json is a list": ("step-00000009", lambda path: (path / "state.json").write_text("[9]"), ""),
     "state.json is empty": ("step-00000009", lambda path: (path / "state.json").write_text(""), ""),
+    "a position that is none": (
+        "step-00000009",
+        lambda path: (path / "state.json").write_text(json.dumps(checkpoint.read_state(path) | {"samples": 1.5})),
+        "its state.json says samples 1.5",
+    ),
+    "a position before the beginning": (
+        "step-00000009",
+        lambda path: (path / "state.json").write_text(json.dumps(checkpoint.read_state(path) | {"samples": -5})),
+        "its state.json says samples -5",
+    ),
+    "nested without an end": ("step-00000009", lambda path: (path / "state.json").write_text("[" * 100_000), ""),
     "a backup": ("step-00000009.backup", lambda path: None, None),
     "a hidden one": (".step-00000009", lambda path: None, None),
     "not finished": ("step-00000009.tmp", lambda path: None, None),
@@ -82,6 +93,28 @@ def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_pat
         assert said.startswith(f"{tmp_path / name} is no complete checkpoint (")
         assert why in said
     assert checkpoint.resolve(tmp_path) == seven
+
+
+def test_a_step_that_is_not_there_names_those_that_are(saved: Path, tmp_path: Path) -> None:
+    for step in (20, 30):
+        copy(saved, tmp_path / f"step-{step:08d}", step)
+    there = "is not there; the steps of its run that are: step-00000020, step-00000030"
+    with pytest.raises(InputError, match=f"step-00000010 {there}"):
+        checkpoint.resolve(tmp_path / "step-00000010")
+
+
+def test_damaged_tensors_are_one_line(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    file = step_dir / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))  # what a crash can leave: whole, and zeros
+    assert checkpoint.fault(step_dir) is None
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        run = Run.build(sharded=False)
+        with pytest.raises(InputError, match="step-00000007 cannot be read .*: move it out of its folder, and the run"):
+            checkpoint.load(step_dir, run.model, run.optimizer)
+    finally:
+        dist.destroy_process_group()
 
 
 def test_steps_are_ordered_by_number(saved: Path, tmp_path: Path) -> None:

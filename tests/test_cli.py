@@ -67,6 +67,42 @@ def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) ->
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("ops.attention: sdpa", "ops.attention is not nested: write {ops: {attention: ...}}, on two lines if you like"),
+        ("data: {sources: null}", "data.sources is null: give a value, or leave it out for its default"),
+        (
+            "data: {sources: [{path: a, weight: null}]}",
+            "data.sources.weight is null: give a value, or leave it out for its default",
+        ),
+    ],
+)
+def test_yaml_of_another_shape_is_told(text: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert faults("--config", str(path)) == (f"{path}: {fault}",)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("train: {max_steps: 3}\ndata: {}\ntrain: {max_steps: 2}", "the key train is there twice"),
+        ("optim: {lr: 1, lr: 2}", "the key lr is there twice"),
+        ("[" * 3000, "maximum recursion depth exceeded"),
+    ],
+)
+def test_yaml_that_is_none_is_told(text: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    (said,) = faults("--config", str(path))
+    assert said.startswith(f"{path} is not YAML: {fault}")
+
+
+def test_no_arguments_are_all_defaults() -> None:
+    assert parse() == PretrainArgs()
+
+
 def test_wrong_types_name_the_key(tmp_path: Path) -> None:
     assert faults("--model.n_layer", "x") == ("model.n_layer cannot be x: expected int | None",)
     path = tmp_path / "run.yaml"
@@ -108,6 +144,11 @@ def test_print_config_can_be_read_back(tmp_path: Path, yaml_file: str, capsys: p
     [
         ("return 75", 75, ""),
         ("return None", 0, ""),
+        (
+            "open('/proc/version/x')",
+            2,
+            "error: cannot use /proc/version/x (Not a directory): mend that, or give another path\n",
+        ),
         ("raise InputError('a is wrong: mend it', 'b too')", 2, "error: a is wrong: mend it\nerror: b too\n"),
     ],
 )
@@ -122,6 +163,16 @@ def test_defects_keep_their_traceback() -> None:
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 1
     assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("words", [1, 100_000])
+def test_output_that_nobody_reads_is_no_defect(words: int) -> None:
+    code = f"from tinyllama import cli; cli.run(lambda: print('word ' * {words}))"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | true; echo ${PIPESTATUS[0]}', sys.executable, code],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("141\n", "")
 
 
 def test_ctrl_c_is_a_line_and_what_shells_expect() -> None:

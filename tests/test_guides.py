@@ -25,10 +25,12 @@ SMALL = (
 # what stands in a guide, and what is run in its place
 SIZES = [
     (r"^srun --nodes 2 --ntasks-per-node 8 python ", "torchrun --nproc-per-node 2 "),
-    (r"^torchrun --nproc-per-node \d+ ", "torchrun --nproc-per-node 2 "),
+    (r"^torchrun (--nnodes 2 )?--nproc-per-node \d+ (--rdzv\S+ \S+ )*", "torchrun --nproc-per-node 2 "),
+    (r"step-00005000", "step-00000002"),
     (r"^sbatch scripts/slurm/pretrain.sbatch ", "bash -n scripts/slurm/pretrain.sbatch && python pretrain/train.py "),
     (r"^sbatch (scripts/slurm/acceptance.sbatch) .*", r"bash -n \1"),  # tests/slurm runs it
     (r"(pretrain/train\.py .*)", rf"\1 {SMALL}"),
+    (r"(scripts/train_tokenizer\.py .*)", r"\1 --vocab_size 400"),  # there is one, which is left as it is
     (r"(scripts/generate\.py .*)", r"\1 --max_new_tokens 2"),
     (r"scripts/doctor\.py(.*)", r"scripts/doctor.py\1 || [ $? = 1 ]"),  # it may find something
 ]
@@ -76,6 +78,7 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     pq.write_table(pa.table({"content": texts, "max_stars_count": [1] * 40}), python / "train-0.parquet")
     (tmp_path / "my_texts").mkdir()
     (tmp_path / "my_texts" / "mine.txt").write_text("\n".join(texts))
+    shutil.copytree(tmp_path / "my_texts", tmp_path / "my_held_out")
     (tmp_path / "slurm-tinyllama-1.out").write_text("step 4/4  val_loss 5.0\n")
     (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):

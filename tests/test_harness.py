@@ -326,7 +326,16 @@ def test_the_table_shows_the_published_scores_beside():
 def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, tmp_path, script, tokenizer_file):
     copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
     file = tmp_path / "run/eval.csv"
-    for content in (b"a,b\n1,2\n", b"\xff\xff"):
+    header = ",".join(harness.COLUMNS).encode() + b"\n"
+    damaged = [
+        b"4,5,a,b,1,2,3,4",
+        b"4",
+        "²,5,a,b,1,2".encode(),
+        b"4,x,a,b,1,2",
+        b"4,5,a,b,,2",
+        b"4,5,a,b," + b"1" * 200_000,
+    ]
+    for content in (b"a,b\n1,2\n", b"\xff\xff", *(header + row + b"\n" for row in damaged)):
         file.write_bytes(content)
         args = ("--tokenizer", tokenizer_file, "--perplexity", tmp_path / "none")
         code, out, err = script("evaluate_harness", copied, *args)
@@ -348,13 +357,16 @@ def test_a_tag_or_pattern_gives_the_scores_of_each_of_its_tasks():
 @pytest.mark.slow
 def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks, tmp_path):
     (tmp_path / "empty").mkdir()
+    (tmp_path / "one.txt").touch()
     common = (step_dir, "--tokenizer", tokenizer_file)
     for args, fault in [
         (common, "nothing to evaluate"),
         ((*common, "--tasks", "no_such_task"), "lm-eval knows no task no_such_task"),
         ((*common, "--tasks", "humaneval"), "runs code"),
         ((*common, "--perplexity", tmp_path / "none"), str(tmp_path / "none")),
-        ((*common, "--perplexity", tmp_path, "--batch_size", "0"), "--batch_size is 0"),
+        ((*common, "--perplexity", tmp_path, "--batch_size", "0"), "--batch_size is 0: give 1 to 65,536"),
+        ((*common, "--perplexity", tmp_path, "--batch_size", f"{10**30}"), f"--batch_size is {10**30}: give 1"),
+        ((*common, "--perplexity", tmp_path / "one.txt"), f"{tmp_path / 'one.txt'}: not one document"),
         (
             (*common, "--perplexity", tmp_path, "--watch"),
             f"{step_dir} is no run: give the out_dir of one that has begun",

@@ -1,13 +1,17 @@
+import gc
+import json
 import os
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from tinyllama import InputError
+from tinyllama.data import inspection
 from tinyllama.data.inspection import inspect_packed
 from tinyllama.data.packed import ShardWriter, write_manifest
 
@@ -72,7 +76,7 @@ def test_figures(folder):
 def test_verify_names_each_changed_shard(folder):
     path = folder / "b.bin"
     whole = path.read_bytes()
-    path.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    path.write_bytes(bytes([whole[0] ^ 1]) + whole[1:])
     assert inspect_packed(folder)["tokens"] == 9  # only reading all of it can tell
     with pytest.raises(InputError, match=r"b.bin is not what was written, its hash differs: delete b.json and rerun"):
         inspect_packed(folder, verify=True)
@@ -82,14 +86,53 @@ def test_verify_names_each_changed_shard(folder):
     assert [Path(fault.split()[0]).name for fault in error.value.args] == ["a.bin", "b.bin"]
 
 
-@pytest.mark.parametrize("ends", [[3], [3, 5], [4, 3], [[3, 4]], None])
+@pytest.mark.parametrize(
+    "ends", [b"\x93NUMPY broken", b"", b"\x93NUMPY\x01\0\x10\0{(((((((((((((((", b"zip", [3], [3, 5], [4, 3], [[3, 4]]]
+)
 def test_damaged_index(folder, ends):
-    if ends is None:
-        (folder / "a.idx.npy").write_bytes(b"\x93NUMPY broken")
+    if ends == b"zip":
+        np.savez(folder / "a.npz", np.array([3, 4]))
+        (folder / "a.npz").replace(folder / "a.idx.npy")
+    elif isinstance(ends, bytes):
+        (folder / "a.idx.npy").write_bytes(ends)
     else:
         np.save(folder / "a.idx.npy", np.array(ends, dtype=np.uint64))
     with pytest.raises(InputError, match=r"a.idx.npy is missing or does not fit its .bin: delete a.json and rerun"):
         inspect_packed(folder)
+
+
+def test_threads_read_every_index(folder):
+    # what makes Python 3.11's ast fail in threads: a collector that runs Python in the middle of a parse
+    busy = lambda *_: sum(range(200))  # noqa: E731
+    gc.callbacks.append(busy)
+    before, interval = gc.get_threshold(), sys.getswitchinterval()
+    gc.set_threshold(5, 2, 2)
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(8) as threads:
+            shard = {"name": "a", "documents": 2, "tokens": 4}
+            found = list(threads.map(lambda _: inspection._document_ends(folder, shard), range(3000)))
+    finally:
+        gc.set_threshold(*before)
+        sys.setswitchinterval(interval)
+        gc.callbacks.remove(busy)
+    assert all(ends is not None and ends.tolist() == [3, 4] for ends in found)
+
+
+def test_ids_outside_the_vocabulary_name_the_shard(folder):
+    (folder / "b.bin").write_bytes(b"\xff" * 10)
+    with pytest.raises(InputError, match=r"b\.bin holds token id 65535, outside its vocabulary of 100: delete b\.json"):
+        inspect_packed(folder)
+
+
+def test_a_manifest_with_wrong_totals(folder):
+    path = folder / "manifest.json"
+    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"documents": 0}))
+    assert inspect_packed(folder)["mean_document_length"] == 3.0  # its shards' counts are what is checked
+    for subsets in ([], {"C4": 1}):
+        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"subsets": subsets}))
+        with pytest.raises(InputError, match=r"manifest\.json is damaged \(subsets.* wrong type\): rerun"):
+            inspect_packed(folder)
 
 
 def test_shares_and_text(tokenizer_file, tmp_path):

@@ -9,11 +9,12 @@ from typing import Any
 
 import pytest
 
+from tinyllama import InputError
 from tinyllama.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.console import console_line, duration, show_card, start_card
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.logger import COLUMNS, RunLog, source_columns
+from tinyllama.logger import COLUMNS, RunLog, read_metrics, source_columns
 from tinyllama.run import Run
 from tinyllama.state import TrainState
 
@@ -58,6 +59,42 @@ def test_each_step_is_one_row_across_restarts(run: Run) -> None:
     assert (run.out_dir / "metrics.csv").read_text().splitlines()[0] == ",".join([*COLUMNS, "tokens_packed"])
     RunLog(run, None, speaks=True)
     assert rows(run) == []
+
+
+def test_damaged_rows_are_left_out(run: Run) -> None:
+    log = RunLog(run, None, speaks=True)
+    log.row({"step": 1, "tokens": 8, "loss": float("inf"), "val_loss": 7.5})
+    good = (run.out_dir / "metrics.csv").read_text()
+    head, last = good.splitlines()
+    for cells in (
+        *["2,,1,1", "2,16", "2,abc,2" + "," * 8, "2,16,abc,def" + "," * 7, "²,16" + "," * 9, "-2,16" + "," * 9],
+        *["9" * 5000 + ",16" + "," * 9, "2," + "9" * 400 + "," * 9, '2,"' + "9" * 200_000 + '"' + "," * 9],
+        *["2,16" + "," * 10, '2,"16' + "," * 9, "2," + "," * 9, "2,16,1e" + "," * 8, ""],
+    ):
+        (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
+        assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["inf"], cells
+        with RunLog(run, 2, speaks=True) as log:
+            assert rows(run) == [{"step": "1", "tokens": "8", "loss": "inf", "val_loss": "7.5"}]
+            log.end(TrainState(step=2, tokens=16), None)
+    (run.out_dir / "metrics.csv").write_text(f"{head},note\n{last},good\n")  # a column of the user's
+    assert [row["note"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["good"]
+
+
+def test_a_file_that_is_removed_stops_nobody(run: Run) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log.row({"step": 1, "tokens": 8, "loss": 7.0})
+        (run.out_dir / "metrics.csv").unlink()
+        log.row({"step": 1, "tokens": 8, "val_loss": 7.0})
+        log.row({"step": 2, "tokens": 16, "loss": 6.0})
+        log.end(TrainState(step=2, tokens=16), None)
+    assert read_metrics(run.out_dir / "metrics.csv") == []
+
+
+def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:
+    (run.out_dir / "metrics.csv").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^cannot rewrite .*/metrics.csv \(.*\): move it away or make room$"):
+        RunLog(run, 3, speaks=True)
+    assert [path.name for path in run.out_dir.iterdir()] == ["metrics.csv"]
 
 
 def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

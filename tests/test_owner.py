@@ -112,12 +112,17 @@ def test_an_owner_that_is_gone_is_followed(case: str, tmp_path: Path, monkeypatc
     assert list(tmp_path.iterdir()) == []
 
 
-@pytest.mark.parametrize("text", ["", "{", "[1]"])
-def test_a_file_that_is_being_written_is_a_live_owner_for_a_while(text: str, tmp_path: Path) -> None:
+UNREADABLE = [b"", b"{", b"[1]", b"\xff\xfe\0", b"[" * 100_000, json.dumps({"host": HERE}).encode()]
+UNREADABLE += [json.dumps(OTHER | {"host": HERE, "pid": pid}).encode() for pid in ("x", 10**30, -1)]
+UNREADABLE += [json.dumps(OTHER | {"job_id": "5", "restarts": "x"}).encode()]
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "OWNER.json"
-    path.write_text(text)
+    path.write_bytes(content)
     with pytest.raises(InputError, match="belongs to another run .pid . on ."):
-        Owner(tmp_path, None).__enter__()
+        Owner(tmp_path, "5").__enter__()
     beat = path.stat().st_mtime - 70
     os.utime(path, (beat, beat))
     with Owner(tmp_path, None):
@@ -140,6 +145,9 @@ def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path,
         soon(lambda: path.stat().st_mtime > 1)
         path.unlink()
         soon(lambda: path.exists() and path.read_text() == text)
+        path.write_bytes(b"\xff")  # damage is no other run
+        os.utime(path, (1, 1))
+        soon(lambda: path.stat().st_mtime > 1)
 
 
 # a run that from a given time on holds a folder until its stdin ends

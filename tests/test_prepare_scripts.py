@@ -172,6 +172,17 @@ def test_a_worker_killed_twice_is_named_and_the_run_ends(tokenizer_file, tmp_pat
     )
 
 
+def test_a_full_disk_is_one_line_and_ends_the_run(slimpajama, tokenizer_file, tmp_path):
+    output = tmp_path / "out"
+    small = ["prlimit", "--fsize=16384"]  # no file may be larger: stands for a disk that is full
+    args = ("slimpajama", slimpajama, tokenizer_file, output, "--workers", "2")
+    done = subprocess.run([*small, *command(*args)], capture_output=True, text=True, timeout=300, env=environment())
+    assert done.returncode == 2
+    (line,) = done.stderr.splitlines()
+    assert line.startswith(f"error: cannot write {output} (File too large): make room (what is done is kept)")
+    assert list(output.iterdir()) == []
+
+
 def test_tasks_and_finish(slimpajama, undisturbed, tokenizer_file, tmp_path):
     output = tmp_path / "out"
     args = ("slimpajama", slimpajama, tokenizer_file, output)

@@ -133,7 +133,9 @@ def test_a_corpus_that_is_being_replaced_is_not_whole(library, tmp_path):
     shard = tmp_path / "starcoder/python/train-00001-of-00002.parquet"
     shard.unlink()
     shard.mkdir()  # stops the run half-way
-    assert run(library, tmp_path).returncode == 1
+    done = run(library, tmp_path)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: cannot write {shard} (")
     assert not (tmp_path / "corpus.json").exists()
 
 
@@ -141,6 +143,13 @@ def test_an_output_that_is_a_file_is_an_error(library, tmp_path):
     (tmp_path / "file").touch()
     done = run(library, tmp_path / "file")
     assert (done.returncode, done.stderr) == (2, f"error: --output {tmp_path / 'file'} is a file: give a folder\n")
+
+
+@pytest.mark.parametrize("output", ["/proc/x", "x" * 300])
+def test_an_output_that_cannot_be_written_is_an_error(library, output):
+    done = run(library, Path(output))
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: cannot write {output}.* \(.*\): make room or give another --output\n", done.stderr)
 
 
 def test_a_folder_without_sources_is_an_error(tmp_path):

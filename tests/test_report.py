@@ -116,13 +116,17 @@ def test_no_run_is_said_in_a_line(tmp_path: Path, make_run: Callable[..., Path])
     run = make_run("one")
     with pytest.raises(InputError, match=r"nowhere/x.html cannot be written \(No such file or directory\)"):
         report.write([run], tmp_path / "nowhere" / "x.html")
-    with pytest.raises(InputError, match=r"one cannot be written \(Is a directory\): give another --output"):
+    with pytest.raises(
+        InputError, match=r"one cannot be written \(it is there and is not a file\): give another --out"
+    ):
         report.write([run], run)
+    with pytest.raises(InputError, match=r"^\. cannot be written \(.*\): give another --output"):
+        report.write([run], Path(""))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
 @pytest.mark.parametrize(
-    "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n"]
+    "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n", b"step\n1\n"]
 )
 def test_metrics_that_are_none(make_run: Callable[..., Path], content: bytes) -> None:
     run = make_run("one")
@@ -131,7 +135,13 @@ def test_metrics_that_are_none(make_run: Callable[..., Path], content: bytes) ->
         report.read_run(run)
 
 
-@pytest.mark.parametrize("content", [b"model: 3", b"", b"train: [1", b"\xff\xfe\0", b"{n_layr}", b"{x: 1, train: {}}"])
+@pytest.mark.parametrize(
+    "content",
+    [
+        *[b"model: 3", b"", b"train: [1", b"\xff\xfe\0", b"{n_layr}", b"{x: 1, train: {}}", b"[" * 3000],
+        b"{train: {global_batch_size: .inf}, model: {block_size: 3}}",
+    ],
+)
 def test_a_config_that_is_none(make_run: Callable[..., Path], content: bytes) -> None:
     run = make_run("one")
     config = (run / "config.yaml").read_bytes()
@@ -145,9 +155,15 @@ def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callab
     before = report.read_run(run)
     with (run / "events.jsonl").open("ab") as file:
         file.write(b'\n[1]\n"x"\n{"event": 3, "time": "x"}\n{"event": "start", "time": 1, "step": "x"}\n\xff\xfe\n')
+        for time, step in (("NaN", "1"), ("1e400", "1"), ("1", "Infinity"), ("1", "9" * 4000), ("1", "-1")):
+            file.write(f'{{"event": "done", "time": {time}, "step": {step}}}\n'.encode())
+        file.write(b"[" * 100_000 + b"\n")
     with (run / "eval.csv").open("ab") as file:
-        file.write(b"\xff\n7,8\n")
+        file.write(b'\xff\n7,8\n7,8,a,acc,nan\n7,1e400,a,acc,1\n7,8,"' + b"a" * 200_000 + b'",acc,1\n7,8,a,acc,1,2\n')
     assert report.read_run(run) == before
+    (run / "events.jsonl").unlink()
+    (run / "events.jsonl").mkdir()
+    assert report.read_run(run)["events"] == []
 
 
 def test_nothing_in_the_data_ends_the_script(make_run: Callable[..., Path], tmp_path: Path) -> None:

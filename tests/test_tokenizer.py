@@ -199,9 +199,32 @@ def test_specials_come_from_tokenizer_config(tmp_path):
     config.write_text(json.dumps({"eos_token": "<|nowhere|>"}))
     with pytest.raises(InputError, match="eos_token '<|nowhere|>' is not in tokenizer.json"):
         Tokenizer(path)
-    config.write_text("{")
-    with pytest.raises(InputError, match=r"tokenizer_config.json is not JSON"):
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("{", "is not JSON"),
+        ("[" * 100_000, "is not JSON"),
+        (None, r"is not JSON \(.*Is a directory"),
+        ("null", "is not a JSON object: repair or remove"),
+        ('"text"', "is not a JSON object: repair or remove"),
+        ('{"eos_token": {"x": 1}}', r"eos_token {'x': 1} is not in tokenizer.json"),
+        ('{"eos_token": ["a"]}', r"eos_token \['a'\] is not in tokenizer.json"),
+    ],
+)
+def test_a_tokenizer_config_that_is_none(tmp_path, content, message):
+    path = write_hf_json(train(tmp_path / "other.model"), tmp_path / "tokenizer.json")
+    config = tmp_path / "tokenizer_config.json"
+    config.mkdir() if content is None else config.write_text(content)
+    with pytest.raises(InputError, match=rf"tokenizer_config.json:? {message}"):
         Tokenizer(path)
+
+
+def test_a_vocabulary_without_pieces(tmp_path):
+    tokenizers.Tokenizer(models.BPE()).save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(InputError, match=r"tokenizer.json is not a tokenizer.json with a vocabulary: fetch it whole"):
+        Tokenizer(tmp_path)
 
 
 def test_added_tokens_beyond_the_model_count_in_the_vocabulary(tmp_path):

@@ -233,6 +233,7 @@ def test_bf16_computes_in_bf16_and_keeps_the_rest_in_fp32(world, config_file: Pa
         ("checkpoint", 21, True),
         pytest.param("1", 1, False, marks=pytest.mark.slow),
         pytest.param("checkpoint", 21, False, marks=pytest.mark.slow),
+        ("ctrl-c", 7, True),
         pytest.param("both", 7, True, marks=pytest.mark.slow),
     ],
 )
@@ -245,11 +246,34 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     answers = world(2)("train_signalled", phase, 1, "--config", config_file, "--out_dir", stopped, *flags)
     assert [answer["result"] for answer in answers] == [75, 75]
     assert metrics(stopped)[-1]["step"] == str(step)
-    assert f"stopped by SIGUSR1 at step {step}; the same command goes on from there" in answers[0]["said"]
+    by = "SIGINT" if phase == "ctrl-c" else "SIGUSR1"
+    assert f"stopped by {by} at step {step}; the same command goes on from there" in answers[0]["said"]
     assert (stopped / "checkpoints" / f"step-{step:08d}" / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert column(stopped, name) == column(straight, name), name
+
+
+def test_a_second_ctrl_c_stops_at_once(world, config_file: Path, tmp_path: Path) -> None:
+    (answer,) = world(1)("train_signalled", "ctrl-c twice", 0, "--config", config_file, "--out_dir", tmp_path / "run")
+    assert answer["result"] == "interrupted"
+    assert not list((tmp_path / "run").glob("checkpoints/*"))
+
+
+def test_settings_that_a_resumed_run_changes_are_told(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out]
+    world(1)("train_signalled", "7", 0, *flags)
+    answers = world(1)("train", *flags, "--optim.weight_decay", 0.3, "--log.interval", 5)
+    said = answers[0]["said"].splitlines()
+    assert f"start    resumed from {out}/checkpoints/step-00000007" in said
+    assert f"start    resumed from {out}/checkpoints/step-00000007 at step 7" in said
+    changes = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"start"' in line]
+    assert [event["changed"] for event in changes] == [
+        {},
+        {"optim.weight_decay": [0.1, 0.3], "log.interval": [1, 5]},
+    ]
+    assert "changed  optim.weight_decay 0.1 -> 0.3, log.interval 1 -> 5" in said
 
 
 def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Path, tmp_path: Path) -> None:

@@ -129,7 +129,9 @@ def test_more_lines_than_the_most_are_sampled(raw, monkeypatch):
 def test_a_tokenizer_that_is_there_is_left_alone(raw, trained):
     before = trained.read_bytes(), trained.stat().st_mtime_ns
     again = run(raw, trained, 380)
-    assert (again.returncode, again.stdout) == (0, f"{trained}: 380 pieces, sha256 {Tokenizer(trained).sha256[:16]}\n")
+    sha256 = Tokenizer(trained).sha256[:16]
+    assert again.returncode == 0
+    assert again.stdout == f"{trained}: 380 pieces, sha256 {sha256}, which was there and is left as it is\n"
     other = run(raw, trained, 300)
     assert other.returncode == 2
     assert other.stderr == f"error: {trained} has 380 pieces, not 300: give another --output\n"
@@ -142,12 +144,25 @@ def test_an_output_that_cannot_be_written_is_an_error(raw, trained):
     assert done.stderr.startswith(f"error: {trained}/tokenizer.model cannot be written (")
 
 
+def test_a_key_that_is_not_there_is_an_error(raw, tmp_path):
+    done = run([f"{raw[0]}:nope"], tmp_path / "tokenizer.model", 380)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: .*line 1: no key 'nope', only .*: name the one .*train_tokenizer.py PATH:KEY.*\n", done.stderr
+    )
+
+
 @pytest.mark.parametrize(
     ("vocab_size", "says"),
-    [(20_000, "too high .* <= "), (100, "smaller than required_chars"), (-1, "give a larger one")],
+    [
+        (20_000, "too high .* <= "),
+        (100, "smaller than required_chars"),
+        (-1, "give a larger one"),
+        (2**31, "give one below 2"),
+    ],
 )
 def test_a_vocabulary_that_the_text_cannot_fill_is_an_error(raw, tmp_path, vocab_size, says):
     done = run(raw, tmp_path / "tokenizer.model", vocab_size)
     assert done.returncode == 2
-    assert re.fullmatch(rf"error: --vocab_size {vocab_size} cannot be trained .*{says}.*\n", done.stderr)
+    assert re.fullmatch(rf"error: --vocab_size {vocab_size} cannot be trained.*{says}.*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []

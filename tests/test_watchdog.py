@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from tinyllama import watchdog
+from tinyllama import InputError, watchdog
 from tinyllama.watchdog import Watchdog
 
 # the ranks of a world are forked, so that torch is imported once
@@ -247,6 +247,17 @@ def test_files_of_an_earlier_world_go_and_a_failed_loop_says_so(tmp_path: Path) 
         loop()
     assert {path.name for path in folder.iterdir()} == {"rank-00000.json", "rank-00001.json", "notes.txt"}
     assert (heartbeat(tmp_path)["phase"], heartbeat(tmp_path)["step"]) == ("failed", 4)
+
+
+@pytest.mark.parametrize("name", ["heartbeat", "heartbeat/rank-00000.json"])
+def test_what_is_in_the_way_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "heartbeat":
+        path.touch()
+    else:
+        path.mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"^cannot write or remove {path} \(.*\): move it away$"):
+        Watchdog(tmp_path, rank=0, world_size=1, first_timeout=60, timeout=60).__enter__()
 
 
 @pytest.mark.parametrize(

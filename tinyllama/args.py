@@ -260,7 +260,7 @@ def check(args: PretrainArgs) -> ModelConfig:
         faults.append('data.sources is empty: give at least one packed folder, --data.sources \'[{"path": "DIR"}]\'')
     for source in args.data.sources:
         ends = (source.weight, source.weight if source.final_weight is None else source.final_weight)
-        if not (min(ends) >= 0 and 0 < max(ends) < math.inf):
+        if not (all(0 <= weight < math.inf for weight in ends) and max(ends) > 0):
             faults.append(f"data.sources: {source.path} has weight {ends[0]}, at last {ends[1]}: one must be above 0")
     if (args.data.ramp_tokens is None) != all(source.final_weight is None for source in args.data.sources):
         faults.append("data.ramp_tokens and a final_weight of a source belong together: give both or neither")
@@ -274,8 +274,9 @@ def check(args: PretrainArgs) -> ModelConfig:
         faults.append(f"one of train.max_steps, train.max_tokens and train.max_epochs must be given; given: {what}")
     for key in POSITIVE:
         value = attrgetter(key)(args)
-        if isinstance(value, int | float) and not 0 < value < math.inf:
-            faults.append(f"{key} is {value}: it must be greater than 0")
+        most = 10**9 if key.endswith(("time", "timeout")) else 10**15
+        if isinstance(value, int | float) and not 0 < value <= most:
+            faults.append(f"{key} is {value}: it must be greater than 0" + (f", at most {most:,}" if value > 0 else ""))
     for name in ("min_lr", "weight_decay", "warmup_steps"):
         if not getattr(args.optim, name) >= 0:
             faults.append(f"optim.{name} is {getattr(args.optim, name)}: it must not be negative")

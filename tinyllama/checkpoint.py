@@ -49,7 +49,8 @@ METADATA_CLASSES = {
 
 def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them, and give the numbers."""
-    dcp.load(tensors(model, optimizer), storage_reader=_Reader(step_dir))
+    remedy = "move it out of its folder, and the run goes on from the step before"
+    _load(tensors(model, optimizer), _Reader(step_dir), remedy)
     saved = read_state(step_dir)
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
 
@@ -98,6 +99,9 @@ def resolve(path: str | Path) -> Path:
         if why := fault(path):
             raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
         return path
+    if re.fullmatch(r"step-\d+", path.name) and path.parent.is_dir():
+        there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
+        raise InputError(f"{path} is not there; the steps of its run that are: {there}")
     step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
     if step_dir is None:
         raise InputError(
@@ -113,8 +117,9 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
     """
     stopped = out_dir / "STOPPED"
     if stopped.exists():
+        why = stopped.read_text(errors="replace").strip()
         raise InputError(
-            f"{stopped} says why this run ended: {stopped.read_text().strip()}; to go on, delete the file, and give "
+            f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
             "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
         )
     latest, passed_over = newest(out_dir / "checkpoints")
@@ -174,6 +179,10 @@ def fault(step_dir: Path) -> str | None:
         metadata = _Reader(step_dir).read_metadata()
         if saved["step"] != int(step_dir.name.removeprefix("step-")):
             return f"its state.json is of step {saved['step']}"
+        for field in fields(TrainState):
+            number = saved.get(field.name, field.default)
+            if field.name != "recent" and not (type(number) is int and -1 <= number < 2**62):
+                return f"its state.json says {field.name} {number!r}"
         for entry in metadata.storage_data.values():
             file = step_dir / entry.relative_path
             if not file.is_file() or file.stat().st_size < entry.offset + entry.length:
@@ -182,7 +191,7 @@ def fault(step_dir: Path) -> str | None:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or step_dir).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return " ".join(str(error).split())
     return None
 
@@ -209,12 +218,16 @@ def _read(reader: "_Reader", weights: dict[str, TensorStorageMetadata]) -> dict[
     full = {f"model.{name}": torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in weights.items()}
     with warnings.catch_warnings():  # it warns that there is no process group, which is what we want
         warnings.simplefilter("ignore", UserWarning)
-        try:
-            dcp.load(full, storage_reader=reader, no_dist=True)
-        except CheckpointException as error:  # no Exception, and its text is a trace
-            cause = str(error.failures[0][0]).partition(". ")[0].partition("\n")[0]
-            raise InputError(f"{reader.path} cannot be read ({cause}): give another step of its run") from error
+        _load(full, reader, "give another step of its run", no_dist=True)
     return {name.removeprefix("model."): tensor for name, tensor in full.items()}
+
+
+def _load(named: dict[str, torch.Tensor], reader: "_Reader", remedy: str, no_dist: bool = False) -> None:
+    try:
+        dcp.load(named, storage_reader=reader, no_dist=no_dist)
+    except CheckpointException as error:  # no Exception, and its text is a trace
+        cause = str(next(iter(error.failures.values()))[0]).partition(". ")[0].partition("\n")[0]
+        raise InputError(f"{reader.path} cannot be read ({cause}): {remedy}") from error
 
 
 class _Unpickler(pickle.Unpickler):

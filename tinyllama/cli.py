@@ -5,7 +5,11 @@ The only file that knows jsonargparse.
 
 import argparse
 import difflib
+import errno
+import itertools
+import os
 import re
+import select
 import signal
 import sys
 import typing
@@ -21,13 +25,23 @@ from tinyllama import InputError
 Config = TypeVar("Config")
 
 
+# what another path, or the same with more room or rights, would not say
+UNUSABLE = {
+    *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),
+    *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
+}
+
+
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit with what it returns (None is 0).
 
-    An InputError prints its faults and exits 2; Ctrl-C is a line and 130, as shells have it.
+    An InputError prints its faults and exits 2, and so does a path that cannot be used, where nobody has said it
+    better. Ctrl-C is a line and 130, and output that nobody reads any more 141, as shells have it.
     """
     try:
-        sys.exit(main())
+        code = main()
+        sys.stdout.flush()
+        sys.exit(code)
     except InputError as error:
         for fault in error.args:
             print(f"error: {fault}", file=sys.stderr)
@@ -35,6 +49,20 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
+    except BrokenPipeError:
+        poll = select.poll()
+        poll.register(sys.stdout.fileno(), 0)
+        if not any(events & select.POLLERR for _, events in poll.poll(0)):
+            raise
+        # it was stdout, which `head` has closed, and what is left in its buffer would fail at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(128 + signal.SIGPIPE)
+    except OSError as error:
+        if error.errno not in UNUSABLE:
+            raise
+        path = error.filename or "a file that was being written"
+        print(f"error: cannot use {path} ({error.strerror}): mend that, or give another path", file=sys.stderr)
+        sys.exit(2)
 
 
 class _Parser(argparse.ArgumentParser):
@@ -126,15 +154,26 @@ def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> 
             faults.append(f"unknown flag --{key}; {_nearest(key, keys)}")
     for file in files:
         try:
-            content = yaml.safe_load(Path(file).read_text())
+            content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
         except (OSError, UnicodeDecodeError) as error:
             reason = error.strerror if isinstance(error, OSError) else "it is not text"
             raise InputError(f"cannot read the config {file}: {reason}; give --config a YAML file") from error
-        except yaml.YAMLError as error:
+        except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
         faults += [f"{file}: {fault}" for fault in _faults(content, cls, keys)]
     if faults:
         raise InputError(*faults)
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuses what YAML forbids and PyYAML lets pass: a key twice, of which the second would hide the first."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _ in node.value]
+        for key in keys:
+            if keys.count(key) > 1:
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _faults(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
@@ -145,10 +184,15 @@ def _faults(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") 
     kinds = typing.get_type_hints(cls)
     for name, value in content.items():
         kind = kinds.get(name)
-        if kind is None:
+        if kind is None and f"{prefix}{name}" in keys:
+            group, _, key = str(name).rpartition(".")
+            yield f"{prefix}{name} is not nested: write {{{group}: {{{key}: ...}}}}, on two lines if you like"
+        elif kind is None:
             yield f"unknown key {prefix}{name}; {_nearest(f'{prefix}{name}', keys)}"
         elif is_dataclass(kind):
             yield from _faults(value, kind, keys, f"{prefix}{name}.")  # type: ignore[arg-type]
+        elif value is None and type(None) not in typing.get_args(kind):
+            yield f"{prefix}{name} is null: give a value, or leave it out for its default"
         elif typing.get_origin(kind) is list and isinstance(value, list):
             for item in value:
                 yield from _faults(item, typing.get_args(kind)[0], keys, f"{prefix}{name}.")
@@ -167,8 +211,7 @@ def _given_true(argv: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
     """``argv`` with a value for each flag that is one by its name alone: ``--dry_run`` is ``--dry_run=true``."""
     switches = {f"--{key}" for key, kind in keys.items() if kind is bool}
     bare = [
-        word in switches and (not after or after.startswith("--"))
-        for word, after in zip(argv, [*argv[1:], ""], strict=True)
+        word in switches and (not after or after.startswith("--")) for word, after in itertools.pairwise([*argv, ""])
     ]
     return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
@@ -183,6 +226,7 @@ def _one_line(message: str, keys: Mapping[str, Any]) -> str:
         return f"{key[1]} cannot be {value[1]}: expected {expected}"
     message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
     message = re.sub(r"<class '(\w+)'>", r"\1", message)
+    message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
     return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
 
 

@@ -123,12 +123,16 @@ def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[s
     """What is about to happen."""
     args, steps = run.args, run.max_steps
     samples = steps * args.train.global_batch_size
+    yield "start", run.origin
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
         yield "ranks", host
     yield "weights", f"copies: {world_size // shard}, ranks that share each: {shard}"
     yield "dtypes", dtypes
-    compiled = args.train.compiles("cuda" if torch.cuda.is_available() else "cpu")
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and args.train.precision != "fp32":
+        yield "slow", "bf16 is made for GPUs; on a CPU --train.precision fp32 can be ten times as fast"
+    compiled = args.train.compiles(device)
     yield "ops", f"{choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
     yield (
         "batch",
@@ -201,9 +205,9 @@ def mean_speed(rows: list[dict[str, Any]]) -> float:
     """Tokens per second of training over all ``rows`` that tell a speed, each weighed by its tokens."""
     tokens, seconds, before = 0.0, 0.0, 0
     for row in rows:
-        if row.get("tokens_per_second"):
+        if (speed := float(row.get("tokens_per_second") or 0)) > 0:
             done = int(row["tokens"]) - before
-            tokens, seconds = tokens + done, seconds + done / float(row["tokens_per_second"])
+            tokens, seconds = tokens + done, seconds + done / speed
         before = int(row["tokens"])
     return tokens / seconds if seconds else 0.0
 

@@ -199,21 +199,31 @@ def rank_map() -> list[str]:
 class Preemption:
     """A stop that every rank agrees on, whichever of them the signal reached or whose time is over.
 
-    Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit.
+    Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit. A second Ctrl-C is
+    a KeyboardInterrupt.
     """
 
     MAX_TIME, FAILED_SAVE = 0x100, 0x101  # above every signal's number
     NAMES = {MAX_TIME: "train.max_time", FAILED_SAVE: "checkpoint.on_failure"}
+    ONE_PRESS = 2.0  # seconds; a terminal sends SIGINT to all, and torchrun hands it on
 
     def __init__(self, max_time: float | None = None) -> None:
         self._asked = 0
         self._until = float("inf") if max_time is None else time.monotonic() + max_time
+        self._interrupted = float("inf")
+        self._speaks = dist.get_rank() == 0
         # on the CPU, so that asking does not wait for the GPU
         self._group = dist.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
             signal.signal(number, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if time.monotonic() > self._interrupted + self.ONE_PRESS:
+                raise KeyboardInterrupt
+            if self._interrupted == float("inf") and self._speaks:
+                os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
+            self._interrupted = min(self._interrupted, time.monotonic())
         self._asked = number
 
     def ask(self, number: int) -> None:

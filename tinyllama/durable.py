@@ -1,5 +1,6 @@
 """Files that appear whole or not at all, and are still there after a power cut."""
 
+import errno
 import os
 import secrets
 from pathlib import Path
@@ -12,6 +13,8 @@ def temporary(path: Path) -> Path:
 
 def write(path: Path, payload: bytes) -> None:
     """Put ``payload`` into ``path``: a reader finds what was there before, or all of this."""
+    if path.exists() and not path.is_file():  # root could replace a device
+        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
     unfinished = temporary(path)
     try:
         unfinished.write_bytes(payload)

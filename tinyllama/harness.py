@@ -176,13 +176,23 @@ def csv_of(weights: Weights) -> Path:
 
 def read_scores(path: Path) -> list[dict[str, str]]:
     """The rows of an eval.csv; [] when there is none yet. Raises InputError for a file that is something else."""
+    rows = []
+    reason = f"its first line is not {','.join(COLUMNS)}"
     try:
-        rows = csv.DictReader(io.StringIO(path.read_text() if path.exists() else ""))
-        if rows.fieldnames in (None, COLUMNS):
-            return list(rows)
-        reason = f"its first line is not {','.join(COLUMNS)}"
-    except (OSError, ValueError, csv.Error) as error:
+        lines = csv.reader(io.StringIO(path.read_text("utf-8") if path.exists() else ""))
+        if next(lines, COLUMNS) == COLUMNS:
+            for cells in filter(None, lines):
+                reason = f"its line {lines.line_num} is no row of {','.join(COLUMNS)}"
+                row = dict(zip(COLUMNS, cells, strict=True))
+                for name in ("step", "tokens"):
+                    int(row[name] or 0)
+                float(row["value"])
+                rows.append(row)
+            return rows
+    except (OSError, csv.Error) as error:
         reason = str(error)
+    except ValueError:  # of bytes that are no text, cells that are no numbers or one too many
+        pass
     raise InputError(f"{path} is no table of scores ({reason}): move it away")
 
 
@@ -202,7 +212,7 @@ def evaluated_steps(path: Path, names: Collection[str]) -> set[int]:
     """The steps that an eval.csv has scores of, for each task or dataset of ``names``."""
     found: dict[int, set[str]] = {}
     for row in read_scores(path):
-        if row["step"].isdigit():
+        if row["step"]:
             found.setdefault(int(row["step"]), set()).add(row["task"])
     return {step for step, tasks in found.items() if tasks.issuperset(names)}
 
@@ -218,7 +228,7 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     seen = evaluated_steps(run / "eval.csv", names)
     while True:
         over = _is_over(run)  # looked up before the steps, so that the last one is not missed
-        steps = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdigit()}
+        steps = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()}
         for step in sorted(steps.keys() - seen):
             if checkpoint.fault(steps[step]) is None:
                 seen.add(step)
@@ -232,8 +242,8 @@ def _is_over(run: Path) -> bool:
     if (run / "STOPPED").exists():
         return True
     try:
-        return json.loads((run / "events.jsonl").read_text().splitlines()[-1])["event"] == "done"
-    except (OSError, ValueError, IndexError, KeyError):  # not begun, or the line is being written
+        return json.loads((run / "events.jsonl").read_text("utf-8").splitlines()[-1])["event"] == "done"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not begun, or the line is being written
         return False
 
 
@@ -243,7 +253,7 @@ def published() -> list[dict[str, str]]:
     Only what a source confirmed that can be read again. So of the paper's tables (arXiv:2401.02385, 2 and 3) these are
     left out: OPT-1.3B, and the problem-solving scores of Pythia-1.4B and of TinyLlama's last step.
     """
-    text = importlib.resources.files("tinyllama").joinpath("published_scores.csv").read_text()
+    text = importlib.resources.files("tinyllama").joinpath("published_scores.csv").read_text("utf-8")
     return list(csv.DictReader(io.StringIO(text)))
 
 

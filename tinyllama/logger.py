@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from tinyllama import durable
+from tinyllama import InputError, durable
 from tinyllama.console import Console, Row, closing_card, console_line, show_card
 from tinyllama.guard import Verdict
 from tinyllama.run import Run
@@ -44,7 +44,10 @@ class RunLog:
     """Rank 0's words; the other ranks have one that says nothing. Use it as a context, which ends what it began."""
 
     def __init__(self, run: Run, step: int | None, speaks: bool) -> None:
-        """Go on after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run."""
+        """Go on after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
+
+        Raises InputError when metrics.csv cannot be read or written.
+        """
         self._run = run
         self._speaks = speaks
         self._seconds = {"training": 0.0, "validation": 0.0, "checkpoints": 0.0}
@@ -53,18 +56,21 @@ class RunLog:
             return
         self._began = time.perf_counter()
         self._console = Console(run.max_steps, step or 0)
-        run.out_dir.mkdir(parents=True, exist_ok=True)
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
         self._sources = source_columns([source.path for source in run.args.data.sources])
         self._columns = [*COLUMNS, *self._sources]
-        rows = [] if step is None else [row for row in read_metrics(self._metrics) if int(row["step"]) <= step]
-        text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
-        writer.writeheader()
-        writer.writerows(rows[:-1])
-        self._last_at = len(text.getvalue().encode())
-        writer.writerows(rows[-1:])
-        durable.write(self._metrics, text.getvalue().encode())  # with the last row: a kill from here on loses none
+        try:
+            run.out_dir.mkdir(parents=True, exist_ok=True)
+            rows = [] if step is None else [row for row in read_metrics(self._metrics) if int(row["step"]) <= step]
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows[:-1])
+            self._last_at = len(text.getvalue().encode())
+            writer.writerows(rows[-1:])
+            durable.write(self._metrics, text.getvalue().encode())  # with the last row: a kill from here on loses none
+        except OSError as error:
+            raise InputError(f"cannot rewrite {self._metrics} ({error.strerror}): move it away or make room") from None
         self._last: dict[str, Any] = rows[-1] if rows else {}
         losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
         self._best = min(losses, default=float("inf"))
@@ -160,30 +166,60 @@ class RunLog:
     def event(self, name: str, text: str, **facts: Any) -> None:
         """Append an event with its facts to events.jsonl, and show ``text``."""
         if self._speaks:
-            with contextlib.suppress(OSError), self._events.open("a") as file:  # it is shown all the same
+            # what cannot be written is shown all the same
+            with contextlib.suppress(OSError), self._events.open("a", encoding="utf-8") as file:
                 file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
             self._console.line(text, name)
 
     def _append(self, row: dict[str, Any]) -> None:
-        if self._last and int(self._last["step"]) == int(row["step"]):
+        again = bool(self._last) and int(self._last["step"]) == int(row["step"])
+        if again:
             row = self._last | row
-            os.truncate(self._metrics, self._last_at)
         elif self._last and self._tracker:
             self._tracker.send(self._last)  # nothing will be added to it any more
-        end = self._metrics.stat().st_size
-        try:
-            with self._metrics.open("a", newline="") as file:
-                csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
-            self._last_at, self._last = end, row
-        except OSError:  # a full disk is for the checkpoint to report, and may pass; the console has the row
+        with contextlib.suppress(OSError):  # somebody has removed the file; the console has the row
+            end = self._last_at if again else self._metrics.stat().st_size
             os.truncate(self._metrics, end)
+            try:
+                with self._metrics.open("a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+                self._last_at, self._last = end, row
+            except OSError:  # a full disk is for the checkpoint to report, and may pass
+                os.truncate(self._metrics, end)
 
 
 def read_metrics(file: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv, but for one that is, or was when killed, being written; [] if there is no file."""
-    text = file.read_text(errors="replace") if file.is_file() else ""
-    whole = text[: text.rfind("\n") + 1].splitlines()
-    return [row for row in csv.DictReader(whole) if (row.get("step") or "").isdecimal()]
+    """The rows of a metrics.csv; [] if there is no file.
+
+    A row that is, or was when killed, being written is left out, and so is one that was damaged.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return [row for row in whole_rows(text[: text.rfind("\n") + 1]) if _is_of_a_step(row)]
+
+
+def whole_rows(text: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV that have a cell for each column; a row is a line, so damage to one costs no other."""
+    columns: list[str] | None = None
+    for line in text.splitlines():
+        try:
+            cells = next(csv.reader([line]))
+        except csv.Error:  # a cell of more than 131,072 characters
+            cells = []
+        if columns is None:
+            columns = cells
+        elif len(cells) == len(columns):
+            yield dict(zip(columns, cells, strict=True))
+
+
+def _is_of_a_step(row: dict[str, str]) -> bool:
+    """Whether ``row`` counts its steps and tokens, and has a number or nothing in every other column of a run's."""
+    try:
+        for name, cell in row.items():
+            if name in COLUMNS or name.startswith("tokens_"):
+                float(cell or 0)
+        return all(0 <= int(row[name]) < 2**63 for name in ("step", "tokens"))
+    except (KeyError, ValueError):
+        return False
 
 
 def source_columns(paths: list[str]) -> list[str]:

@@ -63,7 +63,7 @@ class Owner:
         self._ended.set()
         self._heart.join()
         with contextlib.suppress(OSError):  # the run is over; what is left of its file grows stale
-            if self._is_mine():
+            if self._holder() == self._me:
                 self._path.unlink()
 
     def _create(self) -> bool:
@@ -83,7 +83,7 @@ class Owner:
     def _clear(self) -> str | None:
         """Remove the file of an owner that is gone and give who it was and why; raises InputError if it is not gone."""
         try:
-            age, text = self._age(), self._path.read_text()
+            age, text = self._age(), _read(self._path)
         except FileNotFoundError:
             return None
         other = _parse(text)
@@ -106,7 +106,7 @@ class Owner:
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(grave)
             try:
-                if grave.read_text() == text:
+                if _read(grave) == text:
                     return f"{who}: {why}"
                 with contextlib.suppress(FileExistsError):  # another was quicker by a moment: this is its file
                     os.link(grave, self._path)
@@ -124,14 +124,14 @@ class Owner:
         finally:
             now.unlink(missing_ok=True)
 
-    def _is_mine(self) -> bool:
-        return _parse(self._path.read_text()).get("token") == self._me["token"]
+    def _holder(self) -> dict[str, Any]:
+        return _parse(_read(self._path))
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # of a file server that does not answer now
                 self._create()  # if somebody removed it: we are alive
-                if not self._is_mine():
+                if self._holder() not in ({}, self._me):  # {}: another has begun to write there, or a disk failed
                     what = f"another run has taken over {self._path.parent}: this one ends"
                     print(f"error: {what}", file=sys.stderr, flush=True)
                     os._exit(1)  # at once: two that write there would spoil it
@@ -154,12 +154,19 @@ def held(out_dir: Path, job_id: str | None) -> Iterator[None]:
         yield
 
 
+def _read(path: Path) -> str:
+    return path.read_text(encoding="utf-8", errors="replace")
+
+
 def _parse(text: str) -> dict[str, Any]:
-    """What an owner's file says; {} when it has not been written to its end."""
+    """What an owner's file says; {} when it has not been written to its end, or was damaged."""
     try:
-        return dict(json.loads(text))
-    except (ValueError, TypeError):
+        facts = json.loads(text)
+        kinds = {"host": str, "pid": int, "restarts": int}
+        whole = all(isinstance(facts[name], kind) for name, kind in kinds.items()) and 0 < facts["pid"] < 2**31
+    except (ValueError, TypeError, KeyError, RecursionError):
         return {}
+    return facts if whole else {}
 
 
 def _alive(pid: int) -> bool:

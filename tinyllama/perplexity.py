@@ -31,8 +31,13 @@ def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: i
         return _packed(weights, path, path.name, tokenizer, batch_size)
     with tempfile.TemporaryDirectory() as folder:
         packed = Path(folder) / "packed"
-        prepare(find_inputs(path, ENDINGS), Fields(), Options(tokenizer.path, packed, workers=1))
-        return _packed(weights, packed, path.name, tokenizer, batch_size)
+        inputs = find_inputs(path, ENDINGS)
+        try:
+            prepare(inputs, Fields(), Options(tokenizer.path, packed, workers=1))
+            return _packed(weights, packed, path.name, tokenizer, batch_size)
+        except InputError as error:  # in the user's words
+            faults = [fault.replace(str(packed), str(path)) for fault in error.args]
+            raise InputError(*(fault.replace("--source", "--perplexity") for fault in faults)) from None
 
 
 def _texts(path: Path) -> bool:

@@ -43,8 +43,8 @@ class Gpu:
 GPUS = {
     "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", 40, 230, 200, 400, 0.563),  # MFU: the published 24k tokens/s
     "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 80, 230, 200, 400, 0.563),
-    "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 360, 400, 700, 0.55),  # as the H200 without FlashAttention-4
-    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.58),  # measured, with FlashAttention-4
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 360, 400, 700, 0.59),  # measured, with FlashAttention-4 and quack
+    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.60),  # measured, with FlashAttention-4 and quack
     "b200": Gpu("NVIDIA B200", 178, 700, 400, 1000, 0.45),  # a guess
     "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", 24, 15, 25, 450, 0.5),  # a guess; no NVLink
 }
@@ -227,7 +227,8 @@ def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float,
     yield f"memory     {total:8.2f} GiB  in all at train.micro_batch_size {micro}: {verdict} in {room:.1f} GiB"
     largest = largest_micro_batch(args, config, cluster)
     if largest:
-        yield f"           largest that fits: {largest}, with {accumulation(args, cluster.gpus, largest)} a step"
+        steps = accumulation(args, cluster.gpus, largest)
+        yield f"           largest micro-batch that fits and divides the batch: {largest}, {steps} of them a step"
     else:
         yield "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
     now = speed(args, config, cluster, args.parallel.shard, rate, micro)

@@ -4,7 +4,6 @@ Everything is read from ``out_dir``: metrics.csv, events.jsonl, config.yaml and,
 itself, with its drawing, is report_page.html; here its data are read, smoothed and thinned out.
 """
 
-import csv
 import importlib.resources
 import itertools
 import json
@@ -19,7 +18,7 @@ import yaml
 from tinyllama import InputError, __version__, durable
 from tinyllama.config import ModelConfig
 from tinyllama.console import duration, mean_speed
-from tinyllama.logger import read_metrics
+from tinyllama.logger import read_metrics, whole_rows
 
 BUCKETS = 1000
 """Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
@@ -40,7 +39,7 @@ def write(out_dirs: list[Path], output: Path) -> None:
     from plotly.offline import get_plotlyjs
 
     data = {"runs": runs, "published": _table(importlib.resources.files("tinyllama") / "published_scores.csv")}
-    page = (importlib.resources.files("tinyllama") / "report_page.html").read_text()
+    page = (importlib.resources.files("tinyllama") / "report_page.html").read_text("utf-8")
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script
     title = f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]
     for mark, content in {"TITLE": _escaped(title), "VERSION": __version__, "DATA": text}.items():
@@ -67,15 +66,15 @@ def short(names: list[str], most: int = 24) -> list[str]:
 
 def read_run(out_dir: Path, buckets: int = BUCKETS) -> Facts:
     """All that the page shows of the run in ``out_dir``."""
-    rows = [row for row in map(_numbers, read_metrics(out_dir / "metrics.csv")) if row.get("tokens") is not None]
+    rows = [_numbers(row) for row in read_metrics(out_dir / "metrics.csv")]
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
-        config = yaml.safe_load((out_dir / "config.yaml").read_text())
+        config = yaml.safe_load((out_dir / "config.yaml").read_text("utf-8"))
         tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
         model.num_params()
-    except (OSError, yaml.YAMLError, KeyError, TypeError, ValueError) as error:
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
         raise InputError(text) from error
     events = read_events(out_dir / "events.jsonl", tokens_per_step)
@@ -130,16 +129,19 @@ def read_events(file: Path, tokens_per_step: int) -> list[Facts]:
     events = []
     step = 0
     started = False
-    for line in file.read_text(errors="replace").splitlines() if file.exists() else []:
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
         try:
             facts = json.loads(line)
             kind, at, found = str(facts.pop("event")), float(facts.pop("time")), facts.pop("step", None)
-            step = step if found is None else int(found)
-        except (ValueError, KeyError, AttributeError, TypeError):
-            continue  # it was being written when the process was killed
+            found = step if found is None else int(found)
+            details = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
+        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
+            continue  # it was being written when the process was killed, or was damaged
+        if not (0 <= at < 1e12 and 0 <= found < 2**63):  # no date, no step
+            continue
+        step = found
         if kind == "start":
             kind, started = "restart" if started else "start", True
-        details = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
         events.append({"kind": kind, "step": step, "tokens": step * tokens_per_step, "time": at, "details": details})
     return events
 
@@ -212,11 +214,10 @@ def _table(file: Any) -> list[Facts]:
     if not file.is_file():
         return []
     rows = []
-    for row in csv.DictReader(file.read_text(errors="replace").splitlines()):
-        try:
-            rows.append(row | {"tokens": float(row["tokens"]), "value": float(row["value"])})
-        except (KeyError, TypeError, ValueError):
-            continue  # a line that is being written
+    for row in whole_rows(file.read_text("utf-8", "replace")):
+        numbers = _numbers({name: row.get(name, "") for name in ("tokens", "value")})
+        if None not in numbers.values():  # else it was damaged
+            rows.append(row | numbers)
     return rows
 
 

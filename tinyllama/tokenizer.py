@@ -145,6 +145,8 @@ class Tokenizer:
         bare = tokenizers.Tokenizer.from_str(json.dumps(self._bare))
         vocab = whole.get_vocab(with_added_tokens=True)
         self.encoder, self.encoder_version = "tokenizers", tokenizers.__version__
+        if not vocab:
+            raise self._unreadable("a tokenizer.json with a vocabulary")
         self.vocab_size = max(vocab.values()) + 1
         self.bos_id = self._special_id("bos_token", BOS_TOKENS, vocab)
         self.eos_id = self._special_id("eos_token", EOS_TOKENS, vocab)
@@ -156,14 +158,20 @@ class Tokenizer:
             settings = json.loads(config.read_bytes())
         except FileNotFoundError:
             settings = {}
-        except ValueError as error:
+        except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{config} is not JSON ({error}): repair or remove it") from None
+        if not isinstance(settings, dict):
+            raise InputError(f"{config} is not a JSON object: repair or remove it")
         if key not in settings:
             return next((vocab[token] for token in usual if token in vocab), None)
-        token = settings[key]["content"] if isinstance(settings[key], dict) else settings[key]
-        if token is not None and token not in vocab:
+        token = settings[key]
+        if isinstance(token, dict):
+            token = token.get("content", token)
+        if token is None:
+            return None
+        if not isinstance(token, str) or token not in vocab:
             raise InputError(f"{config}: {key} {token!r} is not in {self.path.name}: take both from the same model")
-        return vocab.get(token)
+        return vocab[token]
 
     def _unreadable(self, kind: str, error: Exception | None = None) -> InputError:
         reason = f" ({error})" if error else ""

@@ -28,6 +28,8 @@ from typing import Literal, Self
 import torch
 import torch.distributed as dist
 
+from tinyllama import InputError
+
 Phase = Literal["start", "step", "validation", "checkpoint", "end"]
 
 STDERR = 2  # the descriptor: a thread that is stuck in a print holds the lock of sys.stderr
@@ -94,12 +96,15 @@ class Watchdog:
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
 
     def __enter__(self) -> Self:
-        self._folder.mkdir(parents=True, exist_ok=True)
-        for path in self._folder.iterdir():  # left by an earlier job, perhaps of more ranks
-            match = re.match(r"(?:nccl_rank_|rank-)(\d+)", path.name)
-            mine = match and (int(match[1]) == self._rank or (self._rank == 0 and int(match[1]) >= self._world_size))
-            if mine or path.name == VERDICT:
-                path.unlink(missing_ok=True)
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            for path in self._folder.iterdir():  # left by an earlier job, perhaps of more ranks
+                match = re.match(r"(?:nccl_rank_|rank-)(\d+)", path.name)
+                number = int(match[1]) if match else -1
+                if number == self._rank or (self._rank == 0 and number >= self._world_size) or path.name == VERDICT:
+                    path.unlink(missing_ok=True)
+        except OSError as error:
+            raise InputError(f"cannot write or remove {error.filename} ({error.strerror}): move it away") from None
         self._last = (time.monotonic(), 0, "start", 0)
         self._writer.start()
         self._watcher.start()

@@ -12,6 +12,8 @@ from tinyllama.data.packed import OPEN_FILES, ShardWriter, check_datasets, open_
 
 FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "sentencepiece", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
 
+SHARD = {"name": "a", "tokens": 3, "documents": 1, "max_token": 3, "blake2b": ""}
+
 
 def write_shard(folder: Path, name: str, documents, vocab_size: int = 100, **facts) -> dict:
     with ShardWriter(folder, name, vocab_size) as writer:
@@ -150,12 +152,37 @@ def test_open_wrong_size(tmp_path, size):
         ({"dtype": "uint64"}, "format version 1 with uint64 tokens is not known here"),
         ({"shards": []}, "its fingerprint is not that of its shards"),
         ({"fingerprint": "0"}, "its fingerprint is not that of its shards"),
+        ({"dtype": []}, r"format version 1 with \[\] tokens is not known here"),
+        *(({key: None}, f"{key} is missing") for key in ("shards", "fingerprint", "vocab_size")),
+        *(({"shards": [SHARD | {key: {}}]}, rf"shards\[0\]\.{key} is missing or of a wrong") for key in SHARD),
+        ({"shards": {"a": SHARD}}, "shards is missing or of a wrong type"),
+        ({"subsets": {"C4": {}}}, r"subsets\.C4\.tokens is missing"),
     ],
 )
 def test_open_changed_manifest(tmp_path, changes, message):
     manifest = write_dataset(tmp_path, {"a": [[1, 2, 3]]})
     (tmp_path / "manifest.json").write_text(json.dumps(manifest | changes))
-    with pytest.raises(InputError, match=f"manifest.json: {message}"):
+    with pytest.raises(InputError, match=rf"manifest.json(:| is damaged) \(?{message}.*: (rerun|use)"):
+        open_packed(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", "[" * 100_000, None])
+def test_open_what_is_no_manifest(tmp_path, content):
+    write_dataset(tmp_path, {"a": [[1, 2, 3]]})
+    (tmp_path / "manifest.json").unlink()
+    if content is None:
+        (tmp_path / "manifest.json").mkdir()
+    else:
+        (tmp_path / "manifest.json").write_text(content)
+    with pytest.raises(InputError, match=r"manifest.json is damaged \(.*\): rerun the prepare command"):
+        open_packed(tmp_path)
+
+
+def test_open_a_shard_that_links_to_itself(tmp_path):
+    write_dataset(tmp_path, {"a": [[1, 2, 3]]})
+    (tmp_path / "a.bin").unlink()
+    (tmp_path / "a.bin").symlink_to("a.bin")
+    with pytest.raises(InputError, match=r"a.bin cannot be read \(.*symbolic links\): delete a.json and rerun"):
         open_packed(tmp_path)
 
 

@@ -2,6 +2,7 @@ import functools
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import tempfile
@@ -11,7 +12,7 @@ import numpy as np
 import pytest
 
 from tinyllama import InputError, cli
-from tinyllama.data.flags import add_arguments
+from tinyllama.data.flags import add_arguments, options
 from tinyllama.data.packed import open_packed
 from tinyllama.data.prepare import Options, prepare
 from tinyllama.data.sources import ENDINGS, Fields, Input, find_inputs
@@ -214,6 +215,33 @@ def test_no_document_at_all(tmp_path, tokenizer_file):
     assert "manifest.json" not in files(output)
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tokens": None}, r"damaged \(tokens is missing or of a wrong type\)"),
+        ({"source": None}, r"damaged \(source is missing or of a wrong type\)"),
+        ({"subsets": {"a": 1}}, r"damaged \(subsets.a is missing or of a wrong type\)"),
+        ({"dropped": {"a": "1"}}, r"damaged \(dropped.a is missing or of a wrong type\)"),
+        ({"dtype": []}, r"format version 1 with \[\] tokens is not known"),
+        (None, "damaged .*Is a directory.*: delete chunk0--0.jsonl.json and rerun"),
+    ],
+)
+def test_facts_of_a_shard_that_are_damaged(tmp_path, tokenizer_file, changes, message):
+    source, output = write(tmp_path / "in"), tmp_path / "out"
+    pack(source, tokenizer_file, output)
+    path = output / "chunk0--0.jsonl.json"
+    info = json.loads(path.read_bytes())
+    path.unlink()
+    path.mkdir() if changes is None else path.write_text(json.dumps(info | changes))
+    (fault,) = faults(source, tokenizer_file, output)
+    assert re.search(message, fault)
+
+
+def test_an_output_that_cannot_be_made(tmp_path, tokenizer_file):
+    (message,) = faults(write(tmp_path / "in"), tokenizer_file, Path("/proc/x"))
+    assert message.startswith("cannot write /proc/x (No such file or directory): make room (what is done is kept)")
+
+
 def test_an_output_that_is_a_file(tmp_path, tokenizer_file):
     (tmp_path / "out").write_text("")
     (message,) = faults(write(tmp_path / "in"), tokenizer_file, tmp_path / "out")
@@ -242,9 +270,12 @@ def test_flags():
     args = parser.parse_args([*required, "--task", "3/4", "--workers", "2"])
     assert (args.source, args.tokenizer, args.output) == ("a", Path("b"), Path("c"))
     assert (args.task, args.workers, args.finish) == ((3, 4), 2, False)
-    for flags in ("--task 4/4", "--task 1", "--workers 0", "--workers x", "--task 0/2 --finish"):
-        with pytest.raises(InputError, match=flags.split()[0]):
+    bad = ("--task 4/4", "--task 1", "--workers 0", "--workers x", "--task 0/2 --finish", "--skip_bad_files -1")
+    for flags in (*bad, "--skip_bad_files=x", "--output="):
+        with pytest.raises(InputError, match=re.split("[ =]", flags)[0]):
             parser.parse_args([*required, *flags.split()])
+    with pytest.raises(InputError, match="--output a is the --source: give a folder of its own"):
+        options(parser.parse_args(["--source", "a", "--tokenizer", "b", "--output", "./a"]))
 
 
 def test_bad_files_of_tasks_are_counted_at_the_end(tmp_path, tokenizer_file):

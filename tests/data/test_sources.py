@@ -1,6 +1,7 @@
 import gzip
 import hashlib
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -319,12 +320,15 @@ def test_find_inputs_faults(tmp_path):
     assert [str(tmp_path / "gone") in fault for fault in faults(tmp_path / "gone", ENDINGS)] == [True]
     (message,) = faults(tmp_path, (".jsonl", ".txt"))
     assert f"{tmp_path}: no file ending in .jsonl or .txt" in message
+    assert "rename files of plain text to .txt or put them into a .jsonl" in message
     assert "rust" in faults(tmp_path, (".parquet",), ["go", "rust"])[0]
     assert "notes.md: ends in none of" in faults(tmp_path / "notes.md", ENDINGS)[0]
 
     touch(tmp_path / "x--y/z.txt", tmp_path / "x/y--z.txt")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
-    dangling, twice = faults(tmp_path, ENDINGS)
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).touch()
+    dangling, twice, name = faults(tmp_path, ENDINGS)
+    assert name == f"'{tmp_path}/\\udcff.jsonl': its name is not UTF-8: rename it"
     assert "dangling.txt: cannot be opened (a link to nothing" in dangling
     assert "x--y--z.txt" in twice
     assert "rename" in twice

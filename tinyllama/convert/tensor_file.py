@@ -50,8 +50,8 @@ def export(weights: Weights, file: Path) -> None:
     facts["model"] = json.dumps(asdict(config))
     unfinished = None
     try:
-        if file.is_dir() or not file.name:
-            raise InputError(f"{file} is a folder: give a file, such as model.safetensors in it")
+        if not file.name or (file.exists() and not file.is_file()):
+            raise InputError(f"{file} is no file but a folder or a device: give a file, such as model.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
         unfinished = durable.temporary(file)
         write(unfinished, shapes, weights.dtype, map(weights.read, shapes), facts)

@@ -1,10 +1,12 @@
 """The flags that all prepare commands share."""
 
 import argparse
+import os
 import re
 from pathlib import Path
 from typing import get_args
 
+from tinyllama import InputError
 from tinyllama.data.encode import Choice
 from tinyllama.data.prepare import Options
 from tinyllama.data.workers import cores
@@ -14,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add them."""
     parser.add_argument("--source", required=True, help="where the raw files are: a path or an fsspec URL (s3://...)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model or tokenizer.json")
-    parser.add_argument("--output", type=Path, required=True, help="folder of the packed dataset")
+    parser.add_argument("--output", type=_folder, required=True, help="folder of the packed dataset")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos")
     parser.add_argument(
@@ -23,7 +25,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fraction", type=_fraction, default=1.0, help="share of the documents to keep (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="which documents a fraction is (default: 0)")
     parser.add_argument(
-        "--skip_bad_files", type=int, default=0, metavar="N", help="leave out up to N files that cannot be read"
+        "--skip_bad_files", type=_files, default=0, metavar="N", help="leave out up to N files that cannot be read"
     )
     parser.add_argument(
         "--workers", type=_count, default=cores(), help="processes; default: one for each core this process may use"
@@ -35,7 +37,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def options(args: argparse.Namespace) -> Options:
     """What ``prepare`` takes, of the flags."""
+    if os.path.realpath(args.output) == os.path.realpath(args.source):
+        raise InputError(f"--output {args.output} is the --source: give a folder of its own")
     return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+
+
+def _folder(text: str) -> Path:
+    if not text:  # a shell variable that is not set: Path would take it for the current folder
+        raise argparse.ArgumentTypeError("'' is not a folder: give its path")
+    return Path(text)
 
 
 def _fraction(text: str) -> float:
@@ -51,6 +61,12 @@ def _fraction(text: str) -> float:
 def _count(text: str) -> int:
     if not text.isdecimal() or int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes: give 1 or more")
+    return int(text)
+
+
+def _files(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of files: give 0 or more")
     return int(text)
 
 

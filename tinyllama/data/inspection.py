@@ -1,7 +1,9 @@
 """What a packed folder holds, in figures, and whether its files are still what was written."""
 
 import hashlib
-import json
+import io
+import threading
+from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -9,12 +11,15 @@ from typing import Any
 import numpy as np
 
 from tinyllama import InputError
-from tinyllama.data.facts import DIGEST_SIZE, MANIFEST
+from tinyllama.data.facts import DIGEST_SIZE, REMEDY, read_manifest
 from tinyllama.data.packed import PackedDataset, open_packed
 from tinyllama.data.workers import cores
 from tinyllama.tokenizer import Tokenizer
 
 SAMPLED = 1 << 22  # tokens at most, evenly over the stream, in which the most frequent ones are counted
+
+# numpy reads a header by ast.parse, which in Python 3.11 must not run in two threads at once (SystemError)
+_PARSING = threading.Lock()
 
 
 def inspect_packed(path: str | Path, verify: bool = False, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
@@ -36,7 +41,7 @@ def inspect_packed(path: str | Path, verify: bool = False, tokenizer: Tokenizer 
         if verify:
             raise InputError(f"{path} holds upstream's chunk files, which carry no hashes: leave --verify out")
         return figures
-    manifest = json.loads((dataset.path / MANIFEST).read_bytes())
+    manifest = read_manifest(dataset.path)
     with ThreadPoolExecutor(cores()) as threads:  # reading and hashing let go of the interpreter
         checked = list(threads.map(lambda shard: _check(dataset.path, shard, verify), manifest["shards"]))
     if faults := [fault for _, _, found in checked for fault in found]:
@@ -55,16 +60,25 @@ def inspect_packed(path: str | Path, verify: bool = False, tokenizer: Tokenizer 
     for power in np.flatnonzero(histogram).tolist():
         low, high = (0 if power == 0 else 1 << (power - 1)), (1 << power) - 1
         figures[f"documents of {low:,} to {high:,} tokens"] = int(histogram[power])
-    for subset, count in manifest.get("subsets", {}).items():
+    for subset, count in manifest["subsets"].items():
         figures[f"share of {subset}"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
     return figures | _tokens(dataset, tokenizer)
 
 
 def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, Any]:
     """Of a sample of the stream: the most frequent tokens, and bos and eos that follow one another."""
+    if tokenizer and tokenizer.sha256 != dataset.tokenizer_sha256:
+        raise InputError(f"{tokenizer.path} is not what {dataset.path} was made with: give that one")
     count = min(dataset.tokens, 4096)
     starts = np.linspace(0, dataset.tokens - count, max(1, min(SAMPLED, dataset.tokens) // count)).astype(np.int64)
     parts = [dataset.read(int(start), count) for start in starts]
+    for start, part in zip(starts.tolist(), parts, strict=True):
+        if dataset.vocab_size is not None and (high := int(part.max())) >= dataset.vocab_size:
+            file = dataset.path / dataset.files[bisect_right(dataset.ends, start + int(part.argmax()))]
+            raise InputError(
+                f"{file} holds token id {high}, outside its vocabulary of {dataset.vocab_size}: "
+                f"delete {file.stem}.json and {REMEDY}"
+            )
     ids, counts = np.unique(np.concatenate(parts), return_counts=True)
     order = np.argsort(-counts, kind="stable")[:10]
     said = [f"{tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids[order].tolist()]
@@ -74,8 +88,6 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
         pairs = sum(int(((part[:-1] == token) & (part[1:] == token)).sum()) for part in parts)
         figures[f"{name} behind {name}"] = f"{pairs:,} times in {sum(map(len, parts)):,} tokens"
     if tokenizer:
-        if tokenizer.sha256 != dataset.tokenizer_sha256:
-            raise InputError(f"{tokenizer.path} is not what {dataset.path} was made with: give that one")
         figures["begins"] = repr(tokenizer.decode(dataset.read(0, min(100, dataset.tokens)).tolist()))
     return figures
 
@@ -97,8 +109,11 @@ def _check(folder: Path, shard: dict[str, Any], verify: bool) -> tuple[np.ndarra
 
 def _document_ends(folder: Path, shard: dict[str, Any]) -> np.ndarray | None:
     try:
-        ends = np.load(folder / f"{shard['name']}.idx.npy").astype(np.int64)
-    except (OSError, ValueError):
+        content = io.BytesIO((folder / f"{shard['name']}.idx.npy").read_bytes())
+        with _PARSING:
+            array = np.load(content)
+        ends = array.astype(np.int64)
+    except Exception:  # numpy's, and those of what it parses a header with
         return None
     whole = ends.shape == (shard["documents"],) and ends.max(initial=0) == shard["tokens"]
     return ends if whole and (np.diff(ends, prepend=0) >= 0).all() else None
@@ -110,4 +125,4 @@ def _hash(path: Path) -> str:
 
 
 def _fault(folder: Path, shard: dict[str, Any], what: str) -> str:
-    return f"{folder / shard['name']}{what}: delete {shard['name']}.json and rerun the prepare command"
+    return f"{folder / shard['name']}{what}: delete {shard['name']}.json and {REMEDY}"

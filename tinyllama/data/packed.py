@@ -27,9 +27,10 @@ from tinyllama.data.facts import (
     DTYPES,
     FORMAT_VERSION,
     MANIFEST,
+    REMEDY,
     check_size,
     fingerprint,
-    read_json,
+    read_manifest,
     read_shard_info,
     to_json,
 )
@@ -274,14 +275,15 @@ def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_
 
 
 def _open_manifest(path: Path) -> PackedDataset:
-    remedy = "rerun the prepare command"
-    manifest = read_json(path / MANIFEST, remedy)
+    manifest = read_manifest(path)
     shards, dtype = manifest["shards"], DTYPES[manifest["dtype"]]
     if manifest["fingerprint"] != fingerprint(manifest["dtype"], shards):
-        raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {remedy}")
+        raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {REMEDY}")
     files = [f"{shard['name']}.bin" for shard in shards]
     ends = list(accumulate(shard["tokens"] for shard in shards))
     for file, shard in zip(files, shards, strict=True):
-        check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {remedy}")
-    keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "documents", "max_token", "bos", "eos", "bos_id", "eos_id")
-    return PackedDataset(path, dtype=dtype, files=files, ends=ends, **{key: manifest[key] for key in keys})
+        check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {REMEDY}")
+    keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "max_token", "bos", "eos", "bos_id", "eos_id")
+    documents = sum(shard["documents"] for shard in shards)
+    stated = {key: manifest[key] for key in keys}
+    return PackedDataset(path, dtype=dtype, files=files, ends=ends, documents=documents, **stated)

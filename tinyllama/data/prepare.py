@@ -28,6 +28,12 @@ from tinyllama.tokenizer import Tokenizer
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 _BAD = ".bad"  # NAME.bad says why an input could not be packed
+_FACTS = {  # of NAME.json, besides those of every shard
+    "source": {"name": str, "bytes": int},
+    "subsets": {str: {"documents": int, "tokens": int, "bytes": int}},
+    "dropped": {str: int},
+    "repaired": int,
+}
 _FLUSH = 1 << 16  # tokens written at a time, few enough to stay in a processor's cache
 
 
@@ -79,6 +85,16 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     when there are more of them than may be skipped. Raises RuntimeError, after all others are packed too, naming each
     input whose worker died twice or whose ids the fast encoder got wrong.
     """
+    try:
+        return _prepare(inputs, fields, options)
+    except OSError as error:  # the output's: those of the inputs and of the tokenizer are faults of theirs
+        where = error.filename2 or error.filename or options.output
+        raise InputError(
+            f"cannot write {where} ({error.strerror}): make room (what is done is kept) or give another --output"
+        ) from None
+
+
+def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     started = time.monotonic()
     output, task = options.output, options.task
     recipe = _recipe(fields, options)
@@ -97,9 +113,11 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     stale = None if task is None else {one.shard for one in mine}
     _remove_stale(output, stale)
     if todo:
-        made, bad = _pack_all(todo, recipe, options.workers)
+        try:
+            made, bad = _pack_all(todo, recipe, options.workers)
+        finally:
+            _remove_stale(output, stale)  # of workers that died meanwhile or were stopped
         infos |= made
-        _remove_stale(output, stale)  # of workers that died meanwhile, and were replaced
     if len(bad) > options.skip_bad_files:
         raise InputError(*(bad[shard] for shard in sorted(bad)))
     if task is None:
@@ -168,7 +186,7 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
         )
     infos = {}
     for one in mine:
-        info = read_shard_info(output, one.shard)
+        info = read_shard_info(output, one.shard, _FACTS)
         if info is None:
             continue
         for key, value in recipe.policy.items():
@@ -232,19 +250,16 @@ def _packer(recipe: _Recipe) -> Work:
         encoder.renew()
         with one.fetched() as path:
             source = Source(path, recipe.fields, one.name)
-            try:
-                with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
-                    subsets = _write(writer, encoder.stream(source.pieces()), recipe, one)
-                    return writer.finish(
-                        **recipe.policy,
-                        encoded_by=encoder.name,
-                        source={"name": one.name, "bytes": source.size, "blake2b": source.blake2b},
-                        subsets=subsets,
-                        dropped=source.dropped,
-                        repaired=source.repaired,
-                    )
-            except OSError as error:  # the output's: those of the input are faults of it
-                raise RuntimeError(f"{recipe.output}: {error}") from error
+            with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
+                subsets = _write(writer, encoder.stream(source.pieces()), recipe, one)
+                return writer.finish(
+                    **recipe.policy,
+                    encoded_by=encoder.name,
+                    source={"name": one.name, "bytes": source.size, "blake2b": source.blake2b},
+                    subsets=subsets,
+                    dropped=source.dropped,
+                    repaired=source.repaired,
+                )
 
     return pack
 

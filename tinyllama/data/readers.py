@@ -26,7 +26,7 @@ _PIECE = 1 << 21  # bytes
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _BUFFER = 1 << 20  # bytes of text at a time
 _ROWS = 64  # of a table at a time
-_NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key)"
+_NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_STRING = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
 # what may be parsed alone: whole characters, whole escapes, both halves of a surrogate pair
@@ -78,24 +78,24 @@ class Source:
         self._draws = random.Random(f"{self.fields.seed} {self.name}")  # random() of a text seed is the same everywhere
         self.repaired = 0
         try:
-            file = Hashed(self.path)
+            with Hashed(self.path) as file:
+                if file.starts_with(_LFS_POINTER):
+                    raise self._fault("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
+                if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
+                    raise self._fault("has no bytes, which is no compressed file", "download it again")
+                if self.path.suffix in (".parquet", ".arrow"):
+                    yield from self._rows()
+                elif self.path.suffix == ".txt":
+                    yield from self._whole(file)
+                else:
+                    # it closes the file when it goes: not before the hash
+                    stream = decompressed(file, self.path.suffix)
+                    yield from self._records(stream)
+                while file.read(_BUFFER):  # pyarrow opens a file itself, and the hash is of every byte
+                    pass
+                self.size, self.blake2b = file.size, file.hash.hexdigest()
         except OSError as error:
-            raise self._fault(f"cannot be opened ({error.strerror})") from None
-        with file:
-            if file.starts_with(_LFS_POINTER):
-                raise self._fault("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
-            if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
-                raise self._fault("has no bytes, which is no compressed file", "download it again")
-            if self.path.suffix in (".parquet", ".arrow"):
-                yield from self._rows()
-            elif self.path.suffix == ".txt":
-                yield from self._whole(file)
-            else:
-                stream = decompressed(file, self.path.suffix)  # it closes the file when it goes: not before the hash
-                yield from self._records(stream)
-            while file.read(_BUFFER):  # pyarrow opens a file itself, and the hash is of every byte
-                pass
-            self.size, self.blake2b = file.size, file.hash.hexdigest()
+            raise self._fault(f"cannot be read ({error.strerror})") from None
 
     def _unwanted(self) -> bool:
         """Whether the next document is none of the fraction that is kept."""

@@ -5,6 +5,7 @@ A source is a folder or a file, local or at any URL that fsspec knows (``s3://``
 
 import fcntl
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -17,6 +18,7 @@ from tinyllama import InputError
 
 ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt")
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
+_NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python names the bytes of a path that are not
 _DATASETS_STATE = "state.json"  # beside the .arrow files of a dataset that ``datasets`` saved
 
 
@@ -86,7 +88,9 @@ def find_inputs(source: str | Path, endings: tuple[str, ...], folders: Iterable[
     inputs: dict[str, Input] = {}
     faults = []
     for one in sorted(find(str(source), endings, set(folders)), key=lambda one: one.path):
-        if one.size < 0:
+        if _NOT_UTF8.search(one.path):
+            faults.append(f"{one.path!r}: its name is not UTF-8: rename it")
+        elif one.size < 0:
             faults.append(f"{one.path}: cannot be opened (a link to nothing, or no permission): repair or remove it")
         elif (other := inputs.setdefault(one.shard, one)) is not one:
             faults.append(f"{one.path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
@@ -193,7 +197,10 @@ def _with_ending(name: str, source: str, endings: tuple[str, ...]) -> str:
 
 
 def _nothing(folder: object, endings: tuple[str, ...]) -> InputError:
-    return InputError(f"{folder}: no file ending in {' or '.join(endings)} in or below it: check where they are")
+    remedy = "check where they are" + ", rename files of plain text to .txt or put them into a .jsonl" * (
+        ".txt" in endings
+    )
+    return InputError(f"{folder}: no file ending in {' or '.join(endings)} in or below it: {remedy}")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

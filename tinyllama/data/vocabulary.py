@@ -16,10 +16,11 @@ def train(sources: list[str], vocab_size: int) -> bytes:
     """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many."""
     import sentencepiece
 
+    text = sample(lines(sources), MAX_LINES)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(sample(lines(sources), MAX_LINES)),
+            sentence_iterator=iter(text),
             model_writer=model,
             vocab_size=vocab_size,
             # Llama 2's: what a text holds comes back from its tokens byte for byte
@@ -33,6 +34,8 @@ def train(sources: list[str], vocab_size: int) -> bytes:
             character_coverage=0.99995,
             minloglevel=2,
         )
+    except ValueError as error:  # before it looks at the text
+        raise InputError(f"--vocab_size {vocab_size} cannot be trained: give one below 2**31") from error
     except RuntimeError as error:
         reason = str(error).rpartition("] ")[2] or "give a larger one, or text that is not empty"
         raise InputError(f"--vocab_size {vocab_size} cannot be trained on this text: {reason}") from error

@@ -32,7 +32,8 @@ def over_workers(
     """Each input with what ``setup(recipe)`` makes of it, or with its InputError, Mismatch or WorkerDied, as they end.
 
     ``setup`` runs once in each process. The largest input comes first, so that none is left running alone at the end.
-    One whose worker died is given to a new worker once. Raises WorkerDied when nothing but deaths comes of it.
+    One whose worker died is given to a new worker once. Raises WorkerDied when nothing but deaths comes of it, and the
+    first OSError of a worker, which the others would meet too.
     """
     queue = sorted(todo, key=lambda one: one.size)
     processes: dict[Any, SpawnProcess] = {}  # by our end of the pipe
@@ -82,6 +83,8 @@ def over_workers(
                     if queue:
                         hire()
                 else:
+                    if isinstance(outcome, OSError):
+                        raise outcome
                     done += 1
                     give(pipe)
                 yield one, outcome
@@ -116,7 +119,7 @@ def _work(pipe: Connection, setup: Callable[[Any], Work], recipe: Any) -> None:
         one = pipe.recv()
         try:
             outcome = work(one)
-        except InputError as error:
+        except (InputError, OSError) as error:
             outcome = error
         except Mismatch as error:
             outcome = Mismatch(f"{one.path}: {error}")
