@@ -87,6 +87,8 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     """
     try:
         return _prepare(inputs, fields, options)
+    except ConnectionError:  # of a pipe, ours to a worker or the one that is read by `head`
+        raise
     except OSError as error:  # the output's: those of the inputs and of the tokenizer are faults of theirs
         where = error.filename2 or error.filename or options.output
         raise InputError(
