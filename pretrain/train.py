@@ -142,7 +142,8 @@ def fit(
     if fabric.is_global_zero:
         durable.write(run.out_dir / "config.yaml", settings.encode())
     said, facts = f"start    {run.origin} at step {state.step}", {"step": state.step, "world_size": fabric.world_size}
-    if changed := run.changed():
+    changed = checkpoint.changed(run.resume, run.resolved()) if run.resume else {}
+    if changed:
         said += "\nchanged  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
     log.event("start", said, **facts, ops=run.ops, changed=changed)
     checkpointer = Checkpointer(

@@ -75,9 +75,14 @@ def read_state(step_dir: Path) -> dict[str, Any]:
     return json.loads((step_dir / "state.json").read_text())
 
 
+def read_settings(step_dir: Path) -> dict[str, Any]:
+    """What config.yaml says."""
+    return yaml.safe_load((step_dir / "config.yaml").read_text())
+
+
 def read_model_config(step_dir: Path) -> ModelConfig:
     """The sizes of the model that was saved."""
-    return ModelConfig(**yaml.safe_load((step_dir / "config.yaml").read_text())["model"])
+    return ModelConfig(**read_settings(step_dir)["model"])
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
@@ -95,11 +100,12 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def resolve(path: str | Path) -> Path:
     """The step directory at ``path``, or the newest complete one of the run at ``path``; raises InputError if none."""
     path = Path(path)
-    if re.fullmatch(r"step-\d+", path.name) and path.is_dir():
+    named = re.fullmatch(r"step-\d+", path.name)
+    if named and path.is_dir():
         if why := fault(path):
             raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
         return path
-    if re.fullmatch(r"step-\d+", path.name) and path.parent.is_dir():
+    if named and path.parent.is_dir():
         there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
         raise InputError(f"{path} is not there; the steps of its run that are: {there}")
     step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
@@ -171,6 +177,13 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
         )
 
 
+def changed(step_dir: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
+    """What the settings that are others ``now`` were when ``step_dir`` was saved, and are."""
+    then, today = (dict(_leaves(settings, lists=False)) for settings in (read_settings(step_dir), now))
+    keys = [key for key in today if key in then and key not in ("out_dir", "train.resume")]
+    return {key: [then[key], today[key]] for key in keys if then[key] != today[key]}
+
+
 def fault(step_dir: Path) -> str | None:
     """Why ``step_dir`` cannot be loaded; None when every file is there in full."""
     try:
@@ -196,13 +209,15 @@ def fault(step_dir: Path) -> str | None:
     return None
 
 
-def _leaves(tree: Any, prefix: str = "") -> Any:
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if isinstance(tree, list) else None
+def _leaves(tree: Any, prefix: str = "", lists: bool = True) -> Any:
+    """The keys of ``tree`` and what they hold; without ``lists``, a list is held whole."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if lists and isinstance(tree, list) else None
     if items is None:
         yield prefix, tree
         return
     for key, value in items:
-        yield from _leaves(value, f"{prefix}[{key}]" if isinstance(tree, list) else f"{prefix}.{key}".lstrip("."))
+        inner = f"{prefix}[{key}]" if isinstance(tree, list) else f"{prefix}.{key}".lstrip(".")
+        yield from _leaves(value, inner, lists)
 
 
 def _weights(reader: "_Reader") -> dict[str, TensorStorageMetadata]:

@@ -25,7 +25,7 @@ from tinyllama import InputError
 Config = TypeVar("Config")
 
 
-# what another path, or the same with more room or rights, would not say
+# what another path mends, or more room or rights for this one
 UNUSABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),

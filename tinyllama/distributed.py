@@ -210,7 +210,7 @@ class Preemption:
     def __init__(self, max_time: float | None = None) -> None:
         self._asked = 0
         self._until = float("inf") if max_time is None else time.monotonic() + max_time
-        self._interrupted = float("inf")
+        self._interrupted: float | None = None  # when
         self._speaks = dist.get_rank() == 0
         # on the CPU, so that asking does not wait for the GPU
         self._group = dist.new_group(backend="gloo")
@@ -219,11 +219,12 @@ class Preemption:
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:
-            if time.monotonic() > self._interrupted + self.ONE_PRESS:
+            if self._interrupted is None:
+                self._interrupted = time.monotonic()
+                if self._speaks:
+                    os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
+            elif time.monotonic() > self._interrupted + self.ONE_PRESS:
                 raise KeyboardInterrupt
-            if self._interrupted == float("inf") and self._speaks:
-                os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
-            self._interrupted = min(self._interrupted, time.monotonic())
         self._asked = number
 
     def ask(self, number: int) -> None:

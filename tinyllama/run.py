@@ -4,8 +4,6 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from tinyllama import InputError
 from tinyllama.args import PretrainArgs, TrainArgs
 from tinyllama.config import ModelConfig
@@ -49,15 +47,6 @@ class Run:
         start = self.args.train.init_from
         return f"a new run of the weights of {start}" if start else "a new run"
 
-    def changed(self) -> dict[str, list[Any]]:
-        """What the settings that differ from those of the checkpoint it goes on from were there, and are here."""
-        if self.resume is None:
-            return {}
-        was = _flat(yaml.safe_load((self.resume / "config.yaml").read_text()))
-        now = _flat(self.resolved())
-        keys = [key for key in now if key in was and key not in ("out_dir", "train.resume")]
-        return {key: [was[key], now[key]] for key in keys if was[key] != now[key]}
-
     def lr_at(self, step: int) -> float:
         """Learning rate of the 0-based step."""
         optim = self.args.optim
@@ -84,13 +73,6 @@ class Run:
         """What a converter has to know of the tokenizer."""
         dataset = self.sources[0]
         return {"tokenizer_sha256": dataset.tokenizer_sha256, "bos_id": dataset.bos_id, "eos_id": dataset.eos_id}
-
-
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in settings.items():
-        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
 
 
 def gradient_accumulation(train: TrainArgs, world_size: int) -> int:

@@ -3,9 +3,7 @@
 from dataclasses import fields
 from pathlib import Path
 
-import yaml
-
-from tinyllama import InputError
+from tinyllama import InputError, checkpoint
 from tinyllama.config import ModelConfig
 from tinyllama.convert.weights import Weights, open_weights
 from tinyllama.run import Run
@@ -25,7 +23,7 @@ def start_weights(run: Run) -> Weights | None:
     if start is None:
         return None
     if run.resume is not None:
-        saved = yaml.safe_load((run.resume / "config.yaml").read_text()).get("train", {}).get("init_from")
+        saved = checkpoint.read_settings(run.resume).get("train", {}).get("init_from")
         if saved is None or Path(saved).resolve() != Path(start).resolve():
             raise InputError(
                 f"{run.resume} is of a run that started from {saved or 'weights it drew'}, and train.init_from is "

@@ -125,34 +125,16 @@ def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
     return query >= key
 
 
+_fused = functools.partial(Backend, cuda=True, half=True, capability=(8, 0), multiple=8)
+
 BACKENDS = {
     "reference": Backend(reference),
     "sdpa": Backend(sdpa),
-    "sdpa_cudnn": Backend(
-        functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), cuda=True, half=True, capability=(8, 0), multiple=8
-    ),
-    "sdpa_flash": Backend(
-        functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION), cuda=True, half=True, capability=(8, 0), multiple=8
-    ),
+    "sdpa_cudnn": _fused(functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION)),
+    "sdpa_flash": _fused(functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)),
     "flex": Backend(flex, cuda=True, capability=(8, 0)),
-    "flash_attn": Backend(
-        flash_attn,
-        cuda=True,
-        half=True,
-        capability=(8, 0),
-        multiple=8,
-        module="flash_attn.flash_attn_interface",
-        package="flash-attn",
-    ),
-    "flash_attn_4": Backend(
-        flash_attn_4,
-        cuda=True,
-        half=True,
-        capability=(9, 0),
-        multiple=8,
-        module="flash_attn.cute",
-        package="flash-attn-4",
-    ),
+    "flash_attn": _fused(flash_attn, module="flash_attn.flash_attn_interface", package="flash-attn"),
+    "flash_attn_4": _fused(flash_attn_4, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"),
 }
 
 SAVED = [
