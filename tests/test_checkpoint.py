@@ -1,5 +1,6 @@
 """What is taken for a checkpoint, among whatever lies beside it, and what is refused."""
 
+import enum
 import json
 import os
 import pickle
@@ -9,7 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from tinyllama import InputError, checkpoint
 
@@ -142,6 +145,46 @@ def test_a_pickle_that_does_something_is_refused_and_does_not(saved: Path, tmp_p
     assert not (tmp_path / "done").exists()
     pickle.loads(attack)  # the pickle is a real one
     assert (tmp_path / "done").exists()
+
+
+class AsGetattr(pickle.Pickler):
+    """Pickles the members of enums as Python 3.11.2 does, which is Debian 12's, and dtypes and classes as ever."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_that_an_older_python_pickled_is_read(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    ours = checkpoint._Reader(step_dir).read_metadata()
+    with (step_dir / ".metadata").open("wb") as file:
+        AsGetattr(file).dump(ours)
+    assert b"getattr" in (step_dir / ".metadata").read_bytes()
+    assert checkpoint._Reader(step_dir).read_metadata().state_dict_metadata == ours.state_dict_metadata
+    assert checkpoint.fault(step_dir) is None
+
+
+class Attribute:
+    def __init__(self, owner: object, name: object) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch.Size, "__subclasses__"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (Metadata, "__init__"),
+    ],
+)
+def test_getattr_reaches_nothing_else(saved: Path, tmp_path: Path, owner: object, name: object) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    (step_dir / ".metadata").write_bytes(pickle.dumps(Attribute(owner, name)))
+    assert "it names getattr(" in (checkpoint.fault(step_dir) or "")
 
 
 def test_changes_are_named(tmp_path: Path) -> None:

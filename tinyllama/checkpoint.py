@@ -19,7 +19,12 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
 
 from tinyllama import InputError
 from tinyllama.config import ModelConfig
@@ -253,7 +258,16 @@ class _Unpickler(pickle.Unpickler):
             return super().find_class(module, name)
         if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
             return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
         raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _memory_format(cls: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """Replaces getattr: early releases of Python 3.11 pickle an enum member as getattr(its class, its name)."""
+    if cls is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"it names getattr({cls}, {name!r})")
+    return _MEM_FORMAT_ENCODING[name]
 
 
 class _Reader(dcp.FileSystemReader):
