@@ -2,13 +2,18 @@
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: quickstart test test-slurm stress lint benchmark clean
+.PHONY: quickstart test test-python test-slurm stress lint benchmark clean
 
 quickstart: .venv/installed  ## the whole workflow on a CPU: corpus, tokenizer, preparation, pretraining, resume, conversion
 	@bash scripts/quickstart.sh
 
 test: .venv/installed
 	$(BIN)/pytest -n 2 --dist loadfile
+
+test-python:  ## the tests on another Python, in a clone with an environment of its own: make test-python PYTHON=python3.13
+	rm -rf out/test-python
+	git clone --quiet . out/test-python
+	$(MAKE) -C out/test-python test
 
 SLURM_TESTS := slurm
 test-slurm: .venv/installed  ## on a real Slurm of two nodes in network namespaces of this machine; needs root
