@@ -17,27 +17,32 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
-from tinyllama import InputError, checkpoint, cli, durable, evaluate, owner
-from tinyllama.args import PretrainArgs, check
-from tinyllama.checkpointer import Checkpointer, CheckpointError
-from tinyllama.config import ModelConfig
-from tinyllama.console import Row, show_card, start_card
-from tinyllama.convert.start import start_weights
+from tinyllama import InputError, atomic
+from tinyllama.checkpoint import reader, resume
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs, check
+from tinyllama.config.model import ModelConfig
 from tinyllama.convert.weights import copy_into
-from tinyllama.data.ahead import on_device
-from tinyllama.data.loader import Loader, validation_batches
+from tinyllama.data.loader import Loader, on_device, validation_batches
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset, check_datasets, open_packed
-from tinyllama.distributed import Preemption, build_fabric, dtypes, rank_map, ranks, reshard, shard_size, sync_gradients
-from tinyllama.guard import Guard
-from tinyllama.logger import RunLog, max_memory_gb
 from tinyllama.model import GPT
+from tinyllama.monitor.console import Row, show_card, start_card
+from tinyllama.monitor.metrics import RunLog, max_memory_gb
+from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.ops import attention, choice, float8
-from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
-from tinyllama.run import Run, gradient_accumulation, total_steps
-from tinyllama.state import TrainState
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
-from tinyllama.watchdog import Watchdog, collect_gc, freeze_gc, set_timeout
+from tinyllama.train import evaluate, lock
+from tinyllama.train.anomaly import Guard
+from tinyllama.train.collectives import collect_gc, freeze_gc, set_timeout
+from tinyllama.train.init_from import start_weights
+from tinyllama.train.launch import rank_map, ranks, shard_size
+from tinyllama.train.optim import build_optimizer, clip, local_gradients, set_lr
+from tinyllama.train.parallel import build_fabric, dtypes, reshard, sync_gradients
+from tinyllama.train.preemption import Preemption
+from tinyllama.train.run import Run, gradient_accumulation, total_steps
 
 DONE, DEFECT, STOPPED = 0, 1, 75
 Losses = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -65,12 +70,12 @@ def setup(args: PretrainArgs) -> Run:
     mixture = Mixture(num_blocks, weights, args.data.seed, fingerprints, final_weights, ramp)
     max_steps = total_steps(args, config.block_size, sum(num_blocks))
     ops = choose_ops(args, config, [*sources, *validation])
-    resume = checkpoint.to_resume(Path(args.out_dir), args.train.resume)
-    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, ops, resume)
+    step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
+    run = Run(args, config, sources, validation, mixture, accumulation, max_steps, ops, step_dir)
     if run.resume is not None:
-        saved = checkpoint.read_state(run.resume)
+        saved = reader.read_state(run.resume)
         now = run.data_facts()
-        checkpoint.refuse_changes(run.resume, {key: saved.get(key) for key in now}, now)
+        resume.refuse_changes(run.resume, {key: saved.get(key) for key in now}, now)
         if saved["step"] > max_steps:
             raise InputError(f"{run.resume} is beyond the run's {max_steps} steps: raise train.max_steps")
     start_weights(run)
@@ -99,7 +104,7 @@ def main(run: Run) -> int:
     gpt, model, optimizer = build(run, fabric)
     if (weights := start_weights(run)) is not None:
         copy_into(gpt, weights)
-    state = TrainState() if run.resume is None else checkpoint.load(run.resume, gpt, optimizer.optimizer)
+    state = TrainState() if run.resume is None else reader.load(run.resume, gpt, optimizer.optimizer)
     hosts = rank_map()
     if fabric.is_global_zero:
         shard = shard_size(args.parallel, *ranks(args.parallel))
@@ -108,7 +113,7 @@ def main(run: Run) -> int:
         return DONE
     rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
     with (
-        owner.held(run.out_dir, os.environ.get("SLURM_JOB_ID")),
+        lock.held(run.out_dir, os.environ.get("SLURM_JOB_ID")),
         Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
         RunLog(run, state.step if run.resume else None, speaks=rank == 0) as log,
     ):
@@ -140,9 +145,9 @@ def fit(
     args = run.args
     settings = cli.dump(run.resolved())
     if fabric.is_global_zero:
-        durable.write(run.out_dir / "config.yaml", settings.encode())
+        atomic.write(run.out_dir / "config.yaml", settings.encode())
     said, facts = f"start    {run.origin} at step {state.step}", {"step": state.step, "world_size": fabric.world_size}
-    changed = checkpoint.changed(run.resume, run.resolved()) if run.resume else {}
+    changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
     if changed:
         said += "\nchanged  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
     log.event("start", said, **facts, ops=run.ops, changed=changed)

@@ -16,11 +16,12 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tinyllama import checkpoint, cli
-from tinyllama.checkpointer import Checkpointer
-from tinyllama.config import named_config
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.writer import Checkpointer
+from tinyllama.config import cli
+from tinyllama.config.model import named_config
 from tinyllama.model import GPT
-from tinyllama.state import TrainState
 
 
 def main() -> None:
@@ -36,9 +37,7 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         model = GPT(config).to(device)
         optimizer = torch.optim.AdamW(model.parameters())
-        num_bytes = sum(
-            tensor.numel() * tensor.element_size() for tensor in checkpoint.tensors(model, optimizer).values()
-        )
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in reader.tensors(model, optimizer).values())
         settings = cli.dump({"model": asdict(config)})
         savers = {
             name: Checkpointer(

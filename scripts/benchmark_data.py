@@ -31,11 +31,11 @@ import pyarrow
 import zstandard
 from pyarrow import parquet
 
-from tinyllama import cli
-from tinyllama.data.prepare import Options, _packer, _recipe, prepare
-from tinyllama.data.readers import Source
-from tinyllama.data.sources import Fields, Input, find_inputs
-from tinyllama.data.workers import huge_pages
+from tinyllama.config import cli
+from tinyllama.prepare.inputs import Fields, Input, find_inputs
+from tinyllama.prepare.prepare import Options, _packer, _recipe, prepare
+from tinyllama.prepare.readers import Source
+from tinyllama.prepare.workers import huge_pages
 
 Work = Callable[[], int]
 
@@ -194,8 +194,7 @@ def load(folder: Path, on_cpu: bool, rate: float | None = None) -> Work:
     """Samples in batches of 8, as a device receives them or widened on the CPU; ``rate``: so many a second for 10 s."""
     import torch
 
-    from tinyllama.data.ahead import on_device
-    from tinyllama.data.loader import Loader
+    from tinyllama.data.loader import Loader, on_device
     from tinyllama.data.mixture import Mixture
     from tinyllama.data.packed import open_packed
 

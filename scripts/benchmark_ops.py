@@ -16,8 +16,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama import InputError, cli
-from tinyllama.config import ModelConfig, named_config
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.ops.choice import OPERATIONS
 
 Call = Callable[[], Any]

@@ -26,9 +26,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama import InputError, cli
-from tinyllama.args import PretrainArgs
-from tinyllama.config import ModelConfig, named_config
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs
+from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.throughput import flops_per_token, peak_flops
 
 Step = Callable[[list[tuple[Tensor, Tensor]]], Any]  # (input_ids, targets), each (B, T), of every micro-batch
@@ -49,12 +50,12 @@ KINDS = {
 
 def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
     """Our step, made of the recipe's parts."""
-    from tinyllama.distributed import build_fabric, sync_gradients
-    from tinyllama.guard import Guard
+    from tinyllama.checkpoint.state import TrainState
     from tinyllama.model import GPT
     from tinyllama.ops import choice
-    from tinyllama.optim import build_optimizer, clip, local_gradients, set_lr
-    from tinyllama.state import TrainState
+    from tinyllama.train.anomaly import Guard
+    from tinyllama.train.optim import build_optimizer, clip, local_gradients, set_lr
+    from tinyllama.train.parallel import build_fabric, sync_gradients
 
     flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": "1"} | settings
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])

@@ -5,7 +5,8 @@ python scripts/convert_hf_checkpoint.py HF_DIR OUTPUT [--dtype bfloat16] [--veri
 
 from pathlib import Path
 
-from tinyllama import InputError, cli
+from tinyllama import InputError
+from tinyllama.config import cli
 from tinyllama.convert import native
 from tinyllama.convert.verify import verdict, verify
 from tinyllama.convert.weights import DTYPES, open_weights

@@ -6,8 +6,9 @@ python scripts/convert_lit_checkpoint.py lit_model.pth OUTPUT --model.name tinyl
 
 from pathlib import Path
 
-from tinyllama import InputError, cli
-from tinyllama.args import ModelArgs
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.args import ModelArgs
 from tinyllama.convert import hf_folder
 from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.verify import verdict, verify

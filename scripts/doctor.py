@@ -5,7 +5,7 @@ python scripts/doctor.py [--out_dir DIR]
 
 from pathlib import Path
 
-from tinyllama import cli
+from tinyllama.config import cli
 
 
 def main() -> int:
@@ -14,7 +14,7 @@ def main() -> int:
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where runs will be written (out)")
     args = parser.parse_args()
     try:
-        from tinyllama import doctor
+        from tinyllama.tools import doctor
     except Exception as error:
         print(f"wrong  torch cannot be imported: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
         print("       -> pip install -e ., with a torch for this machine's CUDA, or for its CPU")

@@ -5,9 +5,11 @@ python scripts/evaluate_harness.py CHECKPOINT|RUN --tokenizer FILE --tasks commo
 
 from pathlib import Path
 
-from tinyllama import InputError, cli, harness, perplexity
+from tinyllama import InputError
+from tinyllama.config import cli
 from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.weights import open_weights
+from tinyllama.eval import harness, perplexity
 
 POLL_SECONDS = 30
 MAX_BATCH = 65536  # beyond any GPU's memory

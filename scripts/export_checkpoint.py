@@ -5,7 +5,8 @@ python scripts/export_checkpoint.py CHECKPOINT FILE
 
 from pathlib import Path
 
-from tinyllama import checkpoint, cli
+from tinyllama.checkpoint import reader
+from tinyllama.config import cli
 from tinyllama.convert import tensor_file
 from tinyllama.convert.weights import open_weights
 
@@ -16,7 +17,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a step directory, or a run's out_dir for its newest step")
     parser.add_argument("file", type=Path, help="the file to write, such as model.safetensors; one there is replaced")
     args = parser.parse_args()
-    step_dir = checkpoint.resolve(args.checkpoint)
+    step_dir = reader.resolve(args.checkpoint)
     tensor_file.export(open_weights(step_dir), args.file)
     print(f"{step_dir} -> {args.file}: {args.file.stat().st_size / 1e9:.3f} GB")
 

@@ -8,9 +8,11 @@ import time
 
 import torch
 
-from tinyllama import InputError, cli, generate
+from tinyllama import InputError
+from tinyllama.config import cli
 from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.weights import open_weights
+from tinyllama.eval import generate
 from tinyllama.model import from_weights
 
 

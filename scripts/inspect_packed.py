@@ -6,8 +6,8 @@ python scripts/inspect_packed.py data/slimpajama --verify    # hash every shard;
 
 from pathlib import Path
 
-from tinyllama import cli
-from tinyllama.data.inspection import inspect_packed
+from tinyllama.config import cli
+from tinyllama.prepare.inspection import inspect_packed
 from tinyllama.tokenizer import Tokenizer
 
 

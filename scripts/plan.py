@@ -3,14 +3,16 @@
 python scripts/plan.py --config F --gpus 16 --gpu a100-40g [--gpus_per_node 8] [--network_gbps 200] [--mfu 0.5]
 python scripts/plan.py --config F --gpus 64 --gpu h200 --benchmark FILE [--train.micro_batch_size 16 ...]
 
-FILE holds lines of benchmark_step.py. The figures that are no measurements are at the top of tinyllama/plan.py.
+FILE holds lines of benchmark_step.py. The figures that are no measurements are at the top of tinyllama/tools/plan.py.
 """
 
 from pathlib import Path
 
-from tinyllama import InputError, cli, plan
-from tinyllama.args import PretrainArgs, check
-from tinyllama.run import gradient_accumulation
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs, check
+from tinyllama.tools import plan
+from tinyllama.train.run import gradient_accumulation
 
 
 def main() -> None:

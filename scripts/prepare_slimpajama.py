@@ -9,10 +9,11 @@ tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with -
 
 import difflib
 
-from tinyllama import InputError, cli
-from tinyllama.data import flags
-from tinyllama.data.prepare import prepare
-from tinyllama.data.sources import Fields, find_inputs
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.prepare import flags
+from tinyllama.prepare.inputs import Fields, find_inputs
+from tinyllama.prepare.prepare import prepare
 
 SUBSETS = [
     f"RedPajama{name}" for name in ("ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia")

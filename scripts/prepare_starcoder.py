@@ -6,10 +6,10 @@ DIR/python/train-00000-of-00059.parquet becomes the shard python--train-00000-of
 tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
 """
 
-from tinyllama import cli
-from tinyllama.data import flags
-from tinyllama.data.prepare import prepare
-from tinyllama.data.sources import Fields, find_inputs
+from tinyllama.config import cli
+from tinyllama.prepare import flags
+from tinyllama.prepare.inputs import Fields, find_inputs
+from tinyllama.prepare.prepare import prepare
 
 
 def main() -> None:

@@ -6,10 +6,10 @@ PATH is a file or a folder: .jsonl, .jsonl.gz and .jsonl.zst hold a document a l
 `datasets` saved) one a row, .txt is one.
 """
 
-from tinyllama import cli
-from tinyllama.data import flags
-from tinyllama.data.prepare import prepare
-from tinyllama.data.sources import ENDINGS, Fields, find_inputs
+from tinyllama.config import cli
+from tinyllama.prepare import flags
+from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
+from tinyllama.prepare.prepare import prepare
 
 
 def main() -> None:

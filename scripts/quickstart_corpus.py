@@ -21,7 +21,8 @@ import pyarrow
 import zstandard
 from pyarrow import parquet
 
-from tinyllama import InputError, cli, durable
+from tinyllama import InputError, atomic
+from tinyllama.config import cli
 
 # tests, applications, what is not of the library, and the topics, which are prose
 LEFT_OUT = {"idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"}
@@ -65,7 +66,7 @@ def write(folder: Path, shards: list[str], rows: list[dict[str, Any]]) -> None:
             buffer.write(zstandard.compress("".join(json.dumps(row) + "\n" for row in dealt).encode()))
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
-            durable.write(path, buffer.getvalue())
+            atomic.write(path, buffer.getvalue())
         print(f"{path}: {len(dealt):,} documents")
 
 
@@ -102,7 +103,7 @@ def main() -> None:
         starcoder = [{"content": text} for text in code]
         write(args.output / ("starcoder_validation" if held else "starcoder"), HELD_CODE if held else CODE, starcoder)
     with writing(mark):
-        durable.write(mark, made_from.encode())
+        atomic.write(mark, made_from.encode())
 
 
 if __name__ == "__main__":

@@ -5,8 +5,9 @@ python scripts/report.py out/RUN [out/OTHER ...] [--output FILE]
 
 from pathlib import Path
 
-from tinyllama import cli, report
-from tinyllama.logger import read_metrics
+from tinyllama.config import cli
+from tinyllama.monitor import report
+from tinyllama.monitor.metrics import read_metrics
 
 
 def main() -> None:

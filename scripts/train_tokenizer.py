@@ -9,8 +9,9 @@ text), as in raw/starcoder:content. Lines are sampled from all of it. A tokenize
 import os
 from pathlib import Path
 
-from tinyllama import InputError, cli, durable
-from tinyllama.data import vocabulary
+from tinyllama import InputError, atomic
+from tinyllama.config import cli
+from tinyllama.prepare import train_tokenizer
 from tinyllama.tokenizer import Tokenizer
 
 
@@ -24,10 +25,10 @@ def main() -> None:
     # not Path.exists, which raises for a name that is too long
     kept = ", which was there and is left as it is" if os.path.exists(args.output) else ""
     if not kept:
-        model = vocabulary.train(args.source, args.vocab_size)
+        model = train_tokenizer.train(args.source, args.vocab_size)
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)
-            durable.write(args.output, model)
+            atomic.write(args.output, model)
         except OSError as error:
             raise InputError(f"{args.output} cannot be written ({error.strerror}): give another --output") from error
     found = Tokenizer(args.output)

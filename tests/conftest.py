@@ -66,19 +66,16 @@ def packed_folder(tmp_path: Path):
 def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
     """A real checkpoint of models.py's weights, without training one."""
     import dataclasses
-    import sys
 
     import torch
     import torch.distributed as dist
-
-    from tinyllama import cli
-    from tinyllama.checkpointer import Checkpointer
-    from tinyllama.model import from_weights
-    from tinyllama.state import TrainState
-    from tinyllama.tokenizer import Tokenizer
-
-    sys.path.insert(0, str(Path(__file__).parent))
     from models import CONFIG, FACTS, weights
+
+    from tinyllama.checkpoint.state import TrainState
+    from tinyllama.checkpoint.writer import Checkpointer
+    from tinyllama.config import cli
+    from tinyllama.model import from_weights
+    from tinyllama.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("run")
     facts = {**FACTS, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}

@@ -4,9 +4,9 @@ from pathlib import Path
 
 import pytest
 
-from tinyllama import cli
-from tinyllama.args import PretrainArgs, check
-from tinyllama.run import gradient_accumulation
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs, check
+from tinyllama.train.run import gradient_accumulation
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

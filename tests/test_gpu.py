@@ -13,15 +13,15 @@ import torch
 import torch.distributed as dist
 import yaml
 
-from tinyllama.args import OptimArgs, ParallelArgs, TrainArgs
-from tinyllama.checkpoint import load_weights
-from tinyllama.config import ModelConfig, named_config
-from tinyllama.distributed import parallelize
-from tinyllama.generate import generate
-from tinyllama.logger import read_metrics
+from tinyllama.checkpoint.reader import load_weights
+from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
+from tinyllama.config.model import ModelConfig, named_config
+from tinyllama.eval.generate import generate
 from tinyllama.model import GPT, OPS, Block, init_weights
+from tinyllama.monitor.metrics import read_metrics
 from tinyllama.ops import choice
-from tinyllama.optim import build_optimizer, local_gradients
+from tinyllama.train.optim import build_optimizer, local_gradients
+from tinyllama.train.parallel import parallelize
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda")
@@ -100,7 +100,7 @@ def test_a_resumed_run_is_the_straight_run(train: Callable[..., list[float]], tm
 def test_with_deterministic_algorithms_a_resumed_run_is_the_straight_one_bit_for_bit(
     train: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    script = "tests/deterministic_run.py"
+    script = "tests/helpers/deterministic_run.py"
     straight = train("straight", script=script)
     at = tmp_path / "straight" / "checkpoints" / "step-00000006"
     assert train("resumed", "--train.resume", at, script=script) == straight[6:]

@@ -146,7 +146,7 @@ def test_every_recipe_passes_a_dry_run(packed_folder, tmp_path: Path) -> None:
         flags += ["--data.sources", json.dumps([source | {"path": str(data)} for source in sources])]
         flags += ["--data.validation", json.dumps([{"path": str(data)}])]
         lines.append(json.dumps(["train", flags]))
-    command = [sys.executable, ROOT / "tests" / "rank.py"]
+    command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
     ran = subprocess.run(command, input="\n".join(lines) + "\n", env=env, cwd=ROOT, capture_output=True, text=True)
     answers = [json.loads(line) for line in ran.stdout.splitlines()]
     assert [answer.get("result") for answer in answers] == [0] * len(RECIPES), answers

@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 import yaml
 
-from tinyllama import checkpoint, report
-from tinyllama.logger import read_metrics
+from tinyllama.checkpoint import reader
+from tinyllama.monitor import report
+from tinyllama.monitor.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 
@@ -39,7 +40,7 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
     env = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RUN_ID="tests")
     env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     rank = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "rank.py"], env=env, cwd=ROOT, text=True,
+        [sys.executable, ROOT / "tests" / "helpers" / "rank.py"], env=env, cwd=ROOT, text=True,
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
     )  # fmt: skip
     assert rank.stdin
@@ -70,7 +71,7 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
     known = json.loads((out / "wandb.json").read_text())
     assert ids == {f"run-{known['id']}"}
     assert known["step"] == 12
-    assert checkpoint.read_state(out / "checkpoints" / "step-00000012")["wandb_id"] == known["id"]
+    assert reader.read_state(out / "checkpoints" / "step-00000012")["wandb_id"] == known["id"]
     page = report.read_run(out)
     assert [event["kind"] for event in page["events"]].count("restart") == 3
     assert page["columns"]["step"] == list(range(13))

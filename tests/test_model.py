@@ -4,7 +4,7 @@ import math
 import pytest
 import torch
 
-from tinyllama.config import NAMED_CONFIGS, ModelConfig, named_config
+from tinyllama.config.model import NAMED_CONFIGS, ModelConfig, named_config
 from tinyllama.model import GPT, OPS, Block, from_weights, init_weights
 from tinyllama.ops import attention
 from tinyllama.ops.cross_entropy import IGNORE_INDEX

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyllama.logger import read_metrics
+from tinyllama.monitor.metrics import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TOKENS_PER_STEP = 32 * 2048
@@ -72,7 +72,7 @@ def test_bf16_fused_learns_what_fp32_and_upstreams_autocast_do(train: Train) -> 
     fused = losses(train("fused", 200, *CALM))
     others = {
         "fp32 reference": losses(train("fp32", 200, *REFERENCE)),
-        "bf16-mixed by autocast": losses(train("autocast", 200, *REFERENCE, script="tests/autocast_run.py")),
+        "bf16-mixed by autocast": losses(train("autocast", 200, *REFERENCE, script="tests/helpers/autocast_run.py")),
     }
     assert len(fused) == 10
     for name, curve in others.items():

@@ -13,9 +13,9 @@ import pytest
 import torch
 import yaml
 
-from tinyllama.checkpoint import load_weights
-from tinyllama.logger import read_metrics
-from tinyllama.watchdog import Heartbeat, read
+from tinyllama.checkpoint.reader import load_weights
+from tinyllama.monitor.metrics import read_metrics
+from tinyllama.monitor.watchdog import Heartbeat, read
 
 ROOT = Path(__file__).parents[1]
 CONFIG = {

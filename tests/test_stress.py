@@ -13,8 +13,6 @@ import numpy as np
 import pytest
 import torch
 import yaml
-
-sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_rank import contents
 
 ROOT = Path(__file__).parents[1]
@@ -46,7 +44,7 @@ def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
     path.write_text(yaml.safe_dump(config))
 
     def run(kills: int, out_dir: Path) -> list:
-        command = [sys.executable, ROOT / "tests" / "stress_ranks.py", str(kills), "--config", path]
+        command = [sys.executable, ROOT / "tests" / "helpers" / "stress_ranks.py", str(kills), "--config", path]
         done = subprocess.run([*command, "--out_dir", out_dir], cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr[-4000:]
         return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]

@@ -2,7 +2,7 @@ import time
 
 import pytest
 
-from tinyllama.config import named_config
+from tinyllama.config.model import named_config
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
 
 

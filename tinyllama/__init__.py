@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 class InputError(ValueError):
     """What the user gave is wrong: a file, a key, a value. Each argument is one fault and names its remedy.
 
-    Commands print each fault as one ``error:`` line and exit with status 2 (see ``tinyllama.cli.run``);
+    Commands print each fault as one ``error:`` line and exit with status 2 (see ``tinyllama.config.cli.run``);
     every other exception is a defect of ours and keeps its traceback.
     """
 

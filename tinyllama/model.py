@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tinyllama.config import ModelConfig
+from tinyllama.config.model import ModelConfig
 from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
 from tinyllama.ops.rope import rope, rope_tables
 

@@ -4,7 +4,7 @@ import re
 import time
 from collections import deque
 
-from tinyllama.config import ModelConfig
+from tinyllama.config.model import ModelConfig
 
 # Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets, by a pattern in the device's name; the first counts.
 PEAK_FLOPS = {

@@ -8,8 +8,7 @@ import pytest
 import torch
 
 from tinyllama import InputError
-from tinyllama.data.ahead import on_device
-from tinyllama.data.loader import Batch, Loader, validation_batches
+from tinyllama.data.loader import Batch, Loader, on_device, validation_batches
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import ShardWriter, open_packed, write_manifest
 from tinyllama.ops.cross_entropy import IGNORE_INDEX

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyllama import InputError, __version__, durable
+from tinyllama import InputError, __version__, atomic
 
 MARK = "export.json"  # in a folder that a conversion wrote: what from, and the names in it
 
@@ -52,7 +52,7 @@ def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
         names = sorted([MARK, *(path.name for path in unfinished.iterdir())])
         write_json(unfinished / MARK, {"tinyllama": __version__, **facts, "files": names})
         for path in [*unfinished.rglob("*"), unfinished]:
-            durable.sync(path)
+            atomic.sync(path)
         if output.exists():
             output.rename(replaced)
         unfinished.rename(output)
@@ -61,7 +61,7 @@ def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
         if isinstance(error, OSError):  # a full disk
             raise InputError(f"cannot write {given}: {error.strerror}: make room, or give another folder") from None
         raise
-    durable.sync(output.parent)
+    atomic.sync(output.parent)
     shutil.rmtree(replaced, ignore_errors=True)
 
 

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from tinyllama import InputError
-from tinyllama.config import NAMED_CONFIGS, ModelConfig, named_config
+from tinyllama.config.model import NAMED_CONFIGS, ModelConfig, named_config
 from tinyllama.model import GPT
 
 # our parameters and transformers'; {} is the layer's number. Both keep the halves of a head in the same order for RoPE.

@@ -17,7 +17,9 @@ from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
-from tinyllama import __version__, checkpoint, cli
+from tinyllama import __version__
+from tinyllama.checkpoint import reader
+from tinyllama.config import cli
 from tinyllama.convert import folder, layout
 from tinyllama.convert.weights import Weights
 
@@ -32,7 +34,7 @@ def write(output: Path, weights: Weights) -> Path:
     be written or has files that no conversion wrote.
     """
     facts = {key: weights.facts[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
-    state = {"format_version": checkpoint.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **facts}
+    state = {"format_version": reader.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **facts}
     state |= {"converted_from": str(weights.path), "versions": {"tinyllama": __version__, "torch": torch.__version__}}
     with folder.create(output, weights.path, {"from": str(weights.path)}) as unfinished:
         step_dir = unfinished / STEP

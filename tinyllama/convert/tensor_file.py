@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama import InputError, __version__, durable
+from tinyllama import InputError, __version__, atomic
 from tinyllama.convert import layout
 from tinyllama.convert.weights import SAFETENSORS_DTYPES, Weights
 
@@ -53,11 +53,11 @@ def export(weights: Weights, file: Path) -> None:
         if not file.name or (file.exists() and not file.is_file()):
             raise InputError(f"{file} is no file but a folder or a device: give a file, such as model.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = durable.temporary(file)
+        unfinished = atomic.temporary(file)
         write(unfinished, shapes, weights.dtype, map(weights.read, shapes), facts)
-        durable.sync(unfinished)
+        atomic.sync(unfinished)
         unfinished.replace(file)
-        durable.sync(file.parent)
+        atomic.sync(file.parent)
     except OSError as error:
         raise InputError(
             f"cannot write {file} ({error.strerror}): give a file in a folder that can be written"

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama import InputError
-from tinyllama.config import ModelConfig
+from tinyllama.config.model import ModelConfig
 from tinyllama.convert.folder import write_json
 from tinyllama.tokenizer import Tokenizer
 

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tinyllama import InputError, checkpoint
-from tinyllama.config import ModelConfig
+from tinyllama import InputError
+from tinyllama.checkpoint import reader
+from tinyllama.config.model import ModelConfig
 from tinyllama.convert import folder, layout
 from tinyllama.tokenizer import Tokenizer
 
@@ -69,12 +70,12 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
         return _open_upstream(path, config)
     if (path / "config.json").is_file():
         return _open_hf(path)
-    step_dir = checkpoint.resolve(path)
-    entries, read = checkpoint.open_weights(step_dir)
-    config = checkpoint.read_model_config(step_dir)
+    step_dir = reader.resolve(path)
+    entries, read = reader.open_weights(step_dir)
+    config = reader.read_model_config(step_dir)
     _check_shapes(step_dir, config, {name: tuple(entry.size) for name, entry in entries.items()}, layout.shapes)
     dtype = _one_dtype(step_dir, {name: entry.properties.dtype for name, entry in entries.items()})
-    return Weights(step_dir, config, dtype, _facts(checkpoint.read_state(step_dir)), lambda name: read(name).to(dtype))
+    return Weights(step_dir, config, dtype, _facts(reader.read_state(step_dir)), lambda name: read(name).to(dtype))
 
 
 @torch.no_grad()

@@ -1,1 +1,1 @@
-"""From raw text shards to the batches of one rank."""
+"""What training reads: packed tokens, their order, and batches."""

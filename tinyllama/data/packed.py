@@ -20,9 +20,9 @@ from typing import Any, Self
 
 import numpy as np
 
-from tinyllama import InputError, durable
+from tinyllama import InputError, atomic
 from tinyllama.data import lit_chunks
-from tinyllama.data.facts import (
+from tinyllama.data.metadata import (
     DIGEST_SIZE,
     DTYPES,
     FORMAT_VERSION,
@@ -56,7 +56,7 @@ class ShardWriter:
         self._ends = array("Q")
         self._tokens = 0
         self._blake2b = hashlib.blake2b(digest_size=DIGEST_SIZE)
-        self._tmp = durable.temporary(self._folder / f"{name}.bin")
+        self._tmp = atomic.temporary(self._folder / f"{name}.bin")
         self._file = open(self._tmp, "xb")  # noqa: SIM115 (closed by __exit__)
 
     def __enter__(self) -> Self:
@@ -110,12 +110,12 @@ class ShardWriter:
         np.save(index, np.array(self._ends, dtype="<u8"))
         # an older shard of this name is not done from here on: its json must never describe the new tokens
         (self._folder / f"{self.name}.json").unlink(missing_ok=True)
-        durable.write(self._folder / f"{self.name}.idx.npy", index.getvalue())
+        atomic.write(self._folder / f"{self.name}.idx.npy", index.getvalue())
         self._file.close()
-        durable.sync(self._tmp)
+        atomic.sync(self._tmp)
         os.replace(self._tmp, self._folder / f"{self.name}.bin")
-        durable.sync(self._folder)
-        durable.write(self._folder / f"{self.name}.json", to_json(info, indent=1))
+        atomic.sync(self._folder)
+        atomic.write(self._folder / f"{self.name}.json", to_json(info, indent=1))
         return info
 
 
@@ -151,7 +151,7 @@ def write_manifest(directory: Path, names: list[str], **facts: Any) -> dict[str,
         shards=shards,
         **facts,
     )
-    durable.write(Path(directory) / MANIFEST, to_json(manifest, indent=1))
+    atomic.write(Path(directory) / MANIFEST, to_json(manifest, indent=1))
     return manifest
 
 

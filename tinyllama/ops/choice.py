@@ -5,7 +5,7 @@ from collections.abc import Mapping
 import torch
 
 from tinyllama import InputError
-from tinyllama.config import ModelConfig
+from tinyllama.config.model import ModelConfig
 from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
 from tinyllama.ops.backend import Backend
 

@@ -1,0 +1,195 @@
+"""What is taken for a checkpoint, among whatever lies beside it, and what is refused."""
+
+import enum
+import json
+import os
+import pickle
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_rank import CONFIG, Run, make
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
+
+from tinyllama import InputError
+from tinyllama.checkpoint import reader, resume
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of step 7."""
+    folder = tmp_path_factory.mktemp("saved")
+    dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
+    try:
+        step_dir = Run.build(sharded=False).save(make(folder), 7)
+    finally:
+        dist.destroy_process_group()
+    assert step_dir is not None
+    return step_dir
+
+
+def copy(saved: Path, path: Path, step: int) -> Path:
+    shutil.copytree(saved, path)
+    (path / "state.json").write_text(json.dumps(reader.read_state(saved) | {"step": step}))
+    return path
+
+
+def cut(path: Path) -> None:
+    os.truncate(path, path.stat().st_size - 1)
+
+
+# what lies beside step 7: how it is made of a complete step 9, and why it is passed over; None: it is not looked at
+JUNK: dict[str, tuple[str, Callable[[Path], object], str | None]] = {
+    "an empty folder": ("step-9000", lambda path: (shutil.rmtree(path), path.mkdir()), "state.json is missing"),
+    "a file": ("step-10000", lambda path: (shutil.rmtree(path), path.touch()), "state.json: Not a directory"),
+    "a link to nowhere": (
+        "step-00000009",
+        lambda path: (shutil.rmtree(path), path.symlink_to("nowhere")),
+        "state.json is missing",
+    ),
+    "a copy under another number": ("step-00000010", lambda path: None, "its state.json is of step 9"),
+    "no tensors": ("step-00000009", lambda path: (path / "__0_0.distcp").unlink(), "__0_0.distcp is missing or cut"),
+    "tensors cut short": ("step-00000009", lambda path: cut(path / "__0_0.distcp"), "__0_0.distcp is missing or cut"),
+    "no metadata": ("step-00000009", lambda path: (path / ".metadata").unlink(), ".metadata is missing"),
+    "metadata cut short": ("step-00000009", lambda path: cut(path / ".metadata"), "not the metadata of a checkpoint"),
+    "no settings": ("step-00000009", lambda path: (path / "config.yaml").unlink(), "config.yaml is missing"),
+    "empty settings": ("step-00000009", lambda path: (path / "config.yaml").write_text(""), ""),
+    "state.json is a list": ("step-00000009", lambda path: (path / "state.json").write_text("[9]"), ""),
+    "state.json is empty": ("step-00000009", lambda path: (path / "state.json").write_text(""), ""),
+    "a position that is none": (
+        "step-00000009",
+        lambda path: (path / "state.json").write_text(json.dumps(reader.read_state(path) | {"samples": 1.5})),
+        "its state.json says samples 1.5",
+    ),
+    "a position before the beginning": (
+        "step-00000009",
+        lambda path: (path / "state.json").write_text(json.dumps(reader.read_state(path) | {"samples": -5})),
+        "its state.json says samples -5",
+    ),
+    "nested without an end": ("step-00000009", lambda path: (path / "state.json").write_text("[" * 100_000), ""),
+    "a backup": ("step-00000009.backup", lambda path: None, None),
+    "a hidden one": (".step-00000009", lambda path: None, None),
+    "not finished": ("step-00000009.tmp", lambda path: None, None),
+    "no number": ("step-000x.tmp", lambda path: None, None),
+    "set aside": ("step-00000009.broken-12345678", lambda path: None, None),
+    "a folder": ("partial", lambda path: None, None),
+}
+
+
+@pytest.mark.parametrize("case", JUNK)
+def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_path: Path) -> None:
+    name, spoil, why = JUNK[case]
+    seven = copy(saved, tmp_path / "step-00000007", 7)
+    copy(saved, tmp_path / "step-00000006", 6)
+    spoil(copy(saved, tmp_path / name, 9))
+    found, passed_over = reader.newest(tmp_path)
+    assert found == seven
+    if why is None:
+        assert passed_over == []
+    else:
+        (said,) = passed_over
+        assert said.startswith(f"{tmp_path / name} is no complete checkpoint (")
+        assert why in said
+    assert reader.resolve(tmp_path) == seven
+
+
+def test_a_step_that_is_not_there_names_those_that_are(saved: Path, tmp_path: Path) -> None:
+    for step in (20, 30):
+        copy(saved, tmp_path / f"step-{step:08d}", step)
+    there = "is not there; the steps of its run that are: step-00000020, step-00000030"
+    with pytest.raises(InputError, match=f"step-00000010 {there}"):
+        reader.resolve(tmp_path / "step-00000010")
+
+
+def test_damaged_tensors_are_one_line(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    file = step_dir / "__0_0.distcp"
+    file.write_bytes(bytes(file.stat().st_size))  # what a crash can leave: whole, and zeros
+    assert reader.fault(step_dir) is None
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        run = Run.build(sharded=False)
+        with pytest.raises(InputError, match="step-00000007 cannot be read .*: move it out of its folder, and the run"):
+            reader.load(step_dir, run.model, run.optimizer)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_steps_are_ordered_by_number(saved: Path, tmp_path: Path) -> None:
+    for step in (9000, 10000, 99):
+        copy(saved, tmp_path / f"step-{step}", step)
+    assert reader.newest(tmp_path) == (tmp_path / "step-10000", [])
+    assert reader.newest(tmp_path / "nothing") == (None, [])
+
+
+class Attack:
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.path),)
+
+
+def test_a_pickle_that_does_something_is_refused_and_does_not(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    attack = pickle.dumps(Attack(tmp_path / "done"))
+    (step_dir / ".metadata").write_bytes(attack)
+    for load in (reader.resolve, reader.load_weights):
+        with pytest.raises(InputError, match="it names posix.mkdir"):
+            load(step_dir)
+    assert not (tmp_path / "done").exists()
+    pickle.loads(attack)  # the pickle is a real one
+    assert (tmp_path / "done").exists()
+
+
+class AsGetattr(pickle.Pickler):
+    """Pickles the members of enums as Python 3.11.2 does, which is Debian 12's, and dtypes and classes as ever."""
+
+    def reducer_override(self, value):
+        return (getattr, (type(value), value.name)) if isinstance(value, enum.Enum) else NotImplemented
+
+
+def test_metadata_that_an_older_python_pickled_is_read(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    ours = reader._Reader(step_dir).read_metadata()
+    with (step_dir / ".metadata").open("wb") as file:
+        AsGetattr(file).dump(ours)
+    assert b"getattr" in (step_dir / ".metadata").read_bytes()
+    assert reader._Reader(step_dir).read_metadata().state_dict_metadata == ours.state_dict_metadata
+    assert reader.fault(step_dir) is None
+
+
+class Attribute:
+    def __init__(self, owner: object, name: object) -> None:
+        self.owner, self.name = owner, name
+
+    def __reduce__(self):
+        return getattr, (self.owner, self.name)
+
+
+@pytest.mark.parametrize(
+    ("owner", "name"),
+    [
+        (torch.Size, "__subclasses__"),
+        (_MEM_FORMAT_ENCODING, "__class__"),
+        (_MEM_FORMAT_ENCODING, "mro"),
+        (Metadata, "__init__"),
+    ],
+)
+def test_getattr_reaches_nothing_else(saved: Path, tmp_path: Path, owner: object, name: object) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    (step_dir / ".metadata").write_bytes(pickle.dumps(Attribute(owner, name)))
+    assert "it names getattr(" in (reader.fault(step_dir) or "")
+
+
+def test_changes_are_named(tmp_path: Path) -> None:
+    then = {"model": {"n_layer": 2}, "data": {"sources": [{"weight": 0.7}, {"weight": 0.3}]}}
+    resume.refuse_changes(tmp_path, then, {**then})
+    now = {"model": {"n_layer": CONFIG.n_layer + 1}, "data": {"sources": [{"weight": 0.7}]}}
+    with pytest.raises(InputError) as error:
+        resume.refuse_changes(tmp_path, then, now)
+    what = "model.n_layer was 2 and is 3; data.sources[1].weight was 0.3 and is absent"
+    assert str(error.value).startswith(f"cannot resume from {tmp_path}: {what}; put it back")

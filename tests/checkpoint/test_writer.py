@@ -1,0 +1,285 @@
+"""Saving: on two ranks that share one group, in processes that are killed, and alone."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from checkpoint_rank import CONFIG, Run, holds, make, values
+from safetensors import safe_open
+
+from tinyllama import atomic
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.writer import CheckpointError, prune
+from tinyllama.convert import tensor_file
+from tinyllama.convert.weights import open_weights
+
+
+class Ranks:
+    """Processes that wait for commands; see checkpoint_rank.py."""
+
+    def __init__(self, store: Path, count: int, world_size: int) -> None:
+        script = Path(__file__).parents[1] / "helpers" / "checkpoint_rank.py"
+        self.processes = [
+            subprocess.Popen(
+                [sys.executable, str(script), str(rank), str(world_size), str(store)],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env=os.environ | {"OMP_NUM_THREADS": "1"},
+                text=True,
+            )
+            for rank in range(count)
+        ]
+
+    def __call__(self, command: str, path: Path, *args: object) -> list[Any]:
+        """Run ``command`` on every rank; gives their answers."""
+        for process in self.processes:
+            assert process.stdin is not None
+            process.stdin.write(json.dumps([command, str(path), *args]) + "\n")
+            process.stdin.flush()
+        answers = [json.loads(process.stdout.readline()) for process in self.processes if process.stdout]
+        for answer in answers:
+            assert "defect" not in answer, answer["defect"]
+        return [answer["result"] for answer in answers]
+
+    def end(self) -> None:
+        for process in self.processes:
+            process.kill()
+            process.communicate()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("ranks") / "store", count=2, world_size=2)
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
+    started = Ranks(tmp_path_factory.mktemp("parent") / "store", count=1, world_size=0)
+    yield started
+    started.end()
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Run]:
+    """A tiny run in this process, the only one of its group."""
+    store = dist.FileStore(str(tmp_path_factory.mktemp("alone") / "store"), 1)
+    dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield Run.build(sharded=False)
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def steps(ranks: Ranks, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What two ranks saved asynchronously: steps 5 and 6."""
+    folder = tmp_path_factory.mktemp("steps")
+    published = [str(folder / "step-00000005"), str(folder / "step-00000006")]
+    # the first is in flight when its save returns, and complete when the second's does; then there is one to wait for
+    expected = [["None", "None", published[1], "None"], [False, False, True]]
+    assert ranks("asynchronously", folder) == [expected, expected]
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_an_asynchronous_save_has_the_values_of_its_step(steps: Path) -> None:
+    assert names(steps) == ["step-00000005", "step-00000006"]
+    assert holds(steps / "step-00000005", 5)
+    assert holds(steps / "step-00000006", 6)
+    files = [".metadata", "__0_0.distcp", "__1_0.distcp", "config.yaml", "state.json"]
+    assert names(steps / "step-00000006") == files
+    state = reader.read_state(steps / "step-00000005")
+    assert (state["format_version"], state["world_size"], state["data"]) == (1, 2, {"seed": 1})
+    assert reader.read_model_config(steps / "step-00000005") == CONFIG
+
+
+def test_other_world_sizes_load_it(steps: Path, ranks: Ranks, alone: Run, tmp_path: Path) -> None:
+    from checkpoint_rank import load
+
+    state = {"step": 6, "samples": 18, "tokens": 144}
+    for found, equal in [*ranks("load", steps / "step-00000006"), load(alone, steps / "step-00000006")]:
+        assert found.items() >= state.items()
+        assert equal
+    alone.save(make(tmp_path), 9)  # on one, for two
+    for found, equal in ranks("load", tmp_path / "step-00000009"):
+        assert found["step"] == 9
+        assert equal
+
+
+def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> None:
+    weights = reader.load_weights(steps / "step-00000006")
+    assert list(weights) == [name for name, _ in Run.build(sharded=False).model.named_parameters()]
+    assert all(torch.equal(weights[name], values(f"model.{name}", weights[name].shape, 6)) for name in weights)
+    file = tmp_path / "new" / "model.safetensors"
+    tensor_file.export(open_weights(steps / "step-00000005"), file)
+    script = Path(__file__).parents[2] / "scripts" / "export_checkpoint.py"
+    done = subprocess.run([sys.executable, script, steps, file], capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{steps}/step-00000006 -> {file}: 0.000 GB\n"
+    assert names(file.parent) == ["model.safetensors"]
+    with safe_open(file, "pt") as exported:
+        assert sorted(exported.keys()) == sorted(weights)
+        for name, tensor in weights.items():
+            found = exported.get_tensor(name)
+            assert found.dtype == tensor.dtype
+            assert torch.equal(found, tensor)
+        facts = exported.metadata()
+    assert facts | {"step": "6", "tokens": "144", "format": "pt"} == facts
+    assert json.loads(facts["model"])["n_layer"] == CONFIG.n_layer
+
+
+def test_an_export_that_fails_leaves_what_was_there(steps: Path, tmp_path: Path, monkeypatch) -> None:
+    file = tmp_path / "model.safetensors"
+    file.write_text("before")
+    monkeypatch.setattr(atomic, "sync", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        tensor_file.export(open_weights(steps / "step-00000006"), file)
+    assert names(tmp_path) == ["model.safetensors"]
+    assert file.read_text() == "before"
+
+
+FAILURES = {
+    "full": " is not saved: it takes 0.001 GB and 0.000 GB are free",
+    "limit": " is not saved: rank 1: OSError: [Errno 27] File too large",
+}
+
+
+@pytest.mark.parametrize("how", FAILURES)
+def test_a_save_that_fails_on_one_rank_fails_on_all_and_the_next_is_good(how: str, ranks: Ranks, tmp_path: Path):
+    said = f"{tmp_path / 'step-00000002'}{FAILURES[how]}"
+    assert ranks("failing", tmp_path, how) == [[said, ["step-00000001"]]] * 2
+    assert names(tmp_path) == ["step-00000001", "step-00000003"]
+    assert holds(tmp_path / "step-00000001", 1)
+    assert holds(tmp_path / "step-00000003", 3)
+
+
+def test_a_disk_that_fills_up_while_it_saves(ranks: Ranks, small_disk: Path) -> None:
+    folder = small_disk / "checkpoints"
+    (said, there), other = ranks("failing", folder, "ballast")
+    assert other == [said, there]
+    assert there == ["ballast", "step-00000001"]
+    assert said.startswith(f"{folder / 'step-00000002'} is not saved: rank ")
+    assert said.endswith(("No space left on device", "(is the disk full?)"))
+    assert names(folder) == ["step-00000001", "step-00000003"]
+    assert holds(folder / "step-00000001", 1)
+    assert holds(folder / "step-00000003", 3)
+
+
+# rank 0's fsyncs: the tensors, .metadata, config.yaml and its folder, state.json and its folder; the rename; the parent
+@pytest.mark.parametrize(("when", "step"), [*((when, 1) for when in range(1, 7)), (7, 2), (8, 2)])
+def test_a_kill_leaves_the_step_before_or_this_one(when: int, step: int, parent: Ranks, alone: Run, tmp_path: Path):
+    folder = tmp_path / "checkpoints"
+    assert parent("killed", folder, when) == [signal.SIGKILL]
+    assert reader.newest(folder) == (folder / f"step-{step:08d}", [])
+    assert holds(folder / f"step-{step:08d}", step)
+    left = {1: "step-00000002.tmp", 2: "step-00000001"}[step] if when < 8 else "step-00000001.tmp"
+    assert names(folder) == sorted([f"step-{step:08d}", left])
+    alone.save(make(folder, keep_last=1), 2)  # the next start; a complete step 2 is set aside, not overwritten
+    assert holds(folder / "step-00000002", 2)
+    assert [name for name in names(folder) if "broken" not in name] == ["step-00000002"]
+
+
+def test_nothing_more_is_synced_or_removed_than_was_killed(parent: Ranks, tmp_path: Path) -> None:
+    assert parent("killed", tmp_path / "checkpoints", 9) == [0]
+    assert names(tmp_path / "checkpoints") == ["step-00000002"]
+
+
+def test_a_start_removes_only_what_a_save_left_unfinished(alone: Run, tmp_path: Path) -> None:
+    others = ["step-000x.tmp", "step-5.tmp", "step-00000001.tmp.tmp", "step-00000003", "partial", "a.tmp"]
+    for name in [*others, "step-00000001.tmp", "step-123456789.tmp"]:
+        (tmp_path / name / "inside").mkdir(parents=True)
+    make(tmp_path)
+    assert names(tmp_path) == sorted(others)
+
+
+def test_a_broken_step_is_set_aside(alone: Run, tmp_path: Path) -> None:
+    (tmp_path / "step-00000004").mkdir()
+    (tmp_path / "step-00000004" / "mine").touch()
+    assert alone.save(make(tmp_path, keep_last=1), 4) == tmp_path / "step-00000004"
+    assert holds(tmp_path / "step-00000004", 4)
+    (aside,) = tmp_path.glob("step-00000004.broken-*")
+    assert names(aside) == ["mine"]
+
+
+def test_a_folder_that_cannot_be_made_is_said(alone: Run, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(CheckpointError, match="step-00000001 is not saved: .*File exists: '.*/file'"):
+        alone.save(make(tmp_path / "file"), 1)
+
+
+def test_a_failure_nobody_waited_for_is_raised_by_the_next_save(alone: Run, tmp_path: Path, monkeypatch) -> None:
+    saver = make(tmp_path, asynchronous=True)
+    with monkeypatch.context() as context:
+        context.setattr(saver, "_publish", lambda *args: 1 / 0)
+        assert alone.save(saver, 1) is None
+    with pytest.raises(CheckpointError, match="step-00000001 is not saved: rank 0: ZeroDivisionError"):
+        alone.save(saver, 2)
+    assert saver.wait() == tmp_path / "step-00000002"
+    assert names(tmp_path) == ["step-00000002"]
+    assert holds(tmp_path / "step-00000002", 2)
+
+
+PRUNING: dict[str, tuple[list[int], int, int | None, list[int]]] = {
+    "the newest": ([5, 10, 15], 1, None, [15]),
+    "fewer than asked for": ([5, 10], 3, None, [5, 10]),
+    "by number, not by name": ([99999999, 100000000], 1, None, [100000000]),
+    "every tenth for ever": ([5, 10, 15, 20, 25], 2, 10, [10, 20, 25]),
+    "the newest is permanent too": ([10, 15, 20], 1, 10, [10, 20]),
+    "the only one": ([5], 1, None, [5]),
+}
+
+
+@pytest.fixture(scope="module")
+def one_step(alone: Run, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("one")
+    alone.save(make(folder), 7)
+    return folder / "step-00000007"
+
+
+def copy(step_dir: Path, path: Path, step: int) -> Path:
+    """A complete checkpoint of ``step`` at ``path``."""
+    shutil.copytree(step_dir, path)
+    (path / "state.json").write_text(json.dumps(reader.read_state(step_dir) | {"step": step}))
+    return path
+
+
+@pytest.mark.parametrize("case", PRUNING)
+def test_pruning(case: str, one_step: Path, tmp_path: Path) -> None:
+    there, keep_last, keep_every, kept = PRUNING[case]
+    for step in there:
+        copy(one_step, tmp_path / f"step-{step:08d}", step)
+    # neither complete steps of ours, nor counted as such
+    copy(one_step, tmp_path / "step-3", 3)
+    copy(one_step, tmp_path / "step-00000002.backup", 2)
+    (copy(one_step, tmp_path / "step-00000001", 1) / "__0_0.distcp").unlink()
+    (copy(one_step, tmp_path / "step-00000101", 101) / "state.json").unlink()
+    (tmp_path / "step-00000102").symlink_to(copy(one_step, tmp_path / "elsewhere", 102))
+    (tmp_path / "step-00000103").touch()
+    others = {"step-3", "step-00000002.backup", "step-00000001", "step-00000101", "elsewhere", "step-00000102"}
+    prune(tmp_path, keep_last, keep_every)
+    assert set(names(tmp_path)) == others | {"step-00000103"} | {f"step-{step:08d}" for step in kept}
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+def test_a_gpu_is_saved_through_pinned_memory(tmp_path: Path) -> None:
+    ranks = Ranks(tmp_path / "store", count=1, world_size=1)
+    try:
+        assert ranks("pinned", tmp_path / "checkpoints") == [True]
+    finally:
+        ranks.end()
+    assert holds(tmp_path / "checkpoints" / "step-00000003", 3)
+    assert holds(tmp_path / "checkpoints" / "step-00000004", 4)

@@ -1,0 +1,182 @@
+import subprocess
+import sys
+from dataclasses import asdict, fields
+from pathlib import Path
+
+import pytest
+
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs, Source
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def yaml_file(tmp_path: Path) -> str:
+    path = tmp_path / "run.yaml"
+    path.write_text(
+        """
+        data: {sources: [{path: a, weight: 0.25}, {path: b, weight: 0.75}]}
+        optim: {lr: 4e-4, warmup_steps: 7}
+        train: {max_steps: 10}
+        parallel: {shard: 2}
+        """
+    )
+    return str(path)
+
+
+def parse(*argv: str) -> PretrainArgs:
+    return cli.parse(PretrainArgs, argv)
+
+
+def faults(*argv: str) -> tuple[str, ...]:
+    with pytest.raises(InputError) as caught:
+        parse(*argv)
+    return caught.value.args
+
+
+def test_flags_win_over_yaml_and_yaml_over_defaults(yaml_file: str) -> None:
+    args = parse("--config", yaml_file, "--optim.warmup_steps", "3", "--parallel.shard=node")
+    assert args.optim.lr == 4e-4
+    assert args.optim.warmup_steps == 3
+    assert args.optim.beta2 == 0.95
+    assert args.parallel.shard == "node"
+    assert parse("--config", yaml_file).parallel.shard == 2
+    assert parse("--config", yaml_file).data.sources == [Source("a", 0.25), Source("b", 0.75)]
+
+
+@pytest.mark.parametrize("flag", [["--data.sources", "{}"], ["--data.sources={}"]])
+@pytest.mark.parametrize("paths", [["x"], ["x", "y"], ["x", "y", "z"]])
+def test_a_list_given_as_a_flag_replaces_the_whole_list(yaml_file: str, flag: list[str], paths: list[str]) -> None:
+    # two items are as many as the YAML has: jsonargparse alone would keep the weights of the old ones
+    value = "[" + ", ".join(f'{{"path": "{path}"}}' for path in paths) + "]"
+    args = parse("--config", yaml_file, *(word.replace("{}", value) for word in flag))
+    assert args.data.sources == [Source(path, 1.0) for path in paths]
+
+
+def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("model: {n_layers: 3}\ndata: {sources: [{pth: a}]}\nlr: 3\nzzzzzz: 1\ntrain: 3\n")
+    assert faults("--config", str(path), "--train.max_step", "3") == (
+        "unknown flag --train.max_step; did you mean train.max_steps?",
+        f"{path}: unknown key model.n_layers; did you mean model.n_layer?",
+        f"{path}: unknown key data.sources.pth; did you mean data.sources.path?",
+        f"{path}: unknown key lr; did you mean optim.lr?",
+        f"{path}: unknown key zzzzzz; --help lists the keys",
+        f"{path}: train is not a group of keys but 3; --help lists the keys",
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("ops.attention: sdpa", "ops.attention is not nested: write {ops: {attention: ...}}, on two lines if you like"),
+        ("data: {sources: null}", "data.sources is null: give a value, or leave it out for its default"),
+        (
+            "data: {sources: [{path: a, weight: null}]}",
+            "data.sources.weight is null: give a value, or leave it out for its default",
+        ),
+    ],
+)
+def test_yaml_of_another_shape_is_told(text: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    assert faults("--config", str(path)) == (f"{path}: {fault}",)
+
+
+@pytest.mark.parametrize(
+    ("text", "fault"),
+    [
+        ("train: {max_steps: 3}\ndata: {}\ntrain: {max_steps: 2}", "the key train is there twice"),
+        ("optim: {lr: 1, lr: 2}", "the key lr is there twice"),
+        ("[" * 3000, "maximum recursion depth exceeded"),
+    ],
+)
+def test_yaml_that_is_none_is_told(text: str, fault: str, tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    (said,) = faults("--config", str(path))
+    assert said.startswith(f"{path} is not YAML: {fault}")
+
+
+def test_no_arguments_are_all_defaults() -> None:
+    assert parse() == PretrainArgs()
+
+
+def test_wrong_types_name_the_key(tmp_path: Path) -> None:
+    assert faults("--model.n_layer", "x") == ("model.n_layer cannot be x: expected int | None",)
+    path = tmp_path / "run.yaml"
+    path.write_text("data: {sources: 3}")
+    assert faults("--config", str(path)) == ("data.sources: Expected a list. Got value: 3",)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    missing = tmp_path / "none.yaml"
+    assert faults("--config", str(missing)) == (
+        f"cannot read the config {missing}: No such file or directory; give --config a YAML file",
+    )
+    missing.write_text("a: [")
+    assert faults("--config", str(missing))[0].startswith(f"{missing} is not YAML: ")
+
+
+def test_every_field_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse("--help")
+    text = " ".join(capsys.readouterr().out.split())
+    for group in fields(PretrainArgs):
+        assert f"--{group.name}" in text
+    # the string under the field, and its default
+    assert "--optim.warmup_steps WARMUP_STEPS steps of linear warm-up (type: int, default: 2000)" in text
+
+
+def test_print_config_can_be_read_back(tmp_path: Path, yaml_file: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit, match="0"):
+        parse("--config", yaml_file, "--print_config")
+    path = tmp_path / "printed.yaml"
+    path.write_text(capsys.readouterr().out)
+    assert parse("--config", str(path)) == parse("--config", yaml_file)
+    path.write_text(cli.dump(asdict(parse("--config", yaml_file))))
+    assert parse("--config", str(path)) == parse("--config", yaml_file)
+
+
+@pytest.mark.parametrize(
+    ("body", "status", "stderr"),
+    [
+        ("return 75", 75, ""),
+        ("return None", 0, ""),
+        (
+            "open('/proc/version/x')",
+            2,
+            "error: cannot use /proc/version/x (Not a directory): mend that, or give another path\n",
+        ),
+        ("raise InputError('a is wrong: mend it', 'b too')", 2, "error: a is wrong: mend it\nerror: b too\n"),
+    ],
+)
+def test_exit_status(body: str, status: int, stderr: str) -> None:
+    code = f"from tinyllama import InputError\nfrom tinyllama.config import cli\ndef main():\n    {body}\ncli.run(main)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (status, stderr)
+
+
+def test_defects_keep_their_traceback() -> None:
+    code = "from tinyllama.config import cli\ncli.run(lambda: 1 / 0)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 1
+    assert "ZeroDivisionError" in done.stderr
+
+
+@pytest.mark.parametrize("words", [1, 100_000])
+def test_output_that_nobody_reads_is_no_defect(words: int) -> None:
+    code = f"from tinyllama.config import cli; cli.run(lambda: print('word ' * {words}))"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | true; echo ${PIPESTATUS[0]}', sys.executable, code],
+        cwd=ROOT, capture_output=True, text=True,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+def test_ctrl_c_is_a_line_and_what_shells_expect() -> None:
+    code = "import os, signal; from tinyllama.config import cli; cli.run(lambda: os.kill(os.getpid(), signal.SIGINT))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (130, "", "interrupted\n")

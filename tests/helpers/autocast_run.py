@@ -1,0 +1,29 @@
+"""The recipe as upstream computed it: fp32 weights and residual stream, products in bf16 by autocast.
+
+Arguments are train.py's.
+"""
+
+import sys
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
+import train as recipe
+
+losses_of = recipe.losses_of
+
+
+def autocast(run: Any, model: torch.nn.Module) -> recipe.Losses:
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return torch.autocast(device, dtype=torch.bfloat16)(losses_of(run, model))
+
+
+if __name__ == "__main__":
+    with mock.patch.object(recipe, "losses_of", autocast):
+        cli.run(lambda: recipe.main(recipe.setup(cli.parse(PretrainArgs))))

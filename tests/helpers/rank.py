@@ -1,0 +1,197 @@
+"""One rank of a group that many tests share: a command a line on stdin, its answer a line on stdout.
+
+Starting ranks and importing torch takes seconds, a tiny run a fraction of one. `World` in test_train.py starts it.
+"""
+
+import contextlib
+import hashlib
+import io
+import itertools
+import json
+import os
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import torch.distributed as dist
+
+from tinyllama import InputError
+from tinyllama.checkpoint import writer
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
+import train as recipe
+
+
+def train(argv: list[str]) -> int:
+    """The whole recipe; gives its exit code."""
+    return recipe.main(recipe.setup(cli.parse(PretrainArgs, argv)))
+
+
+def group_timeout(argv: list[str]) -> float:
+    """Seconds that a collective may take after the recipe has run."""
+    train(argv)
+    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+
+
+def train_signalled(argv: list[str]) -> int | str:
+    """The recipe, with a signal to rank ``argv[1]`` in the phase ``argv[0]``; gives its exit code, or "interrupted".
+
+    Phases: a step by its number, ``validation``, ``checkpoint``, or ``both``: a step and the save that it leads to;
+    there it is SIGUSR1. ``ctrl-c`` and ``ctrl-c twice`` are SIGINT in step 7.
+    """
+    phase, rank, *argv = argv
+    number, times = (signal.SIGINT, 2 if phase == "ctrl-c twice" else 1) if "ctrl" in phase else (signal.SIGUSR1, 1)
+    phase = "7" if "ctrl" in phase else phase
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+
+    def now() -> None:
+        if dist.get_rank() == int(rank):
+            for _ in range(times):
+                os.kill(os.getpid(), number)
+                time.sleep(0.02 if times == 2 else 0)
+
+    signalled = contextlib.ExitStack()
+    if phase.isdecimal() or phase == "both":
+        lr_at, step = recipe.Run.lr_at, 7 if phase == "both" else int(phase)
+
+        def signalling(run: Any, at: int) -> float:
+            if at == step - 1:
+                now()
+            return lr_at(run, at)
+
+        signalled.enter_context(mock.patch.object(recipe.Run, "lr_at", signalling))
+    if phase == "validation":
+        batches = recipe.validation_batches
+        calls = itertools.count()
+
+        def some(*args: Any, **kwargs: Any) -> Any:
+            for number, batch in enumerate(batches(*args, **kwargs)):
+                if calls_now == 1 and number == 1:
+                    now()
+                yield batch
+
+        def counted(*args: Any, **kwargs: Any) -> Any:
+            nonlocal calls_now
+            calls_now = next(calls)  # the second validation, at step 20, not the first at step 0
+            return some(*args, **kwargs)
+
+        calls_now = -1
+        signalled.enter_context(mock.patch.object(recipe, "validation_batches", counted))
+    if phase in ("checkpoint", "both"):
+        save = recipe.Checkpointer.save
+        patched = mock.patch.object(recipe.Checkpointer, "save", lambda *args, **kw: (now(), save(*args, **kw))[1])
+        signalled.enter_context(patched)
+    with signalled, mock.patch.object(recipe.Preemption, "ONE_PRESS", 0.01):
+        try:
+            return recipe.main(run)
+        except KeyboardInterrupt:
+            return "interrupted"
+
+
+def train_on_a_full_disk(argv: list[str]) -> int:
+    """The recipe, on a disk that is full from the middle of the second save to the beginning of the third."""
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    ballast = run.out_dir.parent / "ballast"
+    write_data, save = writer._Writer.write_data, recipe.Checkpointer.save
+    writes, saves = itertools.count(1), itertools.count(1)
+
+    def fill(*args: Any) -> Any:
+        if next(writes) == 2 and dist.get_rank() == 1:
+            with contextlib.suppress(OSError), ballast.open("wb", buffering=0) as file:
+                while True:
+                    file.write(bytes(1024))
+        return write_data(*args)
+
+    def empty(*args: Any, **kwargs: Any) -> Any:
+        if next(saves) == 3 and run.args.checkpoint.on_failure == "continue":
+            ballast.unlink(missing_ok=True)
+        return save(*args, **kwargs)
+
+    with (
+        mock.patch.object(writer._Writer, "write_data", fill),
+        mock.patch.object(recipe.Checkpointer, "save", empty),
+    ):
+        return recipe.main(run)
+
+
+def train_poisoned(argv: list[str]) -> int:
+    """The recipe, with a NaN in a gradient of the rank ``argv[0]`` at the step ``argv[1]``; minus: from there on."""
+    rank, step, *argv = argv
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    judge = recipe.Guard.judge
+    calls = itertools.count(1)
+
+    def poisoned(guard: Any, at: int, loss_sum: Any, num_tokens: int, gradients: list[torch.Tensor]) -> Any:
+        call = next(calls)
+        if dist.get_rank() == int(rank) and (call == int(step) or call >= -int(step) > 0):
+            gradients[0].view(-1)[0] = torch.nan
+        return judge(guard, at, loss_sum, num_tokens, gradients)
+
+    with mock.patch.object(recipe.Guard, "judge", poisoned):
+        return recipe.main(run)
+
+
+def start_hash(argv: list[str]) -> str:
+    """Hash of every start weight, gathered."""
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    fabric = recipe.build_fabric(run.args.parallel, run.args.train)
+    fabric.launch()
+    gpt, _, _ = recipe.build(run, fabric)
+    digest = hashlib.blake2b()
+    for name, parameter in gpt.named_parameters():
+        digest.update(name.encode() + parameter.full_tensor().detach().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def dtypes(argv: list[str]) -> dict[str, list[str]]:
+    """What a bf16 step is made of: dtypes of master weights, gradients, moments, and of what a Block is given."""
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    fabric = recipe.build_fabric(run.args.parallel, run.args.train)
+    fabric.launch()
+    gpt, model, optimizer = recipe.build(run, fabric)
+    seen: dict[str, set[str]] = {"stream": set(), "tables": set(), "computed": set()}
+
+    def look(block: torch.nn.Module, inputs: tuple[torch.Tensor, ...]) -> None:
+        seen["stream"].add(str(inputs[0].dtype))
+        seen["tables"] |= {str(table.dtype) for table in inputs[1:] if table is not None}
+        seen["computed"] |= {str(parameter.dtype) for parameter in block.parameters()}
+
+    for block in gpt.transformer["h"].children():
+        block.norm_1.register_forward_pre_hook(lambda norm, inputs, block=block: look(block, (inputs[0],)))
+        block.attn.register_forward_pre_hook(lambda attn, inputs: look(attn, inputs))
+    ids = torch.zeros(1, run.config.block_size, dtype=torch.int64)
+    fabric.backward(model(ids, ids))
+    optimizer.step()
+    seen["gradients"] = {str(parameter.grad.dtype) for parameter in gpt.parameters()}
+    seen["master"] = {str(parameter.dtype) for parameter in gpt.parameters()}
+    state = optimizer.optimizer.state
+    seen["moments"] = {str(moments[key].dtype) for moments in state.values() for key in ("exp_avg", "exp_avg_sq")}
+    return {name: sorted(found) for name, found in seen.items()}
+
+
+def main() -> None:
+    """Answer commands until stdin ends."""
+    for line in sys.stdin:
+        name, argv = json.loads(line)
+        answer: dict[str, Any] = {}
+        said = io.StringIO()
+        try:
+            with contextlib.redirect_stdout(said):
+                answer["result"] = globals()[name](argv)
+        except InputError as error:
+            answer["faults"] = error.args
+        except BaseException:
+            answer["defect"] = traceback.format_exc()
+        answer["said"] = said.getvalue()
+        print(json.dumps(answer), flush=True)
+
+
+if __name__ == "__main__":
+    main()

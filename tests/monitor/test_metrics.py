@@ -1,0 +1,191 @@
+import contextlib
+import csv
+import json
+import os
+import pty
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama import InputError
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import open_packed
+from tinyllama.monitor.console import console_line, duration, show_card, start_card
+from tinyllama.monitor.metrics import COLUMNS, RunLog, read_metrics, source_columns
+from tinyllama.train.run import Run
+
+
+@pytest.fixture
+def run(packed_folder: Any, tmp_path: Path) -> Run:
+    folder = packed_folder([[list(range(100))]])
+    args = PretrainArgs(
+        out_dir=str(tmp_path / "out"),
+        model=ModelArgs(block_size=32),
+        data=DataArgs(sources=[Source(str(folder))]),
+        train=TrainArgs(max_steps=9),
+    )
+    dataset = open_packed(folder)
+    return Run(args, args.model.resolve(), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
+
+
+def rows(run: Run) -> list[dict[str, str]]:
+    with (run.out_dir / "metrics.csv").open() as file:
+        return [{k: v for k, v in row.items() if v and k != "tokens_packed"} for row in csv.DictReader(file)]
+
+
+def test_each_step_is_one_row_across_restarts(run: Run) -> None:
+    log = RunLog(run, None, speaks=True)
+    log.row({"step": 0, "tokens": 0, "val_loss": 7.5})
+    for step in range(1, 5):
+        log.row({"step": step, "tokens": 8 * step, "loss": 7.0 - step})
+    log.row({"step": 4, "tokens": 32, "val_loss": 3.5})
+    with (run.out_dir / "metrics.csv").open("a") as file:
+        file.write("5,40,2.")  # killed while writing
+    log = RunLog(run, 3, speaks=True)
+    assert [row["step"] for row in rows(run)] == ["0", "1", "2", "3"]
+    log.row({"step": 3, "tokens": 24, "val_loss": 4.5})
+    log.row({"step": 4, "tokens": 32, "loss": 3.0})
+    assert rows(run) == [
+        {"step": "0", "tokens": "0", "val_loss": "7.5"},
+        {"step": "1", "tokens": "8", "loss": "6.0"},
+        {"step": "2", "tokens": "16", "loss": "5.0"},
+        {"step": "3", "tokens": "24", "loss": "4.0", "val_loss": "4.5"},
+        {"step": "4", "tokens": "32", "loss": "3.0"},
+    ]
+    assert (run.out_dir / "metrics.csv").read_text().splitlines()[0] == ",".join([*COLUMNS, "tokens_packed"])
+    RunLog(run, None, speaks=True)
+    assert rows(run) == []
+
+
+def test_damaged_rows_are_left_out(run: Run) -> None:
+    log = RunLog(run, None, speaks=True)
+    log.row({"step": 1, "tokens": 8, "loss": float("inf"), "val_loss": 7.5})
+    good = (run.out_dir / "metrics.csv").read_text()
+    head, last = good.splitlines()
+    for cells in (
+        *["2,,1,1", "2,16", "2,abc,2" + "," * 8, "2,16,abc,def" + "," * 7, "²,16" + "," * 9, "-2,16" + "," * 9],
+        *["9" * 5000 + ",16" + "," * 9, "2," + "9" * 400 + "," * 9, '2,"' + "9" * 200_000 + '"' + "," * 9],
+        *["2,16" + "," * 10, '2,"16' + "," * 9, "2," + "," * 9, "2,16,1e" + "," * 8, ""],
+    ):
+        (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
+        assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["inf"], cells
+        with RunLog(run, 2, speaks=True) as log:
+            assert rows(run) == [{"step": "1", "tokens": "8", "loss": "inf", "val_loss": "7.5"}]
+            log.end(TrainState(step=2, tokens=16), None)
+    (run.out_dir / "metrics.csv").write_text(f"{head},note\n{last},good\n")  # a column of the user's
+    assert [row["note"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["good"]
+
+
+def test_a_file_that_is_removed_stops_nobody(run: Run) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log.row({"step": 1, "tokens": 8, "loss": 7.0})
+        (run.out_dir / "metrics.csv").unlink()
+        log.row({"step": 1, "tokens": 8, "val_loss": 7.0})
+        log.row({"step": 2, "tokens": 16, "loss": 6.0})
+        log.end(TrainState(step=2, tokens=16), None)
+    assert read_metrics(run.out_dir / "metrics.csv") == []
+
+
+def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:
+    (run.out_dir / "metrics.csv").mkdir(parents=True)
+    with pytest.raises(InputError, match=r"^cannot rewrite .*/metrics.csv \(.*\): move it away or make room$"):
+        RunLog(run, 3, speaks=True)
+    assert [path.name for path in run.out_dir.iterdir()] == ["metrics.csv"]
+
+
+def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    RunLog(run, None, speaks=True).event("start", "here we go", step=0)
+    RunLog(run, 5, speaks=True).stop(step=7, reason="a spike")
+    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("stop", 7)]
+    assert json.loads((run.out_dir / "STOPPED").read_text()) == {"step": 7, "reason": "a spike"}
+    said = capsys.readouterr().out
+    assert said.startswith("here we go\n")
+    silent = RunLog(run, 5, speaks=False)
+    silent.row({"step": 6, "tokens": 1})
+    silent.event("start", "nobody hears this")
+    silent.stop(step=1)
+    assert capsys.readouterr().out == ""
+    assert len((run.out_dir / "events.jsonl").read_text().splitlines()) == 2
+
+
+def test_a_console_line() -> None:
+    row: dict[str, float | None] = {"step": 10, "loss": 2.34567, "lr": 4e-4, "grad_norm": 1.25, "mfu": None}
+    row |= {"tokens_per_second": 24000.4, "max_memory_gb": 37.123, "skipped": 0}
+    line = "loss 2.3457  lr 4.000e-04  grad_norm 1.250  24,000 tokens/s  memory 37.12 GB  1d 02h left"
+    assert console_line(row, 1430512, 93784.0) == f"step      10/1430512  {line}"
+    assert console_line({"step": 10, "mfu": 0.561, "skipped": 3}, 20, None) == "step 10/20  mfu 56.1%  skipped 3"
+
+
+@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m 00s"), (3661, "1h 01m"), (90061, "1d 01h")])
+def test_durations(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -> None:
+    folders = [packed_folder([[list(range(100))]], name=name) for name in ("slim", "star")]
+    sources = [Source(str(folder), weight) for folder, weight in zip(folders, (0.75, 0.25), strict=True)]
+    args = PretrainArgs(out_dir=str(tmp_path / "out"), data=DataArgs(sources=sources), train=TrainArgs(max_steps=9))
+    mixture = Mixture([5, 5], [0.75, 0.25], 0, ["x", "y"])
+    run = Run(args, args.model.resolve(), [open_packed(folder) for folder in folders], [], mixture, 1, 9, {}, None)
+    RunLog(run, None, speaks=True).row({"step": 1, "tokens": 1024 * 2048, "loss": 1.0})
+    (row,) = rows(run)
+    assert (row["tokens_slim"], row["tokens_star"]) == (str(768 * 2048), str(256 * 2048))
+    assert source_columns(["a/x", "b/x", "c/y/"]) == ["tokens_x", "tokens_x_1", "tokens_y"]
+
+
+def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    show_card("pretrain", start_card(run, 2, 2, "master float32", ["here: ranks 0 1"]))
+    said = capsys.readouterr().out
+    assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 32\n" in said
+    assert "saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and" in said
+    assert " 13.2 GB each, " in said  # 12 bytes a parameter
+    with RunLog(run, None, speaks=True) as log:
+        log.row({"step": 1, "tokens": 100, "loss": 3.0, "tokens_per_second": 10.0})
+        log.row({"step": 2, "tokens": 200, "loss": 2.5, "tokens_per_second": 40.0})
+        for val_loss in (2.75, 2.25, 2.5):
+            with log.clock("validation", 2):
+                log.row({"step": 2, "tokens": 200, "val_loss": val_loss})
+        with log.clock("checkpoints", 2):
+            pass
+        (run.out_dir / "checkpoints" / "step-00000009").mkdir(parents=True)
+        log.end(TrainState(step=9, tokens=900), None)
+    said = capsys.readouterr().out
+    assert "val_loss 2.2500  the best so far\nstep 2/9  val_loss 2.5000  best 2.2500\n" in said
+    assert "checkpoint of step 2: training waited 0.0 s for it\n" in said
+    assert "val_loss 2.5000 at step 2, best 2.5000 at step 2\n" in said  # metrics.csv has one value a step
+    assert "tokens   900 in all; 16 tokens/s on average\n" in said  # 10 s and 2.5 s
+    assert f"saved    {run.out_dir}/checkpoints/step-00000009\n" in said
+    assert f"next     python scripts/convert_lit_checkpoint.py {run.out_dir} {run.out_dir / 'hf'} --tokenizer " in said
+    assert said.endswith(f"done: 9 steps, 900 tokens, in {run.out_dir}\n")
+    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 2), ("done", 9)]
+    assert set(events[1]["seconds"]) == {"training", "validation", "checkpoints"}
+
+
+def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
+    """The same through a pseudo-terminal."""
+    reader, writer = pty.openpty()
+    with os.fdopen(writer, "w") as terminal, contextlib.redirect_stdout(terminal), pytest.MonkeyPatch.context() as env:
+        env.setenv("TERM", "xterm-256color")
+        env.setenv("COLUMNS", "60")  # as narrow as a phone's
+        show_card("pretrain", start_card(run, 1, 1, "master float32", ["here: rank 0"]))
+        with RunLog(run, None, speaks=True) as log:
+            log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
+            log.event("skip", "skipped step 4")
+    said = b""
+    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more
+        while chunk := os.read(reader, 65536):
+            said += chunk
+    os.close(reader)
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
+    assert "─ pretrain ─" in plain
+    assert all(len(line) <= 60 for line in plain.replace("\r", "\n").split("\n"))
+    assert "step 3/9  33.3%  1m 01s left" in plain
+    assert "loss 3.2500" in plain
+    assert "skipped step 4\r\n" in plain
+    assert said.rstrip().endswith(b"\x1b[?25h")  # the cursor is back

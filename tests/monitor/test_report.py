@@ -1,0 +1,303 @@
+import csv
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tinyllama import InputError
+from tinyllama.config.model import named_config
+from tinyllama.monitor import report
+from tinyllama.monitor.metrics import COLUMNS, read_metrics
+
+STEPS = 40
+TOKENS = 16 * 256  # a step
+
+
+@pytest.fixture
+def make_run(tmp_path: Path) -> Callable[..., Path]:
+    """A function that writes what a run of STEPS steps leaves behind, interrupted three times."""
+
+    def make(name: str, height: float = 4.0, steps: int = STEPS) -> Path:
+        out_dir = tmp_path / name
+        out_dir.mkdir()
+        with (out_dir / "metrics.csv").open("w", newline="") as file:
+            writer = csv.DictWriter(file, [*COLUMNS, "tokens_prose", "tokens_code"])
+            writer.writeheader()
+            for step in range(steps + 1):
+                row: dict[str, Any] = {"step": step, "tokens": step * TOKENS}
+                if step:
+                    row |= {"loss": height + math.exp(-step / 9) + 0.01 * (step % 3), "lr": 1e-3 / step, "skipped": 0}
+                    row |= {"grad_norm": 1 + 1 / step, "tokens_per_second": 1000 + step, "mfu": 0.5 + step / 1000}
+                    row |= {"max_memory_gb": 2 + step / 100, "tokens_prose": step * 3072, "tokens_code": step * 1024}
+                if step % 10 == 0:
+                    row["val_loss"] = height + 1 / (step + 1)
+                writer.writerow(row)
+        events = [{"time": 0, "event": "start", "step": 0, "world_size": 2}]
+        for n, step in enumerate((10, 20, 30)):
+            events += [{"time": 60 * step, "event": "checkpoint", "step": step, "seconds": 0.5}]
+            events += [{"time": 60 * step + n, "event": "start", "step": step, "world_size": 2}]
+        events.insert(4, {"time": 900, "event": "skip", "step": 15, "loss": 9.5, "finite": True})
+        events.append({"time": 7000, "event": "checkpoint_failed", "step": None, "reason": "disk full"})
+        lines = [json.dumps(event) + "\n" for event in [*events, {"time": 7260, "event": "done", "step": steps}]]
+        (out_dir / "events.jsonl").write_text("".join(lines) + '{"time": 99, "eve')  # and one half written
+        config = {"model": vars(named_config("quickstart")), "train": {"global_batch_size": 16}}
+        (out_dir / "config.yaml").write_text(yaml.safe_dump(config))
+        scores = [f"{step},{step * TOKENS},hellaswag,acc_norm,{0.25 + step / 1000}\n" for step in (10, 20)]
+        (out_dir / "eval.csv").write_text("step,tokens,task,metric,value\n" + "".join(scores))
+        return out_dir
+
+    return make
+
+
+def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
+    run = report.read_run(make_run("one"))
+    kinds = [(event["kind"], event["step"]) for event in run["events"]]
+    assert kinds == [
+        *[("start", 0), ("checkpoint", 10), ("restart", 10), ("checkpoint", 20), ("skip", 15), ("restart", 20)],
+        *[("checkpoint", 30), ("restart", 30), ("checkpoint_failed", 30), ("done", 40)],
+    ]
+    assert run["events"][1] | {"time": 0} == {
+        **{"kind": "checkpoint", "step": 10, "tokens": 10 * TOKENS, "time": 0, "details": "seconds 0.5"}
+    }
+    assert run["sources"] == ["tokens_prose", "tokens_code"]
+    assert run["summary"] == {
+        "state": "done",
+        "model": "quickstart, 1,311,872 parameters",
+        "progress": "step 40, 163,840 tokens",
+        "validation loss": "4.0244 (best 4.0244 at step 40)",
+        "training loss": "4.0217",
+        "speed": "1,020 tokens/s, MFU 52.0%",
+        "peak memory": "2.40 GB",
+        "events": "3 restarts, 3 checkpoints, 1 skip",
+        "life": "2h 01m",
+    }
+
+
+def test_smoothing_begins_with_the_first_loss() -> None:
+    rows: list[dict[str, Any]] = [{"val_loss": 9.0}, {"loss": 4.0}, {"loss": math.inf}, {"loss": 2.0}]
+    report.smooth(rows)
+    assert [row.get("smooth") for row in rows] == [None, 4.0, None, pytest.approx((0.5 * 4 + 2) / 1.5)]
+
+
+def test_a_long_curve_keeps_its_extremes_and_its_validations() -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "loss": 3 + math.sin(i), "val_loss": None} for i in range(50_001)]
+    rows[31_234]["loss"] = 77.0
+    rows[12_345]["loss"] = 0.5
+    rows[40_001]["val_loss"] = 3.3
+    kept = report.thin(rows)
+    assert len(kept) <= 2 * report.BUCKETS + 3
+    assert {row["step"] for row in kept} >= {0, 12_345, 31_234, 40_001, 50_000}
+    assert [row["step"] for row in kept] == sorted(row["step"] for row in kept)
+    assert report.thin(rows[:2000]) == rows[:2000]
+
+
+def test_the_picture_in_the_terminal() -> None:
+    falling = [{"tokens": str(i), "loss": str(10 - i)} for i in range(11)]
+    lines = report.picture(falling, width=10, height=4)
+    assert lines == [
+        "  10.000 │⠙⢦⡀⠀⠀⠀⠀⠀⠀⠀",
+        "         │⠀⠀⠈⠳⣄⠀⠀⠀⠀⠀",
+        "    loss │⠀⠀⠀⠀⠀⠙⢦⡀⠀⠀",
+        "   0.000 │⠀⠀⠀⠀⠀⠀⠀⠈⠳⣄",
+        "         └──────────",
+        "          010 tokens",
+    ]
+    assert report.picture([]) == []
+
+
+def test_no_run_is_said_in_a_line(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    with pytest.raises(InputError, match="nowhere has no metrics.csv with a row in it"):
+        report.write([tmp_path / "nowhere"], tmp_path / "report.html")
+    run = make_run("one")
+    with pytest.raises(InputError, match=r"nowhere/x.html cannot be written \(No such file or directory\)"):
+        report.write([run], tmp_path / "nowhere" / "x.html")
+    with pytest.raises(
+        InputError, match=r"one cannot be written \(it is there and is not a file\): give another --out"
+    ):
+        report.write([run], run)
+    with pytest.raises(InputError, match=r"^\. cannot be written \(.*\): give another --output"):
+        report.write([run], Path(""))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
+
+
+@pytest.mark.parametrize(
+    "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n", b"step\n1\n"]
+)
+def test_metrics_that_are_none(make_run: Callable[..., Path], content: bytes) -> None:
+    run = make_run("one")
+    (run / "metrics.csv").write_bytes(content)
+    with pytest.raises(InputError, match="one has no metrics.csv with a row in it"):
+        report.read_run(run)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *[b"model: 3", b"", b"train: [1", b"\xff\xfe\0", b"{n_layr}", b"{x: 1, train: {}}", b"[" * 3000],
+        b"{train: {global_batch_size: .inf}, model: {block_size: 3}}",
+    ],
+)
+def test_a_config_that_is_none(make_run: Callable[..., Path], content: bytes) -> None:
+    run = make_run("one")
+    config = (run / "config.yaml").read_bytes()
+    (run / "config.yaml").write_bytes(config.replace(b"n_layer", b"n_layr") if b"n_layr" in content else content)
+    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
+        report.read_run(run)
+
+
+def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    before = report.read_run(run)
+    with (run / "events.jsonl").open("ab") as file:
+        file.write(b'\n[1]\n"x"\n{"event": 3, "time": "x"}\n{"event": "start", "time": 1, "step": "x"}\n\xff\xfe\n')
+        for time, step in (("NaN", "1"), ("1e400", "1"), ("1", "Infinity"), ("1", "9" * 4000), ("1", "-1")):
+            file.write(f'{{"event": "done", "time": {time}, "step": {step}}}\n'.encode())
+        file.write(b"[" * 100_000 + b"\n")
+    with (run / "eval.csv").open("ab") as file:
+        file.write(b'\xff\n7,8\n7,8,a,acc,nan\n7,1e400,a,acc,1\n7,8,"' + b"a" * 200_000 + b'",acc,1\n7,8,a,acc,1,2\n')
+    assert report.read_run(run) == before
+    (run / "events.jsonl").unlink()
+    (run / "events.jsonl").mkdir()
+    assert report.read_run(run)["events"] == []
+
+
+def test_nothing_in_the_data_ends_the_script(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("<b>one")
+    (run / "eval.csv").write_text("step,tokens,task,metric,value\n1,2,</script><script>alert(1)</script>,acc,0.5\n")
+    report.write([run], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<script>alert" not in page
+    assert "<b>one" not in page.split("<script")[0]
+
+
+def test_long_names_are_told_apart_in_legends() -> None:
+    assert report.short(["one", "two"]) == ["one", "two"]
+    assert report.short(["a-name-of-many-many-letters"]) == ["a-name-of-many-many-letters"]
+    names = [f"tinyllama_1.1b_warmup_2000_seed_{i}_attempt_of_monday" for i in (7, 13)]
+    assert report.short(names) == ["…seed_7_attempt…", "…seed_13_attempt…"]
+    names = ["quickstart", "quickstart_with_another_rate"]
+    assert report.short(names) == names
+
+
+def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run(name, steps=3000) for name in ("one", "two", "three", "four")]
+    report.write(runs, tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert len(page) < 6e6
+    assert "<title>4 runs ·" in page
+
+
+@pytest.mark.parametrize(
+    ("last", "state"),
+    [
+        ("done", "done"),
+        ("stop", "stopped"),
+        ("checkpoint", "not ended; last row 2001-09-09 "),
+        (None, "not ended; last"),
+    ],
+)
+def test_whether_a_run_has_ended(tmp_path: Path, last: str | None, state: str) -> None:
+    metrics = tmp_path / "metrics.csv"
+    metrics.touch()
+    os.utime(metrics, (1e9, 1e9))
+    events = [{"kind": "start"}, {"kind": "stop"}, {"kind": "restart"}, {"kind": last}] if last else []
+    assert report.state(events, metrics).startswith(state)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not chromium or not driver:
+        pytest.skip("needs Debian's chromium and chromium-driver: apt install chromium chromium-driver")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    options.binary_location = chromium
+    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
+        options.add_argument(f"--{flag}")
+    for flag in ("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
+        options.add_argument(f"--{flag}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    started = webdriver.Chrome(options=options, service=Service(driver))
+    yield started
+    started.quit()
+
+
+def shown(browser: Any, plot: str) -> list[dict[str, Any]]:
+    """The curves of a plot as plotly.js holds them."""
+    script = "return JSON.stringify(document.getElementById(arguments[0]).data.map(({name, x, y}) => ({name, x, y})))"
+    return json.loads(browser.execute_script(script, f"plot-{plot}"))
+
+
+def curve(run: Path, x: str, y: str) -> tuple[list[float], list[float]]:
+    rows = [row for row in read_metrics(run / "metrics.csv") if row[y]]
+    return [float(row[x]) for row in rows], [float(row[y]) for row in rows]
+
+
+@pytest.mark.browser
+def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run, page = make_run("one"), tmp_path / "report.html"
+    report.write([run], page)
+    assert page.stat().st_size < 6e6
+    browser.get(page.as_uri())
+    for plot, name, column in [
+        ("loss", "training, as logged", "loss"),
+        ("loss", "validation", "val_loss"),
+        *((name, name, name) for name in ("lr", "grad_norm", "tokens_per_second", "mfu", "max_memory_gb")),
+    ]:
+        (found,) = [one for one in shown(browser, plot) if one["name"] == name]
+        assert (found["x"], found["y"]) == curve(run, "tokens", column), column
+    assert [one["name"] for one in shown(browser, "sources")] == ["prose", "code"]
+    assert [set(one["y"]) for one in shown(browser, "sources")] == [{0.75}, {0.25}]
+    marks = {one["name"]: one["x"] for one in shown(browser, "timeline")}
+    assert marks["restart"] == [10 * TOKENS, 20 * TOKENS, 30 * TOKENS]
+    assert marks["skip"] == [15 * TOKENS]
+    assert marks["checkpoint_failed"] == [30 * TOKENS]
+    scores = shown(browser, "eval-hellaswag-acc_norm")[0]
+    assert (scores["x"], scores["y"]) == ([10 * TOKENS, 20 * TOKENS], [0.26, 0.27])
+    browser.find_element("xpath", "//div[@id='x-axis']/button[text()='step']").click()
+    assert shown(browser, "lr")[0]["x"] == curve(run, "step", "lr")[0]
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_two_runs_on_a_phone_in_the_dark_and_in_print(
+    browser: Any, make_run: Callable[..., Path], tmp_path: Path
+) -> None:
+    runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
+    report.write(runs, page)
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    browser.get(page.as_uri())
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390  # nothing sticks out
+    assert [one["name"] for one in shown(browser, "lr")] == ["one", "two"]
+    validations = [one for one in shown(browser, "loss") if one["name"].endswith("validation")]
+    assert [one["y"] for one in validations] == [curve(run, "tokens", "val_loss")[1] for run in runs]
+    browser.find_element("xpath", "//section[@id='summary']//h2[contains(., 'one')]").click()
+    assert [one["name"] for one in shown(browser, "lr")] == ["two"]
+    ink = "return document.getElementById('plot-loss').layout.font.color"
+    light = browser.execute_script(ink)
+    browser.find_element("xpath", "//div[@id='theme']/button[text()='dark']").click()
+    dark = browser.execute_script(ink)
+    assert light != dark
+    sizes = (
+        "return [...document.querySelectorAll('.card:not([hidden]) .plot')].map(plot => [plot.clientWidth, "
+        "plot.clientHeight, plot.querySelector('svg').clientWidth, plot.querySelector('svg').clientHeight])"
+    )
+    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
+    assert browser.execute_script(ink) == light
+    drawn = browser.execute_script(sizes)
+    assert all(plot[:2] == plot[2:] for plot in drawn)
+    assert all(300 < width < 340 or 600 < width < 700 for width, *_ in drawn)  # of a sheet, not of the phone
+    browser.execute_script("dispatchEvent(new Event('afterprint'))")
+    assert browser.execute_script(ink) == dark
+    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
+    assert all(plot[0] == plot[2] < 390 for plot in browser.execute_script(sizes))
+    assert browser.get_log("browser") == []

@@ -1,0 +1,316 @@
+"""The watch over a run: real processes that sleep, are stopped or hold the interpreter's lock."""
+
+import contextlib
+import gc
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama import InputError
+from tinyllama.monitor import watchdog
+from tinyllama.monitor.watchdog import Watchdog
+from tinyllama.train import collectives
+
+# the ranks of a world are forked, so that torch is imported once
+PREAMBLE = """
+import ctypes, os, signal, sys, time
+from datetime import timedelta
+from pathlib import Path
+import torch
+import torch.distributed as dist
+from tinyllama.monitor.watchdog import Watchdog
+from tinyllama.train.collectives import set_timeout
+
+world_size, folder = int(sys.argv[1]), Path(sys.argv[2])
+pids = []
+for rank in range(world_size):
+    pids.append(os.fork())
+    if pids[-1] == 0:
+        break
+else:
+    print(*pids, flush=True)
+    codes = {}
+    while len(codes) < world_size:
+        pid, status = os.wait()
+        codes[pid] = os.waitstatus_to_exitcode(status)
+        print("gone", pids.index(pid), flush=True)
+    print(*[codes[pid] for pid in pids])
+    sys.exit()
+
+def watch(timeout):
+    return Watchdog(folder, rank=rank, world_size=world_size, first_timeout=60, timeout=timeout)
+
+def connect():
+    store = f"file://{folder / 'store'}"
+    dist.init_process_group(
+        "gloo", init_method=store, rank=rank, world_size=world_size, timeout=timedelta(seconds=100)
+    )
+
+def lost_in_thought():
+    time.sleep(1000)
+
+def hold_the_interpreter():
+    ctypes.PyDLL(None).sleep(1000)
+"""
+HOST = os.uname().nodename
+
+
+class World:
+    """Ranks that run the same code in a process each."""
+
+    def __init__(self, script: Path, code: str, size: int) -> None:
+        script.write_text(PREAMBLE + code)
+        self.process = subprocess.Popen(
+            [sys.executable, str(script), str(size), str(script.parent)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        self.pids = [int(word) for word in self.line().split()]
+
+    def line(self) -> str:
+        """The next line of any rank's stdout."""
+        assert self.process.stdout is not None
+        return self.process.stdout.readline()
+
+    def end(self) -> tuple[list[int], str]:
+        """Exit codes, and what was said on stderr, once all ranks are gone."""
+        said, errors = self.process.communicate(timeout=300)
+        return [int(word) for word in said.splitlines()[-1].split()], errors
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str, int], World]]:
+    worlds: list[World] = []
+
+    def run(code: str, size: int) -> World:
+        worlds.append(World(tmp_path / "loop.py", code, size))
+        return worlds[-1]
+
+    yield run
+    for world in worlds:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(world.process.pid, signal.SIGKILL)
+        world.process.communicate()
+
+
+def heartbeat(out_dir: Path, rank: int = 0) -> dict[str, Any]:
+    return json.loads((out_dir / "heartbeat" / f"rank-{rank:05d}.json").read_text())
+
+
+def verdicts(said: str) -> list[str]:
+    """The lines that name somebody."""
+    return [line for line in said.splitlines() if line.startswith("watchdog: ") and "no progress" not in line]
+
+
+def test_a_sleeping_rank_is_named_while_the_other_waits_in_a_collective(start, tmp_path: Path) -> None:
+    code = """
+connect()
+with watch(timeout=2) as watchdog:
+    for step in range(5):
+        watchdog.beat(step, "step")
+        if step == 3 and rank == 1:
+            print(time.monotonic(), flush=True)
+            lost_in_thought()
+        dist.all_reduce(torch.ones(1))
+"""
+    world = start(code, 2)
+    since = float(world.line())
+    codes, said = world.end()
+    assert time.monotonic() - since > 2
+    assert codes == [1, 1]
+    (line,) = verdicts(said)
+    assert line.startswith(f"watchdog: did not arrive: rank 1 ({HOST}, pid {world.pids[1]}; step after step 3, in ")
+    assert f"{tmp_path.name}/loop.py:" in line
+    assert line.endswith(" lost_in_thought)")
+    assert "watchdog: rank 0: no progress for 2 s, step after step 3" in said
+    for rank, place, waiting in ((0, "in all_reduce", True), (1, "in lost_in_thought", False)):
+        assert place in said
+        assert place in (tmp_path / "heartbeat" / f"rank-0000{rank}.stacks.txt").read_text()
+        assert heartbeat(tmp_path, rank)["waiting"] is waiting
+
+
+def test_ranks_that_cannot_speak_are_named_by_one_that_can(start, tmp_path: Path) -> None:
+    code = """
+with watch(timeout=2) as watchdog:
+    for step in range(3):
+        watchdog.beat(step, "step")
+        time.sleep(0.4)
+    if rank == 0:
+        os.kill(os.getpid(), signal.SIGSTOP)
+        lost_in_thought()  # else, woken up, it could leave the loop before its watch looks at the clock
+    elif rank == 1:
+        hold_the_interpreter()
+    else:
+        lost_in_thought()
+"""
+    world = start(code, 3)
+    stopped, held, _ = world.pids
+    assert {world.line(), world.line()} == {"gone 1\n", "gone 2\n"}
+    os.kill(stopped, signal.SIGCONT)  # a rank that wakes up when the others are gone goes too
+    codes, said = world.end()
+    assert codes == [1, 1, 1]
+    (line,) = verdicts(said)
+    assert line.startswith(f"watchdog: dead, stopped or stuck in C code: rank 0 ({HOST}, pid {stopped}; step after")
+    assert f", rank 1 ({HOST}, pid {held}; step after step 2), silent for " in line
+    assert "rank 2" not in line
+    assert (tmp_path / "heartbeat" / "verdict.txt").read_text() == f"{line.removeprefix('watchdog: ')}\n"
+    assert "in hold_the_interpreter" in said[said.index("Timeout (") :]
+
+
+def test_alarm_only_for_a_pause_in_a_later_step_and_every_heartbeat_is_whole(start, tmp_path: Path) -> None:
+    code = """
+with watch(timeout=2) as watchdog:
+    watchdog.beat(7, "step")
+    time.sleep(2.5)  # the first step compiles
+    for i in range(13):
+        watchdog.beat(8, "step")
+        time.sleep(0.2)
+    for phase in ("validation", "checkpoint"):
+        watchdog.beat(8, phase)
+        time.sleep(2.5)
+    watchdog.beat(9, "step")
+    time.sleep(60)
+"""
+    world = start(code, 1)
+    phases = []
+    while world.process.poll() is None:
+        with contextlib.suppress(FileNotFoundError):  # before the first one
+            phases.append(heartbeat(tmp_path)["phase"])
+    codes, said = world.end()
+    assert codes == [1]
+    assert [phase for phase in dict.fromkeys(phases) if phase != "start"] == ["step", "validation", "checkpoint"]
+    (line,) = verdicts(said)
+    assert line.startswith(f"watchdog: did not arrive: rank 0 ({HOST}, pid {world.pids[0]}; step after step 9, in ")
+    last = heartbeat(tmp_path)
+    assert (last["step"], last["beats"], last["pid"]) == (9, 17, world.pids[0])
+    assert last["seconds_since_beat"] > 2
+
+
+def test_set_timeout_reaches_every_group_but_those_kept(start) -> None:
+    code = """
+connect()
+short, kept = dist.new_group(backend="gloo"), dist.new_group(backend="gloo")
+for group in (None, short, kept):
+    dist.all_reduce(torch.ones(1), group=group)
+set_timeout(1, keep=[kept])
+if rank == 1:
+    time.sleep(2)
+    dist.all_reduce(torch.ones(1), group=kept)
+    lost_in_thought()
+for group in (kept, short, None):
+    begin = time.monotonic()
+    try:
+        dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        print(f"{time.monotonic() - begin:.1f} {error}", flush=True)
+    else:
+        print("arrived", flush=True)
+"""
+    world = start(code, 2)
+    kept, *failed = [world.line() for _ in range(3)]
+    assert kept == "arrived\n"
+    for line in failed:
+        assert 0.9 < float(line.split()[0]) < 3
+        assert "Timed out" in line
+
+
+def test_files_of_an_earlier_world_go_and_a_failed_loop_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "heartbeat"
+    folder.mkdir()
+    old = [
+        "verdict.txt",
+        "rank-00000.stacks.txt",
+        "nccl_rank_0",
+        "rank-00001.json",
+        "rank-00002.json",
+        "nccl_rank_12",
+        "notes.txt",
+    ]
+    for name in old:
+        (folder / name).touch()
+
+    def loop() -> None:
+        with Watchdog(tmp_path, rank=0, world_size=2, first_timeout=60, timeout=60) as watch:
+            watch.beat(4, "step")
+            raise ValueError("broken")
+
+    with pytest.raises(ValueError, match="broken"):
+        loop()
+    assert {path.name for path in folder.iterdir()} == {"rank-00000.json", "rank-00001.json", "notes.txt"}
+    assert (heartbeat(tmp_path)["phase"], heartbeat(tmp_path)["step"]) == ("failed", 4)
+
+
+@pytest.mark.parametrize("name", ["heartbeat", "heartbeat/rank-00000.json"])
+def test_what_is_in_the_way_is_named(name: str, tmp_path: Path) -> None:
+    path = tmp_path / name
+    if name == "heartbeat":
+        path.touch()
+    else:
+        path.mkdir(parents=True)
+    with pytest.raises(InputError, match=rf"^cannot write or remove {path} \(.*\): move it away$"):
+        Watchdog(tmp_path, rank=0, world_size=1, first_timeout=60, timeout=60).__enter__()
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({1: {"beats": 8}, 2: {"waiting": False}}, "did not arrive: rank 1 (node, pid 101; step after step 5, in x)"),
+        ({2: {"waiting": False}}, "did not arrive: rank 2 (node, pid 102; step after step 5, in x)"),
+        ({}, "all 3 ranks arrived at the same place: rank 0 (node, pid 100; step after step 5, in x)"),
+        (
+            {0: {"beats": 8}, 2: {"time": -40, "stalled_at": None}},
+            "dead, stopped or stuck in C code: rank 2 (node, pid 102; step after step 5), silent for 40 s",
+        ),
+        (
+            {1: {"phase": "failed"}, 2: None},
+            "dead, stopped or stuck in C code: rank 2 (never started), "
+            "rank 1 (node, pid 101; failed after step 5, in x), silent for 2 s",
+        ),
+        ({2: {"phase": "end", "time": -40, "beats": 12}, 1: {"beats": 8}}, "did not arrive: rank 1 (node, pid 101; "),
+    ],
+)
+def test_verdict(changes: dict[int, dict[str, Any] | None], said: str, tmp_path: Path) -> None:
+    for rank in range(3):
+        change = changes.get(rank, {})
+        if change is None:
+            continue
+        facts = {"rank": rank, "host": "node", "pid": 100 + rank, "step": 5, "phase": "step", "beats": 9}
+        facts |= {"seconds_since_beat": 60.0, "time": -2, "stalled_at": "x", "waiting": True, **change}
+        facts["time"] = (datetime.now(UTC) + timedelta(seconds=facts["time"])).isoformat()
+        (tmp_path / f"rank-{rank:05d}.json").write_text(json.dumps(facts))
+    assert watchdog.verdict(tmp_path, 3, limit=60).startswith(said)
+
+
+def test_garbage_waits_for_its_step() -> None:
+    class Ring:
+        def __init__(self) -> None:
+            self.me = self
+
+    assert gc.isenabled()
+    try:
+        collectives.freeze_gc()
+        assert not gc.isenabled()
+        assert gc.get_freeze_count() > 1000
+        ring = Ring()
+        gone = weakref.ref(ring)
+        gc.collect()  # it is now of the oldest generation
+        del ring
+        collectives.collect_gc(collectives.GC_INTERVAL - 1)
+        assert gone() is not None
+        collectives.collect_gc(collectives.GC_INTERVAL)
+        assert gone() is None
+    finally:
+        gc.unfreeze()
+        gc.enable()

@@ -1,0 +1,268 @@
+import dataclasses
+import math
+
+import pytest
+import torch
+
+from tinyllama import InputError
+from tinyllama.config.model import named_config
+from tinyllama.ops import attention, choice, cross_entropy, rms_norm, swiglu
+from tinyllama.ops.attention import reference
+from tinyllama.ops.backend import Backend
+from tinyllama.ops.cross_entropy import IGNORE_INDEX
+from tinyllama.ops.rope import rope, rope_tables
+
+CPU = torch.device("cpu")
+CONFIG = named_config("tinyllama_1.1b")
+gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
+
+
+def normal(*shape, dtype=torch.float32, device="cpu"):
+    generator = torch.Generator().manual_seed(math.prod(shape))
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype).requires_grad_()
+
+
+def forward_backward(function, *inputs):
+    # the result and the gradients of its weighted sum, all in float64
+    y = function(*inputs)
+    weights = torch.linspace(-1, 1, y.numel(), dtype=torch.float64).view(y.shape).to(y.device, y.dtype)
+    return [x.detach().double().cpu() for x in (y, *torch.autograd.grad((y * weights).sum(), inputs))]
+
+
+def plain_attention(q, k, v):
+    # one query at a time, one head at a time, only over what it may see
+    group = q.size(1) // k.size(1)
+    out = torch.zeros_like(q)
+    for b, h, t in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])):
+        keys, values = k[b, h // group, : t + 1], v[b, h // group, : t + 1]
+        out[b, h, t] = torch.softmax(keys @ q[b, h, t] / q.size(-1) ** 0.5, dim=0) @ values
+    return out
+
+
+@pytest.mark.parametrize("shape", [(1, 1, 1, 1, 2), (2, 8, 2, 7, 6), (1, 3, 3, 33, 16), (2, 4, 1, 65, 10)])
+def test_attention_reference_is_causal_attention_over_groups(shape):
+    B, nh, G, T, hs = shape
+    inputs = normal(B, nh, T, hs), normal(B, G, T, hs), normal(B, G, T, hs)
+    expected = forward_backward(plain_attention, *(x.detach().double().requires_grad_() for x in inputs))
+    for ours, theirs in zip(forward_backward(reference, *inputs), expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=5e-6, rtol=1e-5)
+
+
+# bf16: 8 bits of mantissa on values of order 1, and sums of T of them in the gradients
+TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 4e-2}
+SHAPES = [(1, 1, 1, 1, 8), (2, 8, 2, 7, 16), (1, 3, 3, 130, 32), (2, 32, 4, 65, 64), (1, 4, 4, 257, 64)]
+
+
+def usable(operation, backend, device, dtype=torch.bfloat16):
+    """The backend's function, or a skip with the reason."""
+    found = choice.OPERATIONS[operation][backend]
+    if fault := found.fault(torch.device(device), dtype):
+        pytest.skip(fault)
+    return found.call
+
+
+def close(ours, expected, dtype):
+    for mine, theirs in zip(ours, expected, strict=True):
+        torch.testing.assert_close(mine, theirs, atol=TOLERANCE[dtype] * max(1, theirs.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_attention_backends_agree_with_the_reference(backend, device, shape, dtype):
+    call = usable("attention", backend, device, dtype)
+    B, nh, G, T, hs = shape
+    if (backend.startswith("fl") and hs not in {32, 64}) or (backend == "sdpa_cudnn" and T == 1):
+        pytest.skip("a shape that this kernel is not made for")
+    inputs = [normal(B, heads, T, hs, dtype=dtype, device=device) for heads in (nh, G, G)]
+    expected = forward_backward(reference, *(x.detach().double().requires_grad_() for x in inputs))
+    close(forward_backward(call, *inputs), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", choice.MASKED)
+def test_a_document_mask_keeps_documents_apart(backend, device, dtype):
+    call = usable("attention", backend, device, dtype)
+    eos, T = 2, 193
+    ids = torch.randint(2, 40, (2, T), generator=torch.Generator().manual_seed(0)).to(device)
+    documents = attention.documents(ids, eos)
+    q, k, v = (normal(2, heads, T, 64, dtype=dtype, device=device) for heads in (8, 2, 2))
+    mask = attention.document_mask(documents, backend)
+    ours = call(q, k, v, mask)
+    for row in range(2):
+        for number in documents[row].unique():
+            place = documents[row] == number
+            alone = (x[row : row + 1, :, place].detach().double() for x in (q, k, v))
+            torch.testing.assert_close(
+                ours[row : row + 1, :, place].double(), reference(*alone), atol=TOLERANCE[dtype], rtol=0
+            )
+
+
+def test_documents_and_positions():
+    ids = torch.tensor([[7, 2, 9, 9, 2, 2, 5], [2, 3, 3, 3, 3, 3, 3]])
+    documents = attention.documents(ids, eos_id=2)
+    assert documents.tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert attention.positions(documents).tolist() == [[0, 1, 0, 1, 2, 0, 0], [0, 0, 1, 2, 3, 4, 5]]
+
+
+def test_rope_turns_each_pair_of_halves_by_position_times_frequency():
+    x = normal(2, 3, 37, 10)
+    pairs = torch.complex(*x.detach().double().chunk(2, dim=-1))
+    angles = torch.outer(torch.arange(37.0).double(), 10000 ** (-torch.arange(5).double() / 5))
+    turned = torch.view_as_real(torch.polar(torch.ones(()).double(), angles) * pairs)
+    cos, sin = rope_tables(37, 10, 10000, torch.device("cpu"))
+    torch.testing.assert_close(rope(x, cos, sin).double(), torch.cat(turned.unbind(-1), -1), atol=1e-5, rtol=0)
+    assert cos.dtype == sin.dtype == torch.float32
+
+
+def test_rope_gradient_turns_back():
+    x = normal(1, 2, 9, 8)
+    cos, sin = rope_tables(9, 8, 10000, torch.device("cpu"))
+    y = rope(x, cos, sin)
+    (gradient,) = torch.autograd.grad((y * y.detach()).sum(), x)
+    torch.testing.assert_close(gradient, x.detach())
+
+
+def test_rope_of_bf16_is_computed_in_fp32():
+    x = normal(1, 2, 2048, 64, dtype=torch.bfloat16)
+    cos, sin = rope_tables(2048, 64, 10000, torch.device("cpu"))
+    assert torch.equal(rope(x, cos, sin), rope(x.float(), cos, sin).bfloat16())
+
+
+def test_rope_tables_are_exact_at_the_end_of_the_context():
+    cos, _ = rope_tables(2048, 64, 10000, torch.device("cpu"))
+    assert cos[2047, 1].item() == pytest.approx(math.cos(2047 * 10000 ** (-2 / 64)), abs=2e-4)
+    assert cos[0].tolist() == [1.0] * 32
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", rms_norm.BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1), (3, 7), (2, 5, 130), (3, 97, 2048)])
+def test_rms_norm_divides_a_sum_by_its_root_mean_square(backend, device, shape, dtype):
+    call = usable("rms_norm", backend, device)
+    if backend == "quack" and shape[-1] % 8:
+        pytest.skip("a shape that this kernel is not made for")
+
+    def plain(weight, *summands):
+        x = sum(summands)
+        return torch.stack((x / torch.sqrt((x * x).sum(-1, keepdim=True) / x.size(-1) + 1e-5) * weight, x))
+
+    weight = normal(shape[-1], dtype=dtype, device=device)
+    x, added = normal(2, *shape, dtype=dtype, device=device).unbind()
+    for inputs in ((weight, x), (weight, x, added)):
+        expected = forward_backward(plain, *(x.detach().double().requires_grad_() for x in inputs))
+        ours = forward_backward(lambda weight, x, *added: torch.stack(call(x, weight, 1e-5, *added)), *inputs)
+        close(ours, expected, dtype)
+
+
+def test_rms_norm_of_bf16_divides_in_fp32():
+    x, ones = normal(8, 130, dtype=torch.bfloat16), torch.ones(130, dtype=torch.bfloat16)
+    normed, stream = rms_norm.reference(x, ones, 1e-5)
+    assert torch.equal(normed, rms_norm.reference(x.float(), ones.float(), 1e-5)[0].bfloat16())
+    assert torch.equal(stream, x)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", swiglu.BACKENDS)
+def test_swiglu_gates_with_its_first_matrix(backend, device, dtype):
+    call = usable("swiglu", backend, device, dtype)
+    x = normal(5, 16, dtype=dtype, device=device)
+    matrices = [normal(*shape, dtype=dtype, device=device) for shape in ((24, 16), (24, 16), (16, 24))]
+
+    def plain(x, w1, w2, w3):
+        gate = x @ w1.T
+        return (gate / (1 + torch.exp(-gate)) * (x @ w2.T)) @ w3.T
+
+    def modules(x, *weights):
+        linears = [torch.nn.Linear(w.size(1), w.size(0), bias=False) for w in weights]
+        for linear, weight in zip(linears, weights, strict=True):
+            del linear.weight
+            linear.weight = weight  # the tensor itself, so that its gradient can be asked for
+        return call(x, *linears)
+
+    expected = forward_backward(plain, *(t.detach().double().requires_grad_() for t in (x, *matrices)))
+    close(forward_backward(modules, x, *matrices), expected, dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 130), (3, 7, 11)])
+def test_cross_entropy_is_the_sum_over_targets_that_count(backend, device, shape, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "CHUNK", 4)  # several, the last one shorter
+    call = usable("cross_entropy", backend, device)
+    B, T, V = shape
+    x, weight = normal(B, T, 8, dtype=dtype, device=device), normal(V, 8, dtype=dtype, device=device)
+    targets = (torch.arange(B * T).view(B, T) % V).to(device)
+    targets[-1, -1] = IGNORE_INDEX
+
+    def plain(x, weight):
+        logits = (x @ weight.T).flatten(0, 1)
+        rows = [-torch.log_softmax(r, 0)[t] for r, t in zip(logits, targets.flatten(), strict=True) if t >= 0]
+        return sum(rows, logits.sum() * 0)
+
+    expected = forward_backward(plain, *(t.detach().double().requires_grad_() for t in (x, weight)))
+    loss = call(x, weight, targets)
+    assert loss.dtype == torch.float32
+    close(forward_backward(lambda *inputs: call(*inputs, targets), x, weight), expected, dtype)
+    with torch.no_grad():
+        assert torch.equal(call(x, weight, targets), loss)
+
+
+def test_the_scale_of_a_loss_is_not_rounded():
+    x, weight, targets = normal(9, 16, dtype=torch.bfloat16), normal(40, 16, dtype=torch.bfloat16), torch.arange(9)
+    gradients = []
+    for scale in (1.0, 1.3):  # in bf16 1.297
+        (gradient,) = torch.autograd.grad(cross_entropy.chunked(x, weight, targets) * scale, weight)
+        gradients.append(gradient.double().abs().sum())
+    assert (gradients[1] / gradients[0]).item() == pytest.approx(1.3, abs=3e-4)
+
+
+def test_auto_is_what_runs_anywhere_on_a_cpu():
+    chosen = choice.resolve({}, CONFIG, CPU, precision="bf16")
+    assert chosen == {"attention": "sdpa"} | dict.fromkeys(("rms_norm", "swiglu", "cross_entropy"), "reference")
+    assert choice.describe(chosen).startswith("attention sdpa, rms_norm reference")
+
+
+def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
+    wanted = {"attention": "flash_attn_4", "rms_norm": "nope", "swiglu": "auto", "cross_entropy": "chunked"}
+    with pytest.raises(InputError) as error:
+        choice.resolve(wanted, CONFIG, CPU, precision="bf16")
+    assert error.value.args == (
+        "ops.attention flash_attn_4 cannot be used: it runs on a CUDA GPU only: choose another, or auto",
+        "ops.rms_norm 'nope' is not known: choose auto, reference, torch, quack",
+    )
+    with pytest.raises(InputError, match="flash_attn takes no document mask: choose auto, flex, sdpa, reference"):
+        choice.resolve({"attention": "flash_attn"}, CONFIG, CPU, precision="bf16", masked=True)
+    assert choice.resolve({}, CONFIG, CPU, precision="bf16", masked=True)["attention"] == "sdpa"
+    with pytest.raises(InputError, match="swiglu xformers does not multiply in float8: choose auto, reference"):
+        choice.resolve({"swiglu": "xformers"}, CONFIG, CPU, precision="float8")
+    half = Backend(call=print, half=True)
+    assert half.fault(CPU, torch.bfloat16) is None
+    assert half.fault(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"
+    absent = Backend(call=print, module="no_such_module.inside", package="no-such")
+    assert absent.fault(CPU) == "it needs no-such: pip install no-such, or choose another"
+
+
+def test_a_backend_is_left_to_models_of_its_sizes(monkeypatch):
+    monkeypatch.setitem(choice.OPERATIONS["swiglu"], "eights", Backend(call=print, multiple=8))
+    monkeypatch.setitem(choice.AUTO["cpu"], "swiglu", ("eights", "reference"))
+    odd = dataclasses.replace(CONFIG, intermediate_size=5636)
+    assert choice.resolve({}, CONFIG, CPU, precision="bf16")["swiglu"] == "eights"
+    assert choice.resolve({}, odd, CPU, precision="bf16")["swiglu"] == "reference"
+    with pytest.raises(
+        InputError,
+        match="eights cannot be used: it takes multiples of 8, the model's intermediate_size is 5636: choose another",
+    ):
+        choice.resolve({"swiglu": "eights"}, odd, CPU, precision="bf16")
+
+
+def test_every_choice_of_auto_is_a_backend():
+    for column in choice.AUTO.values():
+        assert column.keys() == choice.OPERATIONS.keys()
+        for operation, names in column.items():
+            assert set(names) <= choice.OPERATIONS[operation].keys()

@@ -1,0 +1,334 @@
+import gzip
+import hashlib
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tinyllama import InputError
+from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
+from tinyllama.prepare.readers import Source
+
+TEXTS = ["one\ntwo", "", "  grüß 漢字 🦙  ", "</s> <s>\x00\r\n", "x" * 300_000]
+
+
+def jsonl(texts: list[str], key: str = "text") -> bytes:
+    return b"".join(
+        json.dumps({key: text, "other": 1}, ensure_ascii=i % 2 == 0).encode() + b"\n" for i, text in enumerate(texts)
+    )
+
+
+def compress(ending: str, payload: bytes) -> bytes:
+    if ending.endswith(".gz"):
+        return gzip.compress(payload)
+    return zstandard.compress(payload) if ending.endswith(".zst") else payload
+
+
+def read(path: Path, **fields) -> list[str]:
+    return list(Source(path, Fields(**fields)))
+
+
+def fault(path: Path, **fields) -> str:
+    with pytest.raises(InputError) as info:
+        read(path, **fields)
+    (message,) = info.value.args
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_jsonl_gives_the_texts_and_the_hash_of_the_raw_bytes(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending, jsonl(TEXTS)))
+    source = Source(path, Fields())
+    assert list(source) == TEXTS
+    assert source.size == path.stat().st_size
+    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    assert source.dropped == {}
+    assert source.repaired == 0
+    assert list(source) == TEXTS  # a second reading starts anew
+    assert source.size == path.stat().st_size
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_nothing_in_a_file_is_no_document(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    if ending == ".parquet":
+        pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
+    else:
+        path.write_bytes(compress(ending, b""))
+    source = Source(path, Fields())
+    assert list(source) == []
+    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+
+
+def test_blank_lines_are_no_documents_and_the_last_line_needs_no_newline(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'\n{"text": "a"}\r\n  \n{"text": "b"}')
+    assert read(path) == ["a", "b"]
+
+
+def test_text_key(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(jsonl(TEXTS, "content"))
+    assert read(path, text_key="content") == TEXTS
+    assert "line 1: no key 'text', only ['content', 'other']" in fault(path)
+
+
+@settings(deadline=None)
+@given(
+    st.lists(st.binary(max_size=50), max_size=6),
+    st.integers(1, 7),
+    st.lists(st.integers(0, 3), max_size=6),
+)
+def test_zst_of_any_frames_is_their_concatenation(tmp_path_factory, parts, level, skipped):
+    path = tmp_path_factory.mktemp("zst") / "a.jsonl.zst"
+    texts = [part.hex() for part in parts]
+    frames = [zstandard.compress(jsonl([text]), level) for text in texts]
+    for place in skipped:  # skippable and empty frames
+        frames.insert(place, bytes.fromhex("502a4d18") + (3).to_bytes(4, "little") + b"abc")
+        frames.insert(place, zstandard.compress(b""))
+    path.write_bytes(b"".join(frames) or zstandard.compress(b""))
+    assert read(path) == texts
+
+
+def test_gz_of_many_members(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    path.write_bytes(b"".join(gzip.compress(jsonl([text])) for text in TEXTS))
+    assert read(path) == TEXTS
+
+
+def test_zst_with_a_long_window(tmp_path):
+    parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
+    payload = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(payload.compress(jsonl(TEXTS)) + payload.flush())
+    assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+def test_truncated_at_any_byte_is_a_fault(tmp_path, ending):
+    whole = compress(ending, jsonl(TEXTS[:4]))
+    path = tmp_path / f"a{ending}"
+    for size in range(len(whole)):
+        path.write_bytes(whole[:size])
+        assert "download it again" in fault(path)
+
+
+def test_truncated_behind_a_whole_frame(tmp_path):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(jsonl(["a"])) + zstandard.compress(jsonl(["b"]))[:-1])
+    assert "ends in the middle" in fault(path)
+
+
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+def test_not_compressed_at_all(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(jsonl(TEXTS))
+    assert "download it again" in fault(path)
+
+
+def test_damaged_zst(tmp_path):
+    rng = np.random.default_rng(0)
+    payload = bytearray(
+        zstandard.ZstdCompressor(write_checksum=True).compress(jsonl([rng.bytes(20_000).hex() for _ in range(5)]))
+    )
+    payload[len(payload) // 2] ^= 0xFF
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(payload)
+    fault(path)
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+def test_git_lfs_pointer(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a2146\nsize 12345\n")
+    assert "git lfs pull" in fault(path)
+
+
+@pytest.mark.parametrize(
+    ("line", "said"),
+    [
+        (b'{"text": "a"', "not valid JSON"),
+        (b"[" * 100_000, "not valid JSON"),
+        (b'{"text": "caf\xe9"}', "not UTF-8"),
+        (b'["text"]', "not a JSON object"),
+        (b'{"texts": "a"}', "no key 'text', only ['texts']"),
+        (b'{"text": null}', "'text' is NoneType, not a string"),
+        (b'{"text": 12}', "'text' is int, not a string"),
+    ],
+)
+def test_a_bad_line_is_named(tmp_path, line, said):
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(jsonl(["a", "b"]) + b"\n" + line + b"\n" + jsonl(["c"])))
+    assert f"line 4: {said}" in fault(path)
+
+
+def test_lone_surrogates_become_replacement_characters_and_are_counted(tmp_path):
+    path = tmp_path / "a.jsonl"
+    lines = [
+        r'{"text": "a\ud800b\udc00\udc00"}',
+        r'{"text": "\ud83e\udd99"}',
+        r'{"text": "end\udbff"}',
+        '{"text": "�"}',
+    ]
+    path.write_text("\n".join(lines))
+    source = Source(path, Fields())
+    assert list(source) == ["a�b��", "🦙", "end�", "�"]
+    assert source.repaired == 2
+
+
+def test_slimpajama_leaves_out_a_set_and_counts_it(tmp_path):
+    sets = ["RedPajamaC4", "RedPajamaGithub", "RedPajamaWikipedia", "RedPajamaGithub"]
+    path = tmp_path / "a.jsonl.zst"
+    rows = [json.dumps({"text": str(i), "meta": {"redpajama_set_name": name}}) for i, name in enumerate(sets)]
+    path.write_bytes(zstandard.compress("\n".join(rows).encode()))
+    source = Source(path, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
+    assert list(source) == ["0", "2"]
+    assert source.dropped == {"RedPajamaGithub": 2}
+    assert read(path) == ["0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize("meta", ["{}", '"RedPajamaC4"', "null", '{"redpajama_set_name": 3}'])
+def test_slimpajama_without_a_set_name_is_a_fault(tmp_path, meta):
+    path = tmp_path / "a.jsonl"
+    path.write_text(f'{{"text": "a", "meta": {meta}}}\n')
+    assert "line 1: no meta.redpajama_set_name" in fault(path, subsets=True, leave_out=("RedPajamaGithub",))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+def test_parquet_over_row_groups(tmp_path, kind):
+    path = tmp_path / "train-00000-of-00001.parquet"
+    texts = TEXTS * 40
+    table = pa.table({"content": pa.array(texts, kind), "id": list(range(len(texts)))})
+    pq.write_table(table, path, row_group_size=90)
+    source = Source(path, Fields(text_key="content"))
+    assert list(source) == texts
+    assert source.size == path.stat().st_size
+    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+
+
+def test_parquet_faults(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"code": ["a"], "id": [1]}), path)
+    assert "no column 'content', only ['code', 'id']" in fault(path, text_key="content")
+    assert "column 'id' holds int64, not strings" in fault(path, text_key="id")
+    pq.write_table(pa.table({"content": ["a", "b", None]}), path)
+    assert "row 3: 'content' is null, not a string" in fault(path, text_key="content")
+    broken = pa.StringArray.from_buffers(2, pa.py_buffer(np.array([0, 1, 2], "<i4")), pa.py_buffer(b"a\xff"))
+    pq.write_table(pa.table({"content": broken}), path)
+    assert "row 2: not UTF-8" in fault(path, text_key="content")
+
+
+def test_truncated_parquet(tmp_path):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"content": ["text " * 1000] * 10}), path)
+    whole = path.read_bytes()
+    for size in (0, 3, 100, len(whole) - 1):
+        path.write_bytes(whole[:size])
+        assert "not a readable parquet file" in fault(path, text_key="content")
+    path.write_bytes(whole[:4] + b"\xff" * 100 + whole[104:])
+    assert "not a readable parquet file" in fault(path, text_key="content")
+
+
+def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes("one\r\ntwo\n漢".encode())
+    source = Source(path, Fields())
+    assert list(source) == ["one\r\ntwo\n漢"]
+    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    path.write_bytes(b"one\ntwo\nthr\xff")
+    assert "line 3: not UTF-8" in fault(path)
+
+
+def test_a_file_that_cannot_be_opened(tmp_path):
+    assert "No such file" in fault(tmp_path / "gone.jsonl.zst")
+    (tmp_path / "folder.jsonl").mkdir()
+    assert "directory" in fault(tmp_path / "folder.jsonl")
+
+
+def test_memory_does_not_grow_with_the_file(tmp_path):
+    line = json.dumps({"text": "many words and more words " * 400}).encode() + b"\n"
+    zst, parquet = tmp_path / "a.jsonl.zst", tmp_path / "a.parquet"
+    with zstandard.open(zst, "wb") as file:
+        for _ in range(10_000):  # 100 MB in some KB
+            file.write(line)
+    with pq.ParquetWriter(parquet, pa.schema({"text": pa.string()})) as writer:
+        for group in range(10):
+            writer.write_table(pa.table({"text": [f"{group} {i} " + "words " * 1700 for i in range(1000)]}))
+    code = (
+        "import resource, sys\n"
+        "from pathlib import Path\n"
+        "from tinyllama.prepare.readers import Source\n"
+        "from tinyllama.prepare.inputs import Fields\n"
+        "import pyarrow.parquet, zstandard\n"
+        "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
+        "assert sum(1 for _ in Source(Path(sys.argv[1]), Fields())) == 10_000\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
+    )
+    for path in (zst, parquet):
+        run = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True)
+        assert int(run.stdout) < 40_000, path  # kilobytes, of 90,000 and more
+
+
+def touch(*paths: Path) -> None:
+    for path in paths:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(path.name)
+
+
+def test_find_inputs_in_order_of_their_shards(tmp_path):
+    for name in ("chunk2/a.jsonl.zst", "chunk10/b.jsonl.zst", "chunk10/sub/c.jsonl.zst", "d.txt"):
+        touch(tmp_path / name)
+    (tmp_path / "chunk3").symlink_to(tmp_path / "chunk2")
+    inputs = find_inputs(tmp_path, (".jsonl.zst",))
+    assert [one.shard for one in inputs] == [
+        "chunk10--b.jsonl.zst",
+        "chunk10--sub--c.jsonl.zst",
+        "chunk2--a.jsonl.zst",
+        "chunk3--a.jsonl.zst",
+    ]
+    assert inputs[1] == Input(str(tmp_path / "chunk10/sub/c.jsonl.zst"), "chunk10/sub/c.jsonl.zst", 11)
+
+
+def test_find_inputs_of_some_folders_or_one_file(tmp_path):
+    touch(*(tmp_path / name for name in ("python/a.parquet", "go/a.parquet", "c/a.parquet")))
+    assert [one.name for one in find_inputs(tmp_path, (".parquet",), ["python", "go", "go"])] == [
+        "go/a.parquet",
+        "python/a.parquet",
+    ]
+    assert find_inputs(tmp_path / "c/a.parquet", ENDINGS) == [Input(str(tmp_path / "c/a.parquet"), "a.parquet", 9)]
+
+
+def test_find_inputs_faults(tmp_path):
+    def faults(*args) -> tuple[str, ...]:
+        with pytest.raises(InputError) as info:
+            find_inputs(*args)
+        return info.value.args
+
+    touch(tmp_path / "notes.md", tmp_path / "go/a.parquet")
+    assert [str(tmp_path / "gone") in fault for fault in faults(tmp_path / "gone", ENDINGS)] == [True]
+    (message,) = faults(tmp_path, (".jsonl", ".txt"))
+    assert f"{tmp_path}: no file ending in .jsonl or .txt" in message
+    assert "rename files of plain text to .txt or put them into a .jsonl" in message
+    assert "rust" in faults(tmp_path, (".parquet",), ["go", "rust"])[0]
+    assert "notes.md: ends in none of" in faults(tmp_path / "notes.md", ENDINGS)[0]
+
+    touch(tmp_path / "x--y/z.txt", tmp_path / "x/y--z.txt")
+    (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).touch()
+    dangling, twice, name = faults(tmp_path, ENDINGS)
+    assert name == f"'{tmp_path}/\\udcff.jsonl': its name is not UTF-8: rename it"
+    assert "dangling.txt: cannot be opened (a link to nothing" in dangling
+    assert "x--y--z.txt" in twice
+    assert "rename" in twice

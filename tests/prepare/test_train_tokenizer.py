@@ -1,0 +1,168 @@
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow
+import pytest
+import zstandard
+from pyarrow import parquet
+
+from tinyllama import InputError
+from tinyllama.prepare import train_tokenizer
+from tinyllama.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+PROSE = "The little llama walked along the river, and in 1984 the others followed her."
+CODE = "def flibber(x):\n        return flibber(x) + 1024\n"
+
+
+@pytest.fixture(scope="module")
+def raw(tmp_path_factory) -> list[str]:
+    """Prose as SlimPajama has it and code as StarCoder does."""
+    folder = tmp_path_factory.mktemp("raw")
+    with zstandard.open(folder / "prose.jsonl.zst", "wt") as file:
+        for i in range(200):
+            other = f"{i * 7919:b}".translate({48: "no", 49: "ri"})  # every line has a word of its own
+            file.write(json.dumps({"text": f"{PROSE} {other}", "meta": {"redpajama_set_name": "RedPajamaC4"}}) + "\n")
+    parquet.write_table(pyarrow.table({"content": [CODE] * 100}), folder / "code.parquet")
+    return [str(folder / "prose.jsonl.zst"), f"{folder / 'code.parquet'}:content"]
+
+
+def run(sources: list[str], output: Path, vocab_size: int) -> subprocess.CompletedProcess:
+    call = [sys.executable, "scripts/train_tokenizer.py", "--source", *sources]
+    call += ["--output", str(output), "--vocab_size", str(vocab_size)]
+    return subprocess.run(call, capture_output=True, text=True, cwd=ROOT, env=os.environ | {"PYTHONPATH": str(ROOT)})
+
+
+@pytest.fixture(scope="module")
+def trained(raw, tmp_path_factory) -> Path:
+    output = tmp_path_factory.mktemp("trained") / "new" / "tokenizer.model"
+    done = run(raw, output, 380)
+    assert done.returncode == 0, done.stderr
+    return output
+
+
+def pieces_of(model: bytes) -> list[str]:
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model)
+    return [processor.id_to_piece(i) for i in range(processor.vocab_size())]
+
+
+@pytest.fixture(scope="module")
+def pieces(trained) -> list[str]:
+    return pieces_of(trained.read_bytes())
+
+
+def test_special_pieces_and_bytes_come_first_as_in_llama(trained, pieces):
+    assert len(pieces) == 380
+    assert pieces[:3] == ["<unk>", "<s>", "</s>"]
+    assert pieces[3:259] == [f"<0x{i:02X}>" for i in range(256)]
+    assert (Tokenizer(trained).bos_id, Tokenizer(trained).eos_id) == (1, 2)
+
+
+def test_every_source_is_read(pieces):
+    assert "▁llama" in pieces
+    assert any("flibber" in piece for piece in pieces)
+
+
+def test_digits_are_split_and_blanks_joined(pieces):
+    assert [piece for piece in pieces if re.search(r"\d", piece) and len(piece) > 1 and "<0x" not in piece] == []
+    assert "▁▁▁▁" in pieces
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "a word",
+        " one blank before",
+        "two  blanks,   three, at the end ",
+        "tabs\tand\n\nlines\r\n\x0c",
+        "1984",
+        "ﬁ is a ligature, Å is not Å",  # another normalizer would write them alike
+        "llama 🦙 \0 лама",
+        "</s><s><unk>",
+    ],
+)
+def test_a_text_comes_back_byte_for_byte(trained, text):
+    tokenizer = Tokenizer(trained)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert not {0, 1, 2} & set(ids)
+
+
+def test_the_first_word_is_a_word_like_any_other(trained, pieces):
+    assert Tokenizer(trained).encode("llama") == [pieces.index("▁llama")]
+
+
+def test_what_is_not_a_piece_falls_back_to_its_bytes(trained):
+    assert Tokenizer(trained).encode("🦙")[-4:] == [3 + byte for byte in "🦙".encode()]
+
+
+def test_the_same_bytes_again(raw, trained):
+    assert train_tokenizer.train(raw, 380) == trained.read_bytes()
+
+
+def test_a_sample_is_of_all_the_lines_and_always_the_same():
+    lines = [str(i) for i in range(10_000)]
+    sample = train_tokenizer.sample(iter(lines), 1000)
+    assert sample == train_tokenizer.sample(iter(lines), 1000)
+    assert len(set(sample)) == 1000
+    # each quarter gives 250 of 1000; the standard deviation is 13
+    assert all(abs(sum(int(line) // 2500 == quarter for line in sample) - 250) < 65 for quarter in range(4))
+    assert train_tokenizer.sample(iter(lines[:7]), 1000) == lines[:7]
+
+
+def test_more_lines_than_the_most_are_sampled(raw, monkeypatch):
+    monkeypatch.setattr(train_tokenizer, "MAX_LINES", 150)  # of 400, of which the last 200 are code
+    pieces = pieces_of(train_tokenizer.train(raw, 380))
+    assert "▁llama" in pieces
+    assert any("flibber" in piece for piece in pieces)
+    monkeypatch.setattr(train_tokenizer, "MAX_LINES", 1)
+    with pytest.raises(InputError, match="too high"):
+        train_tokenizer.train(raw, 380)
+
+
+def test_a_tokenizer_that_is_there_is_left_alone(raw, trained):
+    before = trained.read_bytes(), trained.stat().st_mtime_ns
+    again = run(raw, trained, 380)
+    sha256 = Tokenizer(trained).sha256[:16]
+    assert again.returncode == 0
+    assert again.stdout == f"{trained}: 380 pieces, sha256 {sha256}, which was there and is left as it is\n"
+    other = run(raw, trained, 300)
+    assert other.returncode == 2
+    assert other.stderr == f"error: {trained} has 380 pieces, not 300: give another --output\n"
+    assert (trained.read_bytes(), trained.stat().st_mtime_ns) == before
+
+
+def test_an_output_that_cannot_be_written_is_an_error(raw, trained):
+    done = run(raw, trained / "tokenizer.model", 380)
+    assert done.returncode == 2
+    assert done.stderr.startswith(f"error: {trained}/tokenizer.model cannot be written (")
+
+
+def test_a_key_that_is_not_there_is_an_error(raw, tmp_path):
+    done = run([f"{raw[0]}:nope"], tmp_path / "tokenizer.model", 380)
+    assert done.returncode == 2
+    assert re.fullmatch(
+        r"error: .*line 1: no key 'nope', only .*: name the one .*train_tokenizer.py PATH:KEY.*\n", done.stderr
+    )
+
+
+@pytest.mark.parametrize(
+    ("vocab_size", "says"),
+    [
+        (20_000, "too high .* <= "),
+        (100, "smaller than required_chars"),
+        (-1, "give a larger one"),
+        (2**31, "give one below 2"),
+    ],
+)
+def test_a_vocabulary_that_the_text_cannot_fill_is_an_error(raw, tmp_path, vocab_size, says):
+    done = run(raw, tmp_path / "tokenizer.model", vocab_size)
+    assert done.returncode == 2
+    assert re.fullmatch(rf"error: --vocab_size {vocab_size} cannot be trained.*{says}.*\n", done.stderr)
+    assert list(tmp_path.iterdir()) == []

@@ -1,0 +1,172 @@
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllama.tools import doctor
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture
+def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    """A function that installs a library of one line, ahead of any real one, here and in the processes started here."""
+
+    def install(package: str, version: str, line: str = "", requires: str = "") -> None:
+        (tmp_path / f"{package}.py").write_text(line + "\n")
+        info = tmp_path / f"{package}-{version}.dist-info"
+        info.mkdir()
+        metadata = f"Metadata-Version: 2.1\nName: {package}\nVersion: {version}\n{requires}"
+        (info / "METADATA").write_text(metadata)
+        monkeypatch.syspath_prepend(tmp_path)
+        monkeypatch.setenv("PYTHONPATH", f"{tmp_path}{os.pathsep}{ROOT}")
+
+    return install
+
+
+@pytest.mark.parametrize(
+    ("line", "fault"),
+    [
+        ("raise RuntimeError('built for another torch\\nand more')", "RuntimeError: built for another torch"),
+        ("print('hello'); import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import os; os.abort()", "SIGABRT ended the process that called it"),
+        ("import time; time.sleep(60)", "no answer within 1 s"),
+    ],
+)
+def test_a_broken_library_is_a_finding(stub: Any, monkeypatch: pytest.MonkeyPatch, line: str, fault: str) -> None:
+    stub("broken", "0.3", line)
+    monkeypatch.setattr(doctor, "LIBRARIES", (doctor.Library("broken", "a test", "import broken"),))
+    monkeypatch.setattr(doctor, "TRIAL_SECONDS", 1 if "answer" in fault else 60)
+    (finding,) = doctor.libraries()
+    assert (finding.state, finding.name) == ("wrong", "broken")
+    assert finding.text == f"0.3 is installed and does not work: {fault}"
+    assert finding.remedy == "pip uninstall broken, or install it for this torch and CUDA"
+
+
+def test_a_library_that_works_and_some_that_are_not_there(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub("working", "1.2", "answer = 42")
+    trials = [("working", "import working; assert working.answer == 42", False), ("one", "", False), ("two", "", True)]
+    libraries = tuple(doctor.Library(package, "a test", trial, gpu) for package, trial, gpu in trials)
+    monkeypatch.setattr(doctor, "LIBRARIES", libraries)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert list(doctor.libraries()) == [
+        doctor.Finding("ok", "working", "1.2, works; for a test"),
+        doctor.Finding("note", "one", "not installed; for a test", "pip install one"),
+        doctor.Finding("note", "two", "not installed, and no GPU to use it; for a test"),
+    ]
+
+
+@pytest.mark.parametrize(("version", "notes"), [("0.0.33.post1", 0), ("0.0.35", 1)])
+def test_xformers_without_its_fused_swiglu_is_named(stub: Any, monkeypatch: Any, version: str, notes: int) -> None:
+    stub("xformers", version, "")
+    monkeypatch.setattr(doctor, "LIBRARIES", (doctor.Library("xformers", "a test", ""),))
+    _, *found = doctor.libraries()
+    assert ["no fused SwiGLU" in finding.text for finding in found] == [True] * notes
+
+
+def test_versions_that_are_not_asked_for(stub: Any) -> None:
+    stub("lightning", "2.6.1")
+    stub("transformers", "5.1+local.1")
+    wanted = ["lightning<3,>=2.6.4", "transformers<6,>=5", "no-such-thing", "xformers>=0.0.30; extra == 'gpu'"]
+    stub("tinyllama", "9", requires="".join(f"Requires-Dist: {one}\n" for one in wanted))
+    wrong = [finding for finding in doctor.packages() if finding.state == "wrong"]
+    assert [(finding.text, finding.remedy) for finding in wrong] == [
+        (
+            "2.6.1 is installed, <3,>=2.6.4 is asked for: "
+            "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
+            "pip install 'lightning<3,>=2.6.4'",
+        ),
+        ("not installed", "pip install -e ."),
+    ]
+
+
+def test_a_gpu_that_torch_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    facts = SimpleNamespace(name="NVIDIA B300", total_memory=2**38, major=10, minor=3)
+    for name, value in {"is_available": True, "device_count": 1, "get_device_properties": facts}.items():
+        monkeypatch.setattr(torch.cuda, name, lambda *args, value=value: value)
+
+    def ones(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("CUDA error: no kernel image is available for execution on the device\nCUDA kernel errors")
+
+    monkeypatch.setattr(torch, "ones", ones)
+    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
+    shown, broken, nccl = (finding for finding in doctor.gpus() if finding.name != "driver")
+    assert (shown.state, shown.text) == (
+        "ok",
+        "NVIDIA B300, 256 GiB, capability 10.3, peak not known: no MFU will be shown",
+    )
+    assert broken.text == "RuntimeError: CUDA error: no kernel image is available for execution on the device"
+    assert (broken.state, nccl.state) == ("wrong", "wrong")
+
+
+@pytest.mark.parametrize(
+    ("env", "wrong"),
+    [
+        ({}, []),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8"}, []),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, ["give --nodes and --ntasks-per-node, one task a GPU"]),
+        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}, ["give another --job-name, or use torchrun inside"]),
+    ],
+)
+def test_what_slurm_says(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], wrong: list[str]) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    assert [finding.remedy for finding in doctor.slurm(env) if finding.state == "wrong"] == wrong
+
+
+def test_tasks_that_are_not_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+    found = list(doctor.slurm({"SLURM_JOB_ID": "7", "SLURM_NTASKS_PER_NODE": "4(x2)"}))
+    assert found[-1].text == "4 tasks a node and 8 GPUs on this one"
+
+
+def test_the_disk_is_left_as_it_was(tmp_path: Path) -> None:
+    findings = list(doctor.disk(tmp_path / "not" / "there", megabytes=1))
+    assert findings[0].state == "ok"
+    assert f"{tmp_path}: " in findings[0].text
+    assert list(tmp_path.iterdir()) == []
+    assert next(doctor.disk(Path("/proc/1"))).state == "wrong"
+    (tmp_path / "file").touch()
+    (finding,) = doctor.disk(tmp_path / "file")
+    assert finding.text == f"{tmp_path / 'file'} is a file"
+
+
+def test_no_room_for_scratch_files(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(small_disk))
+    last = list(doctor.disk(tmp_path, megabytes=1))[-1]
+    assert last.text == f"{small_disk}: 0.0 GB free, and torch.compile and others write there"
+    assert last.remedy == "free some, or set TMPDIR to a larger disk"
+
+
+def test_what_fails_while_looking_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def machine() -> Any:
+        raise OSError("no such sysconf")
+
+    monkeypatch.setattr(doctor, "machine", machine)
+    monkeypatch.setattr(doctor, "LIBRARIES", ())
+    findings = list(doctor.examine(tmp_path, {}))
+    assert findings[0].text == "could not be examined: OSError: no such sysconf"
+    assert len(findings) > 5
+
+
+def test_a_torch_that_cannot_be_imported_is_said_in_a_line(stub: Any) -> None:
+    stub("torch", "2.12", "raise OSError('libcudart.so.13: cannot open shared object file\\nand more')")
+    done = subprocess.run([sys.executable, "scripts/doctor.py"], cwd=ROOT, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (1, "")
+    first, remedy = done.stdout.splitlines()
+    assert first == "wrong  torch cannot be imported: OSError: libcudart.so.13: cannot open shared object file"
+    assert remedy.startswith("       -> pip install -e .")
+
+
+@pytest.mark.slow
+def test_the_script_ends_with_what_it_found(stub: Any, tmp_path: Path) -> None:
+    stub("wandb", "0.99", "raise ImportError('half installed')")
+    command = [sys.executable, "scripts/doctor.py", "--out_dir", tmp_path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert "Traceback" not in done.stdout + done.stderr
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (1, "1 wrong")
+    assert "wrong  wandb              0.99 is installed and does not work: ImportError: half installed\n" in done.stdout

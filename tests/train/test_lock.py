@@ -1,0 +1,214 @@
+"""Who may write into a run's folder: real processes, and files as they leave them."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama import InputError
+from tinyllama.train import lock
+from tinyllama.train.lock import Owner
+
+HERE = socket.gethostname()
+OTHER = {"host": "node7", "pid": 1, "job_id": None, "restarts": 0, "token": "theirs"}
+
+
+@pytest.fixture(autouse=True)
+def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+
+
+def leave(out_dir: Path, age: float = 0, **facts: Any) -> Path:
+    """The file of another owner whose last heartbeat was ``age`` seconds ago."""
+    path = out_dir / "OWNER.json"
+    path.write_text(json.dumps(OTHER | facts))
+    beat = path.stat().st_mtime - age
+    os.utime(path, (beat, beat))
+    return path
+
+
+def dead_pid() -> int:
+    process = subprocess.Popen(["true"])
+    process.wait()
+    return process.pid
+
+
+def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
+    out_dir = tmp_path / "out" / "run"
+    with Owner(out_dir, "77"):
+        (file,) = out_dir.iterdir()
+        facts = json.loads(file.read_text())
+        assert file.name == "OWNER.json"
+        assert {**facts, "token": ""} == {"host": HERE, "pid": os.getpid(), "job_id": "77", "restarts": 0, "token": ""}
+        with pytest.raises(InputError) as error, Owner(out_dir, "78"):
+            pass
+        assert [path.name for path in out_dir.iterdir()] == ["OWNER.json"]
+        assert json.loads(file.read_text()) == facts
+    who = f"pid {os.getpid()} on {HERE}, job 77; heartbeat 0 s ago"
+    assert str(error.value).startswith(f"{out_dir} belongs to another run ({who}): stop that or give another out_dir")
+    assert list(out_dir.iterdir()) == []
+
+
+def test_an_exception_gives_the_folder_back(tmp_path: Path) -> None:
+    with pytest.raises(KeyError), Owner(tmp_path, None):
+        raise KeyError
+    assert list(tmp_path.iterdir()) == []
+
+
+REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "fresh, on another host": ({"age": 50}, {}),
+    "fresh, alive on this host": ({"host": HERE, "pid": os.getppid()}, {}),
+    "the same job, not requeued": ({"job_id": "5", "restarts": 1}, {"SLURM_RESTART_COUNT": "1"}),
+    "another job, requeued": ({"job_id": "6"}, {"SLURM_RESTART_COUNT": "1"}),
+    "outside Slurm": ({"job_id": None}, {"SLURM_RESTART_COUNT": "1"}),
+    "beats in our future": ({"age": -3600}, {}),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_a_live_owner_is_left_alone(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    facts, env = REFUSED[case]
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    text = leave(tmp_path, **facts).read_text()
+    with pytest.raises(InputError, match=f"belongs to another run .pid .*{facts.get('job_id') or ''}; heartbeat"):
+        Owner(tmp_path, "5").__enter__()
+    assert [path.read_text() for path in tmp_path.iterdir()] == [text]
+
+
+TAKEN: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
+    "silent": ({"age": 70}, {}, "pid 1 on node7: silent for 70 s"),
+    "silent, though its pid is alive": (
+        {"age": 70, "host": HERE, "pid": os.getppid()},
+        {},
+        f"pid {os.getppid()} on {HERE}: silent for 70 s",
+    ),
+    "dead on this host": ({"host": HERE, "pid": dead_pid()}, {}, "it is not running any more"),
+    "requeued": (
+        {"job_id": "5", "restarts": 1},
+        {"SLURM_RESTART_COUNT": "2"},
+        "pid 1 on node7, job 5: this job was requeued since",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", TAKEN)
+def test_an_owner_that_is_gone_is_followed(case: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    facts, env, why = TAKEN[case]
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    path = leave(tmp_path, **facts)
+    with Owner(tmp_path, "5"):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+        said = capsys.readouterr().out
+        assert said.startswith(f"took over {tmp_path} from pid ")
+        assert said.endswith(f"{why}\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+UNREADABLE = [b"", b"{", b"[1]", b"\xff\xfe\0", b"[" * 100_000, json.dumps({"host": HERE}).encode()]
+UNREADABLE += [json.dumps(OTHER | {"host": HERE, "pid": pid}).encode() for pid in ("x", 10**30, -1)]
+UNREADABLE += [json.dumps(OTHER | {"job_id": "5", "restarts": "x"}).encode()]
+
+
+@pytest.mark.parametrize("content", UNREADABLE)
+def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "OWNER.json"
+    path.write_bytes(content)
+    with pytest.raises(InputError, match="belongs to another run .pid . on ."):
+        Owner(tmp_path, "5").__enter__()
+    beat = path.stat().st_mtime - 70
+    os.utime(path, (beat, beat))
+    with Owner(tmp_path, None):
+        assert json.loads(path.read_text())["host"] == HERE
+
+
+def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    path = tmp_path / "OWNER.json"
+
+    def soon(true: Any) -> None:
+        until = time.monotonic() + 120
+        while not true():
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    with Owner(tmp_path, None):
+        text = path.read_text()
+        os.utime(path, (1, 1))
+        soon(lambda: path.stat().st_mtime > 1)
+        path.unlink()
+        soon(lambda: path.exists() and path.read_text() == text)
+        path.write_bytes(b"\xff")  # damage is no other run
+        os.utime(path, (1, 1))
+        soon(lambda: path.stat().st_mtime > 1)
+
+
+# a run that from a given time on holds a folder until its stdin ends
+RUN = """
+import sys, time
+from pathlib import Path
+from tinyllama import InputError, owner
+owner.BEAT = 0.05
+time.sleep(max(float(sys.argv[2]) - time.time(), 0))
+try:
+    with owner.Owner(Path(sys.argv[1]), None):
+        print("holds", flush=True)
+        sys.stdin.read()
+except InputError as error:
+    print(f"refused: {error}", flush=True)
+"""
+
+
+def start(out_dir: Path, at: float = 0) -> subprocess.Popen[str]:
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen([sys.executable, "-c", RUN, str(out_dir), str(at)], text=True, **pipes)
+
+
+def verdict(run: subprocess.Popen[str]) -> str:
+    """Whether the run holds the folder or was refused."""
+    assert run.stdout is not None
+    line = run.stdout.readline()
+    return run.stdout.readline() if line.startswith("took over") else line
+
+
+def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
+    run = start(tmp_path)
+    assert verdict(run) == "holds\n"
+    new = tmp_path / "new"
+    new.write_text(json.dumps(OTHER))
+    new.replace(tmp_path / "OWNER.json")
+    assert run.wait(120) == 1
+    assert run.communicate()[1] == f"error: another run has taken over {tmp_path}: this one ends\n"
+    assert json.loads((tmp_path / "OWNER.json").read_text()) == OTHER
+
+
+@pytest.mark.slow
+def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None:
+    first = start(tmp_path)
+    assert verdict(first) == "holds\n"
+    first.send_signal(signal.SIGKILL)
+    first.wait()
+    at = time.time() + 0.5
+    rivals = [start(tmp_path, at) for _ in range(5)]
+    said = [verdict(rival) for rival in rivals]
+    (winner,) = [rival for rival, line in zip(rivals, said, strict=True) if line == "holds\n"]
+    assert sum("belongs to another run" in line for line in said) == 4
+    assert json.loads((tmp_path / "OWNER.json").read_text())["pid"] == winner.pid
+    for rival in rivals:
+        rival.communicate()
+        assert rival.returncode == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(InputError, match="cannot write .*OWNER.json: File exists: give an out_dir that can be"):
+        Owner(tmp_path / "file", None).__enter__()

@@ -1,0 +1,1 @@
+"""Checkpoints: what a run needs to resume, written, found and read at any world size."""

@@ -1,0 +1,221 @@
+"""Step directories: found, judged, loaded by any number of ranks; nothing in them is ever executed.
+
+``checkpoints/step-00005000/`` holds the model's and the optimizer's tensors as torch.distributed.checkpoint (DCP)
+writes them, ``state.json`` (plain numbers and what the run was made of) and ``config.yaml``. There is no state of
+random generators: the start weights and the order of the data are functions of their seeds, and no pass draws numbers.
+checkpointer.py writes them.
+"""
+
+import json
+import pickle
+import re
+import warnings
+from collections.abc import Callable
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed.checkpoint as dcp
+import yaml
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import (
+    _MEM_FORMAT_ENCODING,
+    Metadata,
+    StorageMeta,
+    TensorStorageMetadata,
+)
+
+from tinyllama import InputError
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.config.model import ModelConfig
+
+FORMAT_VERSION = 1
+
+# AdamW's state of one parameter
+MOMENTS = ("step", "exp_avg", "exp_avg_sq")
+
+# all that DCP's pickled .metadata of tensors is made of
+METADATA_CLASSES = {
+    "torch": {"Size"},
+    "torch.serialization": {"_get_layout"},
+    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
+    "torch.distributed.checkpoint.metadata": {
+        "ChunkStorageMetadata",
+        "Metadata",
+        "MetadataIndex",
+        "StorageMeta",
+        "TensorProperties",
+        "TensorStorageMetadata",
+        "_MEM_FORMAT_ENCODING",
+    },
+}
+
+
+def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
+    """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them, and give the numbers."""
+    remedy = "move it out of its folder, and the run goes on from the step before"
+    _load(tensors(model, optimizer), _Reader(step_dir), remedy)
+    saved = read_state(step_dir)
+    return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
+
+
+def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
+    """The model's full tensors by name, on the CPU, as saved (fp32); needs no process group."""
+    reader = _Reader(step_dir)
+    return _read(reader, _weights(reader))
+
+
+def open_weights(
+    step_dir: Path,
+) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
+    """What is said of the model's tensors, by name, and a reader of one in full as saved; needs no process group."""
+    reader = _Reader(step_dir)
+    weights = _weights(reader)
+    return weights, lambda name: _read(reader, {name: weights[name]})[name]
+
+
+def read_state(step_dir: Path) -> dict[str, Any]:
+    """What state.json says."""
+    return json.loads((step_dir / "state.json").read_text())
+
+
+def read_settings(step_dir: Path) -> dict[str, Any]:
+    """What config.yaml says."""
+    return yaml.safe_load((step_dir / "config.yaml").read_text())
+
+
+def read_model_config(step_dir: Path) -> ModelConfig:
+    """The sizes of the model that was saved."""
+    return ModelConfig(**read_settings(step_dir)["model"])
+
+
+def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
+    """The complete step directory of the largest step, and why each larger one was passed over."""
+    found = [(int(m[1]), path) for path in checkpoints.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))]
+    passed_over: list[str] = []
+    for _, path in sorted(found, reverse=True):
+        why = fault(path)
+        if why is None:
+            return path, passed_over
+        passed_over.append(f"{path} is no complete checkpoint ({why})")
+    return None, passed_over
+
+
+def resolve(path: str | Path) -> Path:
+    """The step directory at ``path``, or the newest complete one of the run at ``path``; raises InputError if none."""
+    path = Path(path)
+    named = re.fullmatch(r"step-\d+", path.name)
+    if named and path.is_dir():
+        if why := fault(path):
+            raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
+        return path
+    if named and path.parent.is_dir():
+        there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
+        raise InputError(f"{path} is not there; the steps of its run that are: {there}")
+    step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+    if step_dir is None:
+        raise InputError(
+            f"{path} holds no complete checkpoint: give a step directory (step-00005000) or a run's out_dir"
+        )
+    return step_dir
+
+
+def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint by name, the very ones in use. There are no other entries: DCP would pickle them."""
+    named = {}
+    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for (name, parameter), owner in zip(model.named_parameters(), optimized, strict=True):
+        assert parameter is owner, f"{name} is gathered: reshard the model before a checkpoint"
+        named[f"model.{name}"] = parameter.detach()
+        if not optimizer.state[parameter]:  # AdamW makes it at its first step; a resumed run loads into it before
+            optimizer.state[parameter] = {
+                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
+                "exp_avg": torch.zeros_like(parameter),
+                "exp_avg_sq": torch.zeros_like(parameter),
+            }
+        for moment in MOMENTS:
+            named[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
+    return named
+
+
+def fault(step_dir: Path) -> str | None:
+    """Why ``step_dir`` cannot be loaded; None when every file is there in full."""
+    try:
+        saved = read_state(step_dir)
+        read_model_config(step_dir)
+        metadata = _Reader(step_dir).read_metadata()
+        if saved["step"] != int(step_dir.name.removeprefix("step-")):
+            return f"its state.json is of step {saved['step']}"
+        for field in fields(TrainState):
+            number = saved.get(field.name, field.default)
+            if field.name != "recent" and not (type(number) is int and -1 <= number < 2**62):
+                return f"its state.json says {field.name} {number!r}"
+        for entry in metadata.storage_data.values():
+            file = step_dir / entry.relative_path
+            if not file.is_file() or file.stat().st_size < entry.offset + entry.length:
+                return f"{file.name} is missing or cut short"
+    except FileNotFoundError as error:
+        return f"{Path(error.filename).name} is missing"
+    except OSError as error:
+        return f"{Path(error.filename or step_dir).name}: {error.strerror}"
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
+        return " ".join(str(error).split())
+    return None
+
+
+def _weights(reader: "_Reader") -> dict[str, TensorStorageMetadata]:
+    """What there is of the model's tensors, by their names in the model."""
+    return {
+        name.removeprefix("model."): entry
+        for name, entry in reader.read_metadata().state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+
+def _read(reader: "_Reader", weights: dict[str, TensorStorageMetadata]) -> dict[str, torch.Tensor]:
+    full = {f"model.{name}": torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in weights.items()}
+    with warnings.catch_warnings():  # it warns that there is no process group, which is what we want
+        warnings.simplefilter("ignore", UserWarning)
+        _load(full, reader, "give another step of its run", no_dist=True)
+    return {name.removeprefix("model."): tensor for name, tensor in full.items()}
+
+
+def _load(named: dict[str, torch.Tensor], reader: "_Reader", remedy: str, no_dist: bool = False) -> None:
+    try:
+        dcp.load(named, storage_reader=reader, no_dist=no_dist)
+    except CheckpointException as error:  # no Exception, and its text is a trace
+        cause = str(next(iter(error.failures.values()))[0]).partition(". ")[0].partition("\n")[0]
+        raise InputError(f"{reader.path} cannot be read ({cause}): {remedy}") from error
+
+
+class _Unpickler(pickle.Unpickler):
+    """Reads DCP's own metadata and refuses everything else that a pickle could name."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        if name in METADATA_CLASSES.get(module, ()):
+            return super().find_class(module, name)
+        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
+            return getattr(torch, name)
+        if (module, name) == ("builtins", "getattr"):
+            return _memory_format
+        raise pickle.UnpicklingError(f"it names {module}.{name}")
+
+
+def _memory_format(cls: Any, name: Any) -> _MEM_FORMAT_ENCODING:
+    """Replaces getattr: early releases of Python 3.11 pickle an enum member as getattr(its class, its name)."""
+    if cls is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
+        raise pickle.UnpicklingError(f"it names getattr({cls}, {name!r})")
+    return _MEM_FORMAT_ENCODING[name]
+
+
+class _Reader(dcp.FileSystemReader):
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        path = Path(self.path) / ".metadata"
+        try:
+            with path.open("rb") as file:
+                metadata = _Unpickler(file).load()
+        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
+            raise InputError(f"{path} is not the metadata of a checkpoint of ours: {error}") from error
+        metadata.storage_meta = StorageMeta(load_id=self.load_id)
+        return metadata

@@ -1,0 +1,68 @@
+"""Resume policy: which step a run resumes from, and which settings may differ from the checkpoint's."""
+
+from pathlib import Path
+from typing import Any
+
+from tinyllama import InputError
+from tinyllama.checkpoint.reader import newest, read_settings, resolve
+
+
+def to_resume(out_dir: Path, how: str) -> Path | None:
+    """The step directory that ``train.resume`` calls for; None for a fresh start.
+
+    Raises InputError when what is in ``out_dir`` allows neither.
+    """
+    stopped = out_dir / "STOPPED"
+    if stopped.exists():
+        why = stopped.read_text(errors="replace").strip()
+        raise InputError(
+            f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
+            "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
+        )
+    latest, passed_over = newest(out_dir / "checkpoints")
+    if how == "auto":
+        for fault in passed_over:
+            print(f"passed over: {fault}")
+        return latest
+    if how == "never":
+        if latest is not None:
+            raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
+        return None
+    chosen = resolve(how)
+    if latest is not None and latest.resolve() != chosen.resolve():
+        raise InputError(f"{latest} is newer than train.resume {chosen}: give another out_dir to branch off there")
+    return chosen
+
+
+def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:
+    """Raise InputError that names every value that is not what it was when ``step_dir`` was saved."""
+    if not any(saved.values()):  # what convert_hf_checkpoint.py writes
+        raise InputError(f"{step_dir} holds weights and no run to resume: give it as train.init_from")
+    then, today = dict(_leaves(saved)), dict(_leaves(now))
+    faults = [
+        f"{key} was {then.get(key, 'absent')} and is {today.get(key, 'absent')}"
+        for key in {**then, **today}
+        if then.get(key) != today.get(key)
+    ]
+    if faults:
+        raise InputError(
+            f"cannot resume from {step_dir}: {'; '.join(faults)}; put it back, or start a new run in another out_dir"
+        )
+
+
+def changed(step_dir: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
+    """What the settings that are others ``now`` were when ``step_dir`` was saved, and are."""
+    then, today = (dict(_leaves(settings, lists=False)) for settings in (read_settings(step_dir), now))
+    keys = [key for key in today if key in then and key not in ("out_dir", "train.resume")]
+    return {key: [then[key], today[key]] for key in keys if then[key] != today[key]}
+
+
+def _leaves(tree: Any, prefix: str = "", lists: bool = True) -> Any:
+    """The keys of ``tree`` and what they hold; without ``lists``, a list is held whole."""
+    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if lists and isinstance(tree, list) else None
+    if items is None:
+        yield prefix, tree
+        return
+    for key, value in items:
+        inner = f"{prefix}[{key}]" if isinstance(tree, list) else f"{prefix}.{key}".lstrip(".")
+        yield from _leaves(value, inner, lists)

@@ -1,0 +1,233 @@
+"""Writing step directories: whole or not at all, while training goes on, and no more of them than asked for.
+
+Every rank's files go into ``step-00005000.tmp``. When all of them have reached the disk, rank 0 adds what makes them a
+checkpoint (see checkpoint.py) and gives the directory its name: a kill at any moment leaves the one before, or this.
+"""
+
+import contextlib
+import functools
+import json
+import platform
+import re
+import secrets
+import shutil
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.storage import WriteResult
+
+from tinyllama import __version__, atomic
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.state import TrainState
+
+# what a file takes beyond the numbers, a tensor of a rank; measured: 1.3 kB
+OVERHEAD = 4096
+
+
+class CheckpointError(RuntimeError):
+    """A step could not be saved. Every rank raises it, the checkpoints before are untouched, and saving can go on."""
+
+
+class Checkpointer:
+    """Saves steps of one run into ``folder``, at most one at a time. Every rank makes one, in the same order.
+
+    ``config`` is the run's resolved YAML; ``facts`` go into state.json beside the numbers of a TrainState. After each
+    save all complete steps are removed but the newest ``keep_last`` (None: keep all) and the multiples of
+    ``keep_every``. The run must own ``folder`` (owner.py): what an earlier one left unfinished there is removed.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: str,
+        facts: dict[str, Any],
+        keep_last: int | None,
+        keep_every: int | None,
+        asynchronous: bool,
+    ) -> None:
+        self._folder = folder
+        self._config = config
+        self._facts = facts
+        self._keep_last = keep_last
+        self._keep_every = keep_every
+        self._asynchronous = asynchronous
+        # the collectives of a save run in a thread of their own and must not mix with those of a training step
+        self.group = dist.new_group(backend="gloo")
+        self._is_writer = dist.get_rank() == 0
+        self._stager = _Stager()
+        self._in_flight: tuple[Path, Future] | None = None
+        if self._is_writer and folder.is_dir():
+            for path in folder.iterdir():
+                if re.fullmatch(r"step-\d{8,}\.tmp", path.name):
+                    shutil.rmtree(path, ignore_errors=True)
+
+    def save(
+        self, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, wait: bool = False
+    ) -> Path | None:
+        """Save ``state`` and the tensors as they are now; every rank must call it.
+
+        Waits for the save before. Gives the step directory if it is complete on return: if not asynchronous, or with
+        ``wait``; else None, and what follows may change every tensor. Raises CheckpointError when it fails, and when
+        the one before failed and nobody has waited for it: then this one goes on all the same.
+        """
+        failed = None
+        try:
+            self.wait()
+        except CheckpointError as error:
+            failed = error
+        final = self._folder / f"step-{state.step:08d}"
+        tensors = reader.tensors(model, optimizer)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
+        self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
+        writer = _Writer(_unfinished(final), functools.partial(self._publish, final, self._files(state)))
+        published = None
+        if self._asynchronous and not wait:
+            future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, async_stager=self._stager)
+            self._in_flight = final, cast(Future, future)
+        else:
+            with self._all_or_nothing(final):
+                dcp.save(tensors, storage_writer=writer, process_group=self.group)
+            published = final
+        if failed is not None:
+            raise failed
+        return published
+
+    def done(self) -> bool:
+        """Whether a save is in flight and has come to its end on this rank: then wait() does not wait."""
+        return self._in_flight is not None and self._in_flight[1].done()
+
+    def wait(self) -> Path | None:
+        """Return when nothing is in flight; gives the step directory of what was. Raises CheckpointError if it failed.
+
+        Every rank must call it before the process group ends.
+        """
+        if self._in_flight is None:
+            return None
+        (final, future), self._in_flight = self._in_flight, None
+        with self._all_or_nothing(final):
+            future.result()
+        return final
+
+    def _make_room(self, final: Path, num_bytes: int) -> None:
+        """Make the empty folder for the files of ``final``; raises CheckpointError on all ranks when it cannot be."""
+        fault = None
+        if self._is_writer:
+            unfinished = _unfinished(final)
+            try:
+                self._folder.mkdir(parents=True, exist_ok=True)
+                shutil.rmtree(unfinished, ignore_errors=True)
+                free = shutil.disk_usage(self._folder).free
+                if free < num_bytes:
+                    fault = f"it takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are free"
+                else:
+                    unfinished.mkdir()
+            except OSError as error:
+                fault = str(error)
+        said = [fault]
+        dist.broadcast_object_list(said, src=0, group=self.group)
+        if said[0] is not None:
+            raise CheckpointError(f"{final} is not saved: {said[0]}")
+
+    def _files(self, state: TrainState) -> dict[str, bytes]:
+        """What makes the tensors a checkpoint, by file name; made now, for ``state`` goes on."""
+        versions = {"tinyllama": __version__, "torch": torch.__version__, "python": platform.python_version()}
+        content = {"format_version": reader.FORMAT_VERSION, **asdict(state), **self._facts}
+        content |= {"world_size": dist.get_world_size(), "versions": versions}
+        return {"config.yaml": self._config.encode(), "state.json": json.dumps(content, indent=2).encode()}
+
+    def _publish(self, final: Path, files: dict[str, bytes]) -> None:
+        """Rank 0, when every rank's files have reached the disk."""
+        unfinished = _unfinished(final)
+        for name, payload in files.items():
+            atomic.write(unfinished / name, payload)  # and the names of all files with it
+        if final.exists():  # broken, or the run would have gone on from it
+            final.rename(final.with_name(f"{final.name}.broken-{secrets.token_hex(4)}"))
+        unfinished.rename(final)
+        atomic.sync(self._folder)
+        if self._keep_last is not None:
+            prune(self._folder, self._keep_last, self._keep_every)
+
+    @contextlib.contextmanager
+    def _all_or_nothing(self, final: Path) -> Iterator[None]:
+        """Turn what DCP raises, on every rank and when none writes any more, into CheckpointError; leave no files."""
+        try:
+            yield
+        except CheckpointException as error:
+            if self._is_writer:
+                shutil.rmtree(_unfinished(final), ignore_errors=True)
+            rank = min(error.failures)
+            cause = error.failures[rank][0]
+            text = f"{final} is not saved: rank {rank}: {type(cause).__name__}: {cause}"
+            if isinstance(cause, RuntimeError):  # torch.save's own, which does not say why it could not write
+                text += " (is the disk full?)"
+            raise CheckpointError(text) from error
+
+
+def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+    """Remove the complete steps in ``folder`` but the newest ``keep_last`` and all multiples of ``keep_every``.
+
+    Whatever is not a complete step by our naming is left alone.
+    """
+    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and not path.is_symlink()]
+    complete = sorted((path for path in found if reader.fault(path) is None), key=_step, reverse=True)
+    for path in complete[max(keep_last, 1) :]:
+        if keep_every is None or _step(path) % keep_every:
+            with contextlib.suppress(OSError):  # the save has succeeded, and the next one tries this again
+                removed = path.rename(_unfinished(path))  # a kill halfway leaves nothing that looks like a step
+                shutil.rmtree(removed)
+
+
+def _step(path: Path) -> int:
+    return int(path.name.removeprefix("step-"))
+
+
+def _unfinished(final: Path) -> Path:
+    return final.with_name(f"{final.name}.tmp")
+
+
+class _Stager(DefaultStager):
+    """Copies to memory that is taken once, pinned where there is a GPU; the copies are made when stage() returns."""
+
+    def __init__(self) -> None:
+        self._cuda = torch.cuda.is_available()
+        super().__init__(
+            StagingOptions(
+                use_pinned_memory=self._cuda,
+                use_shared_memory=False,
+                use_async_staging=False,  # the next step changes what is copied
+                use_non_blocking_copy=self._cuda,
+            )
+        )
+
+    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
+        # as DefaultStager's, which in torch 2.11 and 2.12 then gives the memory back and cannot be used again
+        staged: dict[str, Any] = self._state_dict_stager.stage(state_dict, non_blocking=self._cuda)
+        if self._cuda:
+            torch.cuda.synchronize()
+        return staged
+
+
+class _Writer(dcp.FileSystemWriter):
+    def __init__(self, path: Path, publish: Callable[[], None]) -> None:
+        # copying ahead from the GPU would, in the thread of a save, take memory of the first GPU for every rank
+        super().__init__(path, sync_files=True, per_thread_copy_ahead=0)
+        self._publish = publish
+
+    def storage_meta(self) -> StorageMeta:
+        return StorageMeta()  # the usual one names the path of the day, as a pickled Path
+
+    def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
+        # DCP calls this on rank 0 when it has the results of all ranks, which each gave after its fsync; what it
+        # raises is raised on all of them
+        super().finish(metadata, results)
+        self._publish()

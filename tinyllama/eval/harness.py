@@ -1,0 +1,274 @@
+"""Scores of a checkpoint by lm-eval, beside the published ones, and its perplexity on a dataset."""
+
+import contextlib
+import csv
+import importlib.resources
+import io
+import json
+import os
+import tempfile
+import time
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from tinyllama import InputError, atomic
+from tinyllama.checkpoint import reader
+from tinyllama.convert import hf_folder
+from tinyllama.convert.weights import Weights
+from tinyllama.tokenizer import Tokenizer
+
+
+class Task(NamedTuple):
+    """One of the paper's tasks, as the paper scores it."""
+
+    name: str
+    shots: int
+    metric: str
+
+
+SUITES = {
+    # arXiv:2401.02385, table 2: zero-shot, normalised accuracy where the task has it
+    "commonsense": [
+        Task("hellaswag", 0, "acc_norm"),
+        Task("openbookqa", 0, "acc_norm"),
+        Task("winogrande", 0, "acc"),
+        Task("arc_challenge", 0, "acc_norm"),
+        Task("arc_easy", 0, "acc_norm"),
+        Task("boolq", 0, "acc"),
+        Task("piqa", 0, "acc_norm"),
+    ],
+    # arXiv:2401.02385, table 3; bbh answered directly, without a chain of thought, as InstructEval does
+    "problem_solving": [
+        Task("mmlu", 5, "acc"),
+        Task("bbh_fewshot", 3, "exact_match"),
+        Task("humaneval", 0, "pass@1"),
+        Task("drop", 3, "f1"),
+    ],
+}
+EXECUTES = ("humaneval",)  # tasks that run what the model wrote
+ALIASES = {"bbh": "bbh_fewshot"}
+
+
+@dataclass(frozen=True)
+class Score:
+    """A row of eval.csv. Values are as lm-eval gives them: shares of 1, not percent."""
+
+    step: int | None
+    tokens: int | None
+    task: str
+    metric: str
+    value: float
+    shots: int | None
+
+
+COLUMNS = [field.name for field in fields(Score)]
+
+
+def resolve(names: Sequence[str], allow_code: bool) -> tuple[list[Task | str], list[str]]:
+    """The tasks that ``names`` of suites and tasks stand for, and what was left out because it executes code.
+
+    Raises InputError for such a task that was named itself.
+    """
+    tasks: list[Task | str] = []
+    left_out = []
+    for name in names:
+        name = ALIASES.get(name, name)
+        if name in EXECUTES and not allow_code:
+            raise InputError(f"task {name} runs code that the model writes: give --allow_code_execution to allow it")
+        known = [task for suite in SUITES.values() for task in suite if task.name == name]
+        chosen: list[Task] | list[str] = SUITES.get(name) or known or [name]
+        for task in chosen:
+            if isinstance(task, Task) and task.name in EXECUTES and not allow_code:
+                left_out.append(task.name)
+            else:
+                tasks.append(task)
+    return tasks, left_out
+
+
+def evaluate(
+    weights: Weights,
+    tokenizer: Tokenizer,
+    tasks: Sequence[Task | str],
+    include_path: Path | None = None,
+    batch_size: int = 16,
+    allow_code: bool = False,
+) -> list[Score]:
+    """Run ``tasks`` on an export of ``weights`` that is gone afterwards; a task of the paper gives the paper's metric.
+
+    Raises InputError when lm-eval is not installed or does not know a task.
+    """
+    try:
+        from lm_eval import simple_evaluate
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise InputError(f"evaluation needs {error.name}: pip install -e '.[eval]'") from None
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    names = [task.name if isinstance(task, Task) else task for task in tasks]
+    if unknown := [name for name in names if not manager.match_tasks([name])]:
+        raise InputError(
+            f"lm-eval knows no task {', '.join(unknown)}: see lm-eval ls tasks, or give --include_path DIR"
+        )
+    scores: list[Score] = []
+    by_shots: dict[int | str, list[Task | str]] = {}  # those of no suite one by one, for a tag's name is in no result
+    for task in tasks:
+        by_shots.setdefault(task.shots if isinstance(task, Task) else task, []).append(task)
+    with tempfile.TemporaryDirectory() as folder, _code_allowed(allow_code):
+        hf_folder.write(Path(folder) / "hf", weights, tokenizer)
+        model = HFLM(
+            pretrained=f"{folder}/hf",
+            dtype="float32",
+            batch_size=batch_size,
+            max_length=weights.config.block_size,
+            device="cuda" if torch.cuda.is_available() else "cpu",
+        )
+        for shots, group in by_shots.items():
+            try:
+                found = simple_evaluate(
+                    model=model,
+                    tasks=manager.match_tasks([task.name if isinstance(task, Task) else task for task in group]),
+                    num_fewshot=shots if isinstance(shots, int) else None,
+                    task_manager=manager,
+                    log_samples=False,
+                    bootstrap_iters=0,
+                    confirm_run_unsafe_code=allow_code,
+                )
+            except ConnectionError as error:
+                raise InputError(f"the data of a task cannot be had ({error}): run it once with a network") from None
+            assert found is not None  # it is on the other ranks only
+            for task in group:
+                scores += _scores(weights, found, task)
+    return scores
+
+
+def _scores(weights: Weights, found: dict[str, Any], task: Task | str) -> Iterator[Score]:
+    """Those of a task or group; of a tag or a pattern those of every task in it."""
+    results = {**found["results"], **found.get("groups", {})}
+    asked = task.name if isinstance(task, Task) else task
+    for name in [asked] if asked in results else results:
+        for key, value in results[name].items():
+            metric = key.partition(",")[0]  # "acc_norm,none": the second is a filter's name
+            if isinstance(value, int | float) and "stderr" not in metric and "," in key:
+                if isinstance(task, Task) and metric != task.metric:
+                    continue
+                shots = task.shots if isinstance(task, Task) else found.get("n-shot", {}).get(name)
+                yield Score(weights.facts["step"], weights.facts["tokens"], name, metric, float(value), shots)
+
+
+@contextlib.contextmanager
+def _code_allowed(allowed: bool) -> Iterator[None]:
+    if allowed:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric that runs the code
+    try:
+        yield
+    finally:
+        os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+
+
+def csv_of(weights: Weights) -> Path:
+    """Where the scores of a checkpoint belong: eval.csv in its run's folder, or beside it."""
+    folder = weights.path.parent
+    return (folder.parent if folder.name == "checkpoints" else folder) / "eval.csv"
+
+
+def read_scores(path: Path) -> list[dict[str, str]]:
+    """The rows of an eval.csv; [] when there is none yet. Raises InputError for a file that is something else."""
+    rows = []
+    reason = f"its first line is not {','.join(COLUMNS)}"
+    try:
+        lines = csv.reader(io.StringIO(path.read_text("utf-8") if path.exists() else ""))
+        if next(lines, COLUMNS) == COLUMNS:
+            for cells in filter(None, lines):
+                reason = f"its line {lines.line_num} is no row of {','.join(COLUMNS)}"
+                row = dict(zip(COLUMNS, cells, strict=True))
+                for name in ("step", "tokens"):
+                    int(row[name] or 0)
+                float(row["value"])
+                rows.append(row)
+            return rows
+    except (OSError, csv.Error) as error:
+        reason = str(error)
+    except ValueError:  # of bytes that are no text, cells that are no numbers or one too many
+        pass
+    raise InputError(f"{path} is no table of scores ({reason}): move it away")
+
+
+def append(path: Path, scores: Sequence[Score]) -> None:
+    """Add ``scores`` to an eval.csv; a reader finds it without them or with all of them."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows([*read_scores(path), *map(asdict, scores)])
+    try:
+        atomic.write(path, text.getvalue().encode())
+    except OSError as error:
+        raise InputError(f"cannot write {path} ({error.strerror}): the scores are only those shown above") from None
+
+
+def evaluated_steps(path: Path, names: Collection[str]) -> set[int]:
+    """The steps that an eval.csv has scores of, for each task or dataset of ``names``."""
+    found: dict[int, set[str]] = {}
+    for row in read_scores(path):
+        if row["step"]:
+            found.setdefault(int(row["step"]), set()).add(row["task"])
+    return {step for step, tasks in found.items() if tasks.issuperset(names)}
+
+
+def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
+    """Each complete step of ``run`` that lacks scores for some of ``names``, oldest first, as it appears.
+
+    Looks every ``seconds``. Ends when the run has reached its last step, or has STOPPED and waits for a person; one
+    that was interrupted may be started again, and is waited for. Raises InputError when there is no such run.
+    """
+    if not ((run / "checkpoints").is_dir() or (run / "events.jsonl").is_file()):
+        raise InputError(f"{run} is no run: give the out_dir of one that has begun")
+    seen = evaluated_steps(run / "eval.csv", names)
+    while True:
+        over = _is_over(run)  # looked up before the steps, so that the last one is not missed
+        steps = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()}
+        for step in sorted(steps.keys() - seen):
+            if reader.fault(steps[step]) is None:
+                seen.add(step)
+                yield steps[step]
+        if over:
+            return
+        time.sleep(seconds)
+
+
+def _is_over(run: Path) -> bool:
+    if (run / "STOPPED").exists():
+        return True
+    try:
+        return json.loads((run / "events.jsonl").read_text("utf-8").splitlines()[-1])["event"] == "done"
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not begun, or the line is being written
+        return False
+
+
+def published() -> list[dict[str, str]]:
+    """The rows of published_scores.csv: model, tokens, task, metric, value (a share of 1) and source.
+
+    Only what a source confirmed that can be read again. So of the paper's tables (arXiv:2401.02385, 2 and 3) these are
+    left out: OPT-1.3B, and the problem-solving scores of Pythia-1.4B and of TinyLlama's last step.
+    """
+    text = importlib.resources.files("tinyllama.eval").joinpath("published_scores.csv").read_text("utf-8")
+    return list(csv.DictReader(io.StringIO(text)))
+
+
+def table(scores: Sequence[Score]) -> str:
+    """``scores`` as lines for the terminal, in percent, with the published ones of the same tasks and metrics."""
+    shown = {(score.task, score.metric): score.value for score in scores}
+    rows: dict[str, dict[tuple[str, str], float]] = {}
+    for row in published():
+        if (row["task"], row["metric"]) in shown:
+            rows.setdefault(row["model"], {})[row["task"], row["metric"]] = float(row["value"])
+    if not rows:
+        return "\n".join(f"{task:30} {metric:20} {value:.4f}" for (task, metric), value in shown.items())
+    lines = [f"{'':32}" + "".join(f"{task[:13]:>14}" for task, _ in shown) + "   (percent)"]
+    for model, values in {**rows, "this checkpoint": shown}.items():
+        cells = (f"{100 * values[key]:14.2f}" if key in values else f"{'':14}" for key in shown)
+        lines.append(f"{model:32}" + "".join(cells))
+    return "\n".join(lines)

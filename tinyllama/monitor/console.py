@@ -1,0 +1,224 @@
+"""What a person sees of a run: two cards and, between them, a moving bar in a terminal or plain lines anywhere else."""
+
+import os
+import shlex
+import shutil
+import sys
+from collections.abc import Iterator
+from types import TracebackType
+from typing import Any
+
+import torch
+from rich.console import Console as Terminal
+from rich.console import Group, RenderableType
+from rich.live import Live
+from rich.panel import Panel
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.ops import choice
+from tinyllama.train.run import Run
+
+Row = dict[str, float | None]
+Card = Iterator[tuple[str, str]]
+
+FORMATS = {
+    "loss": "loss {:.4f}",
+    "val_loss": "val_loss {:.4f}",
+    "lr": "lr {:.3e}",
+    "grad_norm": "grad_norm {:.3f}",
+    "tokens_per_second": "{:,.0f} tokens/s",
+    "mfu": "mfu {:.1%}",
+    "max_memory_gb": "memory {:.2f} GB",
+}
+STYLES = {"start": "bold", "validation": "cyan", "checkpoint": "green", "skip": "yellow", "stop": "bold red"}
+
+
+class Console:
+    """Speaks for one run of ``max_steps`` steps that stands at ``step``; use it as a context, which ends the bar."""
+
+    def __init__(self, max_steps: int, step: int) -> None:
+        self._max_steps = max_steps
+        self._step = step
+        self._last = ""
+        self._seconds_left: float | None = None
+        self._live = None
+        if in_terminal():
+            self._live = Live(get_renderable=self._render, refresh_per_second=4, console=Terminal(highlight=False))
+
+    def __enter__(self) -> "Console":
+        if self._live:
+            self._live.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._live:
+            self._live.stop()
+
+    def line(self, text: str, kind: str = "") -> None:
+        """A line that stays."""
+        if self._live:
+            self._live.console.print(Text(text, STYLES.get(kind, "")), soft_wrap=True)
+        else:
+            print(text, flush=True)
+
+    def metrics(self, row: Row, seconds_left: float | None) -> None:
+        """A training row: under the bar, or a line."""
+        self._seconds_left = seconds_left
+        self._last = "  ".join(numbers(row))
+        self.advance(int(row["step"] or 0))
+        if not self._live:
+            self.line(console_line(row, self._max_steps, seconds_left))
+
+    def advance(self, step: int) -> None:
+        """Move the bar."""
+        self._step = step
+
+    def _render(self) -> RenderableType:
+        counter = f"step {self._step:,}/{self._max_steps:,}  {self._step / self._max_steps:.1%}"
+        if self._seconds_left is not None:
+            counter += f"  {duration(self._seconds_left)} left"
+        head = Table.grid(padding=(0, 2), expand=True)
+        head.add_column(ratio=1)
+        head.add_column(no_wrap=True)
+        head.add_row(ProgressBar(self._max_steps, self._step), counter)
+        return Group(head, Text(self._last, "dim"))
+
+
+def in_terminal() -> bool:
+    """Whether stdout is one that can move its cursor."""
+    return sys.stdout.isatty() and not Terminal().is_dumb_terminal
+
+
+def show_card(title: str, card: Card) -> None:
+    """Print a card: framed in a terminal, else lines of ``key      value``."""
+    if not in_terminal():
+        print(*(f"{key:<8} {value}" for key, value in card), sep="\n", flush=True)
+        return
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="bold cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for key, value in card:
+        table.add_row(key, Text(value))
+    Terminal(highlight=False).print(Panel(table, title=f"[bold]{title}", title_align="left", border_style="cyan"))
+
+
+def numbers(row: Row) -> list[str]:
+    """What ``row`` says, a phrase a number."""
+    parts = [text.format(row[name]) for name, text in FORMATS.items() if row.get(name) is not None]
+    return [*parts, f"skipped {row['skipped']}"] if row.get("skipped") else parts
+
+
+def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
+    """One line for ``row`` of a run of ``max_steps`` steps."""
+    parts = [f"step {row['step']:>{len(str(max_steps))}.0f}/{max_steps}", *numbers(row)]
+    return "  ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
+
+
+def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[str]) -> Card:
+    """What is about to happen."""
+    args, steps = run.args, run.max_steps
+    samples = steps * args.train.global_batch_size
+    yield "start", run.origin
+    yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
+    for host in hosts:
+        yield "ranks", host
+    yield "weights", f"copies: {world_size // shard}, ranks that share each: {shard}"
+    yield "dtypes", dtypes
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if device == "cpu" and args.train.precision != "fp32":
+        yield "slow", "bf16 is made for GPUs; on a CPU --train.precision fp32 can be ten times as fast"
+    compiled = args.train.compiles(device)
+    yield "ops", f"{choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
+    yield (
+        "batch",
+        f"{args.train.global_batch_size} samples a step = {world_size} ranks x {run.accumulation} x "
+        f"{args.train.micro_batch_size}, {run.tokens_per_step:,} tokens",
+    )
+    epochs = samples / sum(dataset.num_blocks(run.config.block_size) for dataset in run.sources)
+    yield "length", f"{steps:,} steps, {samples:,} samples, {steps * run.tokens_per_step:,} tokens, {epochs:.2f} epochs"
+    for dataset, drawn in zip(run.sources, run.mixture.drawn(samples), strict=True):
+        epochs = drawn / dataset.num_blocks(run.config.block_size)
+        share = drawn / samples
+        yield "data", f"{dataset.path}: {dataset.tokens:,} tokens, {share:.2%} of the samples, {epochs:.2f} epochs"
+    for dataset in run.validation:
+        yield "held out", f"{dataset.path}: {dataset.tokens:,} tokens, every {args.eval.interval:,} steps"
+    marks = {"start": 0, "warm": max(args.optim.warmup_steps - 1, 0), "half": steps // 2, "end": steps - 1}
+    yield "lr", "  ".join(f"{name} (step {step}) {run.lr_at(step):.3e}" for name, step in marks.items())
+    yield "saves", _checkpoint_policy(run)
+
+
+def _checkpoint_policy(run: Run) -> str:
+    policy = run.args.checkpoint
+    gigabytes = 12 * run.config.num_params() / 1e9  # weights and AdamW's two moments, all fp32
+    kept = "all" if policy.keep_last is None else f"the newest {policy.keep_last}"
+    if policy.keep_last is not None and policy.keep_every is not None:
+        kept += f" and every {policy.keep_every:,}th step"
+    folder = run.out_dir.absolute()
+    while not folder.exists():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    how = "in the background" if policy.asynchronous else "while training waits"
+    return (
+        f"every {policy.interval:,} steps, on a signal and at the end, {how}; {kept} kept; {gigabytes:,.3g} GB each, "
+        f"{free:,.0f} GB free in {run.args.out_dir}"
+    )
+
+
+def closing_card(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState) -> Card:
+    """What came of it: ``rows`` of metrics.csv, what the seconds since this start went into, and what to do next."""
+    losses = [(float(row["val_loss"]), int(row["step"])) for row in rows if row.get("val_loss")]
+    if losses:
+        (last, at), (best, best_at) = losses[-1], min(losses)
+        yield "val_loss", f"{last:.4f} at step {at:,}, best {best:.4f} at step {best_at:,}"
+    trained = [row for row in rows if row.get("loss")]
+    if trained:
+        yield "loss", f"{float(trained[-1]['loss']):.4f} at step {int(trained[-1]['step']):,}"
+        yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
+    yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
+    saved = run.out_dir / "checkpoints" / f"step-{state.step:08d}"
+    yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
+    if state.step < run.max_steps:
+        yield "next", f"{same_command()}    # goes on from there"
+    else:
+        hf = run.out_dir / "hf"
+        yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER --verify"
+    yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
+    yield "", f"python scripts/report.py {run.out_dir}"
+
+
+def same_command() -> str:
+    """The command that started this process, but for a launcher's own flags, which its ranks are not told."""
+    launcher = "python"
+    if "TORCHELASTIC_RUN_ID" in os.environ:
+        launcher = "torchrun ..."
+    elif "SLURM_PROCID" in os.environ:
+        launcher = "srun ... python"
+    return f"{launcher} {shlex.join(sys.argv)}"
+
+
+def mean_speed(rows: list[dict[str, Any]]) -> float:
+    """Tokens per second of training over all ``rows`` that tell a speed, each weighed by its tokens."""
+    tokens, seconds, before = 0.0, 0.0, 0
+    for row in rows:
+        if (speed := float(row.get("tokens_per_second") or 0)) > 0:
+            done = int(row["tokens"]) - before
+            tokens, seconds = tokens + done, seconds + done / speed
+        before = int(row["tokens"])
+    return tokens / seconds if seconds else 0.0
+
+
+def duration(seconds: float) -> str:
+    """``seconds`` in the two largest of days, hours, minutes and seconds."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02d}h"
+    if hours:
+        return f"{h}h {m:02d}m"
+    return f"{m}m {s:02d}s" if minutes else f"{s}s"

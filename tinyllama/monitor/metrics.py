@@ -1,0 +1,238 @@
+"""What a run writes: a row a logged step in metrics.csv, a line an event in events.jsonl, and both to the console."""
+
+import contextlib
+import csv
+import io
+import json
+import os
+import resource
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+
+from tinyllama import InputError, atomic
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.monitor.console import Console, Row, closing_card, console_line, show_card
+from tinyllama.monitor.wandb_logger import Tracker
+from tinyllama.train.anomaly import Verdict
+from tinyllama.train.run import Run
+
+COLUMNS = (
+    "step",
+    "tokens",
+    "loss",
+    "val_loss",
+    "lr",
+    "grad_norm",
+    "tokens_per_second",
+    "mfu",
+    "max_memory_gb",
+    "skipped",
+)
+"""Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
+token), learning rate, gradient norm before clipping, tokens a second over the whole world, model FLOPs utilization
+(0 to 1), peak memory of rank 0 (GB: of the GPU, else of the process), steps skipped so far. Then, for each source, a
+column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is empty."""
+
+
+class RunLog:
+    """Rank 0's words; the other ranks have one that says nothing. Use it as a context, which ends what it began."""
+
+    def __init__(self, run: Run, step: int | None, speaks: bool) -> None:
+        """Go on after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
+
+        Raises InputError when metrics.csv cannot be read or written.
+        """
+        self._run = run
+        self._speaks = speaks
+        self._seconds = {"training": 0.0, "validation": 0.0, "checkpoints": 0.0}
+        self._tracker: Tracker | None = None
+        if not speaks:
+            return
+        self._began = time.perf_counter()
+        self._console = Console(run.max_steps, step or 0)
+        self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
+        self._sources = source_columns([source.path for source in run.args.data.sources])
+        self._columns = [*COLUMNS, *self._sources]
+        try:
+            run.out_dir.mkdir(parents=True, exist_ok=True)
+            rows = [] if step is None else [row for row in read_metrics(self._metrics) if int(row["step"]) <= step]
+            text = io.StringIO(newline="")
+            writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
+            writer.writeheader()
+            writer.writerows(rows[:-1])
+            self._last_at = len(text.getvalue().encode())
+            writer.writerows(rows[-1:])
+            atomic.write(self._metrics, text.getvalue().encode())  # with the last row: a kill from here on loses none
+        except OSError as error:
+            raise InputError(f"cannot rewrite {self._metrics} ({error.strerror}): move it away or make room") from None
+        self._last: dict[str, Any] = rows[-1] if rows else {}
+        losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
+        self._best = min(losses, default=float("inf"))
+        if run.args.log.wandb != "off":
+            self._tracker = Tracker(run, self._console.line)
+            for row in rows[:-1]:  # those it missed, if any
+                self._tracker.send(row)
+
+    def __enter__(self) -> "RunLog":
+        if self._speaks:
+            self._console.__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        if self._speaks:
+            self._console.__exit__(kind, error, trace)
+        if self._tracker:
+            self._tracker.finish()
+
+    def facts(self) -> dict[str, Any]:
+        """What a checkpoint has to know for a run that goes on from it."""
+        return {"wandb_id": self._tracker.id} if self._tracker else {}
+
+    def row(self, row: Row, seconds_left: float | None = None) -> None:
+        """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and show it."""
+        if not self._speaks:
+            return
+        drawn = self._run.mixture.drawn(int(row["tokens"] or 0) // self._run.config.block_size)
+        self._append(
+            row | {name: n * self._run.config.block_size for name, n in zip(self._sources, drawn, strict=True)}
+        )
+        val_loss = row.get("val_loss")
+        if val_loss is None:
+            self._console.metrics(row, seconds_left)
+            return
+        best = "the best so far" if val_loss < self._best else f"best {self._best:.4f}"
+        self._best = min(self._best, val_loss)
+        self._console.line(f"{console_line(row, self._run.max_steps, None)}  {best}", "validation")
+
+    @contextlib.contextmanager
+    def clock(self, what: str, step: int) -> Iterator[None]:
+        """Count the time in it to ``what``, not to training; a checkpoint is an event of ``step``, too."""
+        began = time.perf_counter()
+        yield
+        seconds = time.perf_counter() - began
+        self._seconds[what] += seconds
+        if what == "checkpoints":
+            text = f"checkpoint of step {step}: training waited {seconds:.1f} s for it"
+            self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
+
+    def stop(self, **facts: Any) -> None:
+        """Write STOPPED: nobody goes on with this run until a person has read and removed it."""
+        if self._speaks:
+            atomic.write(self._run.out_dir / "STOPPED", (json.dumps(facts) + "\n").encode())
+        self.event("stop", f"stopped for good, see {self._run.out_dir / 'STOPPED'}", **facts)
+
+    def end(self, state: TrainState, asked: str | None) -> None:
+        """The last step is done, or something ``asked`` for a stop: the last word, after the closing card."""
+        if not self._speaks:
+            return
+        if self._tracker and not asked:
+            self._tracker.send(self._last)
+        self._console.__exit__(None, None, None)
+        self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
+        card = closing_card(self._run, read_metrics(self._metrics), self._seconds, state)
+        show_card("stopped" if asked else "done", card)
+        facts = {"step": state.step, "seconds": self._seconds}
+        if asked:
+            text = f"stopped by {asked} at step {state.step}; the same command goes on from there"
+            self.event("stop", text, by=asked, **facts)
+        else:
+            self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **facts)
+
+    def verdicts(self, verdicts: list[Verdict]) -> bool:
+        """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
+        for verdict in verdicts:
+            if self._speaks:
+                self._console.advance(verdict.step)
+            if not verdict.skipped:
+                continue
+            first, last = verdict.samples
+            where = f"step {verdict.step}, samples {first} to {last}"
+            what = "a spike" if verdict.finite else f"not finite on rank {verdict.ranks}"
+            text = f"skipped {where}: loss {verdict.loss:.4f}, grad_norm {verdict.grad_norm:.3f}: {what}"
+            self.event("skip", text, **asdict(verdict))
+            if verdict.fatal:
+                self.stop(step=verdict.step, samples=last + 1, reason=f"{what}: {where}")
+                return True
+        return False
+
+    def event(self, name: str, text: str, **facts: Any) -> None:
+        """Append an event with its facts to events.jsonl, and show ``text``."""
+        if self._speaks:
+            # what cannot be written is shown all the same
+            with contextlib.suppress(OSError), self._events.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
+            self._console.line(text, name)
+
+    def _append(self, row: dict[str, Any]) -> None:
+        again = bool(self._last) and int(self._last["step"]) == int(row["step"])
+        if again:
+            row = self._last | row
+        elif self._last and self._tracker:
+            self._tracker.send(self._last)  # nothing will be added to it any more
+        with contextlib.suppress(OSError):  # somebody has removed the file; the console has the row
+            end = self._last_at if again else self._metrics.stat().st_size
+            os.truncate(self._metrics, end)
+            try:
+                with self._metrics.open("a", encoding="utf-8", newline="") as file:
+                    csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+                self._last_at, self._last = end, row
+            except OSError:  # a full disk is for the checkpoint to report, and may pass
+                os.truncate(self._metrics, end)
+
+
+def read_metrics(file: Path) -> list[dict[str, str]]:
+    """The rows of a metrics.csv; [] if there is no file.
+
+    A row that is, or was when killed, being written is left out, and so is one that was damaged.
+    """
+    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return [row for row in whole_rows(text[: text.rfind("\n") + 1]) if _is_of_a_step(row)]
+
+
+def whole_rows(text: str) -> Iterator[dict[str, str]]:
+    """The rows of a CSV that have a cell for each column; a row is a line, so damage to one costs no other."""
+    columns: list[str] | None = None
+    for line in text.splitlines():
+        try:
+            cells = next(csv.reader([line]))
+        except csv.Error:  # a cell of more than 131,072 characters
+            cells = []
+        if columns is None:
+            columns = cells
+        elif len(cells) == len(columns):
+            yield dict(zip(columns, cells, strict=True))
+
+
+def _is_of_a_step(row: dict[str, str]) -> bool:
+    """Whether ``row`` counts its steps and tokens, and has a number or nothing in every other column of a run's."""
+    try:
+        for name, cell in row.items():
+            if name in COLUMNS or name.startswith("tokens_"):
+                float(cell or 0)
+        return all(0 <= int(row[name]) < 2**63 for name in ("step", "tokens"))
+    except (KeyError, ValueError):
+        return False
+
+
+def source_columns(paths: list[str]) -> list[str]:
+    """A column's name for each source: of its folder, with a number where folders share their name."""
+    names: list[str] = []
+    for path in paths:
+        name = f"tokens_{Path(path).name}"
+        names.append(name if name not in names else f"{name}_{len(names)}")
+    return names
+
+
+def max_memory_gb(device: torch.device) -> float:
+    """Peak memory so far, GB: of the GPU, else of this process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 1e9
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

@@ -1,0 +1,1 @@
+"""Raw text to packed tokens; runs without torch."""

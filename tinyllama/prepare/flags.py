@@ -1,0 +1,77 @@
+"""The flags that all prepare commands share."""
+
+import argparse
+import os
+import re
+from pathlib import Path
+from typing import get_args
+
+from tinyllama import InputError
+from tinyllama.prepare.encode import Choice
+from tinyllama.prepare.prepare import Options
+from tinyllama.prepare.workers import cores
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add them."""
+    parser.add_argument("--source", required=True, help="where the raw files are: a path or an fsspec URL (s3://...)")
+    parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model or tokenizer.json")
+    parser.add_argument("--output", type=_folder, required=True, help="folder of the packed dataset")
+    parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos")
+    parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos")
+    parser.add_argument(
+        "--encoder", choices=get_args(Choice), default="auto", help="all give the same tokens; default: the fastest"
+    )
+    parser.add_argument("--fraction", type=_fraction, default=1.0, help="share of the documents to keep (default: 1)")
+    parser.add_argument("--seed", type=int, default=0, help="which documents a fraction is (default: 0)")
+    parser.add_argument(
+        "--skip_bad_files", type=_files, default=0, metavar="N", help="leave out up to N files that cannot be read"
+    )
+    parser.add_argument(
+        "--workers", type=_count, default=cores(), help="processes; default: one for each core this process may use"
+    )
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--task", type=_task, metavar="I/N", help="only task I (0..N-1) of N: an array job; no manifest")
+    part.add_argument("--finish", action="store_true", help="only write the manifest, after all tasks")
+
+
+def options(args: argparse.Namespace) -> Options:
+    """What ``prepare`` takes, of the flags."""
+    if os.path.realpath(args.output) == os.path.realpath(args.source):
+        raise InputError(f"--output {args.output} is the --source: give a folder of its own")
+    return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+
+
+def _folder(text: str) -> Path:
+    if not text:  # a shell variable that is not set: Path would take it for the current folder
+        raise argparse.ArgumentTypeError("'' is not a folder: give its path")
+    return Path(text)
+
+
+def _fraction(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a share of the documents: give a number above 0, up to 1")
+    return value
+
+
+def _count(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes: give 1 or more")
+    return int(text)
+
+
+def _files(text: str) -> int:
+    if not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number of files: give 0 or more")
+    return int(text)
+
+
+def _task(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
+    if not match or int(match[1]) >= int(match[2]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1: give 0/4 to 3/4 for four tasks")
+    return int(match[1]), int(match[2])

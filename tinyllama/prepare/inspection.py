@@ -1,0 +1,128 @@
+"""What a packed folder holds, in figures, and whether its files are still what was written."""
+
+import hashlib
+import io
+import threading
+from bisect import bisect_right
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from tinyllama import InputError
+from tinyllama.data.metadata import DIGEST_SIZE, REMEDY, read_manifest
+from tinyllama.data.packed import PackedDataset, open_packed
+from tinyllama.prepare.workers import cores
+from tinyllama.tokenizer import Tokenizer
+
+SAMPLED = 1 << 22  # tokens at most, evenly over the stream, in which the most frequent ones are counted
+
+# numpy reads a header by ast.parse, which in Python 3.11 must not run in two threads at once (SystemError)
+_PARSING = threading.Lock()
+
+
+def inspect_packed(path: str | Path, verify: bool = False, tokenizer: Tokenizer | None = None) -> dict[str, Any]:
+    """Figures of a packed folder by name; with ``verify``, every shard is hashed again and compared with the manifest.
+
+    Lengths are in tokens and count bos and eos. With ``tokenizer``, also the beginning of the stream as text, and the
+    most frequent tokens as pieces. Raises InputError when the folder is not whole, with one fault for each damaged
+    shard, and when ``verify`` has no hashes to compare with.
+    """
+    dataset = open_packed(path)
+    figures: dict[str, Any] = {
+        "shards": len(dataset.files),
+        "tokens": dataset.tokens,
+        "bytes": dataset.tokens * dataset.dtype.itemsize,
+        "dtype": str(dataset.dtype),
+        "fingerprint": dataset.fingerprint,
+    }
+    if dataset.documents is None:
+        if verify:
+            raise InputError(f"{path} holds upstream's chunk files, which carry no hashes: leave --verify out")
+        return figures
+    manifest = read_manifest(dataset.path)
+    with ThreadPoolExecutor(cores()) as threads:  # reading and hashing let go of the interpreter
+        checked = list(threads.map(lambda shard: _check(dataset.path, shard, verify), manifest["shards"]))
+    if faults := [fault for _, _, found in checked for fault in found]:
+        raise InputError(*faults)
+    histogram = sum((counted for counted, _, _ in checked), np.zeros(64, dtype=np.int64))
+    figures |= {
+        "documents": dataset.documents,
+        "mean_document_length": round(dataset.tokens / dataset.documents, 1),
+        "max_document_length": max(longest for _, longest, _ in checked),
+        "vocab_size": dataset.vocab_size,
+        "max_token": dataset.max_token,
+        "tokenizer_sha256": dataset.tokenizer_sha256,
+        "bos": f"{dataset.bos_id} before each document" if dataset.bos else "none",
+        "eos": f"{dataset.eos_id} after each document" if dataset.eos else "none",
+    }
+    for power in np.flatnonzero(histogram).tolist():
+        low, high = (0 if power == 0 else 1 << (power - 1)), (1 << power) - 1
+        figures[f"documents of {low:,} to {high:,} tokens"] = int(histogram[power])
+    for subset, count in manifest["subsets"].items():
+        figures[f"share of {subset}"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
+    return figures | _tokens(dataset, tokenizer)
+
+
+def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, Any]:
+    """Of a sample of the stream: the most frequent tokens, and bos and eos that follow one another."""
+    if tokenizer and tokenizer.sha256 != dataset.tokenizer_sha256:
+        raise InputError(f"{tokenizer.path} is not what {dataset.path} was made with: give that one")
+    count = min(dataset.tokens, 4096)
+    starts = np.linspace(0, dataset.tokens - count, max(1, min(SAMPLED, dataset.tokens) // count)).astype(np.int64)
+    parts = [dataset.read(int(start), count) for start in starts]
+    for start, part in zip(starts.tolist(), parts, strict=True):
+        if dataset.vocab_size is not None and (high := int(part.max())) >= dataset.vocab_size:
+            file = dataset.path / dataset.files[bisect_right(dataset.ends, start + int(part.argmax()))]
+            raise InputError(
+                f"{file} holds token id {high}, outside its vocabulary of {dataset.vocab_size}: "
+                f"delete {file.stem}.json and {REMEDY}"
+            )
+    ids, counts = np.unique(np.concatenate(parts), return_counts=True)
+    order = np.argsort(-counts, kind="stable")[:10]
+    said = [f"{tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids[order].tolist()]
+    shares = counts[order] / counts.sum()
+    figures = {"most_frequent": ", ".join(f"{name} {share:.1%}" for name, share in zip(said, shares, strict=True))}
+    for name, token in (("bos", dataset.bos_id), ("eos", dataset.eos_id)):
+        pairs = sum(int(((part[:-1] == token) & (part[1:] == token)).sum()) for part in parts)
+        figures[f"{name} behind {name}"] = f"{pairs:,} times in {sum(map(len, parts)):,} tokens"
+    if tokenizer:
+        figures["begins"] = repr(tokenizer.decode(dataset.read(0, min(100, dataset.tokens)).tolist()))
+    return figures
+
+
+def _check(folder: Path, shard: dict[str, Any], verify: bool) -> tuple[np.ndarray, int, list[str]]:
+    """Documents (64,) of 0, 1, 2-3, 4-7 ... tokens in a shard, the longest one's length, and what is damaged."""
+    faults = []
+    lengths = np.zeros(0, dtype=np.int64)
+    ends = _document_ends(folder, shard)
+    if ends is None:
+        faults.append(_fault(folder, shard, ".idx.npy is missing or does not fit its .bin"))
+    else:
+        lengths = np.diff(ends, prepend=0)
+    if verify and _hash(folder / f"{shard['name']}.bin") != shard["blake2b"]:
+        faults.append(_fault(folder, shard, ".bin is not what was written, its hash differs"))
+    powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
+    return np.bincount(powers, minlength=64), int(lengths.max(initial=0)), faults
+
+
+def _document_ends(folder: Path, shard: dict[str, Any]) -> np.ndarray | None:
+    try:
+        content = io.BytesIO((folder / f"{shard['name']}.idx.npy").read_bytes())
+        with _PARSING:
+            array = np.load(content)
+        ends = array.astype(np.int64)
+    except Exception:  # numpy's, and those of what it parses a header with
+        return None
+    whole = ends.shape == (shard["documents"],) and ends.max(initial=0) == shard["tokens"]
+    return ends if whole and (np.diff(ends, prepend=0) >= 0).all() else None
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
+
+
+def _fault(folder: Path, shard: dict[str, Any], what: str) -> str:
+    return f"{folder / shard['name']}{what}: delete {shard['name']}.json and {REMEDY}"

@@ -1,0 +1,300 @@
+"""Raw files to packed shards, one each, over worker processes; what a killed run had finished is not done again.
+
+The bytes in the output folder depend on the inputs, the tokenizer and the settings alone: not on the number of workers,
+on the order in which they finish, or on how often the run was killed and started again. ``.bin``, ``.idx.npy`` and the
+manifest do not depend on the encoder either; ``NAME.json`` says which one it was, so that a fault found in one later
+can be traced to its shards.
+"""
+
+import os
+import re
+import sys
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from tinyllama import InputError, atomic
+from tinyllama.data import packed
+from tinyllama.data.metadata import MANIFEST, read_shard_info
+from tinyllama.prepare import progress
+from tinyllama.prepare.encode import Choice, Encoder
+from tinyllama.prepare.inputs import Fields, Input
+from tinyllama.prepare.progress import Info
+from tinyllama.prepare.readers import Source
+from tinyllama.prepare.workers import Work, cores, over_workers
+from tinyllama.tokenizer import Tokenizer
+
+_TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
+_BAD = ".bad"  # NAME.bad says why an input could not be packed
+_FACTS = {  # of NAME.json, besides those of every shard
+    "source": {"name": str, "bytes": int},
+    "subsets": {str: {"documents": int, "tokens": int, "bytes": int}},
+    "dropped": {str: int},
+    "repaired": int,
+}
+_FLUSH = 1 << 16  # tokens written at a time, few enough to stay in a processor's cache
+
+
+@dataclass(frozen=True)
+class Options:
+    """How to prepare, whatever the inputs are."""
+
+    tokenizer: Path
+    """sentencepiece .model or tokenizer.json"""
+    output: Path
+    """folder of the packed dataset"""
+    bos: bool = False
+    """begin each document with bos"""
+    eos: bool = True
+    """end each document with eos"""
+    encoder: Choice = "auto"
+    """what encodes; the tokens are the same"""
+    workers: int = field(default_factory=cores)
+    """processes"""
+    task: tuple[int, int] | None = None
+    """(i, n): inputs i, i + n, i + 2 n ... only, and no manifest"""
+    finish: bool = False
+    """only write the manifest"""
+    skip_bad_files: int = 0
+    """inputs that may be left out because they cannot be read"""
+
+
+@dataclass(frozen=True)
+class _Recipe:
+    """All that a worker needs to know besides its input."""
+
+    output: Path
+    tokenizer: Path
+    encoder: Choice
+    bos_id: int | None
+    eos_id: int | None
+    fields: Fields
+    policy: Info  # facts of every shard: one that says otherwise is of another dataset
+
+
+def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
+    """Pack every input that is not packed yet, write the manifest, and return a summary.
+
+    The token stream is each document's tokens, with bos before and eos after them if so chosen. A shard is done when
+    its NAME.json agrees with the name and size of its input; an input that changed is packed again.
+
+    Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
+    with ``finish`` when a shard is missing, and, after all other inputs are packed, with one fault for each bad input
+    when there are more of them than may be skipped. Raises RuntimeError, after all others are packed too, naming each
+    input whose worker died twice or whose ids the fast encoder got wrong.
+    """
+    try:
+        return _prepare(inputs, fields, options)
+    except ConnectionError:  # of a pipe, ours to a worker or the one that is read by `head`
+        raise
+    except OSError as error:  # the output's: those of the inputs and of the tokenizer are faults of theirs
+        where = error.filename2 or error.filename or options.output
+        raise InputError(
+            f"cannot write {where} ({error.strerror}): make room (what is done is kept) or give another --output"
+        ) from None
+
+
+def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
+    started = time.monotonic()
+    output, task = options.output, options.task
+    recipe = _recipe(fields, options)
+    mine = inputs if task is None else inputs[task[0] :: task[1]]
+    infos = _done(inputs, mine, recipe)
+    todo = [one for one in mine if one.shard not in infos]
+    bad = {}
+    if options.finish:
+        bad = {one.shard: fault for one in todo if (fault := _read_bad(output, one))}
+        if missing := [one.shard for one in todo if one.shard not in bad]:
+            raise InputError(
+                f"{output}: {len(missing)} of {len(mine)} shards are missing ({_some(missing)}): "
+                "run the tasks that make them first"
+            )
+        todo = []
+    stale = None if task is None else {one.shard for one in mine}
+    _remove_stale(output, stale)
+    if todo:
+        try:
+            made, bad = _pack_all(todo, recipe, options.workers)
+        finally:
+            _remove_stale(output, stale)  # of workers that died meanwhile or were stopped
+        infos |= made
+    if len(bad) > options.skip_bad_files:
+        raise InputError(*(bad[shard] for shard in sorted(bad)))
+    if task is None:
+        if not any(info["documents"] for info in infos.values()):
+            raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
+        facts = {
+            "subsets": progress.subsets_of(infos.values()),
+            "dropped": progress.dropped_of(infos.values()),
+            "repaired": sum(info["repaired"] for info in infos.values()),
+            "skipped": sorted(bad),
+        }
+        packed.write_manifest(output, list(infos), **facts)
+        for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
+            if marker.name.removesuffix(_BAD) not in bad:
+                marker.unlink(missing_ok=True)
+    lines = [progress.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
+    new = len(todo) - len(bad) if todo else 0
+    lines.append(
+        f"{output}: {len(infos):,} shards ({new:,} new), {progress.counts(infos.values())}, "
+        f"{progress.duration(time.monotonic() - started)}"
+    )
+    return "\n".join(lines)
+
+
+def _recipe(fields: Fields, options: Options) -> _Recipe:
+    used = Tokenizer(options.tokenizer)
+    for name, wanted, token in (("bos", options.bos, used.bos_id), ("eos", options.eos, used.eos_id)):
+        if wanted and token is None:
+            raise InputError(
+                f"{used.path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
+            )
+    encoder = Encoder(used, options.encoder)
+    if encoder.fell_back and not options.finish:
+        print(f"encoder: {encoder.name}, not the fast one: {encoder.fell_back}", file=sys.stderr, flush=True)
+    policy = {
+        "tokenizer_sha256": used.sha256,
+        "encoder": used.encoder,
+        "bos": options.bos,
+        "eos": options.eos,
+        "bos_id": used.bos_id,
+        "eos_id": used.eos_id,
+        "text_key": fields.text_key,
+        "leave_out": list(fields.leave_out),
+        "fraction": fields.fraction,
+        "seed": fields.seed if fields.fraction < 1 else None,
+    }
+    chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
+    bos_id, eos_id = used.bos_id if options.bos else None, used.eos_id if options.eos else None
+    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy)
+
+
+def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
+    """What is known of those shards of ``mine`` that are done."""
+    output = recipe.output
+    try:
+        files = os.listdir(output)
+    except FileNotFoundError:
+        return {}
+    except OSError as error:
+        raise InputError(f"{output}: {error.strerror}: give another --output") from None
+    shards = {file.rpartition(".")[0] for file in files if file.endswith((".bin", ".json")) and file != MANIFEST}
+    if strangers := shards - {one.shard for one in inputs}:
+        raise InputError(
+            f"{output}: {len(strangers)} shards belong to no input ({_some(sorted(strangers))}): "
+            "remove them or use another --output"
+        )
+    infos = {}
+    for one in mine:
+        info = read_shard_info(output, one.shard, _FACTS)
+        if info is None:
+            continue
+        for key, value in recipe.policy.items():
+            if info.get(key) != value:
+                raise InputError(
+                    f"{output}: {key} was {info.get(key)!r} for shard {one.shard} and is {value!r} now: "
+                    "use another --output"
+                )
+        if (info["source"]["name"], info["source"]["bytes"]) == (one.name, one.size):
+            infos[one.shard] = info
+    return infos
+
+
+def _remove_stale(output: Path, shards: set[str] | None) -> None:
+    """Remove what the killed left of these shards (None: of all); those of other tasks may be in use."""
+    for file in output.glob("*.tmp"):
+        match = _TMP.fullmatch(file.name)
+        if match and (shards is None or match[1] in shards):
+            file.unlink(missing_ok=True)
+
+
+def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dict[str, Info], dict[str, str]]:
+    """The facts of each shard that was made, and the fault of each input that is bad."""
+    recipe.output.mkdir(parents=True, exist_ok=True)
+    (recipe.output / MANIFEST).unlink(missing_ok=True)  # it must not list a shard that is about to change
+    infos: dict[str, Info] = {}
+    bad: dict[str, str] = {}
+    failed: dict[str, str] = {}
+    bar = progress.Progress(todo)
+    try:
+        for one, outcome in over_workers(todo, _packer, recipe, workers):
+            marker = recipe.output / f"{one.shard}{_BAD}"
+            if isinstance(outcome, InputError):
+                bad[one.shard] = str(outcome)
+                atomic.write(marker, str(outcome).encode())  # a later --finish counts it
+            elif isinstance(outcome, Exception):
+                failed[one.shard] = str(outcome)
+            else:
+                infos[one.shard] = outcome
+                marker.unlink(missing_ok=True)
+            bar.add(one, outcome)
+    finally:
+        bar.close()
+    if failed:
+        raise RuntimeError("\n".join(str(text) for text in [*failed.values(), *bad.values()]))
+    return infos, bad
+
+
+def _read_bad(output: Path, one: Input) -> str:
+    try:
+        return (output / f"{one.shard}{_BAD}").read_text()
+    except FileNotFoundError:
+        return ""
+
+
+def _packer(recipe: _Recipe) -> Work:
+    tokenizer = Tokenizer(recipe.tokenizer)
+    encoder = Encoder(tokenizer, recipe.encoder)
+
+    def pack(one: Input) -> Info:
+        encoder.renew()
+        with one.fetched() as path:
+            source = Source(path, recipe.fields, one.name)
+            with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
+                subsets = _write(writer, encoder.stream(source.pieces()), recipe, one)
+                return writer.finish(
+                    **recipe.policy,
+                    encoded_by=encoder.name,
+                    source={"name": one.name, "bytes": source.size, "blake2b": source.blake2b},
+                    subsets=subsets,
+                    dropped=source.dropped,
+                    repaired=source.repaired,
+                )
+
+    return pack
+
+
+def _write(
+    writer: packed.ShardWriter, stream: Iterable[tuple[np.ndarray, int, str, bool]], recipe: _Recipe, one: Input
+) -> dict[str, dict[str, int]]:
+    """Write the documents, many at a time; returns documents, tokens and bytes of text of each subset."""
+    begin, end = ([] if i is None else [np.array([i], np.uint32)] for i in (recipe.bos_id, recipe.eos_id))
+    folder = one.name.partition("/")[0] if "/" in one.name else "."  # StarCoder's languages; SlimPajama says itself
+    figures: dict[str, list[int]] = {}
+    parts: list[np.ndarray] = []
+    ends: list[int] = []
+    size, begun = 0, False
+    for ids, num_bytes, subset, last in stream:
+        new = [*(() if begun else begin), ids, *(end if last else ())]
+        tokens = sum(map(len, new))
+        parts += new
+        size += tokens
+        begun = not last
+        documents, all_tokens, all_bytes = figures.get(subset, (0, 0, 0))
+        figures[subset] = [documents + last, all_tokens + tokens, all_bytes + num_bytes]
+        if last:
+            ends.append(size)
+        if size >= _FLUSH:
+            writer.append(np.concatenate(parts), ends)
+            parts, ends, size = [], [], 0
+    if parts:
+        writer.append(np.concatenate(parts), ends)
+    keys = ("documents", "tokens", "bytes")
+    return {subset or folder: dict(zip(keys, figures[subset], strict=True)) for subset in sorted(figures)}
+
+
+def _some(names: Sequence[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

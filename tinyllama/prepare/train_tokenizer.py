@@ -1,0 +1,67 @@
+"""A sentencepiece BPE vocabulary trained on raw text, with Llama 2's settings."""
+
+import io
+import random
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from tinyllama import InputError
+from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
+from tinyllama.prepare.readers import Source
+
+MAX_LINES = 300_000  # of a large corpus; more lines change little and take minutes
+
+
+def train(sources: list[str], vocab_size: int) -> bytes:
+    """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many."""
+    import sentencepiece
+
+    text = sample(lines(sources), MAX_LINES)
+    model = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(text),
+            model_writer=model,
+            vocab_size=vocab_size,
+            # Llama 2's: what a text holds comes back from its tokens byte for byte
+            model_type="bpe",
+            byte_fallback=True,
+            split_digits=True,
+            allow_whitespace_only_pieces=True,
+            add_dummy_prefix=True,
+            remove_extra_whitespaces=False,
+            normalization_rule_name="identity",
+            character_coverage=0.99995,
+            minloglevel=2,
+        )
+    except ValueError as error:  # before it looks at the text
+        raise InputError(f"--vocab_size {vocab_size} cannot be trained: give one below 2**31") from error
+    except RuntimeError as error:
+        reason = str(error).rpartition("] ")[2] or "give a larger one, or text that is not empty"
+        raise InputError(f"--vocab_size {vocab_size} cannot be trained on this text: {reason}") from error
+    return model.getvalue()
+
+
+def lines(sources: list[str]) -> Iterator[str]:
+    """Every line of every document of ``sources``."""
+    for source in sources:
+        path, _, key = source.partition(":")
+        for one in find_inputs(Path(path), ENDINGS):
+            with one.fetched() as file:
+                for text in Source(file, Fields(text_key=key or "text")):
+                    yield from text.splitlines()
+
+
+def sample(lines: Iterable[str], count: int) -> list[str]:
+    """At most ``count`` of ``lines``, each as likely as any other, and always the same ones.
+
+    Algorithm R (Vitter 1985). sentencepiece samples too, but differently in every process, whatever its seed.
+    """
+    kept: list[str] = []
+    generator = random.Random(0)
+    for number, line in enumerate(lines):
+        if number < count:
+            kept.append(line)
+        elif (place := generator.randrange(number + 1)) < count:
+            kept[place] = line
+    return kept

@@ -1,0 +1,139 @@
+"""Inputs over worker processes, each with a pipe of its own: who died, and over what, is known at once.
+
+A pool's shared queue would lose both, and wait for ever for what the dead one had taken.
+"""
+
+import contextlib
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
+from typing import Any
+
+from tinyllama import InputError
+from tinyllama.prepare.encode import Mismatch
+from tinyllama.prepare.inputs import Input
+
+Work = Callable[[Input], Any]
+
+_HOPELESS = 3  # inputs lost, and none done: it is not the inputs
+
+
+class WorkerDied(RuntimeError):
+    """Killed, out of memory or defective, twice over the same input."""
+
+
+def over_workers(
+    todo: Sequence[Input], setup: Callable[[Any], Work], recipe: Any, workers: int
+) -> Iterator[tuple[Input, Any]]:
+    """Each input with what ``setup(recipe)`` makes of it, or with its InputError, Mismatch or WorkerDied, as they end.
+
+    ``setup`` runs once in each process. The largest input comes first, so that none is left running alone at the end.
+    One whose worker died is given to a new worker once. Raises WorkerDied when nothing but deaths comes of it, and the
+    first OSError of a worker, which the others would meet too.
+    """
+    queue = sorted(todo, key=lambda one: one.size)
+    processes: dict[Any, SpawnProcess] = {}  # by our end of the pipe
+    busy: dict[Any, Input] = {}
+    died: set[str] = set()  # shards whose worker died once
+    lost = done = 0
+    context = multiprocessing.get_context("spawn")
+
+    def give(pipe: Any) -> None:
+        if queue:
+            busy[pipe] = queue.pop()
+            with contextlib.suppress(OSError):  # a worker that is dead already: its pipe is at its end
+                pipe.send(busy[pipe])
+
+    def hire() -> None:
+        ours, theirs = context.Pipe()
+        processes[ours] = context.Process(target=_work, args=(theirs, setup, recipe), daemon=True)
+        with huge_pages():
+            processes[ours].start()
+        theirs.close()
+        give(ours)
+
+    try:
+        for _ in range(min(workers, len(queue))):
+            hire()
+        while busy:
+            ready: Any = wait(list(busy))
+            for pipe in ready:
+                one = busy.pop(pipe)
+                try:
+                    outcome = pipe.recv()
+                except (EOFError, OSError):
+                    dead = processes.pop(pipe)
+                    dead.join()
+                    if one.shard not in died:
+                        died.add(one.shard)
+                        queue.append(one)
+                        hire()
+                        continue
+                    outcome = WorkerDied(
+                        f"{one.path}: its worker died twice (exit code {dead.exitcode}; -9: killed, perhaps for want "
+                        "of memory, then give fewer --workers): run the command again, what is done is kept"
+                    )
+                    lost += 1
+                    if lost == _HOPELESS and not done:
+                        raise outcome from None
+                    if queue:
+                        hire()
+                else:
+                    if isinstance(outcome, OSError):
+                        raise outcome
+                    done += 1
+                    give(pipe)
+                yield one, outcome
+    finally:
+        for process in processes.values():
+            process.kill()
+            process.join()
+
+
+@contextlib.contextmanager
+def huge_pages() -> Iterator[None]:
+    """Processes that start meanwhile ask for memory in pages of 2 MB: the fast encoder finds words in its cache sooner.
+
+    glibc reads the wish at a process's start; where it or the kernel knows no such pages, nothing changes.
+    """
+    before = os.environ.get("GLIBC_TUNABLES")
+    os.environ["GLIBC_TUNABLES"] = "glibc.malloc.hugetlb=1" + (f":{before}" if before else "")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["GLIBC_TUNABLES"]
+        else:
+            os.environ["GLIBC_TUNABLES"] = before
+
+
+def _work(pipe: Connection, setup: Callable[[Any], Work], recipe: Any) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent answers it
+    threading.Thread(target=_die_with_parent, daemon=True).start()
+    work = setup(recipe)
+    while True:
+        one = pipe.recv()
+        try:
+            outcome = work(one)
+        except (InputError, OSError) as error:
+            outcome = error
+        except Mismatch as error:
+            outcome = Mismatch(f"{one.path}: {error}")
+        pipe.send(outcome)
+
+
+def _die_with_parent() -> None:
+    """A worker whose parent was killed -9 would else work on, beside the workers of the next run."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os._exit(1)
+
+
+def cores() -> int:
+    """Cores this process may use: in a container or a Slurm job fewer than the machine has."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

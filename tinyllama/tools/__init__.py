@@ -1,0 +1,1 @@
+"""Before a run: what a machine has, and what a run will take."""

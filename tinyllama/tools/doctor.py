@@ -1,0 +1,300 @@
+"""What a machine has for training, whether it really works, and what to do where it does not.
+
+Nothing here may raise: a library that is broken is a finding, not a traceback.
+"""
+
+import contextlib
+import importlib.metadata
+import os
+import platform
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from packaging.requirements import Requirement
+
+from tinyllama import InputError, atomic
+from tinyllama.config.model import named_config
+from tinyllama.ops import choice
+from tinyllama.throughput import peak_flops
+
+OK, NOTE, WRONG = "ok", "note", "wrong"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at."""
+
+    state: str
+    """ok; note: absent or slow, nothing needs it; wrong: it will fail, or compute something else than asked for"""
+    name: str
+    text: str
+    remedy: str = ""
+
+
+def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
+    """Every finding, in the order of a machine's layers from the bottom up."""
+    yield from _safely("machine", machine)
+    yield from _safely("gpu", gpus)
+    yield from _safely("packages", packages)
+    yield from _safely("libraries", libraries)
+    yield from _safely("ops", operations)
+    yield from _safely("slurm", lambda: slurm(env))
+    yield from _safely("disk", lambda: disk(out_dir))
+
+
+def machine() -> Iterator[Finding]:
+    """The processor, its memory, and Python."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
+    cores = len(os.sched_getaffinity(0))
+    yield Finding(OK, "machine", f"{platform.node()}, {platform.platform()}, {cores} cores, {memory:,.0f} GB memory")
+    yield Finding(OK, "python", f"{platform.python_version()} at {sys.executable}")
+
+
+def gpus() -> Iterator[Finding]:
+    """The GPUs, their driver, and one product on each."""
+    smi = shutil.which("nvidia-smi")
+    if not torch.cuda.is_available():
+        if smi is None:
+            yield Finding(NOTE, "gpu", "none: training runs on the CPU, for tests and the quickstart")
+            return
+        built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
+        remedy = "install a torch for CUDA, of no newer a CUDA than the driver's (nvidia-smi shows it)"
+        yield Finding(WRONG, "gpu", f"nvidia-smi is there, but torch {torch.__version__} ({built}) sees none", remedy)
+        return
+    if smi:
+        query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+        driver = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
+        yield Finding(OK, "driver", driver)
+    for index in range(torch.cuda.device_count()):
+        facts = torch.cuda.get_device_properties(index)
+        peak = peak_flops(facts.name)
+        text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}, "
+        text += f"{peak / 1e12:.0f} TFLOP/s" if peak else "peak not known: no MFU will be shown"
+        yield Finding(OK, f"gpu {index}", text)
+        if (facts.major, facts.minor) < (8, 0):
+            yield Finding(WRONG, f"gpu {index}", "computes no bfloat16", "give --train.precision fp32, or a newer GPU")
+        try:
+            ones = torch.ones(256, 256, device=f"cuda:{index}")
+            works = (ones @ ones).mean().item() == 256
+            fault = "a product of ones is wrong on it"
+        except RuntimeError as error:  # no kernel for a GPU so old or so new, or no memory left on it
+            works, fault = False, _first_line(error)
+        if not works:
+            remedy = "see in nvidia-smi that it is free, and install a torch built for it; else it is for the repair"
+            yield Finding(WRONG, f"gpu {index}", fault, remedy)
+    if torch.distributed.is_nccl_available():
+        yield Finding(OK, "nccl", ".".join(map(str, torch.cuda.nccl.version())))
+    else:
+        yield Finding(WRONG, "nccl", "torch has none", "install a torch for CUDA from pytorch.org")
+
+
+def packages() -> Iterator[Finding]:
+    """What pyproject.toml asks for, where the installed version is another."""
+    cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else "CPU only"
+    yield Finding(OK, "torch", f"{torch.__version__}, {cuda}")
+    if torch.cuda.is_available() and shutil.which(os.environ.get("CC", "gcc")) is None:
+        yield Finding(WRONG, "compiler", "no C compiler: torch.compile fails", "install gcc, or --train.compile false")
+    try:
+        requirements = importlib.metadata.requires("tinyllama") or []
+    except importlib.metadata.PackageNotFoundError:
+        yield Finding(NOTE, "tinyllama", "not installed: versions are not compared", "pip install -e .")
+        return
+    for wanted in map(Requirement, requirements):
+        try:
+            version = importlib.metadata.version(wanted.name)
+        except importlib.metadata.PackageNotFoundError:
+            if wanted.marker is None:  # else it is of an extra
+                yield Finding(WRONG, wanted.name, "not installed", "pip install -e .")
+            continue
+        if not wanted.specifier.contains(version, prereleases=True):
+            why = REASONS.get(wanted.name, "other versions are not tested")
+            text = f"{version} is installed, {wanted.specifier} is asked for: {why}"
+            yield Finding(WRONG, wanted.name, text, f"pip install '{wanted.name}{wanted.specifier}'")
+
+
+def libraries() -> Iterator[Finding]:
+    """Every library of LIBRARIES: whether a tiny call of it works, all at once in processes of their own.
+
+    A library that was built for another torch may do anything, as far as ending the process that imports it.
+    """
+    versions: dict[str, str] = {}
+    for library in LIBRARIES:
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            versions[library.package] = importlib.metadata.version(library.package)
+    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
+    trials = {
+        library.package: subprocess.Popen([sys.executable, "-c", TRIAL, library.trial], **pipes)  # type: ignore[call-overload]
+        for library in LIBRARIES
+        if library.package in versions
+    }
+    for library in LIBRARIES:
+        package, purpose = library.package, f"for {library.purpose}"
+        if package not in versions:
+            useless = library.gpu and not torch.cuda.is_available()
+            text = f"not installed, and no GPU to use it; {purpose}" if useless else f"not installed; {purpose}"
+            yield Finding(NOTE, package, text, "" if useless else f"pip install {package}")
+        elif fault := _fault(trials[package]):
+            text = f"{versions[package]} is installed and does not work: {fault}"
+            yield Finding(WRONG, package, text, f"pip uninstall {package}, or install it for this torch and CUDA")
+        else:
+            yield Finding(OK, package, f"{versions[package]}, works; {purpose}")
+    if "xformers" in versions and Requirement("xformers>=0.0.34").specifier.contains(versions["xformers"]):
+        text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
+        yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
+
+
+def _fault(trial: subprocess.Popen[str]) -> str | None:
+    """What went wrong in a library's ``trial``; None if nothing did."""
+    try:
+        said, _ = trial.communicate(timeout=TRIAL_SECONDS)
+    except subprocess.TimeoutExpired:
+        trial.kill()
+        trial.wait()
+        return f"no answer within {TRIAL_SECONDS} s"
+    if trial.returncode < 0:
+        return f"{signal.Signals(-trial.returncode).name} ended the process that called it"
+    return said.splitlines()[-1] if trial.returncode else None
+
+
+def operations() -> Iterator[Finding]:
+    """What each operation resolves to here, and what else could be named."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    precision = "bf16" if device.type == "cuda" else "fp32"
+    chosen = choice.resolve({}, named_config("tinyllama_1.1b"), device, precision=precision)
+    for operation, backends in choice.OPERATIONS.items():
+        usable = [name for name, backend in backends.items() if backend.fault(device) is None]
+        text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
+        yield Finding(OK, f"ops.{operation}", text)
+
+
+def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether what Slurm says of the job is what a launch needs."""
+    if "SLURM_JOB_ID" not in env:
+        if shutil.which("sbatch"):
+            yield Finding(OK, "slurm", "here, and this is no job of it")
+        return
+    yield Finding(OK, "slurm", f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NODELIST', '?')}")
+    if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+        text = f"the job is called {env['SLURM_JOB_NAME']}: Lightning takes it for a shell and starts its own ranks"
+        yield Finding(WRONG, "slurm", text, "give another --job-name, or use torchrun inside")
+    if "SLURM_NTASKS" in env and "SLURM_NTASKS_PER_NODE" not in env:
+        text = "--ntasks is given without --ntasks-per-node"
+        yield Finding(WRONG, "slurm", text, "give --nodes and --ntasks-per-node, one task a GPU")
+    gpus_here = torch.cuda.device_count()
+    tasks = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", ""))
+    if tasks and gpus_here and int(tasks[0]) != gpus_here:
+        text = f"{tasks[0]} tasks a node and {gpus_here} GPUs on this one"
+        yield Finding(WRONG, "slurm", text, f"give --ntasks-per-node {gpus_here} and --gpus-per-node {gpus_here}")
+
+
+def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
+    """How much is free where a run would write, and how fast it is written and synced."""
+    folder = out_dir.absolute()
+    if folder.is_file():
+        yield Finding(WRONG, "disk", f"{folder} is a file", "give another out_dir")
+        return
+    while not folder.is_dir():
+        folder = folder.parent
+    free = shutil.disk_usage(folder).free / 1e9
+    probe = atomic.temporary(folder / "doctor")
+    payload = os.urandom(1 << 20)
+    began = time.perf_counter()
+    try:
+        with probe.open("xb") as file:
+            for _ in range(megabytes):
+                file.write(payload)
+        atomic.sync(probe)
+        speed = megabytes / (time.perf_counter() - began)
+    except OSError as error:
+        yield Finding(WRONG, "disk", f"{folder} cannot be written: {error.strerror}", "give another out_dir")
+        return
+    finally:
+        with contextlib.suppress(OSError):
+            probe.unlink(missing_ok=True)
+    text = f"{folder}: {free:,.0f} GB free, {speed:,.0f} MB/s written and synced"
+    yield Finding(OK, "disk", text)
+    if free < 53:
+        text = f"{free:,.0f} GB free; the 1.1B's checkpoints are 13.2 GB each, and 4 of them are there at a time"
+        yield Finding(NOTE, "disk", text, "give an out_dir on a larger disk for a large model")
+    scratch = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
+    if scratch < 1:
+        text = f"{tempfile.gettempdir()}: {scratch:.1f} GB free, and torch.compile and others write there"
+        yield Finding(WRONG, "disk", text, "free some, or set TMPDIR to a larger disk")
+
+
+@dataclass(frozen=True)
+class Library:
+    """A package to try."""
+
+    package: str
+    """as pip calls it"""
+    purpose: str
+    """the setting or the command that uses it"""
+    trial: str
+    """a tiny call"""
+    gpu: bool = False
+    """of no use without one"""
+
+
+KERNEL = """
+import torch
+from {module} import {name}
+if torch.cuda.is_available():
+    ones = torch.ones({shape}, device="cuda", dtype=torch.bfloat16)
+    {name}({arguments})
+    torch.cuda.synchronize()
+"""
+ATTENTION = {"name": "flash_attn_func", "shape": "1, 16, 2, 64", "arguments": "ones, ones, ones, causal=True"}
+GATED = {"name": "gemm_gated", "shape": "16, 16", "arguments": 'ones, ones, activation="swiglu", tuned=False'}
+LIBRARIES = (
+    Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
+    Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
+    Library("flash-attn", "ops.attention flash_attn", KERNEL.format(module="flash_attn", **ATTENTION), gpu=True),
+    Library(
+        "flash-attn-4", "ops.attention flash_attn_4", KERNEL.format(module="flash_attn.cute", **ATTENTION), gpu=True
+    ),
+    Library("quack-kernels", "ops quack", KERNEL.format(module="quack.gemm_interface", **GATED), gpu=True),
+    Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
+    Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
+    Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),
+    Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
+    Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),
+    Library("lm-eval", "scripts/evaluate_harness.py", "from lm_eval.tasks import TaskManager"),
+)
+TRIAL = """
+import sys
+try:
+    exec(sys.argv[1])
+except BaseException as error:  # a stub may even call sys.exit
+    print(f"\\n{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    sys.exit(1)
+"""
+TRIAL_SECONDS = 180
+
+REASONS = {
+    "torch": "FSDP2 and its checkpoints are tested with 2.11 to 2.13",
+    "lightning": "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
+}
+"""Why a version matters, where it is known."""
+
+
+def _first_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+
+
+def _safely(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    try:
+        yield from look()
+    except InputError as error:
+        yield Finding(WRONG, name, "; ".join(map(str, error.args)), "see above")
+    except Exception as error:
+        yield Finding(WRONG, name, f"could not be examined: {_first_line(error)}", "mend it, and ask again")

@@ -1,0 +1,1 @@
+"""The parts of the training loop that pretrain/train.py calls."""

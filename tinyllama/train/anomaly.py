@@ -1,0 +1,118 @@
+"""Steps that must not reach the weights: a loss or gradient that is not finite, and, if asked for, a spike.
+
+The decision is made on the device and handed to the fused AdamW as its ``found_inf``: a skipped step leaves parameters,
+moments and AdamW's step count as they are. The host reads the verdict one step late, when the device has long had it,
+so that no step waits for it.
+"""
+
+from collections import deque
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.config.args import TrainArgs
+
+WINDOW = 128
+"""Steps whose loss and gradient norm say what is usual; before there are as many, nothing is a spike."""
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What became of one optimizer step."""
+
+    step: int
+    """steps done with this one"""
+    samples: tuple[int, int]
+    """first and last global sample of it"""
+    loss: float
+    """mean over the step's tokens, all ranks"""
+    grad_norm: float
+    """before clipping"""
+    finite: bool
+    """whether both are"""
+    skipped: bool
+    """whether the weights were left as they were"""
+    fatal: bool
+    """whether the run must stop for it"""
+    ranks: list[int]
+    """ranks whose own loss or gradient shard was not finite"""
+
+
+class Guard:
+    """Judges every step of every rank alike; ``state`` carries over a restart what it has seen.
+
+    ``copies`` is how many ranks hold each shard of the gradients.
+    """
+
+    def __init__(
+        self, args: TrainArgs, optimizer: torch.optim.Optimizer, state: TrainState, copies: int, device: torch.device
+    ) -> None:
+        self._args = args
+        self._sigmas = args.skip_spikes
+        self._optimizer = optimizer
+        self._state = state
+        self._copies = copies
+        self._world_size = dist.get_world_size()
+        # losses and gradient norms of the last steps not skipped, the newest last
+        self._seen = torch.full((2, WINDOW), torch.nan, device=device)
+        if state.recent:
+            self._seen[:, -len(state.recent) :] = torch.tensor(state.recent, device=device).T
+        self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
+
+    def judge(self, step: int, loss_sum: Tensor, num_tokens: int, gradients: list[Tensor]) -> Tensor:
+        """Decide about the step that ``optimizer.step`` is about to do, and give the gradient's norm, () fp32.
+
+        ``loss_sum`` is this rank's, ``num_tokens`` the world's, ``gradients`` this rank's shards of all parameters.
+        Every rank must ask: one all-reduce brings the loss, the norm, and who has what is not finite.
+        """
+        squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
+        report = torch.zeros(2 + self._world_size, device=loss_sum.device)
+        report[0] = loss_sum / num_tokens
+        report[1] = squares / self._copies
+        report[2 + dist.get_rank()] = ~(loss_sum.isfinite() & squares.isfinite())
+        dist.all_reduce(report)
+        pair = torch.stack((report[0], report[1].sqrt()))
+        finite = pair.isfinite().all()
+        skip = ~finite
+        if self._sigmas is not None:
+            skip = skip | self._spikes(pair, self._sigmas)
+            self._seen = torch.where(skip, self._seen, torch.cat((self._seen[:, 1:], pair[:, None]), dim=1))
+        self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
+        verdict = torch.cat((pair, torch.stack((finite, skip)), report[2:]))
+        event = None
+        if verdict.is_cuda:
+            verdict = verdict.to("cpu", non_blocking=True)
+            event = torch.cuda.Event()
+            event.record()
+        self._pending.append((step, verdict, event))
+        return pair[1]
+
+    def verdicts(self, late: int = 1) -> list[Verdict]:
+        """The verdicts not read yet, but for the ``late`` last steps; 0 waits for the device."""
+        found = []
+        while len(self._pending) > late:
+            step, verdict, event = self._pending.popleft()
+            if event is not None:
+                event.synchronize()
+            loss, norm, finite, skipped, *bad = verdict.tolist()
+            ranks = [rank for rank, flag in enumerate(bad) if flag]
+            if skipped:
+                self._state.skipped += 1
+                self._state.skipped_in_a_row += 1
+            else:
+                self._state.skipped_in_a_row = 0
+                if self._sigmas is not None:
+                    self._state.recent = [*self._state.recent, [loss, norm]][-WINDOW:]
+            end = self._state.samples - (self._state.step - step) * self._args.global_batch_size
+            samples = end - self._args.global_batch_size, end - 1
+            fatal = self._state.skipped_in_a_row > self._args.max_skips
+            fatal = fatal or (not finite and self._args.on_nonfinite == "stop")
+            found.append(Verdict(step, samples, loss, norm, bool(finite), bool(skipped), fatal, ranks))
+        return found
+
+    def _spikes(self, pair: Tensor, sigmas: float) -> Tensor:
+        mean, std = self._seen.mean(1), self._seen.std(1)  # NaN, and greater than nothing, until the window is full
+        return (pair > mean + sigmas * std).any()

@@ -1,0 +1,42 @@
+"""Keep ranks in step: timeouts of collectives, and garbage collection at the same steps on all ranks."""
+
+import gc
+from collections.abc import Collection
+from datetime import timedelta
+
+import torch.distributed as dist
+
+GC_INTERVAL = 50
+"""optimizer steps between two collections"""
+
+
+def set_timeout(seconds: float, *, keep: Collection[dist.ProcessGroup] = ()) -> None:
+    """Let collectives that start from now on fail after ``seconds``, in every process group but ``keep``.
+
+    The second line behind the watchdog, so it should be the longer by a minute: a collective that fails only says that
+    somebody did not come. Every rank must call it, at a moment when none is still busy with what may take longer.
+    """
+    for group in dist.distributed_c10d._pg_map:  # as torch's own dist.breakpoint does: there is no public way
+        if group not in keep:
+            dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
+
+
+def freeze_gc() -> None:
+    """Stop Python's collector from running when it likes; call it after the first step, when all has been compiled.
+
+    Left alone it stops each rank at another moment, and all wait for that one each time: collecting at the same step
+    on all ranks made 512 GPUs 1.5 % faster (pytorch/torchtitan#148). What is alive now is never looked at again.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.disable()
+
+
+def collect_gc(step: int) -> None:
+    """Collect garbage on every rank at the same steps.
+
+    All generations, not the youngest two as torchtitan does: what outlives a collection would stay for the rest of the
+    run, and with everything older frozen this takes milliseconds.
+    """
+    if step % GC_INTERVAL == 0:
+        gc.collect()

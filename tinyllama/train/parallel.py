@@ -1,0 +1,112 @@
+"""FSDP2: how the model is sharded, compiled and recomputed, and when its gradients are reduced."""
+
+import functools
+import logging
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.plugins.environments import LightningEnvironment
+from lightning.fabric.strategies import ModelParallelStrategy
+from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
+
+from tinyllama.config.args import ParallelArgs, TrainArgs
+from tinyllama.model import GPT, init_weights
+from tinyllama.ops import attention, float8, swiglu
+from tinyllama.train.launch import launcher, ranks, shard_size
+
+# what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
+SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
+
+
+def build_fabric(args: ParallelArgs, train: TrainArgs) -> Fabric:
+    """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
+    devices, nodes = ranks(args)
+    for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
+        logging.getLogger(name).setLevel(logging.WARNING)  # our card says what they would
+    strategy = ModelParallelStrategy(
+        parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, shard_size(args, devices, nodes), train),
+        data_parallel_size=devices * nodes,
+        tensor_parallel_size=1,
+        timeout=timedelta(seconds=train.start_timeout),
+    )
+    # else Fabric would take a batch script of one task for a task of srun
+    here = LightningEnvironment() if launcher() == "python" else None
+    return Fabric(devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true", plugins=here)
+
+
+def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs) -> GPT:
+    """Shard each Block and then the rest of ``model``, which lies on the meta device, and draw its start weights.
+
+    Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
+    """
+    policy = MixedPrecisionPolicy(
+        param_dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the RoPE tables that a Block is given stay fp32
+    )
+    replicate_shard = init_device_mesh(
+        mesh.device_type, (mesh.size() // shard, shard), mesh_dim_names=("replicate", "shard")
+    )
+    if train.precision == "float8":
+        float8.convert(model.transformer["h"])
+    for block in model.transformer["h"].children():
+        block.forward = recomputing(block.forward, train.activation_checkpointing)
+    if train.compiles(mesh.device_type):
+        # the forward, not the module: hooks, FSDP's among them, stay outside, and names stay what they are
+        whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
+        for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
+            module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
+    for block in model.transformer["h"].children():
+        fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
+    fully_shard(model, mesh=replicate_shard, mp_policy=policy)
+    model.to_empty(device="cuda" if mesh.device_type == "cuda" else "cpu")
+    init_weights(model, train.seed)
+    return model
+
+
+def recomputing(forward: Callable[..., Tensor], what: str) -> Callable[..., Tensor]:
+    """``forward``, whose backward pass computes ``what`` (train.activation_checkpointing) again."""
+    if what == "none":
+        return forward
+    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, SAVED)}
+
+    def checkpointed(*inputs: Any) -> Tensor:
+        return checkpoint(forward, *inputs, use_reentrant=False, **(contexts if what == "selective" else {}))  # type: ignore[arg-type]
+
+    return checkpointed
+
+
+def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
+    """Whether the next backward pass, a step's ``last`` or not, reduces the gradients over the ranks.
+
+    Those before the last keep what they gathered, if ``parallel.reshard_after_forward`` does not ask for the memory.
+    """
+    model.set_requires_gradient_sync(last or args.sync_every_micro_batch)  # type: ignore[operator]
+    model.set_reshard_after_backward(last or args.reshard_after_forward)  # type: ignore[operator]
+
+
+def reshard(model: GPT) -> None:
+    """Free what FSDP leaves gathered after a forward pass without a backward pass."""
+    for module in [model, *model.transformer["h"].children()]:
+        module.reshard()  # type: ignore[operator]
+
+
+def dtypes(model: GPT) -> str:
+    """Dtypes of the master weights, of a pass, and of the gradients' reduction, as FSDP has them, in one line.
+
+    Raises RuntimeError unless the first and the last are fp32: versions of Lightning and torch have differed.
+    """
+    master = {parameter.dtype for parameter in model.parameters()}
+    modules = [model, *model.transformer["h"].children()]
+    policies = {module._get_fsdp_state()._mp_policy for module in modules}  # type: ignore[operator]
+    reduced = {policy.reduce_dtype for policy in policies}
+    if master != {torch.float32} or reduced != {torch.float32}:
+        raise RuntimeError(f"master weights are {master} and gradients are reduced in {reduced}, not in fp32")
+    (computed,) = {policy.param_dtype for policy in policies}
+    return f"master {torch.float32}, pass {computed}, reduction {torch.float32}".replace("torch.", "")

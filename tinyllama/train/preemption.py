@@ -1,0 +1,56 @@
+"""Preemption: a signal to any rank, or the end of its time, stops every rank at the same step."""
+
+import os
+import signal
+import time
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+
+
+class Preemption:
+    """A stop that every rank agrees on, whichever of them the signal reached or whose time is over.
+
+    Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit. A second Ctrl-C is
+    a KeyboardInterrupt.
+    """
+
+    MAX_TIME, FAILED_SAVE = 0x100, 0x101  # above every signal's number
+    NAMES = {MAX_TIME: "train.max_time", FAILED_SAVE: "checkpoint.on_failure"}
+    ONE_PRESS = 2.0  # seconds; a terminal sends SIGINT to all, and torchrun hands it on
+
+    def __init__(self, max_time: float | None = None) -> None:
+        self._asked = 0
+        self._until = float("inf") if max_time is None else time.monotonic() + max_time
+        self._interrupted: float | None = None  # when
+        self._speaks = dist.get_rank() == 0
+        # on the CPU, so that asking does not wait for the GPU
+        self._group = dist.new_group(backend="gloo")
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+            signal.signal(number, self._receive)
+
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT:
+            if self._interrupted is None:
+                self._interrupted = time.monotonic()
+                if self._speaks:
+                    os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
+            elif time.monotonic() > self._interrupted + self.ONE_PRESS:
+                raise KeyboardInterrupt
+        self._asked = number
+
+    def ask(self, number: int) -> None:
+        """Ask for a stop, on any rank, as a signal does."""
+        self._asked = self._asked or number
+
+    def asked(self) -> str | None:
+        """What any rank was asked to stop by: a signal's name or a setting's; None: nothing. All ranks must ask."""
+        if time.monotonic() > self._until:
+            self.ask(self.MAX_TIME)
+        number = torch.tensor(self._asked)
+        dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
+        self._asked = int(number)
+        if self._asked in self.NAMES:
+            return self.NAMES[self._asked]
+        return signal.Signals(self._asked).name if self._asked else None
