@@ -18,8 +18,9 @@ import statistics
 import subprocess
 import sys
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -54,37 +55,29 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     from tinyllama.model import GPT
     from tinyllama.ops import choice
     from tinyllama.train.anomaly import Guard
-    from tinyllama.train.optim import build_optimizer, clip, local_gradients, set_lr
-    from tinyllama.train.parallel import build_fabric, sync_gradients
+    from tinyllama.train.launch import find_world
+    from tinyllama.train.optim import build_optimizer
+    from tinyllama.train.parallel import build_fabric
+    from tinyllama.train.step import TrainStep
 
     flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": "1"} | settings
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
     config = args.model.resolve()
     ops = choice.resolve(vars(args.ops), config, DEVICE, precision=args.train.precision)
-    fabric = build_fabric(args.parallel, args.train)
+    fabric = build_fabric(find_world(args.parallel), args.parallel, args.train)
     fabric.launch()
     with torch.device("meta"):
         gpt = GPT(config, ops)
     model = fabric.setup_module(gpt)
-    optimizer = fabric.setup_optimizers(build_optimizer(gpt, args.optim))
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(gpt, args.optim))
     state = TrainState()
     guard = Guard(args.train, optimizer.optimizer, state, 1, fabric.device)
+    accumulation = tokens // config.block_size // micro_batch
+    train_step = TrainStep(args, fabric, gpt, model, optimizer, guard, accumulation, tokens)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
-        set_lr(optimizer, 1e-4)
-        loss_sum = torch.zeros((), device=fabric.device)
-        for number, (input_ids, targets) in enumerate(batches, 1):
-            sync_gradients(gpt, number == len(batches), args.parallel)
-            loss = model(input_ids, targets)
-            fabric.backward(loss * (1 / tokens))
-            loss_sum += loss.detach()
-        state.step += 1
-        gradients = local_gradients(gpt)
-        norm = guard.judge(state.step, loss_sum, tokens, gradients)
-        clip(gradients, norm, args.optim.max_norm)
-        optimizer.step()
-        optimizer.zero_grad()
-        guard.verdicts()
+        train_step(state, iter(batches), 1e-4)
+        guard.poll()
 
     return step, {"ops": choice.describe(ops), "precision": args.train.precision, **settings}
 
@@ -101,10 +94,11 @@ def litgpt(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -
     config = Config.from_name("tiny-llama-1.1b", **_litgpt_sizes(ours))
     with fabric.init_module(empty_init=False):
         model: Any = GPT(config)
-    model = fabric.setup(torch.compile(model))
+    compiled: Any = torch.compile(model)
+    model = fabric.setup(compiled)
     parameters, fused = model.parameters(), DEVICE.type == "cuda"
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
-    optimizer = fabric.setup_optimizers(optimizer)
+    adamw = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=fused)
+    optimizer: Any = fabric.setup_optimizers(adamw)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
         for input_ids, targets in batches:
@@ -128,7 +122,7 @@ def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tu
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    from tinyllama.convert import hf_config
+    from tinyllama.convert.layout import hf_config
 
     apply_liger_kernel_to_llama()
     config = LlamaConfig(**hf_config(named_config(name), 2, 1, torch.float32))
@@ -218,8 +212,8 @@ def _budget(step: Step, batch: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
     with profile(activities=[ProfilerActivity.CUDA]) as profiler:
         step(batch)
         _sync()
-    spent: Counter[str] = Counter()
-    kernels: Counter[str] = Counter()
+    spent: dict[str, float] = defaultdict(float)
+    kernels: dict[str, float] = defaultdict(float)
     launches: Counter[str] = Counter()
     for event in profiler.key_averages():
         name = event.key
@@ -228,9 +222,9 @@ def _budget(step: Step, batch: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
         kernels[name[:90]] += event.self_device_time_total / 1e3
         launches[name[:90]] += event.count
     spent["wall, profiled"] = (time.perf_counter() - start) * 1e3
-    for name, ms in kernels.most_common(25):
+    for name, ms in sorted(kernels.items(), key=itemgetter(1), reverse=True)[:25]:
         print(f"{ms:9.2f} ms {launches[name]:5} x  {name}", file=sys.stderr)
-    return {kind: round(ms, 1) for kind, ms in spent.most_common()}
+    return {kind: round(ms, 1) for kind, ms in sorted(spent.items(), key=itemgetter(1), reverse=True)}
 
 
 def _sync() -> None:

@@ -125,7 +125,7 @@ def train_poisoned(argv: list[str]) -> int:
     """The recipe, with a NaN in a gradient of the rank ``argv[0]`` at the step ``argv[1]``; minus: from there on."""
     rank, step, *argv = argv
     run = recipe.setup(cli.parse(PretrainArgs, argv))
-    judge = recipe.Guard.judge
+    judge = recipe.Guard.check
     calls = itertools.count(1)
 
     def poisoned(guard: Any, at: int, loss_sum: Any, num_tokens: int, gradients: list[torch.Tensor]) -> Any:
@@ -141,7 +141,7 @@ def train_poisoned(argv: list[str]) -> int:
 def start_hash(argv: list[str]) -> str:
     """Hash of every start weight, gathered."""
     run = recipe.setup(cli.parse(PretrainArgs, argv))
-    fabric = recipe.build_fabric(run.args.parallel, run.args.train)
+    fabric = recipe.build_fabric(run.world, run.args.parallel, run.args.train)
     fabric.launch()
     gpt, _, _ = recipe.build(run, fabric)
     digest = hashlib.blake2b()
@@ -153,7 +153,7 @@ def start_hash(argv: list[str]) -> str:
 def dtypes(argv: list[str]) -> dict[str, list[str]]:
     """What a bf16 step is made of: dtypes of master weights, gradients, moments, and of what a Block is given."""
     run = recipe.setup(cli.parse(PretrainArgs, argv))
-    fabric = recipe.build_fabric(run.args.parallel, run.args.train)
+    fabric = recipe.build_fabric(run.world, run.args.parallel, run.args.train)
     fabric.launch()
     gpt, model, optimizer = recipe.build(run, fabric)
     seen: dict[str, set[str]] = {"stream": set(), "tables": set(), "computed": set()}

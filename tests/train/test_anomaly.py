@@ -30,9 +30,9 @@ def training(args: TrainArgs, state: TrainState) -> tuple[torch.nn.Parameter, to
 def test_the_norm_and_the_loss_are_what_they_are() -> None:
     _, _, guard = training(TrainArgs(), TrainState())
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
-    norm = guard.judge(1, torch.tensor(6.0), 4, gradients)
+    norm = guard.check(1, torch.tensor(6.0), 4, gradients)
     assert norm == 5
-    (verdict,) = guard.verdicts(late=0)
+    (verdict,) = guard.poll(late=0)
     assert (verdict.step, verdict.loss, verdict.grad_norm) == (1, 1.5, 5.0)
     assert (verdict.finite, verdict.skipped, verdict.ranks) == (True, False, [])
     clip(gradients, norm, max_norm=10.0)
@@ -50,23 +50,23 @@ def test_what_is_not_finite_never_reaches_the_weights(loss: float, gradient: flo
     for number, (one_loss, one) in enumerate(((1.0, 1.0), (loss, gradient), (1.0, 1.0)), 1):
         before = [weight.detach().clone(), *(t.clone() for t in optimizer.state[weight].values())]
         weight.grad = torch.tensor([1.0, one, 1.0])
-        guard.judge(number, torch.tensor(one_loss), 1, [weight.grad])
+        guard.check(number, torch.tensor(one_loss), 1, [weight.grad])
         optimizer.step()
         after = [weight.detach(), *optimizer.state[weight].values()]
         if number > 1:
             assert all(torch.equal(a, b) for a, b in zip(before, after, strict=True)) == (number == 2)
     # one step late, and the last only when asked to wait
-    assert [verdict.skipped for verdict in guard.verdicts()] == [False, True]
+    assert [verdict.skipped for verdict in guard.poll()] == [False, True]
     assert state.skipped_in_a_row == 1
-    assert [verdict.finite for verdict in guard.verdicts(late=0)] == [True]
+    assert [verdict.finite for verdict in guard.poll(late=0)] == [True]
     assert (state.skipped, state.skipped_in_a_row) == (1, 0)
     assert optimizer.state[weight]["step"] == 2
 
 
 def run(guard: Guard, losses: list[float], first: int = 0) -> list[bool]:
     for number, loss in enumerate(losses, first + 1):
-        guard.judge(number, torch.tensor(loss), 1, [torch.ones(1)])
-    return [verdict.skipped for verdict in guard.verdicts(late=0)]
+        guard.check(number, torch.tensor(loss), 1, [torch.ones(1)])
+    return [verdict.skipped for verdict in guard.poll(late=0)]
 
 
 def test_a_spike_is_skipped_and_forgotten() -> None:

@@ -7,7 +7,7 @@ import torch
 
 from tinyllama import InputError
 from tinyllama.config.args import ParallelArgs
-from tinyllama.train.launch import ranks
+from tinyllama.train.launch import find_world
 
 BATCH = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
 SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "tinyllama"}
@@ -43,7 +43,8 @@ def test_ranks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    assert ranks(ParallelArgs(devices=devices)) == expected
+    world = find_world(ParallelArgs(devices=devices))
+    assert (world.local_ranks, world.nodes) == expected
 
 
 BAD: dict[str, tuple[dict[str, str | None], int | None, int, str]] = {
@@ -73,6 +74,6 @@ def test_a_launch_that_cannot_be_meant(case: str, monkeypatch: pytest.MonkeyPatc
         if value is not None:
             monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as error:
-        ranks(ParallelArgs(devices=devices))
+        find_world(ParallelArgs(devices=devices))
     (fault,) = error.value.args
     assert said in fault

@@ -119,7 +119,7 @@ def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
     return "  ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
 
 
-def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[str]) -> Card:
+def start_card(run: Run, dtypes: str, hosts: list[str]) -> Card:
     """What is about to happen."""
     args, steps = run.args, run.max_steps
     samples = steps * args.train.global_batch_size
@@ -127,7 +127,7 @@ def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[s
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
         yield "ranks", host
-    yield "weights", f"copies: {world_size // shard}, ranks that share each: {shard}"
+    yield "weights", f"copies: {run.world.copies}, ranks that share each: {run.world.shard}"
     yield "dtypes", dtypes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and args.train.precision != "fp32":
@@ -136,7 +136,7 @@ def start_card(run: Run, world_size: int, shard: int, dtypes: str, hosts: list[s
     yield "ops", f"{choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
     yield (
         "batch",
-        f"{args.train.global_batch_size} samples a step = {world_size} ranks x {run.accumulation} x "
+        f"{args.train.global_batch_size} samples a step = {run.world.size} ranks x {run.accumulation} x "
         f"{args.train.micro_batch_size}, {run.tokens_per_step:,} tokens",
     )
     epochs = samples / sum(dataset.num_blocks(run.config.block_size) for dataset in run.sources)

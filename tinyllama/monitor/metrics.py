@@ -19,7 +19,7 @@ from tinyllama import InputError, atomic
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.monitor.console import Console, Row, closing_card, console_line, show_card
 from tinyllama.monitor.wandb_logger import Tracker
-from tinyllama.train.anomaly import Verdict
+from tinyllama.train.anomaly import StepResult
 from tinyllama.train.run import Run
 
 COLUMNS = (
@@ -146,20 +146,20 @@ class RunLog:
         else:
             self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **facts)
 
-    def verdicts(self, verdicts: list[Verdict]) -> bool:
-        """Tell what was skipped; whether the run must stop, which STOPPED in its folder then says."""
-        for verdict in verdicts:
+    def record_skips(self, results: list[StepResult]) -> bool:
+        """Log skipped steps. If one ends the run, write STOPPED and return True."""
+        for result in results:
             if self._speaks:
-                self._console.advance(verdict.step)
-            if not verdict.skipped:
+                self._console.advance(result.step)
+            if not result.skipped:
                 continue
-            first, last = verdict.samples
-            where = f"step {verdict.step}, samples {first} to {last}"
-            what = "a spike" if verdict.finite else f"not finite on rank {verdict.ranks}"
-            text = f"skipped {where}: loss {verdict.loss:.4f}, grad_norm {verdict.grad_norm:.3f}: {what}"
-            self.event("skip", text, **asdict(verdict))
-            if verdict.fatal:
-                self.stop(step=verdict.step, samples=last + 1, reason=f"{what}: {where}")
+            first, last = result.samples
+            where = f"step {result.step}, samples {first} to {last}"
+            what = "a spike" if result.finite else f"not finite on rank {result.ranks}"
+            text = f"skipped {where}: loss {result.loss:.4f}, grad_norm {result.grad_norm:.3f}: {what}"
+            self.event("skip", text, **asdict(result))
+            if result.fatal:
+                self.stop(step=result.step, samples=last + 1, reason=f"{what}: {where}")
                 return True
         return False
 

@@ -1,7 +1,7 @@
-"""Steps that must not reach the weights: a loss or gradient that is not finite, and, if asked for, a spike.
+"""Skip optimizer steps with a loss or gradient that is not finite and, optionally, loss spikes.
 
 The decision is made on the device and handed to the fused AdamW as its ``found_inf``: a skipped step leaves parameters,
-moments and AdamW's step count as they are. The host reads the verdict one step late, when the device has long had it,
+moments and AdamW's step count as they are. The host reads the result one step late, when the device has long had it,
 so that no step waits for it.
 """
 
@@ -20,8 +20,8 @@ WINDOW = 128
 
 
 @dataclass(frozen=True)
-class Verdict:
-    """What became of one optimizer step."""
+class StepResult:
+    """What came of one optimizer step."""
 
     step: int
     """steps done with this one"""
@@ -42,7 +42,7 @@ class Verdict:
 
 
 class Guard:
-    """Judges every step of every rank alike; ``state`` carries over a restart what it has seen.
+    """Checks every step, with the same result on every rank; ``state`` carries what it has seen over a restart.
 
     ``copies`` is how many ranks hold each shard of the gradients.
     """
@@ -62,11 +62,11 @@ class Guard:
             self._seen[:, -len(state.recent) :] = torch.tensor(state.recent, device=device).T
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
-    def judge(self, step: int, loss_sum: Tensor, num_tokens: int, gradients: list[Tensor]) -> Tensor:
+    def check(self, step: int, loss_sum: Tensor, num_tokens: int, gradients: list[Tensor]) -> Tensor:
         """Decide about the step that ``optimizer.step`` is about to do, and give the gradient's norm, () fp32.
 
         ``loss_sum`` is this rank's, ``num_tokens`` the world's, ``gradients`` this rank's shards of all parameters.
-        Every rank must ask: one all-reduce brings the loss, the norm, and who has what is not finite.
+        Collective: one all-reduce carries the loss, the norm, and a flag for each rank that is not finite.
         """
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         report = torch.zeros(2 + self._world_size, device=loss_sum.device)
@@ -81,23 +81,26 @@ class Guard:
             skip = skip | self._spikes(pair, self._sigmas)
             self._seen = torch.where(skip, self._seen, torch.cat((self._seen[:, 1:], pair[:, None]), dim=1))
         self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
-        verdict = torch.cat((pair, torch.stack((finite, skip)), report[2:]))
+        result = torch.cat((pair, torch.stack((finite, skip)), report[2:]))
         event = None
-        if verdict.is_cuda:
-            verdict = verdict.to("cpu", non_blocking=True)
+        if result.is_cuda:
+            result = result.to("cpu", non_blocking=True)
             event = torch.cuda.Event()
             event.record()
-        self._pending.append((step, verdict, event))
+        self._pending.append((step, result, event))
         return pair[1]
 
-    def verdicts(self, late: int = 1) -> list[Verdict]:
-        """The verdicts not read yet, but for the ``late`` last steps; 0 waits for the device."""
+    def poll(self, late: int = 1) -> list[StepResult]:
+        """The results not read yet, but for the ``late`` last steps; 0 waits for the device.
+
+        Counts in the state which steps were skipped.
+        """
         found = []
         while len(self._pending) > late:
-            step, verdict, event = self._pending.popleft()
+            step, result, event = self._pending.popleft()
             if event is not None:
                 event.synchronize()
-            loss, norm, finite, skipped, *bad = verdict.tolist()
+            loss, norm, finite, skipped, *bad = result.tolist()
             ranks = [rank for rank, flag in enumerate(bad) if flag]
             if skipped:
                 self._state.skipped += 1
@@ -110,7 +113,7 @@ class Guard:
             samples = end - self._args.global_batch_size, end - 1
             fatal = self._state.skipped_in_a_row > self._args.max_skips
             fatal = fatal or (not finite and self._args.on_nonfinite == "stop")
-            found.append(Verdict(step, samples, loss, norm, bool(finite), bool(skipped), fatal, ranks))
+            found.append(StepResult(step, samples, loss, norm, bool(finite), bool(skipped), fatal, ranks))
         return found
 
     def _spikes(self, pair: Tensor, sigmas: float) -> Tensor:

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from tinyllama.data.loader import Batch, on_device
@@ -27,3 +28,18 @@ def loss_sum(
         total[0] += model(input_ids, targets)
         total[1] += (targets != IGNORE_INDEX).sum()
     return total
+
+
+def mean_loss(
+    model: Callable[[Tensor, Tensor], Tensor],
+    batches: Iterable[Batch],
+    device: torch.device,
+    stop: Callable[[], bool] = lambda: False,
+) -> float | None:
+    """Collective. Mean loss over the tokens of all ranks' ``batches``, nats; None once all ``stop``."""
+    total = loss_sum(model, batches, device, stop)
+    if total is None:
+        return None
+    dist.all_reduce(total)
+    loss, num_tokens = total.tolist()
+    return loss / num_tokens

@@ -13,7 +13,7 @@ from tinyllama.train.run import Run
 CHANGEABLE = ("block_size", "rope_base", "rope_condense_ratio")
 
 
-def start_weights(run: Run) -> Weights | None:
+def initial_weights(run: Run) -> Weights | None:
     """Those of train.init_from; None for a run that draws them, or goes on from its own checkpoint.
 
     A requeued job gives the same train.init_from again and must go on, so a checkpoint in its out_dir wins if it says

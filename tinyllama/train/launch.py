@@ -2,6 +2,7 @@
 
 import os
 import socket
+from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
@@ -24,11 +25,44 @@ def launcher() -> str:
     return "python"
 
 
-def ranks(args: ParallelArgs) -> tuple[int, int]:
-    """Ranks on each node, and nodes: as srun or torchrun started us, else ``parallel.devices`` on this machine.
+@dataclass(frozen=True)
+class World:
+    """The ranks of a run, and how many of them share one copy of the weights."""
 
-    Raises InputError for a launch that would hang, or of which every process would train alone.
+    nodes: int
+    local_ranks: int
+    """ranks on each node"""
+    shard: int
+    """ranks that share one copy of the weights"""
+
+    @property
+    def size(self) -> int:
+        """Ranks in all."""
+        return self.nodes * self.local_ranks
+
+    @property
+    def copies(self) -> int:
+        """Copies of the weights."""
+        return self.size // self.shard
+
+
+def find_world(args: ParallelArgs) -> World:
+    """The world as srun or torchrun started it, else ``parallel.devices`` ranks on this machine.
+
+    Raises InputError for a launch that would hang or in which every process would train alone, and for a number of
+    ranks that ``parallel.shard`` does not divide.
     """
+    local_ranks, nodes = _ranks(args)
+    size = nodes * local_ranks
+    shard = {"full": size, "node": local_ranks, "none": 1}.get(str(args.shard)) or int(args.shard)
+    if size % shard:
+        valid = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
+        raise InputError(f"parallel.shard {shard} does not divide the {size} ranks; valid: {valid}")
+    return World(nodes, local_ranks, shard)
+
+
+def _ranks(args: ParallelArgs) -> tuple[int, int]:
+    """Ranks on each node, and nodes."""
     env = os.environ
     started_by, tasks = launcher(), int(env.get("SLURM_NTASKS", 1))
     in_step = "SLURM_STEP_ID" in env
@@ -68,16 +102,6 @@ def ranks(args: ParallelArgs) -> tuple[int, int]:
             "--gpus-per-node in place of --gpus-per-task"
         )
     return local, nodes
-
-
-def shard_size(args: ParallelArgs, devices: int, nodes: int) -> int:
-    """Ranks that share one copy of the weights; raises InputError when the world is not a whole number of them."""
-    world_size = devices * nodes
-    size = {"full": world_size, "node": devices, "none": 1}.get(str(args.shard)) or int(args.shard)
-    if world_size % size:
-        valid = ", ".join(str(n) for n in range(1, world_size + 1) if world_size % n == 0)
-        raise InputError(f"parallel.shard {size} does not divide the {world_size} ranks; valid: {valid}")
-    return size
 
 
 def rank_map() -> list[str]:

@@ -18,26 +18,27 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
 from tinyllama.ops import attention, float8, swiglu
-from tinyllama.train.launch import launcher, ranks, shard_size
+from tinyllama.train.launch import World, launcher
 
 # what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
 SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
 
 
-def build_fabric(args: ParallelArgs, train: TrainArgs) -> Fabric:
+def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
     """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
-    devices, nodes = ranks(args)
     for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
         logging.getLogger(name).setLevel(logging.WARNING)  # our card says what they would
     strategy = ModelParallelStrategy(
-        parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, shard_size(args, devices, nodes), train),
-        data_parallel_size=devices * nodes,
+        parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, world.shard, train),
+        data_parallel_size=world.size,
         tensor_parallel_size=1,
         timeout=timedelta(seconds=train.start_timeout),
     )
     # else Fabric would take a batch script of one task for a task of srun
-    here = LightningEnvironment() if launcher() == "python" else None
-    return Fabric(devices=devices, num_nodes=nodes, strategy=strategy, precision="32-true", plugins=here)
+    plugins = LightningEnvironment() if launcher() == "python" else None
+    return Fabric(
+        devices=world.local_ranks, num_nodes=world.nodes, strategy=strategy, precision="32-true", plugins=plugins
+    )
 
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs) -> GPT:
@@ -45,11 +46,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
 
     Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
     """
-    policy = MixedPrecisionPolicy(
-        param_dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
-        reduce_dtype=torch.float32,
-        cast_forward_inputs=False,  # the RoPE tables that a Block is given stay fp32
-    )
+    policy = mixed_precision(train)
     replicate_shard = init_device_mesh(
         mesh.device_type, (mesh.size() // shard, shard), mesh_dim_names=("replicate", "shard")
     )
@@ -68,6 +65,15 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
     model.to_empty(device="cuda" if mesh.device_type == "cuda" else "cpu")
     init_weights(model, train.seed)
     return model
+
+
+def mixed_precision(train: TrainArgs) -> MixedPrecisionPolicy:
+    """Dtypes of a pass and of the reduction of its gradients."""
+    return MixedPrecisionPolicy(
+        param_dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
+        reduce_dtype=torch.float32,
+        cast_forward_inputs=False,  # the RoPE tables that a Block is given stay fp32
+    )
 
 
 def recomputing(forward: Callable[..., Tensor], what: str) -> Callable[..., Tensor]:
@@ -97,16 +103,13 @@ def reshard(model: GPT) -> None:
         module.reshard()  # type: ignore[operator]
 
 
-def dtypes(model: GPT) -> str:
-    """Dtypes of the master weights, of a pass, and of the gradients' reduction, as FSDP has them, in one line.
+def check_dtypes(model: GPT, train: TrainArgs) -> str:
+    """Dtypes of the master weights, of a pass, and of the gradients' reduction, in one line.
 
-    Raises RuntimeError unless the first and the last are fp32: versions of Lightning and torch have differed.
+    Raises RuntimeError on a rank whose master weights are not fp32: versions of Lightning and torch have differed.
     """
     master = {parameter.dtype for parameter in model.parameters()}
-    modules = [model, *model.transformer["h"].children()]
-    policies = {module._get_fsdp_state()._mp_policy for module in modules}  # type: ignore[operator]
-    reduced = {policy.reduce_dtype for policy in policies}
-    if master != {torch.float32} or reduced != {torch.float32}:
-        raise RuntimeError(f"master weights are {master} and gradients are reduced in {reduced}, not in fp32")
-    (computed,) = {policy.param_dtype for policy in policies}
-    return f"master {torch.float32}, pass {computed}, reduction {torch.float32}".replace("torch.", "")
+    if master != {torch.float32}:
+        raise RuntimeError(f"the master weights are {master}, not fp32")
+    policy = mixed_precision(train)
+    return f"master {torch.float32}, pass {policy.param_dtype}, reduction {policy.reduce_dtype}".replace("torch.", "")

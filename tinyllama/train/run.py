@@ -4,11 +4,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from tinyllama import InputError
 from tinyllama.config.args import PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
+from tinyllama.ops import choice, float8
+from tinyllama.train.launch import World
 from tinyllama.train.schedule import lr_at
 
 
@@ -18,6 +22,7 @@ class Run:
 
     args: PretrainArgs
     config: ModelConfig
+    world: World
     sources: list[PackedDataset]
     validation: list[PackedDataset]
     mixture: Mixture
@@ -115,3 +120,33 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int) -> int:
             f"optim.warmup_steps {args.optim.warmup_steps} does not end within the run's {steps} steps: lower it"
         )
     return steps
+
+
+def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mixture:
+    """The order of the samples; raises InputError when the sources hold less than one global batch."""
+    num_blocks = [source.num_blocks(block_size) for source in sources]
+    if sum(num_blocks) < args.train.global_batch_size:
+        raise InputError(
+            f"data.sources hold {sum(num_blocks)} blocks of {block_size + 1} tokens, less than one batch of "
+            f"train.global_batch_size {args.train.global_batch_size}: give more data or lower it"
+        )
+    return Mixture(
+        num_blocks,
+        [source.weight for source in args.data.sources],
+        args.data.seed,
+        [source.fingerprint for source in sources],
+        [source.final_weight for source in args.data.sources],
+        -(-(args.data.ramp_tokens or 0) // block_size),  # the ramp, in samples
+    )
+
+
+def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
+    """The backend of each operation on the device that this run will have."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.train.precision == "float8" and (fault := float8.fault(device)):
+        raise InputError(f"train.precision float8 cannot be used: {fault}")
+    for dataset in datasets if args.data.document_mask else []:
+        if not dataset.eos:
+            raise InputError(f"data.document_mask needs documents that end with eos: prepare {dataset.path} again so")
+    masked = args.data.document_mask
+    return choice.resolve(asdict(args.ops), config, device, precision=args.train.precision, masked=masked)

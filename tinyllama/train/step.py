@@ -1,0 +1,59 @@
+"""One optimizer step: forward and backward passes over the micro-batches, the check of the result, clipping, AdamW."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from lightning.fabric import Fabric
+from lightning.fabric.wrappers import _FabricOptimizer
+from torch import Tensor
+
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.config.args import PretrainArgs
+from tinyllama.model import GPT
+from tinyllama.train.anomaly import Guard
+from tinyllama.train.optim import clip, local_gradients, set_lr
+from tinyllama.train.parallel import sync_gradients
+
+Losses = Callable[[Tensor, Tensor], Tensor]
+"""Input ids and targets, (B, T) int64 each, to the loss summed over the tokens, ()"""
+
+
+@dataclass(frozen=True)
+class TrainStep:
+    """This rank's part of an optimizer step; the recipe calls it, and so does scripts/benchmark_step.py."""
+
+    args: PretrainArgs
+    fabric: Fabric
+    gpt: GPT
+    losses: Losses
+    """the model as Fabric calls it"""
+    optimizer: _FabricOptimizer
+    guard: Guard
+    accumulation: int
+    """micro-batches of a step on this rank"""
+    tokens: int
+    """tokens of a step over the whole world"""
+
+    def __call__(self, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> None:
+        """Train on the next micro-batches of ``batches`` at the learning rate ``lr``, and count them in ``state``.
+
+        Nothing here waits for the device; ``guard.poll`` tells what came of the step.
+        """
+        set_lr(self.optimizer.optimizer, lr)
+        loss_sum = torch.zeros((), device=self.fabric.device)
+        for micro_batch in range(self.accumulation):
+            input_ids, targets = next(batches)
+            sync_gradients(self.gpt, micro_batch == self.accumulation - 1, self.args.parallel)
+            loss = self.losses(input_ids, targets)
+            # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
+            self.fabric.backward(loss * (self.fabric.world_size / self.tokens))
+            loss_sum += loss.detach()
+        state.step += 1
+        state.samples += self.args.train.global_batch_size
+        state.tokens += self.tokens
+        gradients = local_gradients(self.gpt)
+        norm = self.guard.check(state.step, loss_sum, self.tokens, gradients)
+        clip(gradients, norm, self.args.optim.max_norm)
+        self.optimizer.step()  # a step that must not reach the weights leaves them as they are
+        self.optimizer.zero_grad()
