@@ -231,6 +231,8 @@ def test_an_output_that_cannot_be_is_refused_in_one_line(tmp_path, script, step_
 
 
 def test_a_disk_that_fills_up_leaves_nothing(small_disk, tmp_path, script, step_dir):
+    if small_disk.resolve() != small_disk:
+        pytest.skip("needs root: conversions resolve their paths, and that leads out of another namespace")
     hf_folder.write(tmp_path / "hf", given())
     ballast = small_disk / "ballast"
     ballast.write_bytes(bytes(4_000_000))
