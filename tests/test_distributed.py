@@ -1,13 +1,18 @@
 """How many ranks there are, by what srun, torchrun or nobody has set, and launches that cannot be meant."""
 
 import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.args import ParallelArgs
-from tinyllama.distributed import ranks
+from tinyllama.distributed import Preemption, ranks
 
 BATCH = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
 SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "tinyllama"}
@@ -76,3 +81,27 @@ def test_a_launch_that_cannot_be_meant(case: str, monkeypatch: pytest.MonkeyPatc
         ranks(ParallelArgs(devices=devices))
     (fault,) = error.value.args
     assert said in fault
+
+
+@pytest.fixture
+def alone(tmp_path: Path) -> Iterator[None]:
+    """A group of this process, and its signals as they were."""
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {number: signal.getsignal(number) for number in numbers}
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+    for number, handler in before.items():
+        signal.signal(number, handler)
+
+
+@pytest.mark.parametrize(
+    ("inherited", "by"), [(signal.default_int_handler, "SIGINT"), (signal.SIG_IGN, None)], ids=["answered", "ignored"]
+)
+def test_ctrl_c_that_a_script_has_turned_off_stays_off(alone: None, inherited: Any, by: str | None) -> None:
+    signal.signal(signal.SIGINT, inherited)
+    preemption = Preemption()
+    os.kill(os.getpid(), signal.SIGINT)
+    assert preemption.asked() == by
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert preemption.asked() == "SIGTERM"
