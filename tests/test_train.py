@@ -289,7 +289,7 @@ def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Pat
     assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", card[2])
     assert card[3].startswith("time     since this start: training ")
     assert card[4] == f"saved    {out}/checkpoints/step-00000007"
-    assert re.fullmatch(r"next     torchrun \.\.\. \S*rank\.py    # goes on from there", card[5])
+    assert re.fullmatch(r"next     torchrun \.\.\. .*rank\.py'?    # goes on from there", card[5])
     assert card[7].split() == ["python", "scripts/report.py", str(out)]
     assert card[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
     event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
