@@ -197,7 +197,7 @@ def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], 
     [
         ("done", "done"),
         ("stop", "stopped"),
-        ("checkpoint", "not ended; last row 2001-09-09 "),
+        ("checkpoint", "not ended; last row 2001-09-09 01:46 UTC"),
         (None, "not ended; last"),
     ],
 )

@@ -77,12 +77,12 @@ def open_weights(
 
 def read_state(step_dir: Path) -> dict[str, Any]:
     """What state.json says."""
-    return json.loads((step_dir / "state.json").read_text())
+    return json.loads((step_dir / "state.json").read_text(encoding="utf-8"))
 
 
 def read_settings(step_dir: Path) -> dict[str, Any]:
     """What config.yaml says."""
-    return yaml.safe_load((step_dir / "config.yaml").read_text())
+    return yaml.safe_load((step_dir / "config.yaml").read_text(encoding="utf-8"))
 
 
 def read_model_config(step_dir: Path) -> ModelConfig:
@@ -128,7 +128,7 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
     """
     stopped = out_dir / "STOPPED"
     if stopped.exists():
-        why = stopped.read_text(errors="replace").strip()
+        why = stopped.read_text(encoding="utf-8", errors="replace").strip()
         raise InputError(
             f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
             "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"

@@ -22,7 +22,7 @@ class Tracker:
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._say = say
         self._file = run.out_dir / "wandb.json"
-        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        known = json.loads(self._file.read_text(encoding="utf-8")) if self._file.exists() else {}
         self.id: str = known.get("id") or saved_id(run) or secrets.token_hex(4)
         self._sent: int = known.get("step", -1)
         self._run: Any = None
@@ -52,7 +52,7 @@ class Tracker:
         numbers = {name: float(value) for name, value in row.items() if value not in (None, "")}
         self._guarded(lambda: self._run.log(numbers, step=step))
         self._sent = step
-        self._file.write_text(json.dumps({"id": self.id, "step": step}))
+        self._file.write_text(json.dumps({"id": self.id, "step": step}), encoding="utf-8")
 
     def finish(self) -> None:
         """Hand over what is left, for at most FINISH_TIMEOUT seconds."""

@@ -239,7 +239,7 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
 
 def _read_bad(output: Path, one: Input) -> str:
     try:
-        return (output / f"{one.shard}{_BAD}").read_text()
+        return (output / f"{one.shard}{_BAD}").read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
 
