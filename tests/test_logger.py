@@ -170,7 +170,11 @@ def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pyte
 def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     """The same through a pseudo-terminal."""
     reader, writer = pty.openpty()
-    with os.fdopen(writer, "w") as terminal, contextlib.redirect_stdout(terminal), pytest.MonkeyPatch.context() as env:
+    with (
+        os.fdopen(writer, "w", encoding="utf-8") as terminal,
+        contextlib.redirect_stdout(terminal),
+        pytest.MonkeyPatch.context() as env,
+    ):
         env.setenv("TERM", "xterm-256color")
         env.setenv("COLUMNS", "60")  # as narrow as a phone's
         show_card("pretrain", start_card(run, 1, 1, "master float32", ["here: rank 0"]))
