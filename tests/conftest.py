@@ -3,6 +3,7 @@
 import io
 import os
 import re
+import resource
 import signal
 import subprocess
 from collections.abc import Iterator
@@ -29,7 +30,7 @@ _INHERITED = re.compile(
 
 @pytest.fixture(scope="session", autouse=True)
 def _as_from_a_plain_shell() -> Iterator[None]:
-    """The environment and the signals of a shell in the foreground, here and in every process that a test starts.
+    """The environment, signals and limits of a shell in the foreground, here and in every process that a test starts.
 
     A script that starts the tests in the background leaves SIGINT ignored, as nohup does SIGHUP, which no test needs.
     """
@@ -37,6 +38,8 @@ def _as_from_a_plain_shell() -> Iterator[None]:
         if signal.getsignal(number) == signal.SIG_IGN:
             signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # ranks that many tests share keep their groups' sockets
     with pytest.MonkeyPatch.context() as patch:
         for name in filter(_INHERITED.fullmatch, list(os.environ)):
             patch.delenv(name)
