@@ -1,4 +1,5 @@
 import itertools
+import struct
 import threading
 import time
 import tracemalloc
@@ -44,7 +45,7 @@ def loader(datasets, weights=(0.693584, 0.306416), num_blocks=None, **changes):
     num_blocks = num_blocks or [dataset.num_blocks(T) for dataset in datasets]
     mixture = Mixture(num_blocks, weights[: len(datasets)], 0, [dataset.fingerprint for dataset in datasets])
     sizes = {"global_batch_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 1, "start_sample": 0}
-    return Loader(datasets, mixture, block_size=T, vocab_size=VOCAB, **{**sizes, **changes})
+    return Loader(datasets, mixture, block_size=T, **{"vocab_size": VOCAB, **sizes, **changes})
 
 
 def on_cpu(batches):
@@ -140,6 +141,52 @@ def test_sources_of_different_dtypes_in_one_batch(tmp_path):
     assert {token // 50_000 for token in seen.values()} == {0, 1}
 
 
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_ids_above_65535_beside_a_uint16_source(tmp_path, wide_first):
+    datasets = [
+        pack(tmp_path / "narrow", numbers(5)),
+        pack(tmp_path / "wide", numbers(5, first=70_000), vocab_size=80_000),
+    ][:: -1 if wide_first else 1]
+    blocks = [4 * block for block in range(5)] + [70_000 + 4 * block for block in range(5)]
+    with loader(datasets, weights=(1, 1), vocab_size=80_000) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert set(seen.values()) <= set(blocks)
+    assert {token // 70_000 for token in seen.values()} == {0, 1}
+    sizes = {"block_size": T, "vocab_size": 80_000, "micro_batch_size": 5, "rank": 0, "world_size": 1}
+    assert sorted(rows(validation_batches(datasets, max_samples=None, **sizes)).values()) == blocks
+
+
+def test_a_batch_larger_than_what_is_located_at_once(two):
+    world, steps = 2, 2
+    size = 8192 + 8 * world  # samples of a step
+    mixture = Mixture([BLOCKS, 11], [2, 1], 0, [dataset.fingerprint for dataset in two])
+    source, _, block = mixture.locate(np.arange(steps * size))
+    first = (source * 10_000 + 4 * block).reshape(steps, world, size // world)
+    for rank in range(world):
+        sizes = {"global_batch_size": size, "micro_batch_size": 8, "rank": rank, "world_size": world}
+        batches = loader(two, weights=(2, 1), **sizes)
+        taken = []
+        while len(taken) < steps * size // world // 8:
+            taken += batches._ready.get(timeout=60)  # rather than wait for ever for a thread that finds no steps
+        batches.close()
+        tokens = torch.cat([batch.tokens for batch in taken]).to(torch.int64)[: steps * size // world]
+        assert tokens[:, 0].tolist() == first[:, rank].ravel().tolist()
+
+
+def test_a_signed_chunk_file_with_a_negative_id(tmp_path):
+    (tmp_path / "lit").mkdir()
+    tokens = numbers(2, rest=0).astype("<i4")
+    tokens[6] = -3
+    (tmp_path / "lit" / "a.bin").write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, 4, len(tokens)) + tokens.tobytes())
+    dataset = open_packed(tmp_path / "lit")
+    sizes = {"block_size": T, "vocab_size": VOCAB, "micro_batch_size": 2, "rank": 0, "world_size": 1}
+    message = "lit: token -3 at position 6 is outside the vocabulary of 60000"
+    with pytest.raises(InputError, match=message):
+        list(validation_batches([dataset], max_samples=None, **sizes))
+    with loader([dataset]) as batches, pytest.raises(InputError, match=message):
+        list(itertools.islice(batches, 2))
+
+
 def test_token_outside_the_vocabulary(tmp_path):
     tokens = numbers(BLOCKS)
     tokens[41] = 65_000
@@ -157,6 +204,16 @@ def test_token_outside_the_vocabulary(tmp_path):
 def test_a_defect_in_the_thread_reaches_the_consumer(two):
     with loader(two, num_blocks=[10**6, 10**6]) as batches, pytest.raises(IndexError, match="block outside"):
         list(itertools.islice(batches, 4))
+
+
+def test_whatever_ends_the_thread_reaches_the_consumer(two, monkeypatch):
+    def stop(*arguments):
+        raise SystemExit("not an Exception")
+
+    monkeypatch.setattr(two[0], "blocks", stop)
+    batches = loader(two[:1])
+    assert isinstance(batches._ready.get(timeout=60), SystemExit)  # iterating would wait for ever for it
+    batches.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
