@@ -173,6 +173,17 @@ def test_a_batch_larger_than_what_is_located_at_once(two):
         assert tokens[:, 0].tolist() == first[:, rank].ravel().tolist()
 
 
+@pytest.mark.parametrize("signed_first", [False, True])
+def test_signed_chunk_files_beside_a_uint16_source(tmp_path, signed_first):
+    (tmp_path / "lit").mkdir()
+    tokens = numbers(5, rest=0).astype("<i2")
+    (tmp_path / "lit/a.bin").write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, 3, len(tokens)) + tokens.tobytes())
+    datasets = [pack(tmp_path / "a", numbers(5, first=50_000)), open_packed(tmp_path / "lit")]
+    with loader(datasets[:: -1 if signed_first else 1], weights=(1, 1)) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert {token // 50_000 for token in seen.values()} == {0, 1}
+
+
 def test_a_signed_chunk_file_with_a_negative_id(tmp_path):
     (tmp_path / "lit").mkdir()
     tokens = numbers(2, rest=0).astype("<i4")
