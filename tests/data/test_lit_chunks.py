@@ -56,7 +56,7 @@ def test_lit_chunk_faults_are_told_together(tmp_path):
     with pytest.raises(InputError) as error:
         open_packed(tmp_path)
     faults = {Path(fault.split()[0]).name: fault for fault in error.value.args}
-    assert sorted(faults) == ["a.bin", "c.bin", "d.bin", "e.bin", "e2.bin", "e3.bin", "e4.bin", "f.bin", "g.bin", "h.bin", "i.bin"]
+    assert sorted(faults) == [f"{name}.bin" for name in "a c d e e2 e3 e4 f g h i".split()]
     for name in ("a.bin", "e4.bin", "h.bin", "i.bin"):
         assert "is not a chunk file" in faults[name]
     assert "holds int32 tokens but b.bin uint16" in faults["c.bin"]
