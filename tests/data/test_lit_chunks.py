@@ -21,6 +21,8 @@ def test_lit_chunks_read_as_one_stream(tmp_path):
     write_chunk(tmp_path / "train_slim_1_0000000000.bin", [7, 8])
     write_chunk(tmp_path / "train_slim_0_0000000001.bin", [4, 5, 65535])
     write_chunk(tmp_path / "train_slim_0_0000000000.bin", [1, 2, 3])
+    (tmp_path / "notes.txt").write_text("of another kind")
+    (tmp_path / "recycle_bin").write_text("of another kind")
     dataset = open_packed(tmp_path)
     assert dataset.read(0, 8).tolist() == [1, 2, 3, 4, 5, 65535, 7, 8]
     assert dataset.blocks(np.array([1, 0]), 2).tolist() == [[4, 5, 65535], [1, 2, 3]]
@@ -56,7 +58,7 @@ def test_lit_chunk_faults_are_told_together(tmp_path):
     with pytest.raises(InputError) as error:
         open_packed(tmp_path)
     faults = {Path(fault.split()[0]).name: fault for fault in error.value.args}
-    assert sorted(faults) == [f"{name}.bin" for name in "a c d e e2 e3 e4 f g h i".split()]
+    assert sorted(faults) == [f"{name}.bin" for name in ("a", "c", "d", "e", "e2", "e3", "e4", "f", "g", "h", "i")]
     for name in ("a.bin", "e4.bin", "h.bin", "i.bin"):
         assert "is not a chunk file" in faults[name]
     assert "holds int32 tokens but b.bin uint16" in faults["c.bin"]

@@ -156,9 +156,9 @@ def test_ids_above_65535_beside_a_uint16_source(tmp_path, wide_first):
     assert sorted(rows(validation_batches(datasets, max_samples=None, **sizes)).values()) == blocks
 
 
-def test_a_batch_larger_than_what_is_located_at_once(two):
-    world, steps = 2, 2
-    size = 8192 + 8 * world  # samples of a step
+@pytest.mark.parametrize("size", [3008, 8208])  # 8,192 samples, or one step, are located at once
+def test_batches_of_thousands_of_samples(two, size):
+    world, steps = 2, 3
     mixture = Mixture([BLOCKS, 11], [2, 1], 0, [dataset.fingerprint for dataset in two])
     source, _, block = mixture.locate(np.arange(steps * size))
     first = (source * 10_000 + 4 * block).reshape(steps, world, size // world)
@@ -182,6 +182,21 @@ def test_signed_chunk_files_beside_a_uint16_source(tmp_path, signed_first):
     with loader(datasets[:: -1 if signed_first else 1], weights=(1, 1)) as batches:
         seen = rows(itertools.islice(batches, 8))
     assert {token // 50_000 for token in seen.values()} == {0, 1}
+
+
+def test_ids_of_a_uint16_source_alone(tmp_path):
+    dataset = pack(tmp_path / "high", numbers(5, first=40_000))
+    with loader([dataset]) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert set(seen.values()) == {40_000 + 4 * block for block in range(5)}
+
+
+def test_a_token_outside_the_vocabulary_beside_another_source(two, tmp_path):
+    tokens = numbers(11)
+    tokens[4 * 10 + 1] = VOCAB
+    dataset = pack(tmp_path / "damaged", tokens, num_shards=2, vocab_size=VOCAB + 1)
+    with pytest.raises(InputError, match="damaged: token 60000 at position 41 is outside"):
+        validate([two[1], dataset], 1, 22)
 
 
 def test_a_signed_chunk_file_with_a_negative_id(tmp_path):
@@ -339,6 +354,9 @@ def test_validation_samples_are_spread_evenly(two):
     seen, _, batches = validate(two, 2, 2, max_samples=5)
     assert seen == {0: 0, 1: 4 * 8, 2: 4 * 16, 3: 4 * 24, 4: 10_000 + 4 * 3}  # blocks 0, 8, 16, 24, 32 of 40
     assert batches == 2
+    blocks = [0, 5, 11, 17, 22, 28, 34]  # 40 / 7 apart
+    expected = [4 * block if block < BLOCKS else 10_000 + 4 * (block - BLOCKS) for block in blocks]
+    assert list(validate(two, 1, 2, max_samples=7)[0].values()) == expected
     assert validate(two, 2, 2, max_samples=40) == validate(two, 2, 2, max_samples=1000) == validate(two, 2, 2)
 
 

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinyllama import InputError
+from tinyllama.data import facts
 from tinyllama.data.packed import ShardWriter, open_packed, read_shard_info, write_manifest
 
 FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "sentencepiece", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
@@ -316,12 +317,15 @@ def test_the_fingerprint_never_changes(tmp_path):
     expected = hashlib.blake2b(stream.encode(), digest_size=32).hexdigest()
     assert open_packed(tmp_path).fingerprint == json.loads((tmp_path / "manifest.json").read_text())["fingerprint"]
     assert open_packed(tmp_path).fingerprint == expected
+    stream = b'{"dtype": "uint32", "shards": [[5, "ab"]]}'
+    expected = hashlib.blake2b(stream, digest_size=32).hexdigest()
+    assert facts.fingerprint("uint32", [{"name": "a", "tokens": 5, "documents": 1, "blake2b": "ab"}]) == expected
 
 
 def test_facts_are_the_same_bytes_whatever_their_order(tmp_path):
-    for number, facts in enumerate(({"x": 1, "y": {"a": 1, "b": 2}}, {"y": {"b": 2, "a": 1}, "x": 1})):
+    for number, more in enumerate(({"x": 1, "y": {"a": 1, "b": 2}}, {"y": {"b": 2, "a": 1}, "x": 1})):
         (tmp_path / str(number)).mkdir()
-        write_shard(tmp_path / str(number), "a", [[1]], **facts)
-        write_manifest(tmp_path / str(number), ["a"], **facts)
+        write_shard(tmp_path / str(number), "a", [[1]], **more)
+        write_manifest(tmp_path / str(number), ["a"], **more)
     for name in ("a.json", "manifest.json"):
         assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()

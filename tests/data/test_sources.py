@@ -334,3 +334,24 @@ def test_find_inputs_faults(tmp_path):
     assert "dangling.txt: cannot be opened (a link to nothing" in dangling
     assert "x--y--z.txt" in twice
     assert "rename" in twice
+
+
+def test_files_of_a_cache_count_where_no_dataset_was_saved(tmp_path):
+    touch(tmp_path / "saved/state.json", tmp_path / "saved/cache-1.arrow", tmp_path / "saved/data-0.arrow")
+    touch(tmp_path / "other/cache-1.arrow")
+    assert [one.name for one in find_inputs(tmp_path, ENDINGS)] == ["other/cache-1.arrow", "saved/data-0.arrow"]
+
+
+def test_names_and_sizes_at_a_url(tmp_path):
+    touch(tmp_path / "go/sub/a.txt", tmp_path / "b.txt", tmp_path / "notes.md")
+    (tmp_path / "b.txt").write_bytes(bytes(321))
+    found = find_inputs(f"file://{tmp_path}", ENDINGS)
+    assert found == [
+        Input(f"file://{tmp_path}/b.txt", "b.txt", 321),
+        Input(f"file://{tmp_path}/go/sub/a.txt", "go/sub/a.txt", 5),
+    ]
+    assert find_inputs(f"file://{tmp_path}/b.txt", ENDINGS) == found[:1]
+    with found[0].fetched() as path:
+        assert path.read_bytes() == bytes(321)
+        assert path.parent != tmp_path
+    assert not path.exists()
