@@ -173,6 +173,20 @@ def test_merges_go_by_score(tmp_path):
         assert bare.encode(text).ids == tokenizer.encode(text), text
 
 
+def test_unused_pieces_are_none_that_text_becomes(tmp_path):
+    pytest.importorskip("google.protobuf")
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(train(tmp_path / "plain.model").read_bytes())
+    piece = next(piece for piece in proto.pieces if piece.piece == "he")
+    piece.type = piece.UNUSED
+    (tmp_path / "other.model").write_bytes(proto.SerializeToString())
+    assert set(Tokenizer(tmp_path / "plain.model").pieces()) - set(Tokenizer(tmp_path / "other.model").pieces()) == {
+        "he"
+    }
+
+
 def test_empty_text_gives_no_ids(tokenizer):
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""
