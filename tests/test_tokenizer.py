@@ -134,7 +134,9 @@ def test_ids_are_sentencepieces_and_decode_back(tokenizer, model, text):
 def test_ids_of_utf8_are_those_of_the_text(tokenizer, model):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
     for text in ADVERSARIAL:
-        assert tokenizer.encode_utf8(text.encode()).tolist() == reference.encode(text), text
+        ids = tokenizer.encode_utf8(text.encode())
+        assert ids.dtype in (np.int32, np.uint32)  # those of no text too
+        assert ids.tolist() == reference.encode(text), text
 
 
 def test_pieces_are_those_that_text_becomes(model, hf_json):
@@ -152,6 +154,14 @@ def test_json_without_added_tokens_encodes_alike(tokenizer, model):
     assert bare.get_vocab() == {reference.id_to_piece(i): i for i in range(reference.vocab_size())}
     for text in ADVERSARIAL:
         assert bare.encode(text).ids == reference.encode(text), text
+
+
+def test_json_of_a_model_without_bytes_has_one_unknown_for_many(tmp_path):
+    tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=False, vocab_size=120))
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    text = "the 漢字かな交じり文 dog"
+    assert tokenizer.encode(text).count(0) == 1
+    assert bare.encode(text).ids == tokenizer.encode(text)
 
 
 def test_merges_go_by_score(tmp_path):
