@@ -192,11 +192,11 @@ def test_ids_of_a_uint16_source_alone(tmp_path):
 
 
 def test_a_token_outside_the_vocabulary_beside_another_source(two, tmp_path):
-    tokens = numbers(11)
-    tokens[4 * 10 + 1] = VOCAB
+    tokens = numbers(25)
+    tokens[4 * 20 + 1] = VOCAB
     dataset = pack(tmp_path / "damaged", tokens, num_shards=2, vocab_size=VOCAB + 1)
-    with pytest.raises(InputError, match="damaged: token 60000 at position 41 is outside"):
-        validate([two[1], dataset], 1, 22)
+    with pytest.raises(InputError, match="damaged: token 60000 at position 81 is outside"):
+        validate([two[1], dataset], 1, 36)
 
 
 def test_a_signed_chunk_file_with_a_negative_id(tmp_path):
