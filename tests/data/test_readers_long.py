@@ -149,9 +149,8 @@ def test_faults_of_arrow_files(tmp_path):
             list(Source(path, Fields(key)))
         return str(info.value)
 
-    write_arrow(
-        path, [pa.record_batch({"a": ["x", "y"], "id": [1, 2]}), pa.record_batch({"a": ["z", None], "id": [3, 4]})]
-    )
+    columns = [{"a": ["x", "y"], "id": [1, 2], "b": [b"x", b"y"]}, {"a": ["z", None], "id": [3, 4], "b": [b"", b""]}]
+    write_arrow(path, [pa.record_batch(batch) for batch in columns])
     assert f"{path}: row 4: 'a' is null, not a string" in fault("a")
     assert "column 'id' holds int64, not strings" in fault("id")
     assert "column 'b' holds binary, not strings" in fault("b")
