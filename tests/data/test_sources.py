@@ -149,6 +149,14 @@ def test_damaged_zst(tmp_path):
     fault(path)
 
 
+def test_damaged_gz(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(jsonl(["a", "b"]))
+    for damaged in (whole[:10] + b"\xff" * 20 + whole[30:], whole[:-8] + bytes(8)):  # no such block; no such sum
+        path.write_bytes(damaged)
+        assert "cannot be read" in fault(path)
+
+
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
 def test_git_lfs_pointer(tmp_path, ending):
     path = tmp_path / f"a{ending}"
