@@ -102,6 +102,15 @@ def test_zst_of_any_frames_is_their_concatenation(tmp_path_factory, parts, level
     assert read(path) == texts
 
 
+def test_zst_of_more_frames_than_are_read_at_once(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(5000).hex() for _ in range(60)]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(jsonl([text])) for text in texts))
+    assert path.stat().st_size > 4 << 16
+    assert read(path) == texts
+
+
 def test_gz_of_many_members(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(b"".join(gzip.compress(jsonl([text])) for text in TEXTS))
@@ -146,7 +155,7 @@ def test_damaged_zst(tmp_path):
     payload[len(payload) // 2] ^= 0xFF
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(payload)
-    fault(path)
+    assert "cannot be read" in fault(path)
 
 
 def test_damaged_gz(tmp_path):
