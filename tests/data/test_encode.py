@@ -202,7 +202,16 @@ def test_a_tokenizer_of_which_no_cut_is_known(tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("wrong", [lambda ids: np.array([5]), lambda ids: ids[::-1], lambda ids: ids[:-1]])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda ids: np.array([5]),
+        lambda ids: ids[::-1],
+        lambda ids: ids[:-1],
+        lambda ids: ids + (np.arange(len(ids)) == 0),  # the first alone
+        lambda ids: ids + (np.arange(len(ids)) == len(ids) - 1),
+    ],
+)
 def test_a_wrong_encoder_is_found_while_it_runs(tokenizer_file, wrong):
     tokenizer = Tokenizer(tokenizer_file)
     encoder = Encoder(tokenizer, "sentencepiece")
