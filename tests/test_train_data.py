@@ -15,6 +15,7 @@ from tinyllama import InputError
 from tinyllama.args import (
     DataArgs,
     ModelArgs,
+    OpsArgs,
     OptimArgs,
     ParallelArgs,
     PretrainArgs,
@@ -109,12 +110,14 @@ def test_a_ramp_in_tokens_is_one_in_samples(recipe, settings) -> None:
     assert run.mixture.fingerprint == expected.fingerprint
 
 
-def test_facts_of_the_data_and_the_tokenizer(recipe, settings) -> None:
+def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None:
     one, two = (open_packed(source.path).fingerprint for source in settings.data.sources)
     run = recipe.setup(settings)
     sources = [{"weight": 0.7, "fingerprint": one}, {"weight": 0.3, "fingerprint": two}]
     assert run.data_facts() == {"data": {"seed": 3407, "sources": sources}, "model": asdict(run.config)}
     assert run.tokenizer_facts() == {"tokenizer_sha256": "0" * 64, "bos_id": 1, "eos_id": 2}
+    chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
+    assert recipe.setup(data(settings, validation=chunks)).tokenizer_facts() == run.tokenizer_facts()
     facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_facts()["data"]
     sources = [sources[0] | {"final_weight": None}, sources[1] | {"final_weight": 0.8}]
     assert facts == {"seed": 3407, "sources": sources, "ramp_tokens": 999}
@@ -177,6 +180,8 @@ def test_a_document_mask_needs_eos_in_every_dataset(recipe, settings, pack, tmp_
     recipe.setup(bare)
     (fault,) = faults(recipe, data(bare, document_mask=True))
     assert "bare again so" in fault
+    (fault,) = faults(recipe, data(replace(settings, ops=OpsArgs(attention="sdpa_cudnn")), document_mask=True))
+    assert "ops.attention sdpa_cudnn takes no document mask" in fault
     (fault,) = faults(recipe, data(settings, restart_positions=True))
     assert "data.restart_positions is true and data.document_mask is not" in fault
 

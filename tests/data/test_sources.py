@@ -318,6 +318,11 @@ def test_find_inputs_in_order_of_their_shards(tmp_path):
     assert inputs[1] == Input(str(tmp_path / "chunk10/sub/c.jsonl.zst"), "chunk10/sub/c.jsonl.zst", 11)
 
 
+def test_inputs_are_in_order_of_their_shards_not_of_their_paths(tmp_path):
+    touch(tmp_path / "a-b/x.txt", tmp_path / "a/x.txt")  # "-" comes before "/", and before "b"
+    assert [one.shard for one in find_inputs(tmp_path, ENDINGS)] == ["a--x.txt", "a-b--x.txt"]
+
+
 def test_find_inputs_of_some_folders_or_one_file(tmp_path):
     touch(*(tmp_path / name for name in ("python/a.parquet", "go/a.parquet", "c/a.parquet")))
     assert [one.name for one in find_inputs(tmp_path, (".parquet",), ["python", "go", "go"])] == [
@@ -334,7 +339,8 @@ def test_find_inputs_faults(tmp_path):
         return info.value.args
 
     touch(tmp_path / "notes.md", tmp_path / "go/a.parquet")
-    assert [str(tmp_path / "gone") in fault for fault in faults(tmp_path / "gone", ENDINGS)] == [True]
+    (message,) = faults(tmp_path / "gone", ENDINGS)
+    assert f"{tmp_path / 'gone'}: cannot be listed (No such file or directory)" in message
     (message,) = faults(tmp_path, (".jsonl", ".txt"))
     assert f"{tmp_path}: no file ending in .jsonl or .txt" in message
     assert "rename files of plain text to .txt or put them into a .jsonl" in message
