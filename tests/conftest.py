@@ -93,6 +93,26 @@ def packed_folder(tmp_path: Path):
     return pack
 
 
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparation does in this process, input by input, what a worker does in its own: no time goes to starting one."""
+    from tinyllama import InputError
+    from tinyllama.data import prepare
+    from tinyllama.data.encode import Mismatch
+
+    def over_workers(todo, setup, recipe, workers):
+        work = setup(recipe)
+        for one in todo:
+            try:
+                yield one, work(one)
+            except InputError as error:
+                yield one, error
+            except Mismatch as error:
+                yield one, Mismatch(f"{one.path}: {error}")
+
+    monkeypatch.setattr(prepare, "over_workers", over_workers)
+
+
 @pytest.fixture(scope="session")
 def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> Path:
     """A real checkpoint of models.py's weights, without training one."""

@@ -8,7 +8,6 @@ can be traced to its shards.
 
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -72,6 +71,7 @@ class _Recipe:
     eos_id: int | None
     fields: Fields
     policy: Info  # facts of every shard: one that says otherwise is of another dataset
+    slow: str  # which encoder ``auto`` fell back to, and why; "": it did not
 
 
 def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
@@ -137,6 +137,7 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
                 marker.unlink(missing_ok=True)
     lines = [summary.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
     new = len(todo) - len(bad) if todo else 0
+    lines += [recipe.slow] * bool(new and recipe.slow)
     lines.append(
         f"{output}: {len(infos):,} shards ({new:,} new), {summary.counts(infos.values())}, "
         f"{summary.duration(time.monotonic() - started)}"
@@ -152,8 +153,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
                 f"{used.path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
             )
     encoder = Encoder(used, options.encoder)
-    if encoder.fell_back and not options.finish:
-        print(f"encoder: {encoder.name}, not the fast one: {encoder.fell_back}", file=sys.stderr, flush=True)
+    slow = f"encoded by {encoder.name}, not ten times as fast: {encoder.fell_back}" if encoder.fell_back else ""
     policy = {
         "tokenizer_sha256": used.sha256,
         "encoder": used.encoder,
@@ -168,7 +168,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
     }
     chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
     bos_id, eos_id = used.bos_id if options.bos else None, used.eos_id if options.eos else None
-    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy)
+    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy, slow)
 
 
 def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
