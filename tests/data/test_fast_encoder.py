@@ -1,4 +1,4 @@
-"""A fast encoder beside the reference, and what is done where they differ: with a small library in gigatoken's place."""
+"""The fast encoder beside the reference, and what is done where they differ; a small library stands for gigatoken."""
 
 import os
 import subprocess
@@ -51,7 +51,9 @@ def library(tmp_path, monkeypatch):
     (folder / "gigatoken" / "__init__.py").touch()
     (folder / "gigatoken" / "gigatoken_rs.py").write_text(LIBRARY)
     (folder / "gigatoken-9.9.dist-info").mkdir()
-    (folder / "gigatoken-9.9.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: gigatoken\nVersion: 9.9\n")
+    (folder / "gigatoken-9.9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: gigatoken\nVersion: 9.9\n"
+    )
     for name in [name for name in sys.modules if name.partition(".")[0] == "gigatoken"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.syspath_prepend(str(folder))
@@ -89,7 +91,9 @@ def test_the_fast_one_is_taken_and_gives_the_reference_s_ids(library, tokenizer_
     assert len(made()) == 2
 
 
-@pytest.mark.parametrize(("place", "found"), [(0, True), (1, False), (999, False), (1000, True), (1001, False), (2000, True)])
+@pytest.mark.parametrize(
+    ("place", "found"), [(0, True), (1, False), (999, False), (1000, True), (1001, False), (2000, True)]
+)
 def test_every_thousandth_document_is_encoded_by_both(library, tokenizer_file, place, found):
     encoder = Encoder(Tokenizer(tokenizer_file), "fast")
     texts = ["a"] * 2500
@@ -163,7 +167,9 @@ def test_the_note_tells_another_reason(library, tokenizer_file, tmp_path, monkey
     monkeypatch.setenv("FAST_IS_WRONG_FOR", "line one")
     inputs = find_inputs(write(tmp_path / "in", {"a.txt": "a"}), ENDINGS)
     summary = prepare(inputs, Fields(), Options(tokenizer_file, tmp_path / "out"))
-    reason = f"gigatoken gives other ids than {tokenizer_file} for b'line one\\r\\nline two\\r\\n': use --encoder sentence"
+    reason = (
+        f"gigatoken gives other ids than {tokenizer_file} for b'line one\\r\\nline two\\r\\n': use --encoder sentence"
+    )
     assert f", not ten times as fast: {reason}piece\n" in summary
     assert open_packed(tmp_path / "out").read(0, 2).tolist() == [*Tokenizer(tokenizer_file).encode("a"), 2]
 

@@ -1,5 +1,6 @@
 """What a preparation says of itself, and what it refuses: each fact, setting and mark on its own."""
 
+import contextlib
 import hashlib
 import json
 import os
@@ -341,9 +342,13 @@ def test_a_pipe_that_breaks_is_no_fault_of_the_output(tmp_path, tokenizer_file, 
     source = write(tmp_path / "in", {"a.jsonl": ["a"]})
     read, end = os.pipe()
     os.close(read)
-    with pytest.raises(BrokenPipeError), os.fdopen(end, "w") as stderr:
-        monkeypatch.setattr(sys, "stderr", stderr)
-        pack(source, tokenizer_file, tmp_path / "out")
+    stderr = os.fdopen(end, "w")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", stderr)
+        with pytest.raises(BrokenPipeError):
+            pack(source, tokenizer_file, tmp_path / "out")
+    with contextlib.suppress(BrokenPipeError):  # of what is in its buffer
+        stderr.close()
 
 
 def test_no_document_in_some_of_the_inputs_is_no_fault(tmp_path, tokenizer_file):
@@ -365,7 +370,9 @@ def test_a_tokenizer_without_the_token_that_is_asked_for(tmp_path, name):
     asked = {"bos": True, "eos": True} | {("eos" if name == "bos" else "bos"): False}
     message = refused(source, tmp_path / "tokenizer.json", tmp_path / "out", **asked)
     path = tmp_path / "tokenizer.json"
-    assert message == f"{path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
+    assert (
+        message == f"{path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
+    )
     pack(source, path, tmp_path / "out", **{name: False, ("eos" if name == "bos" else "bos"): True})
     expected = [2, 0] if name == "eos" else [0, 2]
     assert open_packed(tmp_path / "out").read(0, 2).tolist() == expected
