@@ -299,3 +299,23 @@ def test_command_help_and_bad_arguments(tmp_path):
     done = command(tmp_path, "--verfy")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*--verfy.*\n", done.stderr)
+
+
+def test_the_command_shows_text_and_large_numbers(tokenizer_file, tmp_path, script):
+    from tinyllama.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_file)
+    documents = [[*tokenizer.encode("the llama"), 2]] * 1000
+    folder = dataset(tmp_path / "x", {"a": documents[1:], "b": documents[:1]}, 400, tokenizer_sha256=tokenizer.sha256)
+    code, out, err = script("inspect_packed", folder, "--tokenizer", tokenizer_file)
+    assert (code, err) == (0, "")
+    figures = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
+    tokens = 1000 * len(documents[0])
+    assert (figures["shards"], figures["documents"], figures["tokens"]) == ("2", "1,000", f"{tokens:,}")
+    assert figures["mean_document_length"] == f"{len(documents[0])}.0"
+    assert figures["begins"].startswith("'the llama the llama")
+    assert not any(line.startswith("verified") for line in out.splitlines())
+    assert len({line.index(value) for line, value in zip(out.splitlines(), figures.values(), strict=True)}) == 1
+    _, out, _ = script("inspect_packed", folder, "--verify")
+    assert out.splitlines()[-1] == "verified: the 2 shards are what was written"
+    assert "begins" not in out
