@@ -174,6 +174,9 @@ def test_a_shard_of_any_other_setting_is_refused(tmp_path, tokenizer_file, key, 
     assert refused(source, tokenizer_file, output) == message
     assert refused(source, tokenizer_file, output, finish=True) == message
     assert (output / "manifest.json").exists()
+    if now is not None:  # one that does not say is of another setting too
+        path.write_text(json.dumps({name: value for name, value in facts(output, "b.jsonl").items() if name != key}))
+        assert f"{key} was None for shard b.jsonl and is {now!r} now" in refused(source, tokenizer_file, output)
 
 
 def test_the_seed_counts_only_where_a_fraction_is_drawn(tmp_path, tokenizer_file):
