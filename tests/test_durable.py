@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -59,7 +60,8 @@ def test_a_file_is_on_the_disk_before_it_has_its_name(tmp_path, disk):
 def test_temporary_names_are_beside_the_file_and_all_different(tmp_path):
     names = [durable.temporary(tmp_path / "a.json") for _ in range(100)]
     assert len(set(names)) == 100
-    assert all(path.match(f"{tmp_path}/a.json.????????.tmp") for path in names)
+    assert {path.parent for path in names} == {tmp_path}
+    assert all(re.fullmatch(r"a\.json\.[0-9a-f]{8}\.tmp", path.name) for path in names)
 
 
 @pytest.mark.parametrize("failing", ["fsync", "replace"])
