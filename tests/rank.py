@@ -3,7 +3,9 @@
 Starting ranks and importing torch takes seconds, a tiny run a fraction of one. `World` in test_train.py starts it.
 """
 
+import collections
 import contextlib
+import gc
 import hashlib
 import io
 import itertools
@@ -19,8 +21,9 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyllama import InputError, checkpointer, cli
+from tinyllama import InputError, checkpointer, cli, watchdog
 from tinyllama.args import PretrainArgs
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "pretrain"))
@@ -30,6 +33,62 @@ import train as recipe
 def train(argv: list[str]) -> int:
     """The whole recipe; gives its exit code."""
     return recipe.main(recipe.setup(cli.parse(PretrainArgs, argv)))
+
+
+class _Calls(TorchDispatchMode):
+    """How often each of PyTorch's operations has been called, collectives among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "_base_" in name:  # a collective from one tensor to another, which is so many times as large, or as small
+            name += f" over {max(args[0].numel(), args[1].numel()) // min(args[0].numel(), args[1].numel())}"
+        self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_watched(argv: list[str]) -> dict[str, Any]:
+    """The recipe; gives how often a step's passes call each operation, and what Python's collector does at which step.
+
+    ``watchdog.GC_INTERVAL`` is 2, so that a run of a few steps has collections.
+    """
+    gc.unfreeze()
+    gc.enable()
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    calls, seen = _Calls(), {"steps": [], "graphs": [], "collector": [], "collected_at": []}
+    set_lr, judge, collect = recipe.set_lr, recipe.Guard.judge, recipe.collect_gc
+
+    def begin(optimizer: Any, lr: float) -> None:
+        calls.counts.clear()
+        set_lr(optimizer, lr)
+
+    def end(guard: Any, step: int, loss_sum: torch.Tensor, *others: Any) -> Any:
+        seen["steps"].append(dict(calls.counts))
+        seen["graphs"].append(loss_sum.requires_grad)
+        seen["collector"].append([gc.isenabled(), gc.get_freeze_count() > 0])
+        return judge(guard, step, loss_sum, *others)
+
+    def collecting(step: int) -> None:
+        def collected(phase: str, info: dict[str, int]) -> None:
+            if phase == "start" and info["generation"] == 2:
+                seen["collected_at"].append(step)
+
+        gc.callbacks.append(collected)
+        collect(step)
+        gc.callbacks.remove(collected)
+
+    with (
+        calls,
+        mock.patch.object(recipe, "set_lr", begin),
+        mock.patch.object(recipe.Guard, "judge", end),
+        mock.patch.object(recipe, "collect_gc", collecting),
+        mock.patch.object(watchdog, "GC_INTERVAL", 2),
+    ):
+        seen["code"] = recipe.main(run)
+    return seen
 
 
 def group_timeout(argv: list[str]) -> float:
