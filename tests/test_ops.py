@@ -119,6 +119,18 @@ def test_a_document_mask_keeps_documents_apart(backend, device, dtype):
             )
 
 
+def test_the_mask_of_flex_is_that_of_the_others():
+    documents = torch.tensor([[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]])
+    places = torch.arange(7)
+    query, key = places[:, None], places[None]
+    mask = attention.document_mask(documents, "flex")
+    for row in (0, 1):
+        expected = [[k <= q and documents[row, k] == documents[row, q] for k in range(7)] for q in range(7)]
+        assert mask.mask_mod(torch.tensor(row), None, query, key).tolist() == expected
+        assert attention.document_mask(documents, "sdpa")[row, 0].tolist() == expected
+    assert attention._causal(None, None, query, key).tolist() == [[k <= q for k in range(7)] for q in range(7)]
+
+
 def test_documents_and_positions():
     ids = torch.tensor([[7, 2, 9, 9, 2, 2, 5], [2, 3, 3, 3, 3, 3, 3]])
     documents = attention.documents(ids, eos_id=2)
