@@ -269,13 +269,19 @@ def test_a_validation_joins_the_row_of_its_step_and_no_other(run: Run) -> None:
 
 
 def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    values = {2: 5.0, 4: 4.0, 6: 4.5, 8: 3.0}
+    values = {2: 5.0, 4: 4.0, 6: 4.5, 7: 4.25, 8: 3.0}
     with RunLog(run, None, speaks=True) as log:
         for step, val_loss in values.items():
             log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
     endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
     best = "the best so far"
-    assert endings == [f"5.0000  {best}", f"4.0000  {best}", "4.5000  best 4.0000", f"3.0000  {best}"]
+    assert endings == [
+        f"5.0000  {best}",
+        f"4.0000  {best}",
+        "4.5000  best 4.0000",
+        "4.2500  best 4.0000",
+        f"3.0000  {best}",
+    ]
     with RunLog(run, 6, speaks=True) as log:  # what step 8 came to is done again
         for step, val_loss in ((7, 4.25), (8, 3.5), (9, 3.5)):
             log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
