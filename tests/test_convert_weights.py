@@ -235,6 +235,14 @@ def test_weights_that_are_no_numbers_do_not_verify(wrong, tmp_path, script):
     assert out.splitlines()[-1] == "verify: max |logit difference| to transformers nan, tolerance 1e-03"
 
 
+def test_one_wrong_row_does_not_verify(tmp_path):
+    hf_folder.write(tmp_path / "hf", given())
+    other = weights()
+    other["lm_head.weight"][7] *= 1.01
+    assert verify.verdict(difference(tmp_path / "hf", other))[1] == 1
+    assert verify.verdict(difference(tmp_path / "hf"))[1] == 0
+
+
 def test_the_verdict_lies_between_the_noise_of_fp32_and_a_wrong_norm():
     said = "verify: max |logit difference| to transformers {}, tolerance 1e-03"
     assert verify.verdict(0.0) == (said.format("0.0e+00"), 0)
