@@ -22,54 +22,34 @@ from tinyllama.convert.weights import open_weights
 
 sys.path.insert(0, str(Path(__file__).parent))
 from checkpoint_rank import CONFIG, Run, holds, make, values
+from processes import Group, Process
 
 
-class Ranks:
+class Ranks(Group):
     """Processes that wait for commands; see checkpoint_rank.py."""
 
     def __init__(self, store: Path, count: int, world_size: int) -> None:
         script = Path(__file__).with_name("checkpoint_rank.py")
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(world_size), str(store)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                text=True,
-            )
-            for rank in range(count)
-        ]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        super().__init__([Process(sys.executable, script, rank, world_size, store, env=env) for rank in range(count)])
 
     def __call__(self, command: str, path: Path, *args: object) -> list[Any]:
         """Run ``command`` on every rank; gives their answers."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([command, str(path), *args]) + "\n")
-            process.stdin.flush()
-        answers = [json.loads(process.stdout.readline()) for process in self.processes if process.stdout]
-        for answer in answers:
-            assert "defect" not in answer, answer["defect"]
-        return [answer["result"] for answer in answers]
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+        return [answer["result"] for answer in self.ask([command, str(path), *args])]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks") / "store", count=2, world_size=2)
     yield started
-    started.end()
+    started.kill()
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("parent") / "store", count=1, world_size=0)
     yield started
-    started.end()
+    started.kill()
 
 
 @pytest.fixture(scope="module")
@@ -281,6 +261,6 @@ def test_a_gpu_is_saved_through_pinned_memory(tmp_path: Path) -> None:
     try:
         assert ranks("pinned", tmp_path / "checkpoints") == [True]
     finally:
-        ranks.end()
+        ranks.kill()
     assert holds(tmp_path / "checkpoints" / "step-00000003", 3)
     assert holds(tmp_path / "checkpoints" / "step-00000004", 4)

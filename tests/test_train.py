@@ -19,10 +19,13 @@ import yaml
 
 from tinyllama import checkpoint
 
+sys.path.insert(0, str(Path(__file__).parent))
+from processes import Group, Process
+
 ROOT = Path(__file__).parents[1]
 
 
-class World:
+class World(Group):
     """Ranks that wait for commands; see rank.py."""
 
     def __init__(self, size: int) -> None:
@@ -32,29 +35,13 @@ class World:
         # what torchrun sets
         env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="tests")
         env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "rank.py")],
-                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                cwd=ROOT,
-            )
-            for rank in range(size)
-        ]
+        command = [sys.executable, ROOT / "tests" / "rank.py"]
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        super().__init__([Process(*command, env=env | number, cwd=ROOT) for number in numbers])
 
     def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:
         """Run ``command`` on every rank; gives their answers."""
-        for rank in self.ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(json.dumps([command, [str(word) for word in argv]]) + "\n")
-            rank.stdin.flush()
-        answers = [json.loads(rank.stdout.readline()) for rank in self.ranks if rank.stdout]
-        for answer in answers:
-            assert "defect" not in answer, answer["defect"]
-        return answers
+        return self.ask([command, [str(word) for word in argv]])
 
     def train(self, *argv: object) -> str:
         """Run the recipe to its end; gives what rank 0 said."""
@@ -68,15 +55,15 @@ def world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
 
     def get(size: int) -> World:
+        if size in worlds and not worlds[size].alive():  # a test has failed for it, which should not fail the others
+            worlds.pop(size).kill()
         if size not in worlds:
             worlds[size] = World(size)
         return worlds[size]
 
     yield get
     for started in worlds.values():
-        for rank in started.ranks:
-            rank.kill()
-            rank.wait()
+        started.kill()
 
 
 @pytest.fixture
