@@ -270,7 +270,14 @@ def test_what_cannot_be_removed_is_left_and_no_fault(one_step: Path, tmp_path: P
 
 @pytest.mark.parametrize(
     ("keep_last", "keep_every", "kept"),
-    [(None, None, [1, 2, 3, 4]), (None, 2, [1, 2, 3, 4]), (1, None, [4]), (1, 3, [3, 4]), (2, 2, [2, 3, 4])],
+    [
+        (None, None, [1, 2, 3, 4]),
+        (None, 2, [1, 2, 3, 4]),
+        (0, None, [4]),
+        (1, None, [4]),
+        (1, 3, [3, 4]),
+        (2, 2, [2, 3, 4]),
+    ],
 )
 def test_each_save_keeps_what_was_asked_for(
     keep_last: int | None, keep_every: int | None, kept: list[int], alone: Run, tmp_path: Path

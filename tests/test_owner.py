@@ -99,6 +99,15 @@ def test_a_run_that_ends_leaves_its_successors_file(successor: dict[str, Any], t
         (tmp_path / "third" / "OWNER.json").write_text("{")
 
 
+def test_a_run_of_the_same_process_number_is_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "OWNER.json"
+    with Owner(tmp_path, None):  # as in two containers, which both count from 1
+        path.unlink()
+        assert Owner(tmp_path, None)._create()
+        text = path.read_text()
+    assert path.read_text() == text
+
+
 def rival(out_dir: Path, token: str = "rival") -> str:
     """Another run puts its fresh file there, as one that was quicker would; gives what it holds."""
     text = json.dumps(OTHER | {"token": token})
