@@ -307,9 +307,15 @@ def test_every_number_of_a_run_is_saved_and_loaded(alone: Run, tmp_path: Path) -
 
 def test_a_save_needs_room_for_all_its_tensors(alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     sizes = [parameter.numel() for parameter in alone.model.parameters()]
-    needed = sum(3 * 4 * size + 4 for size in sizes) + 4 * len(sizes) * 4096  # fp32, two moments and a count of steps
+    of_tensors = sum(3 * 4 * size + 4 for size in sizes)  # fp32, two moments and a count of steps
+    of_files = 4 * len(sizes) * 4096  # of each rank
     usage = shutil.disk_usage(tmp_path)
-    for free, fits in ((needed - 1, False), (needed, True)):
+    for world_size, free, fits in (
+        (1, of_tensors + of_files - 1, False),
+        (2, of_tensors + 2 * of_files - 1, False),
+        (1, of_tensors + of_files, True),
+    ):
+        monkeypatch.setattr(dist, "get_world_size", lambda *group, world_size=world_size: world_size)
         monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
         if fits:
             assert alone.save(make(tmp_path), 1) == tmp_path / "step-00000001"

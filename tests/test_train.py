@@ -329,11 +329,11 @@ def test_a_save_that_fails_is_in_the_exit_code(
 ) -> None:
     out = tmp_path / "run"
     flags = ["--config", config_file, "--out_dir", out, *SHORT, "--checkpoint.on_failure", on_failure]
-    answers = world(2)("train_without_room", failing, *flags)
-    assert [answer["result"] for answer in answers] == [code, code]
+    (answer,) = world(1)("train_without_room", failing, *flags)
+    assert answer["result"] == code
     assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in steps]
-    assert answers[0]["said"].splitlines()[-1].startswith(last)
-    assert answers[0]["said"].count(f"error: {out}/checkpoints/step-{4 * failing:08d} is not saved: it takes ") == 1
+    assert answer["said"].splitlines()[-1].startswith(last)
+    assert answer["said"].count(f"error: {out}/checkpoints/step-{4 * failing:08d} is not saved: it takes ") == 1
 
 
 def test_a_save_that_fails_in_the_background_is_told_before_the_next_one(
@@ -375,13 +375,9 @@ def test_a_signal_in_the_last_step_stops_nothing(world, config_file: Path, tmp_p
 
 def test_checkpoints_are_kept_as_asked_for(world, config_file: Path, tmp_path: Path) -> None:
     keep = ["--checkpoint.interval", 2, "--checkpoint.keep_last", 1, "--checkpoint.keep_every", 6]
-    for name, flags, kept in (
-        ("some", keep, [6, 12]),
-        ("all", [*keep, "--checkpoint.keep_last", "null"], [2, 4, 6, 8, 10, 12]),
-    ):
-        world(2).train("--config", config_file, "--out_dir", tmp_path / name, *SHORT, *flags)
-        there = sorted(path.name for path in (tmp_path / name / "checkpoints").iterdir())
-        assert there == [f"step-{step:08d}" for step in kept]
+    world(1).train("--config", config_file, "--out_dir", tmp_path / "run", *SHORT, *keep)
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert there == ["step-00000006", "step-00000012"]
 
 
 def test_a_run_is_watched_in_each_phase_and_after_a_resume(world, config_file: Path, tmp_path: Path) -> None:
@@ -407,15 +403,15 @@ def test_steps_that_are_judged_late_are_named_and_saved_right(world, config_file
     flags += ["--checkpoint.interval", 5, "--checkpoint.keep_last", "null", "--eval.interval", 100]
     each, fourth = tmp_path / "each", tmp_path / "fourth"
     for out, interval in ((each, 1), (fourth, 4)):
-        answers = world(2)(
-            *("train_poisoned", 1, "6,9,10", *flags, "--out_dir", out, "--train.max_steps", 13),
+        answers = world(1)(
+            *("train_poisoned", 0, "6,9,10", *flags, "--out_dir", out, "--train.max_steps", 13),
             *("--log.interval", interval),
         )
-        assert [answer["result"] for answer in answers] == [0, 0]
-        world(2).train(*flags, "--out_dir", out, "--train.max_steps", 15, "--log.interval", interval)
+        assert [answer["result"] for answer in answers] == [0]
+        world(1).train(*flags, "--out_dir", out, "--train.max_steps", 15, "--log.interval", interval)
         lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
         skips = [(line["step"], line["samples"], line["ranks"]) for line in lines if line["event"] == "skip"]
-        assert skips == [(6, [40, 47], [1]), (9, [64, 71], [1]), (10, [72, 79], [1])]
+        assert skips == [(6, [40, 47], [0]), (9, [64, 71], [0]), (10, [72, 79], [0])]
         for step in (6, 9, 10):
             assert f"skipped step {step}, samples {8 * step - 8} to {8 * step - 1}: loss " in answers[0]["said"]
         rows = {int(row["step"]): row for row in metrics(each) if row["loss"]}
@@ -432,8 +428,8 @@ def test_steps_that_are_judged_late_are_named_and_saved_right(world, config_file
 
 def test_a_step_that_must_stop_the_run_is_not_saved(world, config_file: Path, tmp_path: Path) -> None:
     flags = ["--config", config_file, "--out_dir", tmp_path / "run", *SHORT, "--log.interval", 5]
-    answers = world(2)("train_poisoned", 0, 8, *flags)
-    assert [answer["result"] for answer in answers] == [1, 1]
+    (answer,) = world(1)("train_poisoned", 0, 8, *flags)
+    assert answer["result"] == 1
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
     stop = json.loads((tmp_path / "run" / "STOPPED").read_text())
     assert (stop["step"], stop["samples"]) == (8, 64)
