@@ -71,7 +71,7 @@ class _Recipe:
     eos_id: int | None
     fields: Fields
     policy: Info  # facts of every shard: one that says otherwise is of another dataset
-    slow: str  # which encoder ``auto`` fell back to, and why; "": it did not
+    slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
 
 
 def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
@@ -153,7 +153,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
                 f"{used.path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
             )
     encoder = Encoder(used, options.encoder)
-    slow = f"encoded by {encoder.name}, not ten times as fast: {encoder.fell_back}" if encoder.fell_back else ""
+    slow = f"encoded by {encoder.name} at a tenth of the speed: {encoder.fell_back}" if encoder.fell_back else ""
     policy = {
         "tokenizer_sha256": used.sha256,
         "encoder": used.encoder,
