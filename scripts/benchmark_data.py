@@ -159,7 +159,7 @@ def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
     from tinyllama.tokenizer import Tokenizer
 
-    (output / "tokenizer.json").write_text(Tokenizer(tokenizer).json_without_added_tokens())
+    (output / "tokenizer.json").write_text(Tokenizer(tokenizer).json_without_added_tokens(), encoding="utf-8")
 
     def wanted(document: Any) -> bool:
         return document.metadata.get("meta", {}).get("redpajama_set_name") != "RedPajamaGithub"
@@ -227,7 +227,7 @@ def measured(pipe: Any, function: Callable[..., Work], arguments: tuple[Any, ...
     wall = time.perf_counter() - wall
     used = cpu() - began
     # getrusage would tell the parent's, too
-    memory = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0]) / 1024
+    memory = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) / 1024
     pipe.send((count, used, wall, set_up, memory))
     pipe.close()
     os._exit(0)  # a loader's thread has no end
@@ -281,7 +281,7 @@ def main() -> None:
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="benchmark-data-") as name:
         folder = Path(name)
-        given = (path.read_text() for path in sorted(args.texts.rglob("*.txt"))) if args.texts else None
+        given = (path.read_text(encoding="utf-8") for path in sorted(args.texts.rglob("*.txt"))) if args.texts else None
         write_shards(folder, args.megabytes * 1_000_000, 8, given or python_texts({".py", ".md", ".rst", ".txt"}))
         (folder / "output").mkdir()
         for _ in range(args.rounds):

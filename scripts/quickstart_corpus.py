@@ -81,7 +81,7 @@ def main() -> None:
     with writing(args.output):
         if args.output.is_file():
             raise InputError(f"--output {args.output} is a file: give a folder")
-        whole = mark.exists() and mark.read_text() == made_from
+        whole = mark.exists() and mark.read_text(encoding="utf-8") == made_from
         if not whole:
             mark.unlink(missing_ok=True)
     if whole:

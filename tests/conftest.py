@@ -1,6 +1,10 @@
 """Fixtures of many tests: a tiny tokenizer and packed datasets."""
 
 import io
+import os
+import re
+import resource
+import signal
 import subprocess
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +19,33 @@ def read(path, count=1024):
     with open(path, "rb") as file:
         return [line.strip() for line in file if not line.startswith(b"#")]
 """
+
+
+# what launchers, terminals and wandb set around whoever starts the tests
+_INHERITED = re.compile(
+    r"(SLURM|TORCHELASTIC|PMI|PMIX|OMPI|LT|WANDB)_.*|((LOCAL|GROUP|NODE|ROLE)_)?(RANK|WORLD_SIZE)|MASTER_(ADDR|PORT)"
+    r"|COLUMNS|LINES|TERM|(NO|FORCE)_COLOR|TTY_(COMPATIBLE|INTERACTIVE)|PYTHONSAFEPATH"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _as_from_a_plain_shell() -> Iterator[None]:
+    """The environment, signals and limits of a shell in the foreground, here and in every process that a test starts.
+
+    A script that starts the tests in the background leaves SIGINT ignored, as nohup does SIGHUP, which no test needs.
+    """
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGCHLD):
+        if signal.getsignal(number) == signal.SIG_IGN:
+            signal.signal(number, signal.default_int_handler if number == signal.SIGINT else signal.SIG_DFL)
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))  # ranks that many tests share keep their groups' sockets
+    with pytest.MonkeyPatch.context() as patch:
+        for name in filter(_INHERITED.fullmatch, list(os.environ)):
+            patch.delenv(name)
+        for name in ("no_proxy", "NO_PROXY"):  # some tests serve files themselves
+            patch.setenv(name, "127.0.0.1,localhost", prepend=",")
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -60,6 +91,26 @@ def packed_folder(tmp_path: Path):
         return folder
 
     return pack
+
+
+@pytest.fixture
+def one_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Preparation does in this process, input by input, what a worker does in its own: no time goes to starting one."""
+    from tinyllama import InputError
+    from tinyllama.prepare import prepare
+    from tinyllama.prepare.encode import Mismatch
+
+    def over_workers(todo, setup, recipe, workers):
+        work = setup(recipe)
+        for one in todo:
+            try:
+                yield one, work(one)
+            except InputError as error:
+                yield one, error
+            except Mismatch as error:
+                yield one, Mismatch(f"{one.path}: {error}")
+
+    monkeypatch.setattr(prepare, "over_workers", over_workers)
 
 
 @pytest.fixture(scope="session")
@@ -117,11 +168,22 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
 
 @pytest.fixture
 def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB."""
+    """A file system of 4 MB; where only root may mount, one in a namespace of a process of ours."""
     folder = tmp_path / "small"
     folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", folder], capture_output=True, text=True)
-    if mounted.returncode:
-        pytest.skip(f"a small file system cannot be mounted here: {mounted.stderr.strip()}")
-    yield folder
-    subprocess.run(["umount", "-l", folder], check=True)
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0:
+        yield folder
+        subprocess.run(["umount", "-l", folder], check=True)
+        return
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", '"$@" && echo mounted && read end', "sh"]
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([*unshare, *mount], text=True, **pipes) as inside:
+        assert inside.stdin
+        assert inside.stdout
+        assert inside.stderr
+        if inside.stdout.readline() != "mounted\n":
+            why = inside.stderr.read().strip()
+            pytest.skip(f"needs root or user namespaces, to mount a small file system: {why}")
+        yield Path(f"/proc/{inside.pid}/root{folder}")
+        inside.stdin.close()

@@ -3,13 +3,13 @@
 import json
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from processes import Group, Process
 
 from tinyllama.checkpoint import reader
 from tinyllama.monitor import report
@@ -39,18 +39,11 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     env = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RUN_ID="tests")
     env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    rank = subprocess.Popen(
-        [sys.executable, ROOT / "tests" / "helpers" / "rank.py"], env=env, cwd=ROOT, text=True,
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
-    assert rank.stdin
-    assert rank.stdout
+    rank = Group([Process(sys.executable, ROOT / "tests" / "helpers" / "rank.py", env=env, cwd=ROOT)])
 
     def run(*command: str) -> dict[str, Any]:
         name, *flags = command
-        rank.stdin.write(json.dumps([name, [*flags, "--config", str(tmp_path / "run.yaml")]]) + "\n")
-        rank.stdin.flush()
-        answer = json.loads(rank.stdout.readline())
+        (answer,) = rank.ask([name, [*flags, "--config", str(tmp_path / "run.yaml")]])
         assert "result" in answer, answer
         return answer
 
@@ -63,7 +56,6 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
         said = run("train")["said"]
     finally:
         rank.kill()
-        rank.wait()
     assert "resumed from" in said
     assert "val_loss" in said.split("tokens in all")[0]
     assert [int(row["step"]) for row in read_metrics(out / "metrics.csv")] == list(range(13))

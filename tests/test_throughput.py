@@ -29,12 +29,43 @@ def test_mfu_of_the_published_run() -> None:
         ("NVIDIA L40S", 362e12),
         ("NVIDIA GeForce RTX 4090", 165.2e12),
         ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("NVIDIA GH200 480GB", 989.5e12),
+        ("NVIDIA H800", 989.5e12),
+        ("NVIDIA A800-SXM4-80GB", 312e12),
+        ("NVIDIA A40", 149.7e12),
+        ("NVIDIA L40", 181e12),
+        ("NVIDIA RTX 6000 Ada Generation", 364.2e12),
+        ("NVIDIA RTX A6000", 154.8e12),
+        ("NVIDIA GeForce RTX 3090", 71e12),
+        ("NVIDIA GeForce RTX 3090 Ti", None),
+        ("NVIDIA GeForce RTX 4090 D", None),
+        ("NVIDIA A1000", None),
         ("NVIDIA RTX A4000", None),
         ("Tesla V100-SXM2-32GB", None),
     ],
 )
 def test_peaks_by_the_name_the_driver_gives(device: str, peak: float | None) -> None:
     assert peak_flops(device) == peak
+
+
+def test_flops_of_a_token() -> None:
+    # 6 for each parameter of a product; attention's two products of 2 x 2048 x 2048 each, and twice that backward
+    products = 22 * (2048 * (2560 + 2048 + 3 * 5632) + 2 * 2048) + 2048 + 2048 * 32000
+    assert flops_per_token(named_config("tinyllama_1.1b")) == 6 * products + 22 * 3 * 2 * (2 * 2048 * 2048)
+
+
+def test_meter_looks_at_ten_laps(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 5.0
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    meter = Meter()
+    for lap in range(12):
+        now += 2
+        meter.step(10)
+        meter.step(2**lap - 10)
+        speed = meter.lap()
+        now += 7  # between a pause and going on nothing counts
+        meter.go_on()
+    assert speed == sum(2**lap for lap in range(2, 12)) / 20
 
 
 def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,72 @@ def test_ids_are_sentencepieces_and_decode_back(tokenizer, model, text):
     assert tokenizer.decode(ids) == text.replace("\u2581", " ")  # the one character Llama's tokenizers give up
 
 
+def test_ids_of_utf8_are_those_of_the_text(tokenizer, model):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    for text in ADVERSARIAL:
+        ids = tokenizer.encode_utf8(text.encode())
+        assert ids.dtype in (np.int32, np.uint32)  # those of no text too
+        assert ids.tolist() == reference.encode(text), text
+
+
+def test_pieces_are_those_that_text_becomes(model, hf_json):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    every = [reference.id_to_piece(i) for i in range(reference.vocab_size())]
+    assert every[:3] == ["<unk>", "<s>", "</s>"]
+    assert every[3:259] == [f"<0x{byte:02X}>" for byte in range(256)]
+    assert Tokenizer(model).pieces() == every[259:]
+    assert Tokenizer(hf_json).pieces() is None
+
+
+def test_json_without_added_tokens_encodes_alike(tokenizer, model):
+    reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    assert bare.get_vocab() == {reference.id_to_piece(i): i for i in range(reference.vocab_size())}
+    for text in ADVERSARIAL:
+        assert bare.encode(text).ids == reference.encode(text), text
+
+
+def test_json_of_a_model_without_bytes_has_one_unknown_for_many(tmp_path):
+    tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=False, vocab_size=120))
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    text = "the 漢字かな交じり文 dog"
+    assert tokenizer.encode(text).count(0) == 1
+    assert bare.encode(text).ids == tokenizer.encode(text)
+
+
+def test_merges_go_by_score(tmp_path):
+    """Llama 2's runs of blanks have low ids and the lowest scores."""
+    pytest.importorskip("google.protobuf")
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(train(tmp_path / "plain.model", vocab_size=420).read_bytes())
+    normal = [piece for piece in proto.pieces if piece.type == piece.NORMAL and len(piece.piece) > 1]
+    for piece, score in zip(normal, [piece.score for piece in reversed(normal)], strict=True):
+        piece.score = score
+    (tmp_path / "turned.model").write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer(tmp_path / "turned.model")
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    plain = Tokenizer(tmp_path / "plain.model")
+    assert any(tokenizer.encode(text) != plain.encode(text) for text in CORPUS[:3])
+    for text in (*CORPUS[:3], *ADVERSARIAL):
+        assert bare.encode(text).ids == tokenizer.encode(text), text
+
+
+def test_unused_pieces_are_none_that_text_becomes(tmp_path):
+    pytest.importorskip("google.protobuf")
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(train(tmp_path / "plain.model").read_bytes())
+    piece = next(piece for piece in proto.pieces if piece.piece == "he")
+    piece.type = piece.UNUSED
+    (tmp_path / "other.model").write_bytes(proto.SerializeToString())
+    assert set(Tokenizer(tmp_path / "plain.model").pieces()) - set(Tokenizer(tmp_path / "other.model").pieces()) == {
+        "he"
+    }
+
+
 def test_empty_text_gives_no_ids(tokenizer):
     assert tokenizer.encode("") == []
     assert tokenizer.decode([]) == ""
@@ -189,6 +255,9 @@ def test_json_truncation_and_padding_are_ignored(tmp_path):
     )
     text = "the quick brown fox jumps over the lazy dog"
     assert Tokenizer(path).encode(text) == Tokenizer(model).encode(text)
+    fixed = {"strategy": {"Fixed": 99}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0}
+    path = write_hf_json(model, path, padding=fixed | {"pad_type_id": 0, "pad_token": "<unk>"})
+    assert Tokenizer(path).encode(text) == Tokenizer(model).encode(text)
 
 
 def test_specials_come_from_tokenizer_config(tmp_path):
@@ -236,6 +305,43 @@ def test_added_tokens_beyond_the_model_count_in_the_vocabulary(tmp_path):
     assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (5, 3, 4)
     assert tokenizer.encode("abb") == [2, 1]
     assert tokenizer.decode([3, 2, 4]) == "ab"
+
+
+def test_the_vocabulary_ends_behind_the_largest_id(tmp_path):
+    vocab = {"a": 0, "b": 1, "ab": 70_000, "</s>": 4}  # ids in between are nobody's
+    tokenizers.Tokenizer(models.BPE(vocab, [("a", "b")])).save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert (tokenizer.vocab_size, tokenizer.bos_id, tokenizer.eos_id) == (70_001, None, 4)
+    assert tokenizer.encode_utf8(b"aab").tolist() == [0, 70_000]
+
+
+@pytest.mark.parametrize(
+    ("tokens", "bos_id", "eos_id"),
+    [
+        (["<s>", "</s>"], 1, 2),
+        (["<|begin_of_text|>", "<|end_of_text|>"], 1, 2),
+        (["<bos>", "<eos>"], 1, 2),
+        (["<|startoftext|>", "<|endoftext|>"], 1, 2),
+        (["<|endoftext|>", "<eos>", "<|end_of_text|>", "</s>"], None, 4),  # the first in the order of their fame
+        (["<|startoftext|>", "<bos>", "<|begin_of_text|>", "<s>"], 4, None),
+        (["<|endoftext|>", "<eos>", "<|startoftext|>", "<bos>"], 4, 2),
+    ],
+)
+def test_usual_names_of_bos_and_eos(tmp_path, tokens, bos_id, eos_id):
+    vocab = {"a": 0} | {token: i for i, token in enumerate(tokens, 1)}
+    tokenizers.Tokenizer(models.BPE(vocab, [])).save(str(tmp_path / "tokenizer.json"))
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (bos_id, eos_id)
+    (tmp_path / "tokenizer_config.json").write_text('{"bos_token": "a"}')
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (0, eos_id)
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "a", "bos_token": null}')
+    assert (Tokenizer(tmp_path).bos_id, Tokenizer(tmp_path).eos_id) == (None, 0)
+
+
+@pytest.mark.parametrize(("unk_id", "bos_id", "eos_id"), [(2, 0, 1), (1, -1, 0), (0, 1, -1)])
+def test_bos_and_eos_wherever_the_model_has_them(tmp_path, unk_id, bos_id, eos_id):
+    tokenizer = Tokenizer(train(tmp_path / "other.model", unk_id=unk_id, bos_id=bos_id, eos_id=eos_id))
+    assert tokenizer.bos_id == (None if bos_id == -1 else bos_id)
+    assert tokenizer.eos_id == (None if eos_id == -1 else eos_id)
 
 
 def test_model_without_bos_and_eos(tmp_path):

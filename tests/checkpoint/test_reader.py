@@ -11,11 +11,13 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+import yaml
 from checkpoint_rank import CONFIG, Run, make
 from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader, resume
+from tinyllama.checkpoint.state import TrainState
 
 
 @pytest.fixture(scope="module")
@@ -193,3 +195,81 @@ def test_changes_are_named(tmp_path: Path) -> None:
         resume.refuse_changes(tmp_path, then, now)
     what = "model.n_layer was 2 and is 3; data.sources[1].weight was 0.3 and is absent"
     assert str(error.value).startswith(f"cannot resume from {tmp_path}: {what}; put it back")
+    # and what there was not
+    with pytest.raises(InputError, match="data.final was 1 and is absent; data.ramp_tokens was absent and is 9; put"):
+        resume.refuse_changes(tmp_path, {"data": {"final": 1}}, {"data": {"ramp_tokens": 9}})
+    with pytest.raises(InputError, match="holds weights and no run to resume: give it as train.init_from"):
+        resume.refuse_changes(tmp_path, {"model": None, "data": None}, now)
+
+
+def test_settings_that_are_others_now_are_told_but_for_where_the_run_is(tmp_path: Path) -> None:
+    then = {"out_dir": "a", "train": {"resume": "auto", "seed": 1}, "optim": {"lr": 1.0}, "gone": 5}
+    then["data"] = {"sources": [{"path": "x"}, {"path": "y"}]}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(then))
+    now = {"out_dir": "b", "train": {"resume": "never", "seed": 2}, "optim": {"lr": 1.0}, "new": 6}
+    now["data"] = {"sources": [{"path": "x"}]}
+    sources = [[{"path": "x"}, {"path": "y"}], [{"path": "x"}]]
+    assert resume.changed(tmp_path, now) == {"train.seed": [1, 2], "data.sources": sources}
+    assert resume.changed(tmp_path, then) == {}
+
+
+def test_numbers_that_an_older_checkpoint_lacks_are_those_of_a_start(saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    state = reader.read_state(step_dir)
+    for name in ("validated", "skipped", "skipped_in_a_row", "recent"):
+        del state[name]
+    (step_dir / "state.json").write_text(json.dumps(state))
+    assert reader.fault(step_dir) is None
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        run = Run.build(sharded=False)
+        loaded = reader.load(step_dir, run.model, run.optimizer)
+    finally:
+        dist.destroy_process_group()
+    assert loaded == TrainState(7, 21, 168, validated=-1, skipped=0, skipped_in_a_row=0, recent=[])
+
+
+@pytest.mark.parametrize("name", ["step", "samples", "tokens", "validated", "skipped", "skipped_in_a_row"])
+def test_each_number_of_a_checkpoint_must_be_one(name: str, saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    state = reader.read_state(step_dir)
+    for number in (True, "7", None, -2, 2**62, 7.0):
+        (step_dir / "state.json").write_text(json.dumps(state | {name: number}))
+        assert reader.fault(step_dir) is not None, number
+    for number in (-1, 0, 2**62 - 1):
+        (step_dir / "state.json").write_text(json.dumps(state | {name: number}))
+        assert (reader.fault(step_dir) is None) == (name != "step"), number
+
+
+def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run, other = tmp_path / "run", tmp_path / "other"
+    for how in ("auto", "never"):
+        assert resume.to_resume(run, how) is None
+    older, newest = (copy(saved, run / "checkpoints" / f"step-{step:08d}", step) for step in (7, 20))
+    shutil.copytree(run / "checkpoints/step-00000020", run / "checkpoints/step-00000030")
+    for how in ("auto", str(run), str(newest), f"{run}/../run/checkpoints/step-00000020"):
+        assert resume.to_resume(run, how).resolve() == newest
+    assert resume.to_resume(other, str(older)) == older
+    assert resume.to_resume(other, str(run)) == newest
+    step = f"{run}/checkpoints/step-00000030 is no complete checkpoint (its state.json is of step 20)"
+    assert capsys.readouterr().out == f"passed over: {step}\n"  # of auto, which nobody has told a step
+    with pytest.raises(InputError, match="step-00000030 is no complete checkpoint .*: give another step of its run"):
+        resume.to_resume(other, f"{run}/checkpoints/step-00000030")
+    with pytest.raises(InputError, match="step-00000020 exists and train.resume is never: give another out_dir"):
+        resume.to_resume(run, "never")
+    with pytest.raises(InputError, match=f"step-00000020 is newer than train.resume {older}: give another out_dir"):
+        resume.to_resume(run, str(older))
+    (run / "STOPPED").write_text('{"step": 21}\n')
+    for how in ("auto", "never", str(newest)):
+        with pytest.raises(InputError, match='STOPPED says why this run ended: {"step": 21}; to go on, delete'):
+            resume.to_resume(run, how)
+
+
+@pytest.mark.parametrize("what", [torch.compile, torch.load, eval, print])
+def test_a_pickle_may_name_nothing_but_metadata(what: Callable[..., object], saved: Path, tmp_path: Path) -> None:
+    step_dir = copy(saved, tmp_path / "step-00000007", 7)
+    (step_dir / ".metadata").write_bytes(pickle.dumps(what))
+    said = f"it names {what.__module__}.{what.__qualname__}"
+    with pytest.raises(InputError, match=said):
+        reader.load_weights(step_dir)
+    assert said in (reader.fault(step_dir) or "")

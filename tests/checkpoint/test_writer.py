@@ -1,7 +1,9 @@
 """Saving: on two ranks that share one group, in processes that are killed, and alone."""
 
 import json
+import math
 import os
+import platform
 import shutil
 import signal
 import subprocess
@@ -14,61 +16,43 @@ import pytest
 import torch
 import torch.distributed as dist
 from checkpoint_rank import CONFIG, Run, holds, make, values
+from processes import Group, Process
 from safetensors import safe_open
 
+import tinyllama
 from tinyllama import atomic
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import CheckpointError, prune
 from tinyllama.convert import tensor_file
 from tinyllama.convert.weights import open_weights
 
 
-class Ranks:
+class Ranks(Group):
     """Processes that wait for commands; see checkpoint_rank.py."""
 
     def __init__(self, store: Path, count: int, world_size: int) -> None:
         script = Path(__file__).parents[1] / "helpers" / "checkpoint_rank.py"
-        self.processes = [
-            subprocess.Popen(
-                [sys.executable, str(script), str(rank), str(world_size), str(store)],
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                env=os.environ | {"OMP_NUM_THREADS": "1"},
-                text=True,
-            )
-            for rank in range(count)
-        ]
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        super().__init__([Process(sys.executable, script, rank, world_size, store, env=env) for rank in range(count)])
 
     def __call__(self, command: str, path: Path, *args: object) -> list[Any]:
         """Run ``command`` on every rank; gives their answers."""
-        for process in self.processes:
-            assert process.stdin is not None
-            process.stdin.write(json.dumps([command, str(path), *args]) + "\n")
-            process.stdin.flush()
-        answers = [json.loads(process.stdout.readline()) for process in self.processes if process.stdout]
-        for answer in answers:
-            assert "defect" not in answer, answer["defect"]
-        return [answer["result"] for answer in answers]
-
-    def end(self) -> None:
-        for process in self.processes:
-            process.kill()
-            process.communicate()
+        return [answer["result"] for answer in self.ask([command, str(path), *args])]
 
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks") / "store", count=2, world_size=2)
     yield started
-    started.end()
+    started.kill()
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("parent") / "store", count=1, world_size=0)
     yield started
-    started.end()
+    started.kill()
 
 
 @pytest.fixture(scope="module")
@@ -239,6 +223,8 @@ PRUNING: dict[str, tuple[list[int], int, int | None, list[int]]] = {
     "every tenth for ever": ([5, 10, 15, 20, 25], 2, 10, [10, 20, 25]),
     "the newest is permanent too": ([10, 15, 20], 1, 10, [10, 20]),
     "the only one": ([5], 1, None, [5]),
+    "the newest, even of none": ([5, 10], 0, None, [10]),
+    "two of many": ([5, 10, 15, 20], 2, None, [15, 20]),
 }
 
 
@@ -273,6 +259,79 @@ def test_pruning(case: str, one_step: Path, tmp_path: Path) -> None:
     assert set(names(tmp_path)) == others | {"step-00000103"} | {f"step-{step:08d}" for step in kept}
 
 
+def test_what_cannot_be_removed_is_left_and_no_fault(one_step: Path, tmp_path: Path) -> None:
+    for step in (5, 10, 15):
+        copy(one_step, tmp_path / f"step-{step:08d}", step)
+    (tmp_path / "step-00000010.tmp" / "inside").mkdir(parents=True)  # in the way of the first that is to go
+    prune(tmp_path, 1, None)
+    assert names(tmp_path) == ["step-00000010", "step-00000010.tmp", "step-00000015"]
+
+
+@pytest.mark.parametrize(
+    ("keep_last", "keep_every", "kept"),
+    [
+        (None, None, [1, 2, 3, 4]),
+        (None, 2, [1, 2, 3, 4]),
+        (0, None, [4]),
+        (1, None, [4]),
+        (1, 3, [3, 4]),
+        (2, 2, [2, 3, 4]),
+    ],
+)
+def test_each_save_keeps_what_was_asked_for(
+    keep_last: int | None, keep_every: int | None, kept: list[int], alone: Run, tmp_path: Path
+) -> None:
+    saver = make(tmp_path, keep_last=keep_last, keep_every=keep_every)
+    for step in (1, 2, 3, 4):
+        alone.save(saver, step)
+    assert names(tmp_path) == [f"step-{step:08d}" for step in kept]
+
+
+def test_every_number_of_a_run_is_saved_and_loaded(alone: Run, tmp_path: Path) -> None:
+    recent = [[3.25, 1.0], [2.0, math.pi]]
+    state = TrainState(5, 40, 1280, validated=4, skipped=7, skipped_in_a_row=2, recent=recent)
+    saver = make(tmp_path, asynchronous=True)
+    saver.save(state, alone.model, alone.optimizer)
+    state.step, state.skipped = 6, 8  # training goes on
+    assert saver.wait() == tmp_path / "step-00000005"
+    versions = {"tinyllama": tinyllama.__version__, "torch": torch.__version__, "python": platform.python_version()}
+    assert json.loads((tmp_path / "step-00000005" / "state.json").read_text()) == {
+        "format_version": 1,
+        **{"step": 5, "samples": 40, "tokens": 1280, "validated": 4, "skipped": 7, "skipped_in_a_row": 2},
+        **{"recent": recent, "data": {"seed": 1}, "world_size": 1, "versions": versions},
+    }
+    loaded = reader.load(tmp_path / "step-00000005", alone.model, alone.optimizer)
+    assert loaded == TrainState(5, 40, 1280, validated=4, skipped=7, skipped_in_a_row=2, recent=recent)
+
+
+def test_a_save_needs_room_for_all_its_tensors(alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sizes = [parameter.numel() for parameter in alone.model.parameters()]
+    of_tensors = sum(3 * 4 * size + 4 for size in sizes)  # fp32, two moments and a count of steps
+    of_files = 4 * len(sizes) * 4096  # of each rank
+    usage = shutil.disk_usage(tmp_path)
+    for world_size, free, fits in (
+        (1, of_tensors + of_files - 1, False),
+        (2, of_tensors + 2 * of_files - 1, False),
+        (1, of_tensors + of_files, True),
+    ):
+        monkeypatch.setattr(dist, "get_world_size", lambda *group, world_size=world_size: world_size)
+        monkeypatch.setattr(shutil, "disk_usage", lambda path, free=free: usage._replace(free=free))
+        if fits:
+            assert alone.save(make(tmp_path), 1) == tmp_path / "step-00000001"
+        else:
+            with pytest.raises(CheckpointError, match="step-00000001 is not saved: it takes 0.00. GB and 0.00. GB are"):
+                alone.save(make(tmp_path), 1)
+            assert names(tmp_path) == []
+
+
+def test_an_asynchronous_save_that_is_waited_for_is_complete(alone: Run, tmp_path: Path) -> None:
+    saver = make(tmp_path, asynchronous=True)
+    assert alone.save(saver, 1, wait=True) == tmp_path / "step-00000001"
+    assert not saver.done()
+    assert saver.wait() is None
+    assert holds(tmp_path / "step-00000001", 1)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
 def test_a_gpu_is_saved_through_pinned_memory(tmp_path: Path) -> None:
@@ -280,6 +339,6 @@ def test_a_gpu_is_saved_through_pinned_memory(tmp_path: Path) -> None:
     try:
         assert ranks("pinned", tmp_path / "checkpoints") == [True]
     finally:
-        ranks.end()
+        ranks.kill()
     assert holds(tmp_path / "checkpoints" / "step-00000003", 3)
     assert holds(tmp_path / "checkpoints" / "step-00000004", 4)

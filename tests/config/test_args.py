@@ -1,12 +1,16 @@
 import dataclasses
+import importlib.util
+import math
+from operator import attrgetter
 from typing import Any
 
 import pytest
 
 from tinyllama import InputError
-from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs, check
+from tinyllama.config.args import DataArgs, LogArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs, check
 from tinyllama.config.model import ModelConfig, named_config
-from tinyllama.train.run import gradient_accumulation, total_steps
+from tinyllama.train.launch import World
+from tinyllama.train.run import Run, gradient_accumulation, total_steps
 
 DATA = DataArgs(sources=[Source("packed")])
 
@@ -93,3 +97,196 @@ def test_a_run_that_is_too_short() -> None:
         total_steps(run(max_steps=2000), 2048, 10)
     with pytest.raises(InputError, match=r"max_epochs 1 of 1,023 blocks is less than one step"):
         total_steps(run(max_epochs=1), 2048, 1023)
+
+
+# arXiv:2401.02385 and upstream's pretrain/tinyllama.py, where they speak: batch, rates, AdamW, clipping, document mask.
+# A changed default changes every run that does not give the setting.
+DEFAULTS: dict[str, Any] = {
+    "out_dir": "out/run",
+    "dry_run": False,
+    "model": {"name": "tinyllama_1.1b"}
+    | dict.fromkeys(("block_size", "vocab_size", "padding_multiple", "n_layer", "n_head", "n_query_groups", "n_embd"))
+    | dict.fromkeys(("intermediate_size", "norm_eps", "rope_base", "rope_condense_ratio", "tie_embeddings")),
+    "data": {
+        "sources": [],
+        "validation": [],
+        "ramp_tokens": None,
+        "seed": 3407,
+        "document_mask": False,
+        "restart_positions": False,
+    },
+    "optim": {
+        "lr": 4e-4,
+        "min_lr": 4e-5,
+        "warmup_steps": 2000,
+        "weight_decay": 0.1,
+        "beta1": 0.9,
+        "beta2": 0.95,
+        "max_norm": 1.0,
+    },
+    "train": {
+        "max_steps": None,
+        "max_tokens": None,
+        "max_epochs": None,
+        "global_batch_size": 1024,
+        "micro_batch_size": 8,
+        "precision": "bf16",
+        "compile": None,
+        "seed": 3407,
+        "activation_checkpointing": "none",
+        "on_nonfinite": "stop",
+        "skip_spikes": None,
+        "max_skips": 10,
+        "max_time": None,
+        "start_timeout": 1800,
+        "timeout": 300,
+        "resume": "auto",
+        "init_from": None,
+    },
+    "ops": {"attention": "auto", "rms_norm": "auto", "swiglu": "auto", "cross_entropy": "auto"},
+    "parallel": {"devices": None, "shard": "full", "reshard_after_forward": True, "sync_every_micro_batch": False},
+    "eval": {"interval": 1000, "max_samples": 2048},
+    "checkpoint": {
+        "interval": 5000,
+        "keep_last": 3,
+        "keep_every": 50000,
+        "asynchronous": True,
+        "on_failure": "continue",
+    },
+    "log": {"interval": 10, "wandb": "off", "wandb_project": "tinyllama", "wandb_entity": None},
+}
+
+
+def test_every_default() -> None:
+    assert dataclasses.asdict(PretrainArgs()) == DEFAULTS
+    assert dataclasses.asdict(Source("x")) == {"path": "x", "weight": 1.0, "final_weight": None}
+
+
+BOUNDED = (
+    *("train.max_steps", "train.max_tokens", "train.max_epochs", "train.global_batch_size", "train.micro_batch_size"),
+    *("train.skip_spikes", "train.max_skips", "train.max_time", "train.start_timeout", "train.timeout"),
+    *("optim.lr", "optim.max_norm", "parallel.devices", "parallel.shard", "eval.interval", "eval.max_samples"),
+    *("checkpoint.interval", "checkpoint.keep_last", "checkpoint.keep_every", "log.interval", "data.ramp_tokens"),
+)
+
+
+def with_value(key: str, value: Any) -> PretrainArgs:
+    """A valid run but for one setting."""
+    group, name = key.split(".")
+    length = {} if key.startswith("train.max_") and key.rpartition("_")[2] in ("tokens", "epochs") else {"max_steps": 9}
+    args = dataclasses.replace(run(**length), optim=OptimArgs(min_lr=0.0))
+    if key == "data.ramp_tokens":
+        args = dataclasses.replace(args, data=DataArgs(sources=[Source("packed", 1.0, 2.0)], ramp_tokens=1))
+    return dataclasses.replace(args, **{group: dataclasses.replace(attrgetter(group)(args), **{name: value})})
+
+
+def faults(args: PretrainArgs) -> tuple[str, ...]:
+    try:
+        check(args)
+    except InputError as error:
+        return error.args
+    return ()
+
+
+@pytest.mark.parametrize("key", BOUNDED)
+def test_numbers_that_must_be_greater_than_0(key: str) -> None:
+    most = 10**9 if key in ("train.max_time", "train.start_timeout", "train.timeout") else 10**15
+    for good in (1, most):
+        assert faults(with_value(key, good)) == (), good
+    for bad in (0, -1, math.nan):
+        assert f"{key} is {bad}: it must be greater than 0" in faults(with_value(key, bad))
+    assert faults(with_value(key, most + 1)) == (f"{key} is {most + 1}: it must be greater than 0, at most {most:,}",)
+
+
+@pytest.mark.parametrize("key", ["checkpoint.keep_last", "checkpoint.keep_every", "eval.max_samples", "train.max_time"])
+def test_numbers_that_may_be_left_out(key: str) -> None:
+    assert faults(with_value(key, None)) == ()
+
+
+@pytest.mark.parametrize("key", ["optim.min_lr", "optim.weight_decay", "optim.warmup_steps"])
+def test_numbers_that_must_not_be_negative(key: str) -> None:
+    assert faults(with_value(key, 0)) == ()
+    for bad in (-1, math.nan):
+        assert faults(with_value(key, bad)) == (f"{key} is {bad}: it must not be negative",)
+
+
+@pytest.mark.parametrize("key", ["optim.beta1", "optim.beta2"])
+def test_decays_of_running_means(key: str) -> None:
+    for good in (0, 0.999):
+        assert faults(with_value(key, good)) == ()
+    for bad in (-0.1, 1, math.nan):
+        assert faults(with_value(key, bad)) == (f"{key} is {bad}: it must be in [0, 1)",)
+
+
+def test_a_rate_may_stay_the_same_but_not_rise() -> None:
+    assert faults(with_value("optim.min_lr", 4e-4)) == ()
+    assert faults(with_value("optim.min_lr", 5e-4)) == (
+        "optim.min_lr 0.0005 is greater than optim.lr 0.0004: lower it",
+    )
+
+
+def data(**settings: Any) -> tuple[str, ...]:
+    return faults(dataclasses.replace(run(max_steps=9), data=DataArgs(**settings)))
+
+
+@pytest.mark.parametrize("weights", [(-1, None), (0, None), (0, 0), (math.inf, None), (math.nan, None), (1, -1)])
+def test_a_weight_that_is_none(weights: tuple[float, float | None]) -> None:
+    ramp = None if weights[1] is None else 1
+    (fault,) = data(sources=[Source("packed", *weights)], ramp_tokens=ramp)
+    last = weights[0] if weights[1] is None else weights[1]
+    assert fault == f"data.sources: packed has weight {weights[0]}, at last {last}: one must be above 0"
+
+
+def test_sources_and_what_belongs_together() -> None:
+    (fault,) = data()
+    assert fault.startswith("data.sources is empty")
+    together = "data.ramp_tokens and a final_weight of a source belong together: give both or neither"
+    assert data(sources=[Source("a", 1), Source("b", 0, 1)], ramp_tokens=1) == ()
+    assert data(sources=[Source("a", 1), Source("b", 1, 0)], ramp_tokens=1) == ()
+    assert data(sources=[Source("a", 1), Source("b", 0, 1)]) == (together,)
+    assert data(sources=[Source("a", 1)], ramp_tokens=1) == (together,)
+    assert data(sources=[Source("a")], document_mask=True, restart_positions=True) == ()
+    assert data(sources=[Source("a")], document_mask=True) == ()
+    (fault,) = data(sources=[Source("a")], restart_positions=True)
+    assert fault.startswith("data.restart_positions is true and data.document_mask is not")
+    for resume in ("auto", "never"):
+        assert faults(run(max_steps=9, init_from="x", resume=resume)) == ()
+    assert faults(run(max_steps=9, resume="some/path")) == ()
+    (fault,) = faults(run(max_steps=9, init_from="x", resume="some/path"))
+    assert fault.startswith("train.init_from and a path in train.resume are both given")
+
+
+def test_wandb_must_be_there_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    assert faults(run(max_steps=9)) == ()
+    for how in ("online", "offline"):
+        args = dataclasses.replace(run(max_steps=9), log=LogArgs(wandb=how))  # type: ignore[arg-type]
+        assert faults(args) == ("log.wandb needs wandb: pip install wandb, or give --log.wandb off",)
+
+
+def test_blocks_are_compiled_on_a_gpu_unless_told() -> None:
+    assert [TrainArgs().compiles(device) for device in ("cuda", "cpu")] == [True, False]
+    assert [TrainArgs(compile=True).compiles(device) for device in ("cuda", "cpu")] == [True, True]
+    assert [TrainArgs(compile=False).compiles(device) for device in ("cuda", "cpu")] == [False, False]
+
+
+def test_lengths_that_are_whole_and_a_warm_up_that_just_ends() -> None:
+    step = 1024 * 2048
+    assert total_steps(run(max_tokens=3000 * step), 2048, 10) == 3000
+    assert total_steps(run(max_tokens=3000 * step + 1), 2048, 10) == 3001
+    assert total_steps(run(max_epochs=3), 2048, 1024 * 1000 - 1) == 2999
+    assert total_steps(run(max_epochs=3), 2048, 1024 * 1000) == 3000
+    assert total_steps(run(max_steps=2001), 2048, 10) == 2001
+
+
+def test_what_a_run_says_of_itself(tmp_path: Any) -> None:
+    args = PretrainArgs(data=DATA, optim=OptimArgs(lr=1.0, min_lr=0.5, warmup_steps=2), train=TrainArgs(max_steps=6))
+    one = Run(args, args.model.resolve(), World(1, 1, 1), [], [], None, 1, 6, {}, None)  # type: ignore[arg-type]
+    assert one.tokens_per_step == 2_097_152
+    assert one.origin == "a new run"
+    assert one.resolved()["model"] == dataclasses.asdict(named_config("tinyllama_1.1b"))
+    cosine = [0.5 + 0.25 * (1 + math.cos(math.pi * part / 3)) for part in range(4)]
+    assert [one.lr_at(step) for step in range(6)] == pytest.approx([0.5, 1.0, *cosine])
+    started = dataclasses.replace(args, train=dataclasses.replace(args.train, init_from="weights"))
+    assert dataclasses.replace(one, args=started).origin == "a new run of the weights of weights"
+    assert dataclasses.replace(one, args=started, resume=tmp_path).origin == f"resumed from {tmp_path}"

@@ -1,3 +1,6 @@
+import dataclasses
+import errno
+import os
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -104,6 +107,96 @@ def test_no_arguments_are_all_defaults() -> None:
     assert parse() == PretrainArgs()
 
 
+def test_a_switch_alone_is_true_and_one_with_a_value_is_that(yaml_file: str) -> None:
+    assert parse("--dry_run").dry_run is True
+    assert parse("--dry_run", "--optim.lr", "3").dry_run is True
+    assert parse("--dry_run", "false", "--optim.lr", "3").dry_run is False
+    assert parse("--dry_run=true", "--dry_run=false").dry_run is False
+    assert parse("--data.document_mask", "--dry_run", "true").data.document_mask is True
+    # the later one wins, be it a flag or a file
+    assert parse("--optim.lr", "3", "--config", yaml_file).optim.lr == 4e-4
+    assert parse(f"--config={yaml_file}", "--optim.lr=3", "--optim.lr", "2").optim.lr == 2
+
+
+def test_flags_that_are_unknown(tmp_path: Path) -> None:
+    assert faults("--optim.lrr=3", "--beta1", "3", "--qqqq") == (
+        "unknown flag --optim.lrr; did you mean optim.lr?",
+        "unknown flag --beta1; did you mean optim.beta1?",
+        "unknown flag --qqqq; --help lists the keys",
+    )
+    path = tmp_path / "run.yaml"
+    path.write_bytes(b"\xff\xfe\x00")
+    assert faults(f"--config={path}") == (f"cannot read the config {path}: it is not text; give --config a YAML file",)
+    path.write_text("3")
+    assert faults("--config", str(path)) == (f"{path}: it is not a group of keys but 3; --help lists the keys",)
+
+
+def test_values_that_are_none_of_the_choices() -> None:
+    # which words jsonargparse has for it depends on its version
+    for key, value in (("train.precision", "fp16"), ("optim.lr", "fast"), ("train.max_steps", "1.5")):
+        (fault,) = faults(f"--{key}", value)
+        assert fault.startswith(key)
+        assert value in fault
+        assert "xpected" in fault
+        assert "\n" not in fault
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """Flags of a script."""
+
+    width: int = 3
+    share: float | None = None
+    deep: bool = False
+
+
+def test_a_scripts_own_flags() -> None:
+    parser = cli.arguments("A script.")
+    parser.add_argument("--number", type=int, default=7)
+    cli.add_fields(parser, "size", Sizes)
+    assert cli.given(parser.parse_args([]), "size", Sizes) is None
+    assert vars(parser.parse_args([])) == {"number": 7}
+    args = parser.parse_args(["--size.share", "0.5", "--size.deep", "TRUE", "--number", "8"])
+    assert cli.given(args, "size", Sizes) == Sizes(share=0.5, deep=True)
+    assert cli.given(parser.parse_args(["--size.deep", "false"]), "size", Sizes) == Sizes(deep=False)
+    for words, fault in (
+        (["--size.deep", "1"], "argument --size.deep: '1' is neither true nor false; "),
+        (["--numb", "8"], "unrecognized arguments: --numb 8; "),  # no abbreviations
+        (["--size.width", "x"], "argument --size.width: invalid int value: 'x'; "),
+    ):
+        with pytest.raises(InputError) as caught:
+            parser.parse_args(words)
+        (said,) = caught.value.args
+        assert said.startswith(fault)
+        assert said.endswith("--help lists what there is")
+
+
+@pytest.mark.parametrize("name", cli.UNUSABLE)
+def test_a_path_that_cannot_be_used_is_the_users_to_mend(name: int, capsys: pytest.CaptureFixture[str]) -> None:
+    for given, path in ([["some/path"], "some/path"], [[], "a file that was being written"]):
+        error = OSError(name, os.strerror(name), *given)
+
+        def fail(error: OSError = error) -> None:
+            raise error
+
+        with pytest.raises(SystemExit) as end:
+            cli.run(fail)
+        assert end.value.code == 2
+        said = f"error: cannot use {path} ({os.strerror(name)}): mend that, or give another path\n"
+        assert capsys.readouterr().err == said
+
+
+def test_which_faults_of_a_path_are_the_users() -> None:
+    names = "EACCES EPERM EROFS ENOSPC EDQUOT ENAMETOOLONG ELOOP ENOTDIR EISDIR EEXIST"
+    assert {getattr(errno, name) for name in names.split()} == cli.UNUSABLE
+
+    def fail() -> None:
+        raise OSError(errno.EIO, "Input/output error", "disk")
+
+    with pytest.raises(OSError, match="Input/output error"):
+        cli.run(fail)
+
+
 def test_wrong_types_name_the_key(tmp_path: Path) -> None:
     assert faults("--model.n_layer", "x") == ("model.n_layer cannot be x: expected int | None",)
     path = tmp_path / "run.yaml"
@@ -174,6 +267,14 @@ def test_output_that_nobody_reads_is_no_defect(words: int) -> None:
         cwd=ROOT, capture_output=True, text=True,
     )  # fmt: skip
     assert (done.stdout, done.stderr) == ("141\n", "")
+
+
+@pytest.mark.parametrize(("encoding", "seen"), [("latin-1", b"\xe9 \\u6f22\n"), ("utf-8", "é 漢\n".encode())])
+def test_a_letter_that_stdout_cannot_show_is_printed_as_its_number(encoding: str, seen: bytes) -> None:
+    code = "from tinyllama import cli; cli.run(lambda: print('\\xe9 \\u6f22'))"
+    env = os.environ | {"PYTHONIOENCODING": encoding}
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, seen, b"")
 
 
 def test_ctrl_c_is_a_line_and_what_shells_expect() -> None:

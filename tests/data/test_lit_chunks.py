@@ -1,3 +1,4 @@
+import hashlib
 import struct
 from pathlib import Path
 
@@ -20,6 +21,8 @@ def test_lit_chunks_read_as_one_stream(tmp_path):
     write_chunk(tmp_path / "train_slim_1_0000000000.bin", [7, 8])
     write_chunk(tmp_path / "train_slim_0_0000000001.bin", [4, 5, 65535])
     write_chunk(tmp_path / "train_slim_0_0000000000.bin", [1, 2, 3])
+    (tmp_path / "notes.txt").write_text("of another kind")
+    (tmp_path / "recycle_bin").write_text("of another kind")
     dataset = open_packed(tmp_path)
     assert dataset.read(0, 8).tolist() == [1, 2, 3, 4, 5, 65535, 7, 8]
     assert dataset.blocks(np.array([1, 0]), 2).tolist() == [[4, 5, 65535], [1, 2, 3]]
@@ -44,6 +47,9 @@ def test_lit_chunk_faults_are_told_together(tmp_path):
     write_chunk(tmp_path / "c.bin", [1, 2], code=4, dtype="<i4")
     write_chunk(tmp_path / "d.bin", [1, 2], version=2)
     write_chunk(tmp_path / "e.bin", [1, 2], code=6, dtype="<f4")
+    write_chunk(tmp_path / "e2.bin", [1, 2], code=7, dtype="<f8")
+    write_chunk(tmp_path / "e3.bin", [1, 2], version=0)
+    write_chunk(tmp_path / "e4.bin", [1, 2], magic=b"LITPKDT")
     whole = write_chunk(tmp_path / "f.bin", [1, 2]).read_bytes()
     (tmp_path / "f.bin").write_bytes(whole[:-1])
     (tmp_path / "g.bin").write_bytes(whole + b"\0")
@@ -52,12 +58,14 @@ def test_lit_chunk_faults_are_told_together(tmp_path):
     with pytest.raises(InputError) as error:
         open_packed(tmp_path)
     faults = {Path(fault.split()[0]).name: fault for fault in error.value.args}
-    assert sorted(faults) == ["a.bin", "c.bin", "d.bin", "e.bin", "f.bin", "g.bin", "h.bin", "i.bin"]
-    for name in ("a.bin", "h.bin", "i.bin"):
+    assert sorted(faults) == [f"{name}.bin" for name in ("a", "c", "d", "e", "e2", "e3", "e4", "f", "g", "h", "i")]
+    for name in ("a.bin", "e4.bin", "h.bin", "i.bin"):
         assert "is not a chunk file" in faults[name]
     assert "holds int32 tokens but b.bin uint16" in faults["c.bin"]
     assert "version 2 and dtype code 8" in faults["d.bin"]
     assert "version 1 and dtype code 6" in faults["e.bin"]
+    assert "version 1 and dtype code 7" in faults["e2.bin"]
+    assert "version 0 and dtype code 8" in faults["e3.bin"]
     assert "has 27 bytes, not the 28" in faults["f.bin"]
     assert "has 29 bytes, not the 28" in faults["g.bin"]
 
@@ -82,3 +90,15 @@ def test_lit_fingerprint(tmp_path):
     long = [0] * 9000
     others += [of(a=long), of(a=[1, *long[1:]]), of(a=[*long[1:], 1])]
     assert len({base, *others}) == 1 + len(others)
+
+
+def test_lit_fingerprint_never_changes(tmp_path):
+    # of each file in order: its name, its size and 4,096 bytes of both its ends, each hashed by itself
+    whole = hashlib.blake2b(digest_size=32)
+    for name, tokens in (("b", range(9000)), ("a", [1, 2, 3])):
+        write_chunk(tmp_path / f"{name}.bin", tokens)
+    for name in ("a.bin", "b.bin"):
+        payload = (tmp_path / name).read_bytes()
+        for part in (name.encode(), len(payload).to_bytes(8, "little"), payload[:4096], payload[-4096:]):
+            whole.update(hashlib.blake2b(part).digest())
+    assert open_packed(tmp_path).fingerprint == whole.hexdigest()

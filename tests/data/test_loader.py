@@ -1,4 +1,5 @@
 import itertools
+import struct
 import threading
 import time
 import tracemalloc
@@ -43,7 +44,7 @@ def loader(datasets, weights=(0.693584, 0.306416), num_blocks=None, **changes):
     num_blocks = num_blocks or [dataset.num_blocks(T) for dataset in datasets]
     mixture = Mixture(num_blocks, weights[: len(datasets)], 0, [dataset.fingerprint for dataset in datasets])
     sizes = {"global_batch_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 1, "start_sample": 0}
-    return Loader(datasets, mixture, block_size=T, vocab_size=VOCAB, **{**sizes, **changes})
+    return Loader(datasets, mixture, block_size=T, **{"vocab_size": VOCAB, **sizes, **changes})
 
 
 def on_cpu(batches):
@@ -139,6 +140,78 @@ def test_sources_of_different_dtypes_in_one_batch(tmp_path):
     assert {token // 50_000 for token in seen.values()} == {0, 1}
 
 
+@pytest.mark.parametrize("wide_first", [False, True])
+def test_ids_above_65535_beside_a_uint16_source(tmp_path, wide_first):
+    datasets = [
+        pack(tmp_path / "narrow", numbers(5)),
+        pack(tmp_path / "wide", numbers(5, first=70_000), vocab_size=80_000),
+    ][:: -1 if wide_first else 1]
+    blocks = [4 * block for block in range(5)] + [70_000 + 4 * block for block in range(5)]
+    with loader(datasets, weights=(1, 1), vocab_size=80_000) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert set(seen.values()) <= set(blocks)
+    assert {token // 70_000 for token in seen.values()} == {0, 1}
+    sizes = {"block_size": T, "vocab_size": 80_000, "micro_batch_size": 5, "rank": 0, "world_size": 1}
+    assert sorted(rows(validation_batches(datasets, max_samples=None, **sizes)).values()) == blocks
+
+
+@pytest.mark.parametrize("size", [3008, 8208])  # 8,192 samples, or one step, are located at once
+def test_batches_of_thousands_of_samples(two, size):
+    world, steps = 2, 3
+    mixture = Mixture([BLOCKS, 11], [2, 1], 0, [dataset.fingerprint for dataset in two])
+    source, _, block = mixture.locate(np.arange(steps * size))
+    first = (source * 10_000 + 4 * block).reshape(steps, world, size // world)
+    for rank in range(world):
+        sizes = {"global_batch_size": size, "micro_batch_size": 8, "rank": rank, "world_size": world}
+        batches = loader(two, weights=(2, 1), **sizes)
+        taken = []
+        while len(taken) < steps * size // world // 8:
+            taken += batches._ready.get(timeout=60)  # rather than wait for ever for a thread that finds no steps
+        batches.close()
+        tokens = torch.cat([batch.tokens for batch in taken]).to(torch.int64)[: steps * size // world]
+        assert tokens[:, 0].tolist() == first[:, rank].ravel().tolist()
+
+
+@pytest.mark.parametrize("signed_first", [False, True])
+def test_signed_chunk_files_beside_a_uint16_source(tmp_path, signed_first):
+    (tmp_path / "lit").mkdir()
+    tokens = numbers(5, rest=0).astype("<i2")
+    (tmp_path / "lit/a.bin").write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, 3, len(tokens)) + tokens.tobytes())
+    datasets = [pack(tmp_path / "a", numbers(5, first=50_000)), open_packed(tmp_path / "lit")]
+    with loader(datasets[:: -1 if signed_first else 1], weights=(1, 1)) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert {token // 50_000 for token in seen.values()} == {0, 1}
+
+
+def test_ids_of_a_uint16_source_alone(tmp_path):
+    dataset = pack(tmp_path / "high", numbers(5, first=40_000))
+    with loader([dataset]) as batches:
+        seen = rows(itertools.islice(batches, 8))
+    assert set(seen.values()) == {40_000 + 4 * block for block in range(5)}
+
+
+def test_a_token_outside_the_vocabulary_beside_another_source(two, tmp_path):
+    tokens = numbers(25)
+    tokens[4 * 20 + 1] = VOCAB
+    dataset = pack(tmp_path / "damaged", tokens, num_shards=2, vocab_size=VOCAB + 1)
+    with pytest.raises(InputError, match="damaged: token 60000 at position 81 is outside"):
+        validate([two[1], dataset], 1, 36)
+
+
+def test_a_signed_chunk_file_with_a_negative_id(tmp_path):
+    (tmp_path / "lit").mkdir()
+    tokens = numbers(2, rest=0).astype("<i4")
+    tokens[6] = -3
+    (tmp_path / "lit" / "a.bin").write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, 4, len(tokens)) + tokens.tobytes())
+    dataset = open_packed(tmp_path / "lit")
+    sizes = {"block_size": T, "vocab_size": VOCAB, "micro_batch_size": 2, "rank": 0, "world_size": 1}
+    message = "lit: token -3 at position 6 is outside the vocabulary of 60000"
+    with pytest.raises(InputError, match=message):
+        list(validation_batches([dataset], max_samples=None, **sizes))
+    with loader([dataset]) as batches, pytest.raises(InputError, match=message):
+        list(itertools.islice(batches, 2))
+
+
 def test_token_outside_the_vocabulary(tmp_path):
     tokens = numbers(BLOCKS)
     tokens[41] = 65_000
@@ -156,6 +229,16 @@ def test_token_outside_the_vocabulary(tmp_path):
 def test_a_defect_in_the_thread_reaches_the_consumer(two):
     with loader(two, num_blocks=[10**6, 10**6]) as batches, pytest.raises(IndexError, match="block outside"):
         list(itertools.islice(batches, 4))
+
+
+def test_whatever_ends_the_thread_reaches_the_consumer(two, monkeypatch):
+    def stop(*arguments):
+        raise SystemExit("not an Exception")
+
+    monkeypatch.setattr(two[0], "blocks", stop)
+    batches = loader(two[:1])
+    assert isinstance(batches._ready.get(timeout=60), SystemExit)  # iterating would wait for ever for it
+    batches.close()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 7])
@@ -270,6 +353,9 @@ def test_validation_samples_are_spread_evenly(two):
     seen, _, batches = validate(two, 2, 2, max_samples=5)
     assert seen == {0: 0, 1: 4 * 8, 2: 4 * 16, 3: 4 * 24, 4: 10_000 + 4 * 3}  # blocks 0, 8, 16, 24, 32 of 40
     assert batches == 2
+    blocks = [0, 5, 11, 17, 22, 28, 34]  # 40 / 7 apart
+    expected = [4 * block if block < BLOCKS else 10_000 + 4 * (block - BLOCKS) for block in blocks]
+    assert list(validate(two, 1, 2, max_samples=7)[0].values()) == expected
     assert validate(two, 2, 2, max_samples=40) == validate(two, 2, 2, max_samples=1000) == validate(two, 2, 2)
 
 

@@ -1,3 +1,4 @@
+import math
 from fractions import Fraction
 
 import numpy as np
@@ -90,12 +91,12 @@ def test_shares_hold_over_any_ten_thousand_samples(weights, start):
 def test_quotas_of_a_window_are_exact(weights, window):
     mix = mixture([10**9] * len(weights), weights)
     drawn = np.array(mix.drawn(window * WINDOW), dtype=object)
-    exact = np.array(weights, dtype=np.longdouble) / sum(weights) * window * WINDOW
+    shares = [Fraction(repr(weight)) for weight in weights]  # the decimals: a float's error is samples far on
+    behind = [share / sum(shares) * window * WINDOW - count for share, count in zip(shares, drawn, strict=True)]
     assert drawn.sum() == window * WINDOW
-    behind = (exact - drawn).astype(float)
     # a source is less than a sample behind, and ahead by what the floors before it have left over, less than one each
-    assert behind.max() < 1
-    assert (behind >= -np.arange(len(weights)) - 1e-6).all()
+    assert max(behind) < 1
+    assert all(late >= -k for k, late in enumerate(behind))
     quotas = np.array(mix.drawn((window + 1) * WINDOW), dtype=object) - drawn
     source, _, _ = mix.locate(np.arange(window * WINDOW, (window + 1) * WINDOW))
     assert np.bincount(source, minlength=len(weights)).tolist() == quotas.tolist()
@@ -249,6 +250,45 @@ def test_shares_of_a_ramp_follow_it_in_every_window_and_on_the_whole(pairs, ramp
         before = drawn
 
 
+def quotas_of_a_ramp(first, last, ramp):
+    """Draws of each source before each window, as _ramp_starts says them, in fractions."""
+    shares = [(Fraction(a, sum(first)), Fraction(b, sum(last))) for a, b in zip(first, last, strict=True)]
+    starts = [[0] * len(shares)]
+    for sample in range(WINDOW, -(-ramp // WINDOW) * WINDOW + 1, WINDOW):
+        upto = [integral(a, b, ramp, sample) for a, b in shares]
+        wanted = [now - integral(a, b, ramp, sample - WINDOW) for now, (a, b) in zip(upto, shares, strict=True)]
+        draws = [before + math.floor(want) for before, want in zip(starts[-1], wanted, strict=True)]
+        cut = [k for k, want in enumerate(wanted) if want.denominator > 1]
+        cut.sort(key=lambda k: upto[k] - draws[k], reverse=True)  # the furthest behind first; of two alike, the first
+        for k in cut[: sample - sum(draws)]:
+            draws[k] += 1
+        starts.append(draws)
+    return starts
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "ramp"),
+    [
+        ([1, 1, 1], [1, 1, 1], 3 * WINDOW),  # alike in everything: the first is first
+        ([0, 0, 0, 6], [1, 1, 1, 3], 4 * WINDOW + 1),
+        ([2, 1, 1, 3], [2, 3, 1, 1], 5 * WINDOW - 1),
+        ([75, 0, 0], [75, 15, 10], 9_999),
+        ([7, 5, 3, 2, 1], [1, 2, 3, 5, 7], 20 * WINDOW),
+    ],
+)
+def test_quotas_on_a_ramp_are_those_furthest_behind(first, last, ramp):
+    order = Mixture([97] * len(first), first, 5, list("abcde"[: len(first)]), last, ramp)
+    expected = quotas_of_a_ramp(first, last, ramp)
+    assert [order.drawn(window * WINDOW) for window in range(len(expected))] == expected
+    # behind the ramp each is given the floor of its share of what is left, and the last one the rest
+    end, total = (len(expected) - 1) * WINDOW, sum(last)
+    left, counts = 10**6 * WINDOW, []
+    for weight in last:
+        counts.append(left * weight // total)
+        left, total = left - counts[-1], total - weight
+    assert order.drawn(end + 10**6 * WINDOW) == [a + b for a, b in zip(expected[-1], counts, strict=True)]
+
+
 @settings(max_examples=30)
 @given(ramps, st.integers(1, 9_000), st.integers(0, 12_000))
 def test_drawn_counts_what_locate_gave_on_a_ramp_and_after_it(pairs, ramp, end):
@@ -303,3 +343,5 @@ def test_a_source_may_come_or_go_but_must_be_there_once():
         Mixture([10, 10], [1, 0], 0, ["x", "y"], [1, 0], 3000)
     with pytest.raises(InputError, match=r"data.sources\[0\].weight"):
         Mixture([10, 10], [1, 1], 0, ["x", "y"], [float("nan"), 1], 3000)
+    with pytest.raises(InputError, match=r"data.sources\[1\].weight"):
+        Mixture([10, 10], [1, 1], 0, ["x", "y"], [1, -0.5], 3000)

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 from tinyllama import InputError
+from tinyllama.data import metadata
 from tinyllama.data.packed import ShardWriter, open_packed, read_shard_info, write_manifest
 
 FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "sentencepiece", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
@@ -16,7 +17,7 @@ def write_shard(folder: Path, name: str, documents, vocab_size: int = 100, **fac
     with ShardWriter(folder, name, vocab_size) as writer:
         for document in documents:
             writer.add(document)
-        return writer.finish(**FACTS | facts)
+        return writer.finish(**FACTS | metadata)
 
 
 def write_dataset(folder: Path, shards: dict[str, list], vocab_size: int = 100) -> dict:
@@ -89,6 +90,17 @@ def test_empty_document_and_empty_shard(tmp_path):
     assert open_packed(tmp_path).read(0, 1).tolist() == [5]
 
 
+def test_documents_come_in_pieces(tmp_path):
+    with ShardWriter(tmp_path, "a", 100) as writer:
+        writer.append(np.array([1, 99, 3, 4]), [2])  # a document, and the beginning of another
+        writer.append(np.array([5]), [])
+        writer.append(np.array([6, 7, 8], dtype=np.uint32), np.array([1, 2]))
+        info = writer.finish(**FACTS)
+    assert np.fromfile(tmp_path / "a.bin", "<u2").tolist() == [1, 99, 3, 4, 5, 6, 7, 8]
+    assert np.load(tmp_path / "a.idx.npy").tolist() == [2, 6, 7]
+    assert (info["tokens"], info["documents"], info["max_token"]) == (8, 3, 99)
+
+
 def test_facts_cannot_replace_counts(tmp_path):
     with pytest.raises(TypeError, match="tokens"):
         write_shard(tmp_path, "a", [[1]], tokens=9)
@@ -141,6 +153,31 @@ def test_json_never_describes_other_tokens(tmp_path, monkeypatch, step):
         assert (tmp_path / "a.bin").read_bytes() == bytes([3, 0, 4, 0])
     assert not [name for name in names(tmp_path) if name.endswith(".tmp")]
     assert [Path(target).name for target in renames] == ["a.idx.npy", "a.bin", "a.json"][:step]
+
+
+def test_every_file_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    events, fsync, replace = [], os.fsync, os.replace
+
+    def synced(handle):
+        events.append(("synced", os.fstat(handle).st_ino, os.fstat(handle).st_size))
+        fsync(handle)
+
+    def renamed(source, target):
+        events.append((Path(target).name, os.stat(source).st_ino, os.stat(source).st_size))
+        replace(source, target)
+
+    monkeypatch.setattr(os, "fsync", synced)
+    monkeypatch.setattr(os, "replace", renamed)
+    write_dataset(tmp_path, {"a": [list(range(90))]})
+    folder = tmp_path.stat().st_ino
+    order = ["a.idx.npy", "a.bin", "a.json", "manifest.json"]
+    assert [name for name, *_ in events if name != "synced"] == order
+    for file in order:
+        (place,) = (i for i, (name, *_) in enumerate(events) if name == file)
+        size = (tmp_path / file).stat().st_size
+        assert events[place][2] == size  # nothing is left in a buffer
+        assert ("synced", events[place][1], size) in events[:place], file
+        assert events[place + 1][:2] == ("synced", folder), file  # and so is the name, before what comes next
 
 
 def test_file_modes_follow_the_umask(tmp_path):
@@ -200,6 +237,13 @@ def test_manifest_says_it_all_in_order_of_name(tmp_path):
     assert (dataset.bos, dataset.eos, dataset.bos_id, dataset.eos_id) == (False, True, 1, 2)
 
 
+def test_the_largest_token_of_any_shard(tmp_path):
+    manifest = write_dataset(tmp_path, {"a": [[4]], "b": [[7, 1]], "c": [[2, 2], [5]]})
+    assert (manifest["max_token"], manifest["tokens"], manifest["documents"]) == (7, 6, 4)
+    dataset = open_packed(tmp_path)
+    assert (dataset.max_token, dataset.tokens, dataset.documents) == (7, 6, 4)
+
+
 def test_manifest_needs_done_shards(tmp_path):
     with pytest.raises(InputError, match="no shard to list"):
         write_manifest(tmp_path, [])
@@ -237,7 +281,7 @@ def test_shards_of_two_vocabularies_disagree(tmp_path):
 def fingerprint(folder: Path, shards: dict[str, list], vocab_size: int = 100, **facts) -> str:
     folder.mkdir()
     for name, documents in shards.items():
-        write_shard(folder, name, documents, vocab_size, **facts)
+        write_shard(folder, name, documents, vocab_size, **metadata)
     return write_manifest(folder, list(shards))["fingerprint"]
 
 
@@ -263,3 +307,25 @@ def test_fingerprint_is_of_the_token_stream(tmp_path):
     assert fingerprint(tmp_path / "two", {"a": [[1, 0]]}) != fingerprint(
         tmp_path / "one", {"a": [[1]]}, vocab_size=70000
     )
+
+
+def test_the_fingerprint_never_changes(tmp_path):
+    # runs that resume compare it with the one they started with: a change here refuses them all
+    write_dataset(tmp_path, {"a": [[1, 2], [3]], "b": [[4]]})
+    hashes = [hashlib.blake2b(bytes(tokens), digest_size=32).hexdigest() for tokens in ([1, 0, 2, 0, 3, 0], [4, 0])]
+    stream = f'{{"dtype": "uint16", "shards": [[3, "{hashes[0]}"], [1, "{hashes[1]}"]]}}'
+    expected = hashlib.blake2b(stream.encode(), digest_size=32).hexdigest()
+    assert open_packed(tmp_path).fingerprint == json.loads((tmp_path / "manifest.json").read_text())["fingerprint"]
+    assert open_packed(tmp_path).fingerprint == expected
+    stream = b'{"dtype": "uint32", "shards": [[5, "ab"]]}'
+    expected = hashlib.blake2b(stream, digest_size=32).hexdigest()
+    assert metadata.fingerprint("uint32", [{"name": "a", "tokens": 5, "documents": 1, "blake2b": "ab"}]) == expected
+
+
+def test_facts_are_the_same_bytes_whatever_their_order(tmp_path):
+    for number, more in enumerate(({"x": 1, "y": {"a": 1, "b": 2}}, {"y": {"b": 2, "a": 1}, "x": 1})):
+        (tmp_path / str(number)).mkdir()
+        write_shard(tmp_path / str(number), "a", [[1]], **more)
+        write_manifest(tmp_path / str(number), ["a"], **more)
+    for name in ("a.json", "manifest.json"):
+        assert (tmp_path / "0" / name).read_bytes() == (tmp_path / "1" / name).read_bytes()

@@ -1,5 +1,6 @@
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -209,9 +210,46 @@ def test_datasets_that_a_model_cannot_read(tmp_path):
     assert f"{tmp_path / 'a'} and {tmp_path / 'b'} were made with different tokenizers" in tokenizers
 
 
-def test_datasets_must_agree_on_bos_and_eos(packed_folder):
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"bos": True}, r"one was prepared with bos False, eos True \(ids 1, 2\) and .*other with bos True, eos True"),
+        ({"eos": False}, r"one was prepared with bos False, eos True \(.*other with bos False, eos False \(ids 1, 2\)"),
+        ({"bos_id": 3}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids 3, 2\): prepare them alike"),
+        ({"eos_id": 0}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids 1, 0\): prepare them alike"),
+        ({"eos_id": None}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids 1, None\): prepare them alike"),
+    ],
+)
+def test_datasets_must_agree_on_bos_and_eos(packed_folder, changes, message):
     one = open_packed(packed_folder([[list(range(5, 40))]], "one"))
-    other = open_packed(packed_folder([[list(range(5, 40))]], "other", bos=True))
+    other = open_packed(packed_folder([[list(range(5, 40))]], "other", **changes))
     check_datasets([one, one], vocab_size=400, block_size=8)
-    with pytest.raises(InputError, match=r"one was prepared with bos False, eos True .*other with bos True, eos True"):
-        check_datasets([one, other], vocab_size=400, block_size=8)
+    with pytest.raises(InputError, match=message):
+        check_datasets([one, one, other], vocab_size=400, block_size=8)
+
+
+@pytest.mark.parametrize("vocab_size", [399, 401])
+def test_the_vocabulary_must_be_the_models(packed_folder, vocab_size):
+    one = open_packed(packed_folder([[list(range(5, 40))]]))
+    with pytest.raises(InputError, match=f"a vocabulary of 400 and model.vocab_size is {vocab_size}: set"):
+        check_datasets([one], vocab_size=vocab_size, block_size=8)
+
+
+def test_chunk_files_of_upstream_go_with_any_tokenizer(packed_folder, tmp_path):
+    one = open_packed(packed_folder([[list(range(5, 40))]]))
+    (tmp_path / "lit").mkdir()
+    (tmp_path / "lit/a.bin").write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, 8, 9) + bytes(18))
+    lit = open_packed(tmp_path / "lit")
+    check_datasets([lit, one, lit], vocab_size=400, block_size=8)
+    with pytest.raises(InputError, match=r"lit holds 9 tokens and a block takes 10"):
+        check_datasets([one, lit], vocab_size=400, block_size=9)
+
+
+def test_a_read_that_gives_less_than_asked_for_is_gone_on_with(tmp_path, monkeypatch):
+    write_dataset(tmp_path, {"a": [list(range(40))], "b": [list(range(40, 60))]})
+    preadv = os.preadv
+    # one call gives 2 GiB at most, and a network's file system whatever it likes: here a token and a half
+    monkeypatch.setattr(os, "preadv", lambda file, into, at: preadv(file, [memoryview(into[0]).cast("B")[:3]], at))
+    dataset = open_packed(tmp_path)
+    assert dataset.read(1, 58).tolist() == list(range(1, 59))
+    assert dataset.blocks(np.array([4, 3]), 10).tolist() == [list(range(44, 55)), list(range(33, 44))]

@@ -93,12 +93,14 @@ class Run(NamedTuple):
             self.fill(-1)
 
 
-def make(folder: Path, asynchronous: bool = False, keep_last: int | None = None) -> Checkpointer:
+def make(
+    folder: Path, asynchronous: bool = False, keep_last: int | None = None, keep_every: int | None = None
+) -> Checkpointer:
     """A Checkpointer of the tiny run."""
     config = yaml.safe_dump({"model": asdict(CONFIG)})
     facts = {"data": {"seed": 1}}
     return Checkpointer(
-        folder, config=config, facts=facts, keep_last=keep_last, keep_every=None, asynchronous=asynchronous
+        folder, config=config, facts=facts, keep_last=keep_last, keep_every=keep_every, asynchronous=asynchronous
     )
 
 

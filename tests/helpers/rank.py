@@ -3,14 +3,18 @@
 Starting ranks and importing torch takes seconds, a tiny run a fraction of one. `World` in test_train.py starts it.
 """
 
+import collections
 import contextlib
+import gc
 import hashlib
 import io
 import itertools
 import json
 import os
+import shutil
 import signal
 import sys
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -19,11 +23,13 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllama import InputError
-from tinyllama.checkpoint import writer
+from tinyllama.checkpoint import reader, writer
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
+from tinyllama.train import collectives, step
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
@@ -34,10 +40,105 @@ def train(argv: list[str]) -> int:
     return recipe.main(recipe.setup(cli.parse(PretrainArgs, argv)))
 
 
-def group_timeout(argv: list[str]) -> float:
-    """Seconds that a collective may take after the recipe has run."""
-    train(argv)
-    return dist.distributed_c10d._get_default_group()._get_backend(torch.device("cpu")).options._timeout.total_seconds()
+class _Calls(TorchDispatchMode):
+    """How often each of PyTorch's operations has been called, collectives among them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: collections.Counter[str] = collections.Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if "_base_" in name:  # a collective from one tensor to another, which is so many times as large, or as small
+            name += f" over {max(args[0].numel(), args[1].numel()) // min(args[0].numel(), args[1].numel())}"
+        self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+def train_watched(argv: list[str]) -> dict[str, Any]:
+    """The recipe; gives how often a step's passes call each operation, and what Python's collector does at which step.
+
+    ``collectives.GC_INTERVAL`` is 2, so that a run of a few steps has collections.
+    """
+    gc.unfreeze()
+    gc.enable()
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    calls, seen = _Calls(), {"steps": [], "graphs": [], "collector": [], "collected_at": []}
+    set_lr, check, collect = step.set_lr, recipe.Guard.check, recipe.collect_gc
+
+    def begin(optimizer: Any, lr: float) -> None:
+        calls.counts.clear()
+        set_lr(optimizer, lr)
+
+    def end(guard: Any, step: int, loss_sum: torch.Tensor, *others: Any) -> Any:
+        seen["steps"].append(dict(calls.counts))
+        seen["graphs"].append(loss_sum.requires_grad)
+        seen["collector"].append([gc.isenabled(), gc.get_freeze_count() > 0])
+        return check(guard, step, loss_sum, *others)
+
+    def collecting(step: int) -> None:
+        def collected(phase: str, info: dict[str, int]) -> None:
+            if phase == "start" and info["generation"] == 2:
+                seen["collected_at"].append(step)
+
+        gc.callbacks.append(collected)
+        collect(step)
+        gc.callbacks.remove(collected)
+
+    with (
+        calls,
+        mock.patch.object(step, "set_lr", begin),
+        mock.patch.object(recipe.Guard, "check", end),
+        mock.patch.object(recipe, "collect_gc", collecting),
+        mock.patch.object(collectives, "GC_INTERVAL", 2),
+    ):
+        seen["code"] = recipe.main(run)
+    return seen
+
+
+def watched(argv: list[str]) -> dict[str, Any]:
+    """The recipe as a job of Slurm; gives what watches it, and what it leaves of process groups and of Python's gc."""
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    seen: dict[str, Any] = {"beats": []}
+    groups = [None]
+
+    class Watch(recipe.Watchdog):
+        def __init__(self, out_dir: Path, **how: Any) -> None:
+            seen.update(how)
+            super().__init__(out_dir, **how)
+
+        def beat(self, step: int, phase: Any) -> None:
+            if [step, phase] not in seen["beats"]:  # once for all batches of a validation
+                seen["beats"].append([step, phase])
+            seen["owner"] = json.loads((run.out_dir / "OWNER.json").read_text())
+            super().beat(step, phase)
+
+    class Saver(recipe.Checkpointer):
+        def __init__(self, *args: Any, **how: Any) -> None:
+            super().__init__(*args, **how)
+            groups.append(self.group)
+
+    gc.enable()
+    with (
+        mock.patch.object(recipe, "Watchdog", Watch),
+        mock.patch.object(recipe, "Checkpointer", Saver),
+        mock.patch.dict(os.environ, SLURM_JOB_ID="77"),
+    ):
+        seen["code"] = recipe.main(run)
+    backends = [(group or dist.group.WORLD)._get_backend(torch.device("cpu")) for group in groups]
+    return seen | {"collects": gc.isenabled(), "timeouts": [b.options._timeout.total_seconds() for b in backends]}
+
+
+def resumed_from(argv: list[str]) -> str:
+    """The recipe up to its card, on a file system that shows rank 1 the step before; gives the step that was loaded."""
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    if dist.is_initialized() and dist.get_rank() == 1:
+        (*_, before, newest) = sorted(run.resume.parent.iterdir())
+        assert newest == run.resume
+        run = recipe.replace(run, resume=before)
+    with mock.patch.object(reader, "load", wraps=reader.load) as load:
+        recipe.main(run)
+    return load.call_args.args[0].name
 
 
 def train_signalled(argv: list[str]) -> int | str:
@@ -121,20 +222,109 @@ def train_on_a_full_disk(argv: list[str]) -> int:
         return recipe.main(run)
 
 
-def train_poisoned(argv: list[str]) -> int:
-    """The recipe, with a NaN in a gradient of the rank ``argv[0]`` at the step ``argv[1]``; minus: from there on."""
-    rank, step, *argv = argv
+def train_without_room(argv: list[str]) -> int:
+    """The recipe; there is no room on the disk for its ``argv[0]``-th save."""
+    number, *argv = argv
+    saves, save, usage = itertools.count(1), recipe.Checkpointer.save, shutil.disk_usage("/")._replace(free=0)
+
+    def saving(*args: Any, **how: Any) -> Any:
+        full = mock.patch("shutil.disk_usage", return_value=usage)
+        with full if next(saves) == int(number) else contextlib.nullcontext():
+            return save(*args, **how)
+
+    with mock.patch.object(recipe.Checkpointer, "save", saving):
+        return train(argv)
+
+
+def train_told_late(argv: list[str]) -> int:
+    """The recipe, whose first save fails in the background, in step 7."""
     run = recipe.setup(cli.parse(PretrainArgs, argv))
-    judge = recipe.Guard.check
+    lr_at, save = recipe.Run.lr_at, recipe.Checkpointer.save
+    savers: list[Any] = []
+    now = threading.Event()
+
+    def waiting(run: Any, at: int) -> float:
+        if at == 6 and savers:
+            now.set()
+            while not savers[0].done():
+                time.sleep(0.01)
+        return lr_at(run, at)
+
+    def fail(*args: Any) -> None:
+        now.wait()
+        raise OSError("broken")
+
+    def failing(saver: Any, *args: Any, **how: Any) -> Any:
+        savers.append(saver)
+        with mock.patch.object(saver, "_publish", fail if len(savers) == 1 else saver._publish):
+            return save(saver, *args, **how)
+
+    with (
+        mock.patch.object(recipe.Run, "lr_at", waiting),
+        mock.patch.object(recipe.Checkpointer, "save", failing),
+    ):
+        return recipe.main(run)
+
+
+def train_stopped_in_a_save(argv: list[str]) -> list[Any]:
+    """The recipe, with a NaN in step 6 while step 5 is being saved, which ends when somebody waits for it.
+
+    Gives the exit code and the checkpoints that are there then.
+    """
+    waited, wait, write_data = threading.Event(), recipe.Checkpointer.wait, writer._Writer.write_data
+
+    def waiting(saver: Any) -> Any:
+        if saver._in_flight is not None:
+            waited.set()
+        return wait(saver)
+
+    def writing(*args: Any) -> Any:
+        waited.wait()
+        return write_data(*args)
+
+    with (
+        mock.patch.object(recipe.Checkpointer, "wait", waiting),
+        mock.patch.object(writer._Writer, "write_data", writing),
+    ):
+        try:
+            code = train_poisoned(["0", "6", *argv])
+            folder = Path(cli.parse(PretrainArgs, argv).out_dir) / "checkpoints"
+            return [code, sorted(path.name for path in folder.iterdir())]
+        finally:
+            waited.set()
+
+
+def train_ending_late(argv: list[str]) -> bool:
+    """The recipe, whose first rank takes its time for its last word; gives whether it has had it on return."""
+    done = Path(cli.parse(PretrainArgs, argv).out_dir) / "the last word"
+    end = recipe.RunLog.end
+
+    def late(*args: Any) -> None:
+        end(*args)
+        if dist.get_rank() == 0:
+            time.sleep(0.3)
+            done.touch()
+
+    with mock.patch.object(recipe.RunLog, "end", late):
+        train(argv)
+    return done.exists()
+
+
+def train_poisoned(argv: list[str]) -> int:
+    """The recipe, with a NaN in a gradient of the rank ``argv[0]`` at the steps ``argv[1]``; minus: from there on."""
+    rank, steps, *argv = argv
+    poisons = [int(step) for step in steps.split(",")]
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    check = recipe.Guard.check
     calls = itertools.count(1)
 
     def poisoned(guard: Any, at: int, loss_sum: Any, num_tokens: int, gradients: list[torch.Tensor]) -> Any:
         call = next(calls)
-        if dist.get_rank() == int(rank) and (call == int(step) or call >= -int(step) > 0):
+        if dist.get_rank() == int(rank) and (call in poisons or call >= -poisons[0] > 0):
             gradients[0].view(-1)[0] = torch.nan
-        return judge(guard, at, loss_sum, num_tokens, gradients)
+        return check(guard, at, loss_sum, num_tokens, gradients)
 
-    with mock.patch.object(recipe.Guard, "judge", poisoned):
+    with mock.patch.object(recipe.Guard, "check", poisoned):
         return recipe.main(run)
 
 

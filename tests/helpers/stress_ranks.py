@@ -30,6 +30,9 @@ from tinyllama.config.args import PretrainArgs
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
 
+LIMIT = 600.0
+"""seconds that a start may take; then its ranks are stuck"""
+
 
 def die() -> None:
     os.kill(os.getpid(), signal.SIGKILL)
@@ -96,12 +99,16 @@ def start(argv: list[str], doomed: int | None, choice: random.Random) -> list[in
             traceback.print_exc()
         os._exit(1)
     codes = {}
+    stuck = threading.Timer(LIMIT, lambda: [os.kill(pid, signal.SIGKILL) for pid in pids if pid not in codes])
+    stuck.start()
     while len(codes) < 2:
         pid, status = os.wait()
         codes[pid] = os.waitstatus_to_exitcode(status)
         if len(codes) == 1 and codes[pid]:
             time.sleep(choice.uniform(0, 0.3))
             os.kill(next(other for other in pids if other != pid), signal.SIGKILL)  # as the launcher does
+    assert stuck.is_alive(), f"two ranks did not come to their end in {LIMIT} s: {codes}"
+    stuck.cancel()
     return [codes[pid] for pid in pids]
 
 

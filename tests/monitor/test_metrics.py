@@ -1,21 +1,28 @@
 import contextlib
 import csv
+import dataclasses
 import json
 import os
 import pty
 import re
+import resource
+import time
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import console_line, duration, show_card, start_card
-from tinyllama.monitor.metrics import COLUMNS, RunLog, read_metrics, source_columns
+from tinyllama.monitor.console import console_line, duration, mean_speed, show_card, start_card
+from tinyllama.monitor.metrics import COLUMNS, RunLog, max_memory_gb, read_metrics, source_columns
+from tinyllama.train.anomaly import StepResult
+from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
 
@@ -29,7 +36,7 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
         train=TrainArgs(max_steps=9),
     )
     dataset = open_packed(folder)
-    return Run(args, args.model.resolve(), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
+    return Run(args, args.model.resolve(), World(1, 1, 1), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
 
 
 def rows(run: Run) -> list[dict[str, str]]:
@@ -131,15 +138,27 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
     sources = [Source(str(folder), weight) for folder, weight in zip(folders, (0.75, 0.25), strict=True)]
     args = PretrainArgs(out_dir=str(tmp_path / "out"), data=DataArgs(sources=sources), train=TrainArgs(max_steps=9))
     mixture = Mixture([5, 5], [0.75, 0.25], 0, ["x", "y"])
-    run = Run(args, args.model.resolve(), [open_packed(folder) for folder in folders], [], mixture, 1, 9, {}, None)
+    run = Run(
+        args,
+        args.model.resolve(),
+        World(1, 1, 1),
+        [open_packed(folder) for folder in folders],
+        [],
+        mixture,
+        1,
+        9,
+        {},
+        None,
+    )
     RunLog(run, None, speaks=True).row({"step": 1, "tokens": 1024 * 2048, "loss": 1.0})
     (row,) = rows(run)
     assert (row["tokens_slim"], row["tokens_star"]) == (str(768 * 2048), str(256 * 2048))
-    assert source_columns(["a/x", "b/x", "c/y/"]) == ["tokens_x", "tokens_x_1", "tokens_y"]
+    assert source_columns(["a/x", "b/x", "c/y/", "x"]) == ["tokens_x", "tokens_x_1", "tokens_y", "tokens_x_3"]
 
 
 def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    show_card("pretrain", start_card(run, 2, 2, "master float32", ["here: ranks 0 1"]))
+    two_ranks = dataclasses.replace(run, world=World(nodes=1, local_ranks=2, shard=2))
+    show_card("pretrain", start_card(two_ranks, "master float32", ["here: ranks 0 1"]))
     said = capsys.readouterr().out
     assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 32\n" in said
     assert "saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and" in said
@@ -170,10 +189,14 @@ def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pyte
 def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     """The same through a pseudo-terminal."""
     reader, writer = pty.openpty()
-    with os.fdopen(writer, "w") as terminal, contextlib.redirect_stdout(terminal), pytest.MonkeyPatch.context() as env:
+    with (
+        os.fdopen(writer, "w", encoding="utf-8") as terminal,
+        contextlib.redirect_stdout(terminal),
+        pytest.MonkeyPatch.context() as env,
+    ):
         env.setenv("TERM", "xterm-256color")
         env.setenv("COLUMNS", "60")  # as narrow as a phone's
-        show_card("pretrain", start_card(run, 1, 1, "master float32", ["here: rank 0"]))
+        show_card("pretrain", start_card(run, "master float32", ["here: rank 0"]))
         with RunLog(run, None, speaks=True) as log:
             log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
             log.event("skip", "skipped step 4")
@@ -189,3 +212,196 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     assert "loss 3.2500" in plain
     assert "skipped step 4\r\n" in plain
     assert said.rstrip().endswith(b"\x1b[?25h")  # the cursor is back
+
+
+def full_row(step: int, **changes: Any) -> dict[str, Any]:
+    """A value in every column, written in two digits or more."""
+    numbers = {"loss": 7.25, "val_loss": 7.75, "lr": 4e-4, "grad_norm": 1.25, "tokens_per_second": 1500.5, "mfu": 0.45}
+    return {"step": step, "tokens": 32 * step} | numbers | {"max_memory_gb": 37.12, "skipped": 12} | changes
+
+
+def test_every_column_is_written_where_its_name_stands(run: Run) -> None:
+    RunLog(run, None, speaks=True).row(full_row(3))
+    lines = (run.out_dir / "metrics.csv").read_text().splitlines()
+    assert lines == [
+        "step,tokens,loss,val_loss,lr,grad_norm,tokens_per_second,mfu,max_memory_gb,skipped,tokens_packed",
+        "3,96,7.25,7.75,0.0004,1.25,1500.5,0.45,37.12,12,96",
+    ]
+
+
+def test_a_row_whose_last_digits_are_missing_is_no_row(run: Run) -> None:
+    log = RunLog(run, None, speaks=True)
+    for step in (11, 12):
+        log.row(full_row(step))
+    file = run.out_dir / "metrics.csv"
+    whole = file.read_bytes()
+    end = whole[:-2].rfind(b"\n") + 1  # of the first row
+    last = len(whole.rstrip())  # what may be missing behind it is the line's end
+    for cut in range(end, last + 1):
+        file.write_bytes(whole[:cut])
+        assert [row["step"] for row in read_metrics(file)] == ["11"], whole[end:cut]
+    file.write_bytes(whole)
+    assert [row["tokens"] for row in read_metrics(file)] == ["352", "384"]
+    file.write_bytes(whole[:-3])
+    with RunLog(run, 12, speaks=True) as log:
+        assert [row["step"] for row in rows(run)] == ["11"]
+        log.row(full_row(12, loss=6.5))
+    assert [(row["step"], row["loss"]) for row in rows(run)] == [("11", "7.25"), ("12", "6.5")]
+    assert file.read_bytes().count(b"\n") == 3
+
+
+def test_a_resumed_run_has_the_columns_of_today_and_the_rows_of_then(run: Run) -> None:
+    run.out_dir.mkdir()
+    file = run.out_dir / "metrics.csv"
+    file.write_text("tokens,step,val_loss,of_old,loss\n32,1,,x,9.5\n64,2,8.5,y,9.25\n96,3,8.25,z,9.0\n")
+    with RunLog(run, 2, speaks=True) as log:
+        log.row({"step": 2, "tokens": 64, "grad_norm": 1.5})  # the last of the old rows is added to
+        log.row({"step": 3, "tokens": 96, "loss": 8.75})
+    assert file.read_text().splitlines()[0] == ",".join([*COLUMNS, "tokens_packed"])
+    assert rows(run) == [
+        {"step": "1", "tokens": "32", "loss": "9.5"},
+        {"step": "2", "tokens": "64", "loss": "9.25", "val_loss": "8.5", "grad_norm": "1.5"},
+        {"step": "3", "tokens": "96", "loss": "8.75"},
+    ]
+
+
+def test_a_validation_joins_the_row_of_its_step_and_no_other(run: Run) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log.row({"step": 1, "tokens": 32, "loss": 7.0})
+        log.row({"step": 2, "tokens": 64, "val_loss": 6.0})
+        log.row({"step": 2, "tokens": 64, "val_loss": 5.0})
+    expected = [{"step": "1", "tokens": "32", "loss": "7.0"}, {"step": "2", "tokens": "64", "val_loss": "5.0"}]
+    assert rows(run) == expected
+    with RunLog(run, 2, speaks=True) as log:  # and so after a restart
+        assert rows(run) == expected
+        log.row({"step": 2, "tokens": 64, "loss": 4.5})
+        log.row({"step": 3, "tokens": 96, "loss": 4.0})
+    assert rows(run) == [
+        *[expected[0], expected[1] | {"loss": "4.5"}],
+        {"step": "3", "tokens": "96", "loss": "4.0"},
+    ]
+
+
+def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    values = {2: 5.0, 4: 4.0, 6: 4.5, 7: 4.25, 8: 3.0}
+    with RunLog(run, None, speaks=True) as log:
+        for step, val_loss in values.items():
+            log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
+    endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
+    best = "the best so far"
+    assert endings == [
+        f"5.0000  {best}",
+        f"4.0000  {best}",
+        "4.5000  best 4.0000",
+        "4.2500  best 4.0000",
+        f"3.0000  {best}",
+    ]
+    with RunLog(run, 6, speaks=True) as log:  # what step 8 came to is done again
+        for step, val_loss in ((7, 4.25), (8, 3.5), (9, 3.5)):
+            log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
+    endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert endings == ["4.2500  best 4.0000", f"3.5000  {best}", "3.5000  best 3.5000"]
+
+
+def test_a_full_disk_costs_a_row_and_leaves_no_half_of_it(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    log = RunLog(run, None, speaks=True)
+    log.row({"step": 1, "tokens": 32, "loss": 7.0})
+    file, before = run.out_dir / "metrics.csv", (run.out_dir / "metrics.csv").read_bytes()
+
+    class Full(csv.DictWriter):
+        def writerow(self, row: Any) -> Any:
+            with file.open("a") as half:
+                half.write("2,64,6.")
+            raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as full:
+        full.setattr(csv, "DictWriter", Full)
+        log.row({"step": 2, "tokens": 64, "loss": 6.0})
+        assert file.read_bytes() == before
+        log.row({"step": 2, "tokens": 64, "loss": 6.0})
+        assert file.read_bytes() == before
+    log.row({"step": 3, "tokens": 96, "loss": 5.0})
+    assert [row["step"] for row in rows(run)] == ["1", "3"]
+    assert "loss 6.0000" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("fatal", [False, True])
+def test_what_was_skipped_is_told_and_may_stop_the_run(
+    run: Run, fatal: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    fine = StepResult(4, (24, 31), 2.5, 1.0, finite=True, skipped=False, fatal=False, ranks=[])
+    spike = StepResult(5, (32, 39), 9.5, 80.0, finite=True, skipped=True, fatal=False, ranks=[])
+    broken = StepResult(6, (40, 47), float("inf"), 1.0, finite=False, skipped=True, fatal=fatal, ranks=[1])
+    after = StepResult(7, (48, 55), 9.5, 80.0, finite=True, skipped=True, fatal=False, ranks=[])
+    with RunLog(run, None, speaks=True) as log:
+        assert log.record_skips([fine, spike]) is False
+        assert log.record_skips([broken, after]) is fatal
+        assert RunLog(run, None, speaks=False).verdicts([broken]) is fatal
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == "skipped step 5, samples 32 to 39: loss 9.5000, grad_norm 80.000: a spike"
+    assert said[1] == "skipped step 6, samples 40 to 47: loss inf, grad_norm 1.000: not finite on rank [1]"
+    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert [event["event"] for event in events] == ["skip", "skip", "stop" if fatal else "skip"]
+    assert {key: value for key, value in events[0].items() if key != "time"} == {
+        **{"event": "skip", "step": 5, "samples": [32, 39], "loss": 9.5, "grad_norm": 80.0},
+        **{"finite": True, "skipped": True, "fatal": False, "ranks": []},
+    }
+    if not fatal:
+        assert not (run.out_dir / "STOPPED").exists()
+        return
+    facts = {"step": 6, "samples": 48, "reason": "not finite on rank [1]: step 6, samples 40 to 47"}
+    assert json.loads((run.out_dir / "STOPPED").read_text()) == facts
+    assert {key: events[2][key] for key in facts} == facts
+    assert said[2] == f"stopped for good, see {run.out_dir / 'STOPPED'}"
+
+
+def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with RunLog(run, None, speaks=True) as log:
+        for what, step, seconds in (("validation", 2, 3.0), ("checkpoints", 2, 1.23456), ("checkpoints", 4, 2.0)):
+            with log.clock(what, step):
+                now[0] += seconds
+            now[0] += 10.0
+        log.end(TrainState(step=4, tokens=128), "SIGTERM")
+    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    saves = [(event["event"], event["step"], event["seconds"]) for event in events[:2]]
+    assert saves == [("checkpoint", 2, 1.235), ("checkpoint", 4, 2.0)]
+    assert (events[2]["event"], events[2]["by"], events[2]["step"]) == ("stop", "SIGTERM", 4)
+    assert events[2]["seconds"] == pytest.approx({"training": 30.0, "validation": 3.0, "checkpoints": 3.23456})
+    assert abs(events[0]["time"] - time.time()) < 600
+
+
+def test_a_stop_that_was_asked_for_says_that_it_goes_on(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log.end(TrainState(step=4, tokens=128), "SIGTERM")
+    said = capsys.readouterr().out
+    assert said.endswith("stopped by SIGTERM at step 4; the same command goes on from there\n")
+    assert "# goes on from there" in said
+    assert not (run.out_dir / "STOPPED").exists()
+
+
+def test_events_that_cannot_be_written_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(run, None, speaks=True)
+    (run.out_dir / "events.jsonl").mkdir()
+    log.event("start", "here we go", step=0)
+    assert capsys.readouterr().out == "here we go\n"
+
+
+def test_memory_is_told_in_units_of_a_thousand_million_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
+    peaks = {resource.RUSAGE_SELF: 2_000_000, resource.RUSAGE_CHILDREN: 7_000_000}  # Linux counts in KiB
+    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=peaks[who]))
+    assert max_memory_gb(torch.device("cpu")) == 2.048
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {3: 5e9}[device.index])
+    assert max_memory_gb(torch.device("cuda", 3)) == 5.0
+
+
+def test_the_mean_speed_weighs_rows_by_their_tokens() -> None:
+    spoken = [{"tokens": "100", "tokens_per_second": "10"}, {"tokens": "200", "tokens_per_second": "40"}]
+    assert mean_speed(spoken) == 200 / 12.5
+    silent = [{"tokens": "300", "tokens_per_second": ""}, {"tokens": "400", "tokens_per_second": 50.0}]
+    assert mean_speed([*spoken, *silent]) == 300 / 14.5  # of the tokens from 200 to 300 nobody knows the time
+    assert mean_speed(silent[:1]) == 0
+    assert mean_speed([]) == 0

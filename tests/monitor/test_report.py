@@ -12,6 +12,7 @@ import yaml
 
 from tinyllama import InputError
 from tinyllama.config.model import named_config
+from tinyllama.eval import harness
 from tinyllama.monitor import report
 from tinyllama.monitor.metrics import COLUMNS, read_metrics
 
@@ -183,6 +184,11 @@ def test_long_names_are_told_apart_in_legends() -> None:
     assert report.short(names) == ["…seed_7_attempt…", "…seed_13_attempt…"]
     names = ["quickstart", "quickstart_with_another_rate"]
     assert report.short(names) == names
+    assert report.short(["run_of_" + "b" * 17, "run_of_c"]) == [
+        "run_of_" + "b" * 17,
+        "run_of_c",
+    ]  # 24 letters have room
+    assert report.short(["run_of_" + "b" * 18, "run_of_c"]) == ["…of_" + "b" * 18, "…of_c"]
 
 
 def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], tmp_path: Path) -> None:
@@ -191,6 +197,8 @@ def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], 
     page = (tmp_path / "report.html").read_text()
     assert len(page) < 6e6
     assert "<title>4 runs ·" in page
+    for run in data_of(tmp_path / "report.html")["runs"]:
+        assert 250 < len(run["columns"]["step"]) <= 2 * 250 + 301 + 2  # of 3001, two a stretch and the validations
 
 
 @pytest.mark.parametrize(
@@ -198,7 +206,7 @@ def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], 
     [
         ("done", "done"),
         ("stop", "stopped"),
-        ("checkpoint", "not ended; last row 2001-09-09 "),
+        ("checkpoint", "not ended; last row 2001-09-09 01:46 UTC"),
         (None, "not ended; last"),
     ],
 )
@@ -208,6 +216,135 @@ def test_whether_a_run_has_ended(tmp_path: Path, last: str | None, state: str) -
     os.utime(metrics, (1e9, 1e9))
     events = [{"kind": "start"}, {"kind": "stop"}, {"kind": "restart"}, {"kind": last}] if last else []
     assert report.state(events, metrics).startswith(state)
+
+
+def data_of(page: Path) -> dict[str, Any]:
+    """What the page's script reads."""
+    text = page.read_text().partition('<script id="data" type="application/json">')[2].partition("</script>")[0]
+    return json.loads(text)
+
+
+def test_the_page_holds_the_numbers_of_the_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs = [make_run("a&b<c"), make_run("two", height=3.0, steps=12)]
+    report.write(runs, tmp_path / "report.html")
+    data = data_of(tmp_path / "report.html")
+    assert [(run["name"], run["label"]) for run in data["runs"]] == [("a&b<c", "a&b<c"), ("two", "two")]
+    for run, shown in zip(runs, data["runs"], strict=True):
+        with (run / "metrics.csv").open() as file:
+            rows = list(csv.DictReader(file))
+        columns = shown["columns"]
+        assert set(columns) == {*COLUMNS, "tokens_prose", "tokens_code", "smooth"}
+        for name in (*COLUMNS, "tokens_prose", "tokens_code"):
+            assert columns[name] == [float(row[name]) if row[name] else None for row in rows], name
+        assert [row["value"] for row in shown["evaluations"]] == [0.26, 0.27]
+        assert [row["tokens"] for row in shown["evaluations"]] == [10 * TOKENS, 20 * TOKENS]
+        assert {(row["task"], row["metric"]) for row in shown["evaluations"]} == {("hellaswag", "acc_norm")}
+    with (Path(harness.__file__).parent / "published_scores.csv").open() as file:
+        published = list(csv.DictReader(file))
+    assert [row["value"] for row in data["published"]] == [float(row["value"]) for row in published]
+    report.write(runs[:1], tmp_path / "report.html")
+    page = (tmp_path / "report.html").read_text()
+    assert "<title>a&amp;b&lt;c · run report</title>" in page
+    assert f"Written by tinyllama {report.__version__} from" in page
+    assert not any(f"@{mark}@" in page for mark in ("TITLE", "VERSION", "DATA", "PLOTLY"))
+
+
+def test_runs_of_one_name_are_told_by_their_paths(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    one, other = make_run("run"), tmp_path / "elsewhere" / "run"
+    shutil.copytree(one, other)
+    report.write([one, other, make_run("two")], tmp_path / "report.html")
+    assert [run["name"] for run in data_of(tmp_path / "report.html")["runs"]] == [str(one), str(other), "two"]
+
+
+def test_numbers_that_json_has_none_for_are_gaps(make_run: Callable[..., Path], tmp_path: Path) -> None:
+    run = make_run("one", steps=3)
+    lines = (run / "metrics.csv").read_text().splitlines()
+    cells = lines[2].split(",")
+    cells[COLUMNS.index("loss")], cells[COLUMNS.index("grad_norm")] = "inf", "nan"
+    (run / "metrics.csv").write_text("\n".join([*lines[:2], ",".join(cells), *lines[3:]]) + "\n")
+    report.write([run], tmp_path / "report.html")
+    columns = data_of(tmp_path / "report.html")["runs"][0]["columns"]
+    for name in ("loss", "grad_norm"):
+        assert columns[name][:2] == [None, None]
+        assert None not in columns[name][2:]
+    assert columns["lr"][1] == 1e-3
+
+
+def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
+    rows: list[dict[str, Any]] = [
+        {"step": 0, "tokens": 0, "val_loss": 9.0},
+        {"step": 1, "tokens": 100, "loss": 8.0, "tokens_per_second": 10.0, "mfu": 0.25, "max_memory_gb": 3.0},
+        {"step": 2, "tokens": 200, "val_loss": 7.5},
+        {"step": 3, "tokens": 300, "loss": 7.0, "tokens_per_second": 40.0, "mfu": 0.75, "max_memory_gb": 5.5},
+        {"step": 1400, "tokens": 140000, "loss": 7.25, "val_loss": 8.5, "tokens_per_second": None, "mfu": None},
+    ]
+    events = [
+        {"kind": kind, "time": time} for kind, time in (("start", 60), ("restart", 70), ("skip", 80), ("skip", 120))
+    ]
+    assert report.summary(rows, events, named_config("quickstart")) == {
+        "model": "quickstart, 1,311,872 parameters",
+        "progress": "step 1,400, 140,000 tokens",
+        "validation loss": "8.5000 (best 7.5000 at step 2)",
+        "training loss": "7.2500",
+        "speed": "20 tokens/s, MFU 50.0%",  # 300 tokens in 10 s and 5 s; nobody knows of the others
+        "peak memory": "5.50 GB",
+        "events": "1 restart, 0 checkpoints, 2 skips",
+        "life": "1m 00s",
+    }
+    assert report.summary(rows[:1], [], named_config("quickstart")).keys() == {
+        *("model", "progress", "validation loss", "events")
+    }
+
+
+def test_an_event_without_a_step_is_at_that_of_the_one_before(tmp_path: Path) -> None:
+    lines = [
+        {"time": 5, "event": "start", "step": 3, "ops": {}, "changed": [], "note": None, "world_size": 2, "skipped": 0},
+        {"time": 6, "event": "checkpoint_failed", "error": "disk full"},
+        {"time": 7, "event": "start", "step": 0},
+    ]
+    (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert report.read_events(tmp_path / "events.jsonl", 10) == [
+        {"kind": "start", "step": 3, "tokens": 30, "time": 5.0, "details": "world_size 2, skipped 0"},
+        {"kind": "checkpoint_failed", "step": 3, "tokens": 30, "time": 6.0, "details": "error disk full"},
+        {"kind": "restart", "step": 0, "tokens": 0, "time": 7.0, "details": ""},
+    ]
+    assert report.read_events(tmp_path / "none", 10) == []
+
+
+def test_smoothing_remembers_a_two_hundredth_of_the_run() -> None:
+    losses = [3.0 + math.sin(i) for i in range(1000)]
+    rows: list[dict[str, Any]] = [{"loss": loss} for loss in losses]
+    report.smooth(rows)
+    keep = 1 - 1 / 5
+    for last in (0, 1, 7, 999):
+        weights = [keep ** (last - i) for i in range(last + 1)]
+        mean = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
+        assert rows[last]["smooth"] == pytest.approx(mean)
+
+
+def test_the_picture_shows_validations_apart_and_leaves_out_what_is_infinite() -> None:
+    rows = [{"tokens": "0", "val_loss": "10"}, {"tokens": "10", "loss": "", "val_loss": "0"}]
+    rows += [{"tokens": "5", "loss": "inf"}]
+    assert report.picture(rows, width=4, height=2) == [
+        "  10.000 │⠁⠀⠀⠀",
+        "    loss │⠀⠀⠀⢀",  # two points, no line between them
+        "         └────",
+        "          010 tokens",
+    ]
+
+
+def test_the_command_draws_and_says_where_the_page_is(
+    make_run: Callable[..., Path], tmp_path: Path, script: Any
+) -> None:
+    runs = [make_run("one"), make_run("two", height=3.0)]
+    code, out, err = script("report", *runs)
+    assert (code, err) == (0, "")
+    drawn = report.picture(read_metrics(runs[0] / "metrics.csv"))
+    assert out.splitlines() == [*drawn, f"report   {runs[0] / 'report.html'}"]
+    assert [run["name"] for run in data_of(runs[0] / "report.html")["runs"]] == ["one", "two"]
+    code, out, err = script("report", runs[1], "--output", tmp_path / "page.html")
+    assert out.splitlines()[-1] == f"report   {tmp_path / 'page.html'}"
+    assert not (runs[1] / "report.html").exists()
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,8 @@
 """wandb's history of a run: offline files as wandb itself writes them."""
 
+import dataclasses
 import json
+import shutil
 import sys
 import time
 from pathlib import Path
@@ -9,11 +11,14 @@ from typing import Any
 
 import pytest
 
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, LogArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor import wandb_logger
 from tinyllama.monitor.metrics import RunLog
+from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
 BLOCK = 32768  # of LevelDB's log format, in which wandb keeps a run
@@ -72,7 +77,18 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
         train=TrainArgs(max_steps=9),
         log=LogArgs(wandb="offline"),
     )
-    return Run(args, args.model.resolve(), [open_packed(folder)], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
+    return Run(
+        args,
+        args.model.resolve(),
+        World(1, 1, 1),
+        [open_packed(folder)],
+        [],
+        Mixture([1], [1.0], 0, ["x"]),
+        1,
+        9,
+        {},
+        None,
+    )
 
 
 def log_steps(log: RunLog, first: int, last: int) -> None:
@@ -129,3 +145,126 @@ def test_a_failing_wandb_stops_nothing(
         log_steps(log, 1, 5)
     assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
     assert capsys.readouterr().out.count("wandb is off from here, metrics.csv goes on: ") == 1
+
+
+class Wandb:
+    """Keeps what it is told, as a server would, and fails on demand."""
+
+    def __init__(self) -> None:
+        self.started: list[dict[str, Any]] = []
+        self.logged: list[tuple[int, dict[str, float]]] = []
+        self.finished = 0
+        self.broken = False
+
+    def Settings(self, **settings: Any) -> dict[str, Any]:  # noqa: N802 (wandb's name)
+        return settings
+
+    def init(self, **settings: Any) -> "Wandb":
+        self.started.append(settings)
+        return self
+
+    def log(self, numbers: dict[str, float], step: int) -> None:
+        if self.broken:
+            raise ConnectionError("the network is down")
+        self.logged.append((step, numbers))
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+@pytest.fixture
+def wandb(monkeypatch: pytest.MonkeyPatch) -> Wandb:
+    stand_in = Wandb()
+    monkeypatch.setitem(sys.modules, "wandb", stand_in)
+    return stand_in
+
+
+def remembered(run: Run) -> dict[str, Any]:
+    return json.loads((run.out_dir / "wandb.json").read_text())
+
+
+@pytest.mark.parametrize("mode", ["offline", "online"])
+def test_what_wandb_is_told_of_the_run(run: Run, wandb: Wandb, mode: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    log = dataclasses.replace(run.args.log, wandb=mode, wandb_project="llamas", wandb_entity="herd")
+    run = dataclasses.replace(run, args=dataclasses.replace(run.args, log=log))
+    with RunLog(run, None, speaks=True) as told:
+        run_id = told.facts()["wandb_id"]
+    (settings,) = wandb.started
+    patience = settings.pop("settings")
+    assert patience.pop("console") == "off"
+    # a start may take long; the end has to fit into the grace that a cluster gives after its signal
+    assert patience == {"init_timeout": 60, "finish_timeout": 15}
+    assert settings == {
+        **{"id": run_id, "resume": "allow", "mode": mode, "project": "llamas", "entity": "herd", "name": "out"},
+        **{"dir": run.out_dir, "config": run.resolved()},
+    }
+    assert wandb.finished == 1
+    assert remembered(run) == {"id": run_id, "step": -1}
+
+
+def test_each_row_is_sent_once_as_numbers_when_nothing_is_added_any_more(run: Run, wandb: Wandb) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log.row({"step": 0, "tokens": 0, "val_loss": 7.5})
+        assert wandb.logged == []
+        log.row({"step": 1, "tokens": 2048, "loss": 7.0, "mfu": None})
+        assert wandb.logged == [(0, {"step": 0.0, "tokens": 0.0, "val_loss": 7.5, "tokens_packed": 0.0})]
+        assert remembered(run)["step"] == 0
+        log.row({"step": 1, "tokens": 2048, "val_loss": 6.5})
+        log.row({"step": 2, "tokens": 4096, "loss": 6.0})
+        log.end(TrainState(step=2, tokens=4096), "SIGTERM")  # step 2 may still get a validation
+    assert [step for step, _ in wandb.logged] == [0, 1]
+    row = {"step": 1.0, "tokens": 2048.0, "loss": 7.0, "val_loss": 6.5, "tokens_packed": 2048.0}
+    assert wandb.logged[1] == (1, row)
+    with RunLog(run, 1, speaks=True) as log:  # gone on from step 1, which is in the history
+        log.row({"step": 1, "tokens": 2048, "loss": 7.0})
+        log.row({"step": 2, "tokens": 4096, "loss": 6.0})
+        log.row({"step": 3, "tokens": 6144, "loss": 5.0})
+        log.end(TrainState(step=3, tokens=6144), None)
+    assert [(step, numbers.get("loss")) for step, numbers in wandb.logged] == [(0, None), (1, 7.0), (2, 6.0), (3, 5.0)]
+    assert len({settings["id"] for settings in wandb.started}) == 1
+    assert wandb.finished == 2
+
+
+def test_what_was_not_sent_is_sent_by_the_next_start(run: Run, wandb: Wandb) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log_steps(log, 1, 2)
+        wandb.broken = True
+        log_steps(log, 3, 5)
+    assert [step for step, _ in wandb.logged] == [1]
+    assert remembered(run)["step"] == 1
+    wandb.broken = False
+    with RunLog(run, 5, speaks=True) as log:
+        log_steps(log, 6, 6)
+    assert [step for step, _ in wandb.logged] == [1, 2, 3, 4, 5]
+
+
+def test_the_id_is_that_of_the_folder_or_of_its_checkpoint(
+    run: Run, wandb: Wandb, step_dir: Path, tmp_path: Path
+) -> None:
+    saved = shutil.copytree(step_dir, run.out_dir / "checkpoints" / step_dir.name)
+    (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"wandb_id": "ofthestep"}))
+    run = dataclasses.replace(run, resume=saved)
+    assert RunLog(run, 12, speaks=True).facts() == {"wandb_id": "ofthestep"}
+    for damaged in ("", '{"id": "of', "[1]", "3"):  # written while the machine died
+        (run.out_dir / "wandb.json").write_text(damaged)
+        assert RunLog(run, 12, speaks=True).facts() == {"wandb_id": "ofthestep"}
+    (run.out_dir / "wandb.json").write_text('{"id": "ofthefolder", "step": 12}')
+    assert RunLog(run, 12, speaks=True).facts() == {"wandb_id": "ofthefolder"}
+    branch = dataclasses.replace(run, args=dataclasses.replace(run.args, out_dir=str(tmp_path / "branch")))
+    found = RunLog(branch, 12, speaks=True).facts()["wandb_id"]
+    assert found not in ("ofthestep", "ofthefolder")
+    assert len(found) == 8
+
+
+def test_a_history_that_cannot_be_remembered_costs_wandb_and_not_the_run(
+    run: Run, wandb: Wandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log_steps(log, 1, 2)
+        (run.out_dir / "wandb.json").unlink()
+        (run.out_dir / "wandb.json").mkdir()
+        log_steps(log, 3, 5)
+    assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
+    assert capsys.readouterr().out.count("wandb is off from here, metrics.csv goes on: FileExistsError: ") == 1

@@ -5,7 +5,6 @@ import gc
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
 import weakref
@@ -15,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Process
 
 from tinyllama import InputError
 from tinyllama.monitor import watchdog
@@ -70,23 +70,16 @@ class World:
 
     def __init__(self, script: Path, code: str, size: int) -> None:
         script.write_text(PREAMBLE + code)
-        self.process = subprocess.Popen(
-            [sys.executable, str(script), str(size), str(script.parent)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            start_new_session=True,
-        )
+        self.process = Process(sys.executable, script, size, script.parent)
         self.pids = [int(word) for word in self.line().split()]
 
     def line(self) -> str:
         """The next line of any rank's stdout."""
-        assert self.process.stdout is not None
-        return self.process.stdout.readline()
+        return self.process.line()
 
     def end(self) -> tuple[list[int], str]:
         """Exit codes, and what was said on stderr, once all ranks are gone."""
-        said, errors = self.process.communicate(timeout=300)
+        _, said, errors = self.process.end()
         return [int(word) for word in said.splitlines()[-1].split()], errors
 
 
@@ -100,9 +93,7 @@ def start(tmp_path: Path) -> Iterator[Callable[[str, int], World]]:
 
     yield run
     for world in worlds:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(world.process.pid, signal.SIGKILL)
-        world.process.communicate()
+        world.process.kill()
 
 
 def heartbeat(out_dir: Path, rank: int = 0) -> dict[str, Any]:
@@ -185,7 +176,7 @@ with watch(timeout=2) as watchdog:
 """
     world = start(code, 1)
     phases = []
-    while world.process.poll() is None:
+    while world.process.popen.poll() is None:
         with contextlib.suppress(FileNotFoundError):  # before the first one
             phases.append(heartbeat(tmp_path)["phase"])
     codes, said = world.end()
@@ -278,6 +269,16 @@ def test_what_is_in_the_way_is_named(name: str, tmp_path: Path) -> None:
             "dead, stopped or stuck in C code: rank 2 (never started), "
             "rank 1 (node, pid 101; failed after step 5, in x), silent for 2 s",
         ),
+        ({1: {"beats": 8}, 2: {"time": -25}}, "did not arrive: rank 1 (node, pid 101; step after step 5, in x)"),
+        (
+            {0: {"waiting": False}, 2: {"waiting": False}},
+            "did not arrive: rank 0 (node, pid 100; step after step 5, in x), rank 2 (node, pid 102; step after",
+        ),
+        (
+            {0: {"time": -35}, 1: {"time": -100, "beats": 8}, 2: {"beats": 7}},
+            "dead, stopped or stuck in C code: rank 0 (node, pid 100; step after step 5, in x), silent for 35 s, "
+            "rank 1 (node, pid 101; step after step 5, in x), silent for 100 s",
+        ),
         ({2: {"phase": "end", "time": -40, "beats": 12}, 1: {"beats": 8}}, "did not arrive: rank 1 (node, pid 101; "),
     ],
 )
@@ -314,3 +315,69 @@ def test_garbage_waits_for_its_step() -> None:
     finally:
         gc.unfreeze()
         gc.enable()
+
+
+@pytest.mark.parametrize(
+    ("beats", "limit", "where"),
+    [
+        ([], "first", "start after step 0"),
+        ([(0, "start"), (0, "step")], "first", "step after step 0"),
+        ([(7, "step")], "first", "step after step 7"),
+        ([(7, "step"), (7, "step")], "first", "step after step 7"),
+        ([(7, "step"), (8, "step")], "later", "step after step 8"),
+        ([(0, "validation"), (1, "step")], "first", "step after step 1"),
+        ([(7, "step"), (9, "validation")], "first", "validation after step 9"),
+        ([(7, "step"), (9, "checkpoint")], "first", "checkpoint after step 9"),
+        ([(7, "step"), (9, "checkpoint"), (9, "step")], "later", "step after step 9"),
+    ],
+)
+def test_each_phase_has_its_limit(
+    beats: list[tuple[int, Any]], limit: str, where: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given_up: list[tuple[float, str]] = []
+
+    def give_up(watch: Watchdog, seconds: float, place: str) -> None:
+        given_up.append((seconds, place))
+        watch._ended.set()  # as the process would
+
+    monkeypatch.setattr(Watchdog, "_give_up", give_up)
+    times = {"first_timeout": 0.1, "timeout": 900.0} if limit == "first" else {"first_timeout": 900.0, "timeout": 0.1}
+    watch = Watchdog(tmp_path, rank=0, world_size=1, **times)
+    watch._interval, watch._grace = 0.01, 900.0
+    with monkeypatch.context() as clock:
+        now = time.monotonic()
+        clock.setattr(watchdog.time, "monotonic", lambda: now)  # until all beats are given
+        watch.__enter__()
+        for step, phase in beats:
+            watch.beat(step, phase)
+    watch._watcher.join(60)
+    watch.__exit__(None, None, None)
+    assert given_up == [(0.1, where)]
+
+
+def test_a_loop_that_has_ended_is_watched_no_more(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cancelled = []
+    cancel = watchdog.faulthandler.cancel_dump_traceback_later
+    monkeypatch.setattr(
+        watchdog.faulthandler, "cancel_dump_traceback_later", lambda: cancelled.append(not watch._watcher.is_alive())
+    )
+    try:
+        with Watchdog(tmp_path, rank=0, world_size=1, first_timeout=600, timeout=600) as watch:
+            watch.beat(3, "step")
+            watch.beat(4, "step")
+            assert watch._watcher.is_alive()
+    finally:
+        cancel()
+    assert cancelled == [True]  # once nothing starts it again
+    assert not watch._writer.is_alive()
+    said = watchdog.read(tmp_path / "heartbeat", 2)
+    (last,) = said  # of rank 1 there is none
+    assert (last.rank, last.host, last.pid) == (0, HOST, os.getpid())
+    assert (last.step, last.phase, last.beats, last.stalled_at, last.waiting) == (4, "end", 2, None, False)
+    assert 0 <= last.age() < 600
+
+
+def test_of_many_ranks_to_look_at_the_first_eight_are_named(tmp_path: Path) -> None:
+    never = ", ".join(f"rank {rank} (never started)" for rank in range(8))
+    assert watchdog.verdict(tmp_path, 8, limit=60) == f"dead, stopped or stuck in C code: {never}"
+    assert watchdog.verdict(tmp_path, 11, limit=60) == f"dead, stopped or stuck in C code: {never} and 3 more"

@@ -1,6 +1,7 @@
 import os
 import random
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -96,6 +97,76 @@ def test_no_part_of_a_document_is_long(tokenizer_file, monkeypatch, choice):
         assert whole == parts(Encoder(tokenizer, "sentencepiece"), [payload])
 
 
+def test_documents_behind_long_ones_begin_anew(tokenizer_file, monkeypatch):
+    tokenizer = Tokenizer(tokenizer_file)
+    monkeypatch.setattr(encode, "CUT", 40)
+    monkeypatch.setattr(encode, "WINDOW", 20)
+    long = "The little llama walked along the river until 1984, "
+    texts = [long * 3, "nothing", long * 2 + "\n", "", "the evening", long * 4]
+    pieces = []
+    for number, text in enumerate(texts):
+        payload, size = text.encode(), 1000 if number % 2 else 30
+        cut = [payload[i : i + size] for i in range(0, len(payload), size)] or [b""]
+        pieces += [(piece, f"set {number}", i == len(cut) - 1) for i, piece in enumerate(cut)]
+    found, ids, size = [], [], 0
+    for new, num_bytes, subset, last in Encoder(tokenizer, "sentencepiece").stream(pieces):
+        ids, size = ids + new.tolist(), size + num_bytes
+        if last:
+            found.append((ids, size, subset))
+            ids, size = [], 0
+    assert ids == []
+    assert found == [(tokenizer.encode(text), len(text), f"set {number}") for number, text in enumerate(texts)]
+
+
+def test_a_place_to_cut_is_looked_for_in_the_window_alone(tokenizer_file, monkeypatch):
+    monkeypatch.setattr(encode, "CUT", 1000)
+    monkeypatch.setattr(encode, "WINDOW", 100)
+    encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
+    for size, first in ((1098, 1098), (1099, 1099), (1100, 1000), (1500, 1000)):  # a digit may be cut off before it
+        payload = b"x" * size + b"1" + b"x" * 1200
+        whole = parts(encoder, [payload])
+        assert whole[0][1] == first, size
+        # what is there of the document when it is looked for makes no difference
+        assert parts(encoder, [payload[i : i + 1] for i in range(len(payload))]) == whole
+
+
+def test_prose_is_cut_between_letters_that_no_piece_has_side_by_side(tokenizer_file, monkeypatch):
+    import sentencepiece
+
+    model = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer_file))
+    normal = [i for i in range(model.vocab_size()) if not (model.is_control(i) or model.is_byte(i))]
+    pieces = {model.id_to_piece(i).replace("\u2581", " ") for i in normal if not model.is_unknown(i)}
+    pairs = {a + b for piece in pieces for a, b in zip(piece, piece[1:], strict=False)}
+    known = {piece for piece in pieces if len(piece) == 1 and piece not in " \t"}
+    text = "the little llama walked along  the xylophone and (extra) paths, until the evening: lost"
+    ends, begin = [], 0
+    for i in range(2, len(text)):
+        a, b = text[i - 1 : i + 1]
+        if i >= begin + 2 and a in known and (b in known or b == " ") and a + b not in pairs:
+            ends.append(i)
+            begin = i
+    assert {"x", "y"}.isdisjoint(known)  # bytes, which cuts leave alone
+    assert {text[end] for end in ends} >= {" ", "l"}
+    monkeypatch.setattr(encode, "CUT", 1)
+    found = parts(Encoder(Tokenizer(tokenizer_file), "sentencepiece"), [text.encode()])
+    assert np.cumsum([size for _, size in found]).tolist() == [*ends, len(text)]
+    assert [i for ids, _ in found for i in ids] == model.encode(text)
+
+
+def test_digits_that_pieces_join_to_letters_are_no_place_to_cut(tmp_path, monkeypatch):
+    import sentencepiece
+
+    texts = iter(["b1 c2 b1 c2 ab", "say b1 or c2"] * 20)
+    llamas = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+    settings = llamas | {"vocab_size": 275, "remove_extra_whitespaces": False, "split_by_number": False}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "joined"), **settings)
+    tokenizer = Tokenizer(tmp_path / "joined.model")
+    assert any("b1" in piece for piece in tokenizer.pieces())
+    monkeypatch.setattr(encode, "CUT", 1)
+    for text in ("b1 c2 b1", "abb1c2b1b1", "a1b1a1", "b1\nb1 c2"):
+        assert stream(Encoder(tokenizer, "sentencepiece"), [text.encode()]) == tokenizer.encode(text), text
+
+
 @llama
 def test_text_without_blanks_is_cut_where_no_piece_reaches_over(monkeypatch):
     tokenizer = Tokenizer(LLAMA)
@@ -131,12 +202,72 @@ def test_a_tokenizer_of_which_no_cut_is_known(tmp_path, monkeypatch):
     ]
 
 
-def test_a_wrong_encoder_is_found_while_it_runs(tokenizer_file):
-    encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
-    encoder._make = lambda: lambda text: np.array([5])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        lambda ids: np.array([5]),
+        lambda ids: ids[::-1],
+        lambda ids: ids[:-1],
+        lambda ids: ids + (np.arange(len(ids)) == 0),  # the first alone
+        lambda ids: ids + (np.arange(len(ids)) == len(ids) - 1),
+    ],
+)
+def test_a_wrong_encoder_is_found_while_it_runs(tokenizer_file, wrong):
+    tokenizer = Tokenizer(tokenizer_file)
+    encoder = Encoder(tokenizer, "sentencepiece")
+    encoder._make = lambda: lambda text: wrong(tokenizer.encode_utf8(text))
     encoder._encode = encoder._make()
     with pytest.raises(Mismatch, match="gives other ids .* for the text b'a llama'"):
         list(encoder.stream([(b"a llama", "", True)]))
+
+
+def test_one_document_in_a_thousand_is_encoded_by_both(tokenizer_file):
+    encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
+    reference, checked = encoder._reference, []
+    encoder._make = lambda: reference  # in the place of the fast one
+    encoder._reference = lambda text: checked.append(text) or reference(text)
+    documents = [(b"%d" % number, "", True) for number in range(2500)]
+    assert len(list(encoder.stream(documents))) == 2500
+    assert checked == [b"0", b"1000", b"2000"]
+    encoder.renew()  # before each shard, of which the first is looked at
+    list(encoder.stream(documents[5:99]))
+    assert checked[3:] == [b"5"]
+
+
+def test_encoders_are_renewed_before_their_cache_is_large(tokenizer_file, monkeypatch):
+    monkeypatch.setattr(encode, "_RENEWED", 100)  # bytes
+    encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
+    made = []
+    encoder._make = lambda: made.append(0) or encoder._reference
+    found = [len(made) for _ in encoder.stream([(b"the llama " * 6, "", True)] * 7)]
+    assert found == [0, 0, 1, 1, 2, 2, 3]  # 60 bytes each
+    encoder.renew()
+    encoder.renew()  # has nothing to forget
+    assert len(made) == 4
+    found = [len(made) for _ in encoder.stream([(b"the llama " * 6, "", True)] * 3)]
+    assert found == [4, 4, 5]
+
+
+def test_fast_gives_the_ids_of_the_reference(tokenizer_file):
+    gigatoken = pytest.importorskip("gigatoken")
+    tokenizer = Tokenizer(tokenizer_file)
+    for choice in ("auto", "fast"):
+        encoder = Encoder(tokenizer, choice)
+        assert (encoder.name, encoder.fell_back) == (f"gigatoken {version(gigatoken.__name__)}", "")
+        for text in (text for text in ADVERSARIAL if len(text) < 5000):
+            ((ids, *_),) = encoder.stream([(text.encode(), "", True)])
+            assert ids.tolist() == tokenizer.encode(text), text[:80]
+
+
+@pytest.mark.parametrize("guard", [GUARDS[1], GUARDS[-1]])
+def test_an_encoder_that_is_wrong_on_one_guard_is_not_taken(tokenizer_file, monkeypatch, guard):
+    pytest.importorskip("gigatoken")
+    tokenizer = Tokenizer(tokenizer_file)
+    encode_utf8 = tokenizer.encode_utf8
+    monkeypatch.setattr(tokenizer, "encode_utf8", lambda text: encode_utf8(text)[text == guard.encode() :])
+    assert f"for {guard.encode()!r}: use" in Encoder(tokenizer, "auto").fell_back
+    with pytest.raises(InputError, match="gigatoken gives other ids"):
+        Encoder(tokenizer, "fast")
 
 
 def test_without_gigatoken(tokenizer_file, monkeypatch):

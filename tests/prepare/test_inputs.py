@@ -102,6 +102,15 @@ def test_zst_of_any_frames_is_their_concatenation(tmp_path_factory, parts, level
     assert read(path) == texts
 
 
+def test_zst_of_more_frames_than_are_read_at_once(tmp_path):
+    rng = np.random.default_rng(0)
+    texts = [rng.bytes(5000).hex() for _ in range(60)]
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(b"".join(zstandard.compress(jsonl([text])) for text in texts))
+    assert path.stat().st_size > 4 << 16
+    assert read(path) == texts
+
+
 def test_gz_of_many_members(tmp_path):
     path = tmp_path / "a.jsonl.gz"
     path.write_bytes(b"".join(gzip.compress(jsonl([text])) for text in TEXTS))
@@ -146,7 +155,15 @@ def test_damaged_zst(tmp_path):
     payload[len(payload) // 2] ^= 0xFF
     path = tmp_path / "a.jsonl.zst"
     path.write_bytes(payload)
-    fault(path)
+    assert "cannot be read" in fault(path)
+
+
+def test_damaged_gz(tmp_path):
+    path = tmp_path / "a.jsonl.gz"
+    whole = gzip.compress(jsonl(["a", "b"]))
+    for damaged in (whole[:10] + b"\xff" * 20 + whole[30:], whole[:-8] + bytes(8)):  # no such block; no such sum
+        path.write_bytes(damaged)
+        assert "cannot be read" in fault(path)
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
@@ -182,7 +199,7 @@ def test_lone_surrogates_become_replacement_characters_and_are_counted(tmp_path)
         r'{"text": "end\udbff"}',
         '{"text": "�"}',
     ]
-    path.write_text("\n".join(lines))
+    path.write_text("\n".join(lines), encoding="utf-8")
     source = Source(path, Fields())
     assert list(source) == ["a�b��", "🦙", "end�", "�"]
     assert source.repaired == 2
@@ -301,6 +318,11 @@ def test_find_inputs_in_order_of_their_shards(tmp_path):
     assert inputs[1] == Input(str(tmp_path / "chunk10/sub/c.jsonl.zst"), "chunk10/sub/c.jsonl.zst", 11)
 
 
+def test_inputs_are_in_order_of_their_shards_not_of_their_paths(tmp_path):
+    touch(tmp_path / "a-b/x.txt", tmp_path / "a/x.txt")  # "-" comes before "/", and before "b"
+    assert [one.shard for one in find_inputs(tmp_path, ENDINGS)] == ["a--x.txt", "a-b--x.txt"]
+
+
 def test_find_inputs_of_some_folders_or_one_file(tmp_path):
     touch(*(tmp_path / name for name in ("python/a.parquet", "go/a.parquet", "c/a.parquet")))
     assert [one.name for one in find_inputs(tmp_path, (".parquet",), ["python", "go", "go"])] == [
@@ -317,7 +339,8 @@ def test_find_inputs_faults(tmp_path):
         return info.value.args
 
     touch(tmp_path / "notes.md", tmp_path / "go/a.parquet")
-    assert [str(tmp_path / "gone") in fault for fault in faults(tmp_path / "gone", ENDINGS)] == [True]
+    (message,) = faults(tmp_path / "gone", ENDINGS)
+    assert f"{tmp_path / 'gone'}: cannot be listed (No such file or directory)" in message
     (message,) = faults(tmp_path, (".jsonl", ".txt"))
     assert f"{tmp_path}: no file ending in .jsonl or .txt" in message
     assert "rename files of plain text to .txt or put them into a .jsonl" in message
@@ -326,9 +349,32 @@ def test_find_inputs_faults(tmp_path):
 
     touch(tmp_path / "x--y/z.txt", tmp_path / "x/y--z.txt")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
-    Path(os.fsdecode(os.fsencode(tmp_path) + b"/\xff.jsonl")).touch()
-    dangling, twice, name = faults(tmp_path, ENDINGS)
-    assert name == f"'{tmp_path}/\\udcff.jsonl': its name is not UTF-8: rename it"
+    no_utf8 = tmp_path / os.fsdecode(b"\xff.jsonl")  # in a locale of Latin-1 it is a letter, and no fault
+    no_utf8.touch()
+    dangling, twice, *names = faults(tmp_path, ENDINGS)
+    letter = no_utf8.name == "\xff.jsonl"
+    assert names == ([] if letter else [f"'{tmp_path}/\\udcff.jsonl': its name is not UTF-8: rename it"])
     assert "dangling.txt: cannot be opened (a link to nothing" in dangling
     assert "x--y--z.txt" in twice
     assert "rename" in twice
+
+
+def test_files_of_a_cache_count_where_no_dataset_was_saved(tmp_path):
+    touch(tmp_path / "saved/state.json", tmp_path / "saved/cache-1.arrow", tmp_path / "saved/data-0.arrow")
+    touch(tmp_path / "other/cache-1.arrow")
+    assert [one.name for one in find_inputs(tmp_path, ENDINGS)] == ["other/cache-1.arrow", "saved/data-0.arrow"]
+
+
+def test_names_and_sizes_at_a_url(tmp_path):
+    touch(tmp_path / "go/sub/a.txt", tmp_path / "b.txt", tmp_path / "notes.md")
+    (tmp_path / "b.txt").write_bytes(bytes(321))
+    found = find_inputs(f"file://{tmp_path}", ENDINGS)
+    assert found == [
+        Input(f"file://{tmp_path}/b.txt", "b.txt", 321),
+        Input(f"file://{tmp_path}/go/sub/a.txt", "go/sub/a.txt", 5),
+    ]
+    assert find_inputs(f"file://{tmp_path}/b.txt", ENDINGS) == found[:1]
+    with found[0].fetched() as path:
+        assert path.read_bytes() == bytes(321)
+        assert path.parent != tmp_path
+    assert not path.exists()

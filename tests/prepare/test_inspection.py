@@ -16,6 +16,7 @@ from tinyllama.prepare import inspection
 from tinyllama.prepare.inspection import inspect_packed
 
 ROOT = Path(__file__).parents[2]
+REMEDY = "rerun the prepare command"
 
 
 @pytest.fixture
@@ -135,19 +136,134 @@ def test_a_manifest_with_wrong_totals(folder):
             inspect_packed(folder)
 
 
+def dataset(folder, shards: dict[str, list[list[int]]], vocab_size: int = 100, **policy):
+    """A folder of these shards by name, each a list of documents."""
+    folder.mkdir()
+    stated = {"tokenizer_sha256": "ab" * 32, "encoder": "none", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
+    for name, documents in shards.items():
+        with ShardWriter(folder, name, vocab_size) as writer:
+            for document in documents:
+                writer.add(document)
+            writer.finish(**stated | policy)
+    write_manifest(folder, list(shards))
+    return folder
+
+
+def test_lengths_are_counted_by_powers_of_two(tmp_path):
+    lengths = {"a": [0, 1, 2, 3, 4, 7, 8], "b": [1024, 1023, 0, 1]}
+    folder = dataset(tmp_path / "x", {name: [[5] * length for length in of] for name, of in lengths.items()})
+    figures = inspect_packed(folder)
+    assert {key: value for key, value in figures.items() if key.startswith("documents of")} == {
+        "documents of 0 to 0 tokens": 2,
+        "documents of 1 to 1 tokens": 2,
+        "documents of 2 to 3 tokens": 2,
+        "documents of 4 to 7 tokens": 2,
+        "documents of 8 to 15 tokens": 1,
+        "documents of 512 to 1,023 tokens": 1,
+        "documents of 1,024 to 2,047 tokens": 1,
+    }
+    assert (figures["documents"], figures["max_document_length"]) == (11, 1024)
+    assert figures["mean_document_length"] == 188.5  # 2073 / 11 is 188.45...
+    assert (figures["tokens"], figures["bytes"]) == (2073, 4146)
+
+
+def test_bos_and_eos_that_follow_one_another(tmp_path):
+    documents = [[1, 1, 1, 5, 2], [1, 2, 2, 5, 2]]
+    figures = inspect_packed(dataset(tmp_path / "x", {"a": documents}, bos=True))
+    assert (figures["bos"], figures["eos"]) == ("1 before each document", "2 after each document")
+    assert figures["bos behind bos"] == "2 times in 10 tokens"
+    assert figures["eos behind eos"] == "1 times in 10 tokens"
+    assert inspect_packed(dataset(tmp_path / "y", {"a": documents}, eos=False))["eos"] == "none"
+
+
+def test_the_ten_most_frequent_tokens(tmp_path):
+    counts = {token: 20 - abs(token - 16) for token in range(10, 22)}  # 16 is the most frequent, 15 and 17 next
+    documents = [[token] * count for token, count in counts.items()]
+    total = sum(counts.values())
+    expected = sorted(counts, key=lambda token: (-counts[token], token))[:10]
+    figures = inspect_packed(dataset(tmp_path / "x", {"a": documents}))
+    assert figures["most_frequent"] == ", ".join(f"{token} {counts[token] / total:.1%}" for token in expected)
+
+
+def test_a_long_stream_is_sampled_from_its_first_token_to_its_last(tmp_path, monkeypatch):
+    assert inspection.SAMPLED == 4 * 2**20
+    monkeypatch.setattr(inspection, "SAMPLED", 3 * 4096)
+    size = 5 * 4096
+    stream = np.full(size, 7)
+    for start in (0, 2 * 4096, 4 * 4096):  # the three parts
+        stream[start] = stream[start + 4095] = 8
+    stream[[4096, 2 * 4096 - 1, 3 * 4096, 4 * 4096 - 1]] = 9  # what lies between them, at its ends
+    documents = {"a": [stream[:1000].tolist()], "b": [stream[1000:9000].tolist()], "c": [stream[9000:].tolist()]}
+    folder = dataset(tmp_path / "x", documents, vocab_size=10, eos_id=7)
+    figures = inspect_packed(folder)
+    assert figures["most_frequent"] == "7 100.0%, 8 0.0%"
+    assert figures["eos behind eos"] == f"{3 * 4093:,} times in {3 * 4096:,} tokens"
+    for place, name, begin in ((0, "a", 0), (8192, "b", 1000), (size - 1, "c", 9000)):
+        path = folder / f"{name}.bin"
+        whole = path.read_bytes()
+        wrong = np.frombuffer(whole, "<u2").copy()
+        wrong[place - begin] = 10  # the first that is outside
+        path.write_bytes(wrong.tobytes())
+        with pytest.raises(InputError) as error:
+            inspect_packed(folder)
+        assert str(error.value) == (
+            f"{path} holds token id 10, outside its vocabulary of 10: delete {name}.json and rerun the prepare command"
+        )
+        path.write_bytes(whole)
+
+
+@pytest.mark.parametrize("place", range(0, 8 * 10, 7))
+def test_verify_sees_one_bit(folder, place):
+    path = folder / "b.bin"
+    changed = bytearray(path.read_bytes())
+    changed[place // 8] ^= 1 << place % 8
+    path.write_bytes(changed)
+    with pytest.raises(InputError) as error:
+        inspect_packed(folder, verify=True)
+    assert error.value.args == (f"{path} is not what was written, its hash differs: delete b.json and {REMEDY}",)
+
+
+@pytest.mark.parametrize("ends", [[3, 4, 4], [2, 5], [3, 3], [-1, 4], [[3], [4]], [4], []], ids=str)
+def test_ends_that_these_documents_cannot_have(folder, ends):
+    np.save(folder / "a.idx.npy", np.array(ends, dtype=np.int64))  # 3 and 4 are right
+    with pytest.raises(InputError, match=r"a.idx.npy is missing or does not fit its .bin: delete a.json and rerun"):
+        inspect_packed(folder)
+
+
+def test_every_fault_of_a_folder_at_once(folder):
+    (folder / "a.idx.npy").unlink()
+    (folder / "a.bin").write_bytes(bytes(8))
+    np.save(folder / "b.idx.npy", np.array([4]))
+    with pytest.raises(InputError) as error:
+        inspect_packed(folder, verify=True)
+    index, content = ".idx.npy is missing or does not fit its .bin", ".bin is not what was written, its hash differs"
+    found = [("a", index), ("a", content), ("b", index)]
+    assert error.value.args == tuple(f"{folder / name}{what}: delete {name}.json and {REMEDY}" for name, what in found)
+
+
 def test_shares_and_text(tokenizer_file, tmp_path):
     from tinyllama.prepare.inputs import Fields, find_inputs
     from tinyllama.prepare.prepare import Options, prepare
     from tinyllama.tokenizer import Tokenizer
 
-    for name, text in {"go": "the llama", "c": "the llama"}.items():
+    tokenizer = Tokenizer(tokenizer_file)
+    texts = {"go": "the llama", "c": "one two three, " * 40}
+    for name, text in texts.items():
         (tmp_path / "in" / name).mkdir(parents=True)
         (tmp_path / "in" / name / "a.txt").write_text(text)
     options = Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece")
     prepare(find_inputs(tmp_path / "in", (".txt",)), Fields(), options)
     figures = inspect_packed(tmp_path / "out", tokenizer=Tokenizer(tokenizer_file))
-    assert (figures["share of c"], figures["share of go"]) == ("50.00% of the tokens",) * 2
-    assert "the llama" in figures["begins"]
+    ids = {name: [*tokenizer.encode(text), 2] for name, text in texts.items()}
+    stream = ids["c"] + ids["go"]
+    for name, part in ids.items():
+        assert figures[f"share of {name}"] == f"{len(part) / len(stream):.2%} of the tokens"
+    assert figures["begins"] == repr(tokenizer.decode(stream[:100]))
+    counts = {i: stream.count(i) for i in sorted(set(stream))}
+    frequent = sorted(counts, key=lambda i: -counts[i])[:10]
+    assert figures["most_frequent"] == ", ".join(
+        f"{tokenizer.decode([i])!r} {counts[i] / len(stream):.1%}" for i in frequent
+    )
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer_file.read_bytes() + b"\x9a\x3f\x00")
     with pytest.raises(InputError, match="is not what .* was made with"):
@@ -183,3 +299,23 @@ def test_command_help_and_bad_arguments(tmp_path):
     done = command(tmp_path, "--verfy")
     assert done.returncode == 2
     assert re.fullmatch(r"error: .*--verfy.*\n", done.stderr)
+
+
+def test_the_command_shows_text_and_large_numbers(tokenizer_file, tmp_path, script):
+    from tinyllama.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(tokenizer_file)
+    documents = [[*tokenizer.encode("the llama"), 2]] * 1000
+    folder = dataset(tmp_path / "x", {"a": documents[1:], "b": documents[:1]}, 400, tokenizer_sha256=tokenizer.sha256)
+    code, out, err = script("inspect_packed", folder, "--tokenizer", tokenizer_file)
+    assert (code, err) == (0, "")
+    figures = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
+    tokens = 1000 * len(documents[0])
+    assert (figures["shards"], figures["documents"], figures["tokens"]) == ("2", "1,000", f"{tokens:,}")
+    assert figures["mean_document_length"] == f"{len(documents[0])}.0"
+    assert figures["begins"].startswith("'the llama the llama")
+    assert not any(line.startswith("verified") for line in out.splitlines())
+    assert len({line.index(value) for line, value in zip(out.splitlines(), figures.values(), strict=True)}) == 1
+    _, out, _ = script("inspect_packed", folder, "--verify")
+    assert out.splitlines()[-1] == "verified: the 2 shards are what was written"
+    assert "begins" not in out

@@ -1,5 +1,7 @@
+import hashlib
 import json
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -13,6 +15,7 @@ from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.readers import Source
 
 ROOT = Path(__file__).parents[2]
+NOT_TAKEN = ["idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"]
 TRAIN = [f"chunk{chunk}/example_train_{shard}.jsonl.zst" for chunk in (1, 2) for shard in (0, 1)]
 
 
@@ -29,14 +32,15 @@ def module(number: int) -> str:
 @pytest.fixture(scope="module")
 def library(tmp_path_factory) -> Path:
     """80 modules with docstrings, and what is no module of its own: a copy, tests, a template, an empty file."""
-    folder = tmp_path_factory.mktemp("library")
+    folder = tmp_path_factory.mktemp("library") / "test"  # whatever the library itself is called
     for number in range(80):
         path = folder / f"package{number % 3}" / f"module{number}.py"
-        path.parent.mkdir(exist_ok=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(module(number))
     (folder / "zcopy.py").write_text(module(7))
-    (folder / "package0" / "test").mkdir()
-    (folder / "package0" / "test" / "test_module.py").write_text(module(1000))
+    for number, name in enumerate(NOT_TAKEN, start=1000):
+        (folder / "package0" / name).mkdir()
+        (folder / "package0" / name / "module.py").write_text(module(number))
     (folder / "template.py").write_text("def %s(): pass\n")
     (folder / "package0" / "__init__.py").write_text("")
     return folder
@@ -98,6 +102,85 @@ def test_nothing_of_a_held_out_module_is_in_training(corpus):
     assert numbers([text for _, text in held_prose]) == held_numbers
     assert numbers(code) == numbers([text for _, text in prose]) == set(range(80)) - held_numbers
     assert not {text for _, text in prose} & {text for _, text in held_prose}
+
+
+def is_held_out(text: str) -> bool:
+    return hashlib.blake2b(text.encode()).digest()[0] % 16 == 0
+
+
+def test_one_text_in_sixteen_is_held_out_by_its_hash(corpus):
+    from pydoc_data.topics import topics
+
+    _, held_prose, _, held = sides(corpus)
+    assert sorted(held) == sorted(text for text in {*map(module, range(80)), "def %s(): pass\n"} if is_held_out(text))
+    books = sorted(text for name, text in held_prose if name == "RedPajamaBook")
+    assert books == sorted(filter(is_held_out, topics.values()))
+
+
+def test_texts_are_dealt_out_in_order(library, corpus):
+    from pydoc_data.topics import topics
+
+    paths = [path for path in sorted(library.rglob("*.py")) if not {*NOT_TAKEN} & {*path.relative_to(library).parts}]
+    texts = dict.fromkeys(path.read_text() for path in paths if path.read_text())
+    code = [text for text in texts if not is_held_out(text)]
+    prose = [("RedPajamaBook", text) for _, text in sorted(topics.items()) if not is_held_out(text)]
+    prose += [("RedPajamaC4", docstrings(text)) for text in code if "word" in text]
+    prose += [("RedPajamaGithub", text) for text in code[:20]]
+    for number, name in enumerate(TRAIN):
+        assert rows(corpus, f"train/{name}") == prose[number::4]
+    for number in (0, 1):
+        table = parquet.read_table(corpus / f"starcoder/python/train-0000{number}-of-00002.parquet")
+        assert table.to_pydict() == {"content": code[number::2]}
+
+
+def docstrings(text: str) -> str:
+    return "\n\n".join(part.strip() for part in re.findall('"""(.*?)"""', text, re.DOTALL))
+
+
+def test_what_is_prose_of_a_module(tmp_path, script):
+    long, short = "x" * 201, "y" * 200
+    texts = {
+        "long.py": f'"""{long}"""\n',
+        "short.py": f'"""{short}"""\n',
+        "parts.py": f'def f():\n    """{short}"""\n\nasync def g():\n    """"""\n    class A:\n        """B."""\n',
+        "broken.py": f'"""{long}broken"""\ndef (:\n',
+        "bytes.py": b"# \xff\na = 1\n",
+        "blank.py": "\n \n",
+    }
+    (tmp_path / "in").mkdir()
+    for name, text in texts.items():
+        (tmp_path / "in" / name).write_bytes(text if isinstance(text, bytes) else text.encode())
+    status, said, _ = script("quickstart_corpus", "--output", tmp_path / "out", "--library", tmp_path / "in")
+    assert status == 0
+    prose, held_prose, code, held = sides(tmp_path / "out")
+    found = {text for name, text in prose + held_prose if name == "RedPajamaC4"}
+    assert found == {long, f"{short}\n\nB."}
+    whole = {text for name, text in texts.items() if name not in ("bytes.py", "blank.py")} | {"# \na = 1\n"}
+    assert (set(code + held), len(code + held)) == (whole, 5)
+    out = tmp_path / "out"
+    counts = dict(line.rsplit(": ", 1) for line in said.splitlines())
+    assert len(counts) == 8
+    for name in ("train-00000-of-00002", "train-00001-of-00002"):
+        path = out / "starcoder" / "python" / f"{name}.parquet"
+        assert counts[str(path)] == f"{parquet.read_metadata(path).num_rows} documents"
+    assert counts[f"{out}/starcoder_validation/python/train-00000-of-00001.parquet"] == f"{len(held)} documents"
+    assert counts[f"{out}/slimpajama/train/{TRAIN[0]}"] == f"{len(rows(out, f'train/{TRAIN[0]}'))} documents"
+
+
+def test_another_python_or_library_makes_another_corpus(tmp_path, script):
+    library, out = tmp_path / "in", tmp_path / "out"
+    for folder in (library, out):
+        folder.mkdir()
+    (library / "a.py").write_text("a = 1\n")
+    made_from = {"python": platform.python_version(), "library": str(library)}
+    mark, arguments = out / "corpus.json", ("quickstart_corpus", "--output", out, "--library", library)
+    mark.write_text(json.dumps(made_from))
+    assert script(*arguments) == (0, f"{out} is whole\n", "")
+    for other in ({"python": "3.0"}, {"library": "elsewhere"}):
+        mark.write_text(json.dumps(made_from | other))
+        code, said, _ = script(*arguments)
+        assert (code, len(said.splitlines())) == (0, 8)
+        assert json.loads(mark.read_bytes()) == made_from
 
 
 def test_the_github_subset_is_there_to_be_left_out(corpus):

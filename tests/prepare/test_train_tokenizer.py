@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 import re
@@ -102,11 +103,53 @@ def test_what_is_not_a_piece_falls_back_to_its_bytes(trained):
     assert Tokenizer(trained).encode("🦙")[-4:] == [3 + byte for byte in "🦙".encode()]
 
 
+def test_characters_that_are_one_in_two_hundred_thousand_are_left_to_their_bytes(tmp_path):
+    """One in ten thousand is a piece: 0.99995 of the characters are covered."""
+    text = "ab cd " * 33_300 + "щ" * 20 + "ж"
+    (tmp_path / "a.txt").write_text("\n".join(text[i : i + 100] for i in range(0, len(text), 100)))
+    pieces = "".join(pieces_of(train_tokenizer.train([str(tmp_path / "a.txt")], 275)))
+    assert "щ" in pieces
+    assert "ж" not in pieces
+
+
+def test_the_lines_of_all_files_in_and_below_a_folder(tmp_path):
+    (tmp_path / "b").mkdir()
+    (tmp_path / "a.txt").write_text("one\n\ntwo\r\nthree")
+    (tmp_path / "b" / "c.jsonl").write_text('{"text": "four\\nfive"}\n{"text": ""}\n{"text": "six"}\n')
+    (tmp_path / "b" / "d.md").write_text("not one")
+    (tmp_path / "e.jsonl").write_text('{"body": "eight"}\n')
+    sources = [str(tmp_path / "b"), str(tmp_path / "a.txt"), f"{tmp_path / 'e.jsonl'}:body"]
+    assert list(train_tokenizer.lines(sources)) == ["four", "five", "six", "one", "", "two", "three", "eight"]
+
+
+def test_32000_pieces_where_no_number_is_given(raw, tmp_path, script):
+    code, out, err = script("train_tokenizer", "--source", raw[0], "--output", tmp_path / "tokenizer.model")
+    assert (code, out) == (2, "")
+    assert err.startswith("error: --vocab_size 32000 cannot be trained on this text: ")
+
+
+def test_what_the_command_says(raw, tmp_path):
+    done = run([raw[0]], tmp_path / "a.model", 300)
+    sha256 = hashlib.sha256((tmp_path / "a.model").read_bytes()).hexdigest()
+    assert (done.returncode, done.stderr) == (0, "")  # sentencepiece's own log has no place here
+    assert done.stdout == f"{tmp_path / 'a.model'}: 300 pieces, sha256 {sha256[:16]}\n"
+
+
+def test_a_model_of_bpe(trained):
+    """Its scores are the ranks of the merges; a unigram model has log probabilities."""
+    import sentencepiece
+
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(trained))
+    scores = [processor.get_score(i) for i in range(259, 380)]
+    assert scores == [-float(rank) for rank in range(121)]
+
+
 def test_the_same_bytes_again(raw, trained):
     assert train_tokenizer.train(raw, 380) == trained.read_bytes()
 
 
 def test_a_sample_is_of_all_the_lines_and_always_the_same():
+    assert train_tokenizer.MAX_LINES == 300_000
     lines = [str(i) for i in range(10_000)]
     sample = train_tokenizer.sample(iter(lines), 1000)
     assert sample == train_tokenizer.sample(iter(lines), 1000)

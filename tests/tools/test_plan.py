@@ -163,6 +163,188 @@ def test_the_rate_is_taken_from_a_benchmark(tmp_path: Path) -> None:
     assert rate == 0.5 * 989.5e12 / flops_per_token(CONFIG)
 
 
+def test_what_is_gathered_and_what_is_kept() -> None:
+    d, wide, rows, layers = 2048, 5632, 32000, 22
+    block = d * 2560 + d * d + 3 * d * wide + 2 * d
+    n = layers * block + 2 * rows * d + d
+    assert n == CONFIG.num_params()
+
+    def parts(parallel: ParallelArgs = ParallelArgs(), **train: Any) -> dict[str, float]:  # noqa: B008
+        args = replace(settings(**train), parallel=parallel)
+        return plan.memory(args, CONFIG, shard=16, micro_batch=2, accumulation=3)
+
+    held = ParallelArgs(reshard_after_forward=False)
+    rest = 2 * rows * d + d
+    assert parts()["FSDP buffers"] == 2 * (rest + 2 * block) + 6 * block
+    assert parts(held)["FSDP buffers"] == 2 * n + 6 * block
+    assert parts(precision="fp32")["FSDP buffers"] == 4 * (rest + 2 * block) + 4 * block
+    assert parts(held, precision="float8")["FSDP buffers"] == 2 * n + 6 * block
+    one = plan.memory(settings(), CONFIG, shard=16, micro_batch=2, accumulation=1)
+    assert one["gradients (fp32)"] == 0  # they come into being as activations go
+    assert parts()["gradients (fp32)"] == 4 * n
+    assert set(one) == {
+        *("parameters (fp32)", "optimizer (fp32)", "gradients (fp32)", "FSDP buffers", "activations", "logits"),
+    }
+    kv = 2 * 4 * 64
+    compiled = 2 * (7 * d + 2 * kv + 3 * wide)
+    assert plan.activations(settings(), CONFIG) == layers * compiled
+    assert plan.activations(settings(precision="fp32"), CONFIG) == layers * 2 * compiled
+    assert plan.activations(settings(compile=False), CONFIG) == layers * (compiled + 16 * d + 2 * wide)
+    full, selective = (
+        plan.activations(settings(activation_checkpointing=kind), CONFIG) for kind in ("full", "selective")
+    )
+    assert full == layers * 2 * d + compiled
+    assert selective == layers * 2 * (4 * d + kv + 2 * wide) + compiled
+    quack = replace(settings(), ops=OpsArgs(swiglu="quack"))
+    assert plan.activations(quack, CONFIG) == layers * (compiled - 2 * wide)
+    for tokens, at_a_time in ((8192, 8192), (8193, 8192), (5, 5)):
+        expected = 2 * at_a_time * rows + 6 * rows * d + 2 * tokens * d
+        assert plan.logits(settings(), CONFIG, tokens) == expected
+    assert parts()["logits"] == plan.logits(settings(), CONFIG, 4096)
+
+
+def test_passes_of_a_step() -> None:
+    gpu = plan.GPUS["h100"]
+    cluster = plan.Cluster(gpu, 8, 8, gpu.network)
+    n, hops = CONFIG.num_params(), 7 * 3e-6 * 23
+    one = plan.traffic(settings(precision="fp32"), CONFIG, cluster, "full")
+    assert one.gather == pytest.approx(4 * n * 7 / 8 / 360e9 + hops)
+    one = plan.traffic(settings(precision="float8"), CONFIG, cluster, "full")
+    assert one.gather == pytest.approx(2 * n * 7 / 8 / 360e9 + hops)
+    alone = plan.traffic(settings(), CONFIG, plan.Cluster(gpu, 1, 8, 400), "full")
+    assert (alone.gather, alone.reduce) == (0, 0)
+    for parallel, gathers, reduces in (
+        (ParallelArgs(), 2 * 4, 1),
+        (ParallelArgs(reshard_after_forward=False), 1, 1),
+        (ParallelArgs(sync_every_micro_batch=True), 2 * 4, 4),
+    ):
+        args = replace(settings(global_batch_size=64), parallel=parallel)
+        step = plan.speed(args, CONFIG, cluster, "full", 50_000, micro=2)
+        assert step.compute == pytest.approx(4 * 2 * 2048 / 50_000)
+        assert step.communication == pytest.approx(gathers * one.gather + reduces * one.reduce)
+        assert step.tokens_per_second == pytest.approx(64 * 2048 / (step.compute + step.waiting))
+    # so slow a link that every pass waits: a third of the compute is forward
+    slow = plan.Cluster(replace(gpu, link=1), 8, 8, 400)
+    args, bad = settings(global_batch_size=64), plan.traffic(settings(), CONFIG, slow, "full")
+    step = plan.speed(args, CONFIG, slow, "full", 50_000, micro=2)
+    assert step.waiting == pytest.approx(8 * bad.gather + bad.reduce - step.compute)
+    middling = plan.Cluster(replace(gpu, link=2 * n * 7 / 8 / (0.5 * 4096 / 50_000) / 1e9), 8, 8, 400)
+    gather = plan.traffic(settings(), CONFIG, middling, "full").gather  # half of a micro-batch's compute: more than
+    micro = 4096 / 50_000  # its forward pass, less than its backward pass
+    step = plan.speed(replace(args, train=replace(args.train, global_batch_size=32)), CONFIG, middling, "full", 5e4, 2)
+    reduce = plan.traffic(settings(), CONFIG, middling, "full").reduce
+    assert step.waiting == pytest.approx(2 * (gather - micro / 3) + (gather + reduce - micro * 2 / 3))
+
+
+def test_sizes_of_clusters_and_batches() -> None:
+    gpu = plan.GPUS["h100"]
+    eight, three = plan.Cluster(gpu, 32, 8, 400), plan.Cluster(gpu, 3, 8, 400)
+    assert [eight.shard(how) for how in ("full", "node", "none", 4)] == [32, 8, 1, 4]
+    assert three.shard("node") == 3
+    assert eight.bandwidth(8) == 360e9
+    assert eight.bandwidth(9) == min(360e9, 0.8 * 400 * 8 / 8 * 1e9)
+    assert [plan.accumulation(settings(), gpus, 8) for gpus in (16, 128, 4096)] == [8, 1, 1]
+    # the largest that fits is the last that fits
+    parts = plan.memory(settings(), CONFIG, 1, 4, 256)
+    just = replace(gpu, memory=sum(parts.values()) / 2**30 / 0.95 * (1 + 1e-9))
+    assert plan.largest_micro_batch(settings(), CONFIG, plan.Cluster(just, 1, 8, 400)) == 4
+    less = replace(just, memory=just.memory * (1 - 1e-6))
+    assert plan.largest_micro_batch(settings(), CONFIG, plan.Cluster(less, 1, 8, 400)) == 2
+    assert plan.total_tokens(settings(), CONFIG) == 3 * 10**12
+    assert plan.total_tokens(PretrainArgs(train=TrainArgs(max_steps=10)), CONFIG) == 10 * 1024 * 2048
+    assert plan.total_tokens(PretrainArgs(train=TrainArgs(max_epochs=1)), CONFIG) is None
+    with pytest.raises(InputError, match=r"--mfu 0 must be in \(0, 1\]"):
+        plan.rate_of_one(CONFIG, gpu, 0, None)
+    assert plan.rate_of_one(CONFIG, gpu, 1, None)[0] == 989.5e12 / flops_per_token(CONFIG)
+    assert plan.rate_of_one(CONFIG, gpu, None, None)[1] == "an MFU of 59.0%"
+
+
+def test_the_numbers_of_the_gpus() -> None:
+    """Memory in GiB, GB/s of a link, Gbit/s of network, W: data sheets, but for memory, which the driver tells."""
+    known = {name: (gpu.memory, gpu.link, gpu.network, gpu.watts, gpu.mfu) for name, gpu in plan.GPUS.items()}
+    assert known == {
+        "a100-40g": (40, 230, 200, 400, 0.563),
+        "a100-80g": (80, 230, 200, 400, 0.563),
+        "h100": (79.6, 360, 400, 700, 0.59),
+        "h200": (139.8, 360, 400, 700, 0.60),
+        "b200": (178, 700, 400, 1000, 0.45),
+        "rtx-4090": (24, 15, 25, 450, 0.5),
+    }
+
+
+def test_the_card_line_by_line() -> None:
+    """On one GPU of a made-up kind, so that every figure can be had by hand."""
+    gpu = plan.Gpu("TOY", memory=50, link=100, network=100, watts=500, mfu=0.5)
+    args = settings(global_batch_size=32, micro_batch_size=8)
+    args = replace(args, train=replace(args.train, max_tokens=10**9))
+    lines = list(plan.card(args, CONFIG, plan.Cluster(gpu, 2, 1, 100), 10_000, "measured"))
+    n = CONFIG.num_params()
+    parts = plan.memory(args, CONFIG, 2, 8, 2)
+    assert lines[:2] == [
+        "model      tinyllama_1.1b: 1,100,048,384 parameters, context 2,048",
+        "cluster    2 x TOY, 2 nodes, 100 Gbit/s a GPU",
+    ]
+    assert lines[2:8] == [f"memory     {size / 2**30:8.2f} GiB  {name}" for name, size in parts.items()]
+    assert lines[2] == "memory         2.05 GiB  parameters (fp32)"  # 4 n / 2
+    total = sum(parts.values()) / 2**30
+    assert lines[8] == f"memory     {total:8.2f} GiB  in all at train.micro_batch_size 8: fits in 47.5 GiB"
+    largest = plan.largest_micro_batch(args, CONFIG, plan.Cluster(gpu, 2, 1, 100))
+    assert (
+        lines[9]
+        == f"           largest micro-batch that fits and divides the batch: {largest}, {16 // largest} of them a step"
+    )
+    # 4 gatherings and a reduction of half of n, over 10 GB/s: 80 % of 100 Gbit/s; all hide behind 3.3 s of compute
+    across = (4 * 2 + 4) * n / 2 / 10e9 + 5 * 3e-6 * 23
+    assert lines[10] == "speed      20,000 tokens/s, 10,000 a GPU (measured)"
+    assert lines[11] == (
+        f"step       3.28 s: compute 3.28 s; communication {across:.2f} s, of which 0.00 s are waited for"
+    )
+    hours = 1e9 / 20_000 / 3600  # 13.9
+    assert lines[12] == f"time       {hours / 24:.1f} days, {2 * hours:.0f} GPU-hours for 1,000,000,000 tokens"
+    assert lines[12].startswith("time       0.6 days, 28 GPU-hours")
+    assert lines[13] == "energy     0.01 MWh of the GPUs at 500 W"  # 28 hours x 500 W = 13.9 kWh
+    assert lines[14] == "data       0.002 TB read, 0.0 MB/s"
+    assert lines[15] == "checkpoint 13.20 GB each; at 2 GB/s 6.6 s to write, in the background"
+    assert len(lines) == 16
+    small = plan.Cluster(replace(gpu, memory=8), 2, 1, 100)
+    lines = list(plan.card(replace(args, train=TrainArgs(max_epochs=1)), CONFIG, small, 10_000, "measured"))
+    assert "DOES NOT FIT in 7.6 GiB" in lines[8]
+    assert lines[9] == "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
+    assert [line.split()[0] for line in lines[10:]] == ["speed", "step", "checkpoint"]  # it is not known how long
+    # a run long enough for its energy to be seen: 3T tokens at 20,000 tokens/s
+    lines = list(plan.card(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 10_000, "measured"))
+    hours = 3e12 / 20_000 / 3600
+    assert lines[13] == f"energy     {hours * 2 * 500 / 1e6:,.2f} MWh of the GPUs at 500 W"
+    assert lines[13].startswith("energy     41.67 MWh")
+    assert lines[14] == "data       6.000 TB read, 0.0 MB/s"
+    lines = list(plan.card(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 1e6, "measured"))
+    assert lines[14].endswith(f"{2 * float(lines[10].split()[1].replace(',', '')) / 1e6:.1f} MB/s")
+
+
+def test_the_table_of_scaling() -> None:
+    gpu = plan.GPUS["a100-40g"]
+    args = settings(global_batch_size=1024)
+    lines = list(plan.scaling(args, CONFIG, plan.Cluster(gpu, 16, 8, 200), 24_000))
+    assert [int(line.split()[0]) for line in lines[2:12]] == [8 * 2**power for power in range(10)]
+    for line in lines[2:12]:
+        gpus = int(line.split()[0])
+        many = plan.Cluster(gpu, gpus, 8, 200)
+        expected = f"{gpus:>6}"
+        for how in ("full", "node"):
+            micro = 8 if gpus <= 128 else max(1024 // gpus, 1)
+            rate = plan.speed(args, CONFIG, many, how, 24_000, micro).tokens_per_second
+            days, share = 3e12 / rate / 86400, rate / gpus / 24_000
+            expected += f" {rate:>10,.0f} {days:>6,.1f}  {plan.bar(share, 12):<12} {share:>4.0%}"
+        assert line == expected
+    assert lines[12:] == [
+        "Above 1,024 GPUs the batch grows, to a sample a GPU.",
+        "Not counted: many GPUs have small micro-batches, which compute at a lower MFU.",
+    ]
+    lines = list(plan.scaling(settings(global_batch_size=4096), CONFIG, plan.Cluster(gpu, 4, 4, 200), 24_000))
+    assert [int(line.split()[0]) for line in lines[2:-1]] == [8 * 2**power for power in range(10)]
+    assert not any("the batch grows" in line for line in lines)
+
+
 def run_script(*flags: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run([sys.executable, "scripts/plan.py", *flags], cwd=ROOT, capture_output=True, text=True)
 

@@ -92,3 +92,96 @@ def test_a_restart_judges_as_the_straight_run() -> None:
     assert 1 <= sum(straight) < 40
     assert state.skipped == sum(straight)
     assert len(state.recent) == WINDOW
+
+
+def test_the_norm_is_that_of_one_copy_of_the_gradients() -> None:
+    weight = torch.nn.Parameter(torch.zeros(3))
+    optimizer = torch.optim.AdamW([weight], fused=True)
+    guard = Guard(TrainArgs(), optimizer, TrainState(), copies=4, device=CPU)
+    # as of four ranks that each hold [3, 4] and report the sum of their squares: 100 in all, 25 of one copy
+    assert guard.check(1, torch.tensor(1.0), 1, [torch.tensor([6.0, 8.0])]) == 5
+
+
+@pytest.mark.parametrize(("loss", "gradient"), [(math.nan, 1.0), (1.0, math.inf)])
+@pytest.mark.parametrize("on_nonfinite", ["stop", "skip"])
+def test_a_verdict_says_who_and_whether_the_run_must_stop(loss: float, gradient: float, on_nonfinite: str) -> None:
+    state = TrainState()
+    _, _, guard = training(TrainArgs(on_nonfinite=on_nonfinite, max_skips=2), state)
+    for step in range(1, 6):
+        bad = step != 2
+        guard.check(step, torch.tensor(loss if bad else 1.0), 1, [torch.tensor([gradient if bad else 1.0])])
+    verdicts = guard.poll(late=0)
+    assert [verdict.step for verdict in verdicts] == [1, 2, 3, 4, 5]
+    assert [verdict.finite for verdict in verdicts] == [False, True, False, False, False]
+    assert [verdict.skipped for verdict in verdicts] == [True, False, True, True, True]
+    assert [verdict.ranks for verdict in verdicts] == [[0], [], [0], [0], [0]]
+    # with skip, two in a row are borne and the third is one too many
+    expected = [True, False, True, True, True] if on_nonfinite == "stop" else [False, False, False, False, True]
+    assert [verdict.fatal for verdict in verdicts] == expected
+    assert (state.skipped, state.skipped_in_a_row) == (4, 3)
+
+
+def test_a_verdict_read_late_names_the_samples_of_its_own_step() -> None:
+    state = TrainState(step=100, samples=2000)  # more of them than steps x batch: an earlier start had other batches
+    _, _, guard = training(TrainArgs(global_batch_size=8), state)
+    found = []
+    for step in range(101, 107):
+        state.step, state.samples = step, state.samples + 8
+        guard.check(step, torch.tensor(1.0), 1, [torch.ones(1)])
+        found += guard.poll(late=3)
+        assert len(found) == max(step - 103, 0)
+    found += guard.poll(late=0)
+    assert [(verdict.step, verdict.samples) for verdict in found] == [
+        (101 + i, (2000 + 8 * i, 2007 + 8 * i)) for i in range(6)
+    ]
+
+
+def judged(guard: Guard, pairs: list[tuple[float, float]]) -> list[bool]:
+    """Whether steps of these losses and gradient norms are skipped."""
+    for number, (loss, norm) in enumerate(pairs, 1):
+        guard.check(number, torch.tensor(loss), 1, [torch.tensor([norm])])
+    return [verdict.skipped for verdict in guard.poll(late=0)]
+
+
+@pytest.mark.parametrize("which", ["loss", "norm"])
+def test_a_spike_is_so_many_deviations_above_the_mean_of_128_steps(which: str) -> None:
+    usual = [2.0 + 0.1 * math.cos(3 * i) for i in range(130)]
+    deviations = [value - sum(usual[2:]) / 128 for value in usual[2:]]
+    limit = sum(usual[2:]) / 128 + 4 * math.sqrt(sum(d * d for d in deviations) / 127)
+
+    def last(value: float, seen: list[float] = usual) -> bool:
+        _, _, guard = training(TrainArgs(skip_spikes=4.0), TrainState())
+        pairs = [(one, 5.0 + 0.1 * math.sin(i)) for i, one in enumerate([*seen, value])]
+        *before, skipped = judged(guard, [pair if which == "loss" else pair[::-1] for pair in pairs])
+        assert not any(before)
+        return skipped
+
+    assert [last(limit - 0.0005), last(limit + 0.0005)] == [False, True]
+    assert not last(0.5)  # far below is no spike
+    assert not last(9.0, usual[:127])
+    assert last(9.0, usual[:128])
+
+
+def test_what_was_skipped_does_not_count_as_usual() -> None:
+    usual = [(3.0 + 0.01 * math.sin(i), 1.0 + 0.01 * math.cos(i)) for i in range(WINDOW)]
+    state = TrainState()
+    _, _, guard = training(TrainArgs(skip_spikes=6.0, on_nonfinite="skip"), state)
+    odd = [(9.0, 1.0), (math.nan, 1.0), (3.0, math.inf), (3.2, 1.0), (3.0, 1.2), (3.0, 1.0)]
+    assert judged(guard, usual + odd) == [False] * WINDOW + [True] * 5 + [False]
+    assert len(state.recent) == 128
+    expected = [*usual[1:], (3.0, 1.0)]
+    assert [loss for loss, _ in state.recent] == pytest.approx([loss for loss, _ in expected])
+    assert [norm for _, norm in state.recent] == pytest.approx([norm for _, norm in expected])
+
+
+def test_a_restart_before_the_window_is_full_goes_on_filling_it() -> None:
+    usual = [(3.0 + 0.01 * math.sin(i), 1.0) for i in range(WINDOW)]
+    for before in (1, 100):
+        state = TrainState()
+        judged(training(TrainArgs(skip_spikes=6.0), state)[2], usual[:before])
+        assert len(state.recent) == before
+        guard = training(TrainArgs(skip_spikes=6.0), state)[2]
+        assert not judged(guard, [*usual[before:-1], (9.0, 1.0)])[-1]
+        state = TrainState(recent=[list(pair) for pair in usual[:before]])
+        guard = training(TrainArgs(skip_spikes=6.0), state)[2]
+        assert judged(guard, [*usual[before:], (9.0, 1.0)])[-1]

@@ -1,13 +1,14 @@
 """How many ranks there are, by what srun, torchrun or nobody has set, and launches that cannot be meant."""
 
 import os
+from typing import Any
 
 import pytest
 import torch
 
 from tinyllama import InputError
 from tinyllama.config.args import ParallelArgs
-from tinyllama.train.launch import find_world
+from tinyllama.train.launch import World, find_world
 
 BATCH = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
 SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "tinyllama"}
@@ -77,3 +78,19 @@ def test_a_launch_that_cannot_be_meant(case: str, monkeypatch: pytest.MonkeyPatc
         find_world(ParallelArgs(devices=devices))
     (fault,) = error.value.args
     assert said in fault
+
+
+@pytest.mark.parametrize(("shard", "size"), [("full", 16), ("node", 8), ("none", 1), (4, 4), (16, 16)])
+def test_ranks_that_share_the_weights(shard: Any, size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    world = find_world(ParallelArgs(shard=shard))
+    assert world == World(nodes=2, local_ranks=8, shard=size)
+    assert (world.size, world.copies) == (16, 16 // size)
+
+
+def test_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in SRUN.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(InputError, match=r"parallel.shard 5 does not divide the 16 ranks; valid: 1, 2, 4, 8, 16$"):
+        find_world(ParallelArgs(shard=5))

@@ -1,8 +1,8 @@
 """Who may write into a run's folder: real processes, and files as they leave them."""
 
+import errno
 import json
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from processes import Process
 
 from tinyllama import InputError
 from tinyllama.train import lock
@@ -56,6 +57,118 @@ def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
     assert list(out_dir.iterdir()) == []
 
 
+@pytest.mark.parametrize("restarts", [0, 3])
+def test_the_file_says_how_often_the_job_was_requeued(restarts: int, tmp_path: Path, monkeypatch) -> None:
+    if restarts:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
+    with Owner(tmp_path, "5"):
+        assert json.loads((tmp_path / "OWNER.json").read_text())["restarts"] == restarts
+
+
+def test_requeues_say_nothing_of_runs_outside_slurm(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
+    leave(tmp_path, job_id=None)
+    with pytest.raises(InputError, match="belongs to another run"):
+        Owner(tmp_path, None).__enter__()
+
+
+def test_another_users_process_is_alive(tmp_path: Path, monkeypatch) -> None:
+    def not_ours(pid: int, number: int) -> None:
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "kill", not_ours)
+    leave(tmp_path, host=HERE)
+    with pytest.raises(InputError, match="belongs to another run"):
+        Owner(tmp_path, None).__enter__()
+
+
+def test_a_heart_beats_several_times_before_its_owner_is_taken_for_gone() -> None:
+    assert 0 < lock.BEAT <= lock.STALE / 4
+
+
+@pytest.mark.parametrize("successor", [OTHER, {"host": HERE, "pid": os.getpid(), "job_id": None, "restarts": 0}])
+def test_a_run_that_ends_leaves_its_successors_file(successor: dict[str, Any], tmp_path: Path) -> None:
+    path = tmp_path / "OWNER.json"
+    with Owner(tmp_path, None):
+        path.write_text(json.dumps(successor | {"token": "theirs"}))
+    assert json.loads(path.read_text()) == successor | {"token": "theirs"}
+    with Owner(tmp_path / "other", None):  # nor is a file that is gone, or a damaged one, a fault at the end
+        (tmp_path / "other" / "OWNER.json").unlink()
+    with Owner(tmp_path / "third", None):
+        (tmp_path / "third" / "OWNER.json").write_text("{")
+
+
+def test_a_run_of_the_same_process_number_is_another_run(tmp_path: Path) -> None:
+    path = tmp_path / "OWNER.json"
+    with Owner(tmp_path, None):  # as in two containers, which both count from 1
+        path.unlink()
+        assert Owner(tmp_path, None)._create()
+        text = path.read_text()
+    assert path.read_text() == text
+
+
+def rival(out_dir: Path, token: str = "rival") -> str:
+    """Another run puts its fresh file there, as one that was quicker would; gives what it holds."""
+    text = json.dumps(OTHER | {"token": token})
+    (out_dir / "new").write_text(text)
+    (out_dir / "new").replace(out_dir / "OWNER.json")
+    return text
+
+
+def test_of_two_that_find_the_same_stale_file_the_slower_gives_the_quicker_its_file_back(tmp_path, monkeypatch) -> None:
+    leave(tmp_path, host=HERE, pid=dead_pid())
+    texts: list[str] = []
+
+    def looking(pid: int) -> bool:  # the stale file has been read and is not removed yet
+        texts.append(rival(tmp_path))
+        return False
+
+    monkeypatch.setattr(lock, "_alive", looking)
+    with pytest.raises(InputError, match="belongs to another run .pid 1 on node7"):
+        Owner(tmp_path, None).__enter__()
+    assert [path.read_text() for path in tmp_path.iterdir()] == texts
+
+
+def test_a_stale_file_that_a_quicker_one_has_removed_is_no_fault(tmp_path: Path, monkeypatch, capsys) -> None:
+    path = leave(tmp_path, host=HERE, pid=dead_pid())
+    monkeypatch.setattr(lock, "_alive", lambda pid: bool(path.unlink()))
+    with Owner(tmp_path, None):  # the quicker one has gone again
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert capsys.readouterr().out == ""
+    path.touch()
+    read = lock._read
+    monkeypatch.setattr(lock, "_read", lambda path: path.unlink() or read(path))
+    assert Owner(tmp_path, None)._clear() is None
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_given_back_does_not_replace_a_third_runs(tmp_path: Path, monkeypatch) -> None:
+    leave(tmp_path, host=HERE, pid=dead_pid())
+    monkeypatch.setattr(lock, "_alive", lambda pid: not rival(tmp_path))
+    read = lock._read
+
+    def reading(path: Path) -> str:
+        text = read(path)
+        if path.suffix == ".tmp":  # the second's file, taken away by mistake: a third run sees that none is there
+            rival(tmp_path, "third")
+        return text
+
+    monkeypatch.setattr(lock, "_read", reading)
+    with pytest.raises(InputError, match="belongs to another run"):
+        Owner(tmp_path, None).__enter__()
+    assert [json.loads(path.read_text())["token"] for path in tmp_path.iterdir()] == ["third"]
+
+
+def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path: Path, monkeypatch) -> None:
+    def full(facts: Any) -> str:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(lock.json, "dumps", full)
+    with pytest.raises(InputError, match="cannot write .*OWNER.json: No space left on device: give an out_dir"):
+        Owner(tmp_path, None).__enter__()
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_an_exception_gives_the_folder_back(tmp_path: Path) -> None:
     with pytest.raises(KeyError), Owner(tmp_path, None):
         raise KeyError
@@ -69,6 +182,7 @@ REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "another job, requeued": ({"job_id": "6"}, {"SLURM_RESTART_COUNT": "1"}),
     "outside Slurm": ({"job_id": None}, {"SLURM_RESTART_COUNT": "1"}),
     "beats in our future": ({"age": -3600}, {}),
+    "a pid that is nobody's here, on another host": ({"pid": dead_pid()}, {}),
 }
 
 
@@ -78,7 +192,8 @@ def test_a_live_owner_is_left_alone(case: str, tmp_path: Path, monkeypatch: pyte
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     text = leave(tmp_path, **facts).read_text()
-    with pytest.raises(InputError, match=f"belongs to another run .pid .*{facts.get('job_id') or ''}; heartbeat"):
+    job = facts.get("job_id") or ""
+    with pytest.raises(InputError, match=f"belongs to another run .pid .*{job}; heartbeat [0-9]+ s ago"):
         Owner(tmp_path, "5").__enter__()
     assert [path.read_text() for path in tmp_path.iterdir()] == [text]
 
@@ -155,11 +270,12 @@ def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path,
 RUN = """
 import sys, time
 from pathlib import Path
-from tinyllama import InputError, owner
-owner.BEAT = 0.05
+from tinyllama import InputError
+from tinyllama.train import lock
+lock.BEAT = 0.05
 time.sleep(max(float(sys.argv[2]) - time.time(), 0))
 try:
-    with owner.Owner(Path(sys.argv[1]), None):
+    with lock.Owner(Path(sys.argv[1]), None):
         print("holds", flush=True)
         sys.stdin.read()
 except InputError as error:
@@ -167,16 +283,14 @@ except InputError as error:
 """
 
 
-def start(out_dir: Path, at: float = 0) -> subprocess.Popen[str]:
-    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-    return subprocess.Popen([sys.executable, "-c", RUN, str(out_dir), str(at)], text=True, **pipes)
+def start(out_dir: Path, at: float = 0) -> Process:
+    return Process(sys.executable, "-c", RUN, out_dir, at)
 
 
-def verdict(run: subprocess.Popen[str]) -> str:
+def verdict(run: Process) -> str:
     """Whether the run holds the folder or was refused."""
-    assert run.stdout is not None
-    line = run.stdout.readline()
-    return run.stdout.readline() if line.startswith("took over") else line
+    line = run.line()
+    return run.line() if line.startswith("took over") else line
 
 
 def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
@@ -185,8 +299,8 @@ def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_pa
     new = tmp_path / "new"
     new.write_text(json.dumps(OTHER))
     new.replace(tmp_path / "OWNER.json")
-    assert run.wait(120) == 1
-    assert run.communicate()[1] == f"error: another run has taken over {tmp_path}: this one ends\n"
+    code, _, said = run.end()
+    assert (code, said) == (1, f"error: another run has taken over {tmp_path}: this one ends\n")
     assert json.loads((tmp_path / "OWNER.json").read_text()) == OTHER
 
 
@@ -194,8 +308,7 @@ def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_pa
 def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None:
     first = start(tmp_path)
     assert verdict(first) == "holds\n"
-    first.send_signal(signal.SIGKILL)
-    first.wait()
+    first.kill()
     at = time.time() + 0.5
     rivals = [start(tmp_path, at) for _ in range(5)]
     said = [verdict(rival) for rival in rivals]
@@ -203,8 +316,8 @@ def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None
     assert sum("belongs to another run" in line for line in said) == 4
     assert json.loads((tmp_path / "OWNER.json").read_text())["pid"] == winner.pid
     for rival in rivals:
-        rival.communicate()
-        assert rival.returncode == 0
+        rival.close()
+        assert rival.end()[0] == 0
     assert list(tmp_path.iterdir()) == []
 
 

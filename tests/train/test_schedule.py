@@ -35,3 +35,8 @@ def test_without_warmup_it_starts_at_the_top() -> None:
 
 def test_the_shortest_run_ends_at_min_lr() -> None:
     assert [lr_at(s, lr=1.0, min_lr=0.1, warmup_steps=1, max_steps=2) for s in range(2)] == [1.0, 0.1]
+
+
+def test_a_warm_up_is_linear() -> None:
+    rates = [lr_at(step, lr=1.0, min_lr=0.9, warmup_steps=4, max_steps=6) for step in range(7)]
+    assert rates == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0, 0.9, 0.9])

@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from processes import Group, Process
 
 from tinyllama.checkpoint import reader
 
 ROOT = Path(__file__).parents[2]
 
 
-class World:
+class World(Group):
     """Ranks that wait for commands; see rank.py."""
 
     def __init__(self, size: int) -> None:
@@ -32,29 +33,13 @@ class World:
         # what torchrun sets
         env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="tests")
         env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        self.ranks = [
-            subprocess.Popen(
-                [sys.executable, str(ROOT / "tests" / "helpers" / "rank.py")],
-                env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.PIPE,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.DEVNULL,
-                text=True,
-                cwd=ROOT,
-            )
-            for rank in range(size)
-        ]
+        command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        super().__init__([Process(*command, env=env | number, cwd=ROOT) for number in numbers])
 
     def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:
         """Run ``command`` on every rank; gives their answers."""
-        for rank in self.ranks:
-            assert rank.stdin is not None
-            rank.stdin.write(json.dumps([command, [str(word) for word in argv]]) + "\n")
-            rank.stdin.flush()
-        answers = [json.loads(rank.stdout.readline()) for rank in self.ranks if rank.stdout]
-        for answer in answers:
-            assert "defect" not in answer, answer["defect"]
-        return answers
+        return self.ask([command, [str(word) for word in argv]])
 
     def train(self, *argv: object) -> str:
         """Run the recipe to its end; gives what rank 0 said."""
@@ -68,15 +53,15 @@ def world() -> Iterator[Callable[[int], World]]:
     worlds: dict[int, World] = {}
 
     def get(size: int) -> World:
+        if size in worlds and not worlds[size].alive():  # a test has failed for it, which should not fail the others
+            worlds.pop(size).kill()
         if size not in worlds:
             worlds[size] = World(size)
         return worlds[size]
 
     yield get
     for started in worlds.values():
-        for rank in started.ranks:
-            rank.kill()
-            rank.wait()
+        started.kill()
 
 
 @pytest.fixture
@@ -289,7 +274,7 @@ def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Pat
     assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", card[2])
     assert card[3].startswith("time     since this start: training ")
     assert card[4] == f"saved    {out}/checkpoints/step-00000007"
-    assert re.fullmatch(r"next     torchrun \.\.\. \S*rank\.py    # goes on from there", card[5])
+    assert re.fullmatch(r"next     torchrun \.\.\. .*rank\.py'?    # goes on from there", card[5])
     assert card[7].split() == ["python", "scripts/report.py", str(out)]
     assert card[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
     event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
@@ -326,10 +311,127 @@ def test_a_disk_that_fills_up(world, config_file: Path, tmp_path: Path, small_di
     assert column(out, "loss")[-1] == column(straight, "loss")[-1]
 
 
-def test_collectives_may_take_less_once_the_run_is_steady(world, config_file: Path, tmp_path: Path) -> None:
-    flags = ["--out_dir", tmp_path / "run", "--train.max_steps", 6, "--train.timeout", 200]
-    answers = world(2)("group_timeout", "--config", config_file, *flags)
-    assert [answer["result"] for answer in answers] == [260, 260]
+SHORT = ["--train.max_steps", 12, "--checkpoint.interval", 4, "--eval.interval", 100]
+
+
+@pytest.mark.parametrize(
+    ("failing", "on_failure", "code", "steps", "last"),
+    [
+        (2, "continue", 0, [4, 12], "done: 12 steps"),
+        (2, "stop", 1, [4, 9], "stopped by checkpoint.on_failure at step 9"),  # the save that stops it succeeds
+        (3, "continue", 1, [4, 8], "error: "),  # the last step is lost, which is no success
+    ],
+)
+def test_a_save_that_fails_is_in_the_exit_code(
+    world, config_file: Path, tmp_path: Path, failing: int, on_failure: str, code: int, steps: list[int], last: str
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out, *SHORT, "--checkpoint.on_failure", on_failure]
+    (answer,) = world(1)("train_without_room", failing, *flags)
+    assert answer["result"] == code
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in steps]
+    assert answer["said"].splitlines()[-1].startswith(last)
+    assert answer["said"].count(f"error: {out}/checkpoints/step-{4 * failing:08d} is not saved: it takes ") == 1
+
+
+def test_a_save_that_fails_in_the_background_is_told_before_the_next_one(
+    world, config_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--checkpoint.asynchronous", "true", "--checkpoint.on_failure", "stop"]
+    command = ["train_told_late", "--config", config_file, "--out_dir", tmp_path / "run", *SHORT, *flags]
+    answers = world(2)(*command)
+    assert [answer["result"] for answer in answers] == [1, 1]
+    assert "stopped by checkpoint.on_failure at step 7;" in answers[0]["said"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_a_run_that_must_stop_lets_its_save_come_to_its_end(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--out_dir", tmp_path / "run", *SHORT, "--checkpoint.interval", 5, "--checkpoint.asynchronous", "true"]
+    for answer in world(2)("train_stopped_in_a_save", "--config", config_file, *flags):
+        assert answer["result"] == [1, ["step-00000005"]]
+
+
+def test_no_rank_ends_before_the_last_word(world, config_file: Path, tmp_path: Path) -> None:
+    answers = world(2)("train_ending_late", "--config", config_file, "--out_dir", tmp_path / "run", *SHORT)
+    assert [answer["result"] for answer in answers] == [True, True]
+
+
+def test_ranks_that_see_different_checkpoints_resume_from_the_first_ranks(
+    world, config_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", *SHORT]
+    world(2).train(*flags)
+    answers = world(2)("resumed_from", *flags, "--dry_run")
+    assert [answer["result"] for answer in answers] == ["step-00000012"] * 2
+
+
+def test_a_signal_in_the_last_step_stops_nothing(world, config_file: Path, tmp_path: Path) -> None:
+    answers = world(2)("train_signalled", "12", 1, "--config", config_file, "--out_dir", tmp_path / "run", *SHORT)
+    assert [answer["result"] for answer in answers] == [0, 0]
+    assert answers[0]["said"].splitlines()[-1].startswith("done: 12 steps, 3,072 tokens")
+
+
+def test_checkpoints_are_kept_as_asked_for(world, config_file: Path, tmp_path: Path) -> None:
+    keep = ["--checkpoint.interval", 2, "--checkpoint.keep_last", 1, "--checkpoint.keep_every", 6]
+    world(1).train("--config", config_file, "--out_dir", tmp_path / "run", *SHORT, *keep)
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert there == ["step-00000006", "step-00000012"]
+
+
+def test_a_run_is_watched_in_each_phase_and_after_a_resume(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", "--eval.interval", 2, "--checkpoint.interval", 3]
+    flags += ["--train.start_timeout", 700]
+    first = [[0, "validation"], [0, "step"], [1, "step"], [2, "validation"], [2, "step"], [3, "checkpoint"]]
+    first += [[3, "step"], [4, "validation"], [4, "step"], [5, "step"], [6, "validation"], [6, "checkpoint"]]
+    second = [[6, "step"], [7, "step"], [8, "validation"], [8, "checkpoint"]]  # step 6 has been validated
+    for steps, timeout, beats in ((6, 200, first), (8, 210, second)):
+        answers = world(2)("watched", *flags, "--train.max_steps", steps, "--train.timeout", timeout)
+        for rank, seen in enumerate(answer["result"] for answer in answers):
+            assert seen["beats"] == beats
+            assert (seen["rank"], seen["world_size"], seen["code"]) == (rank, 2, 0)
+            assert (seen["first_timeout"], seen["timeout"]) == (700, timeout)
+            # steady from its second step on; a save may take as long as torch lets it
+            assert seen["timeouts"] == [timeout + 60, 1800]
+            assert seen["collects"] is False
+            assert (seen["owner"]["job_id"], seen["owner"]["pid"]) == ("77", world(2).processes[0].pid)
+
+
+def test_steps_that_are_judged_late_are_named_and_saved_right(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--config", config_file, "--train.on_nonfinite", "skip", "--train.skip_spikes", 1e6]
+    flags += ["--checkpoint.interval", 5, "--checkpoint.keep_last", "null", "--eval.interval", 100]
+    each, fourth = tmp_path / "each", tmp_path / "fourth"
+    for out, interval in ((each, 1), (fourth, 4)):
+        answers = world(1)(
+            *("train_poisoned", 0, "6,9,10", *flags, "--out_dir", out, "--train.max_steps", 13),
+            *("--log.interval", interval),
+        )
+        assert [answer["result"] for answer in answers] == [0]
+        world(1).train(*flags, "--out_dir", out, "--train.max_steps", 15, "--log.interval", interval)
+        lines = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines()]
+        skips = [(line["step"], line["samples"], line["ranks"]) for line in lines if line["event"] == "skip"]
+        assert skips == [(6, [40, 47], [0]), (9, [64, 71], [0]), (10, [72, 79], [0])]
+        for step in (6, 9, 10):
+            assert f"skipped step {step}, samples {8 * step - 8} to {8 * step - 1}: loss " in answers[0]["said"]
+        rows = {int(row["step"]): row for row in metrics(each) if row["loss"]}
+        for step, skipped, in_a_row in ((5, 0, 0), (10, 3, 2), (13, 3, 0), (15, 3, 0)):
+            state = reader.read_state(out / "checkpoints" / f"step-{step:08d}")
+            assert (state["skipped"], state["skipped_in_a_row"], state["samples"]) == (skipped, in_a_row, 8 * step)
+            usual = [rows[number] for number in range(1, step + 1) if number not in (6, 9, 10)]
+            assert state["recent"] == [[float(row["loss"]), float(row["grad_norm"])] for row in usual], step
+    assert [row["step"] for row in metrics(fourth) if row["loss"]] == ["4", "8", "12", "13", "15"]
+    for row in metrics(fourth):
+        for name in ("tokens", "loss", "lr", "grad_norm", "skipped") if row["loss"] else ():
+            assert row[name] == rows[int(row["step"])][name], (row["step"], name)
+
+
+def test_a_step_that_must_stop_the_run_is_not_saved(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", *SHORT, "--log.interval", 5]
+    (answer,) = world(1)("train_poisoned", 0, 8, *flags)
+    assert answer["result"] == 1
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
+    stop = json.loads((tmp_path / "run" / "STOPPED").read_text())
+    assert (stop["step"], stop["samples"]) == (8, 64)
+    assert stop["reason"] == "not finite on rank [0]: step 8, samples 56 to 63"
 
 
 def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: Path, tmp_path: Path) -> None:
@@ -432,12 +534,23 @@ def test_what_a_run_leaves_behind(world, config: dict[str, Any], config_file: Pa
     assert (out / "checkpoints" / "step-00000023" / "config.yaml").read_text() == (out / "config.yaml").read_text()
     assert [row["step"] for row in metrics(out)] == ["0", "10", "20", "23"]
     assert metrics(out)[-1]["lr"] == "0.001"
+    assert sorted(path.name for path in out.iterdir()) == [
+        *("checkpoints", "config.yaml", "events.jsonl", "heartbeat", "metrics.csv")
+    ]
+    state = reader.read_state(out / "checkpoints" / "step-00000023")
+    assert (state["tokenizer_sha256"], state["bos_id"], state["eos_id"]) == ("0" * 64, 1, 2)
+    assert (state["step"], state["samples"], state["tokens"], state["validated"]) == (23, 184, 5888, 23)
+    assert [source["weight"] for source in state["data"]["sources"]] == [0.7, 0.3]
+    assert (state["data"]["seed"], state["model"]) == (3407, resolved["model"])
     assert "start (step 0) 2.000e-03  warm (step 4) 1.000e-02  half (step 11)" in said
     assert "end (step 22) 1.000e-03" in said
     # the same command again has nothing to do, and does nothing
     again = world(1).train("--config", config_file, "--out_dir", out, "--train.max_steps", 23, "--log.interval", 10)
     assert "step-00000023 at step 23" in again
     assert [row["step"] for row in metrics(out)] == ["0", "10", "20", "23"]
+    # and a run that ends before its checkpoint is a mistake
+    (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.max_steps", 22)[0]["faults"]
+    assert fault == f"{out}/checkpoints/step-00000023 is beyond the run's 22 steps: raise train.max_steps"
 
 
 def test_an_incomplete_checkpoint_is_passed_over(world, config_file: Path, tmp_path: Path) -> None:

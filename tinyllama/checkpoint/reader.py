@@ -77,12 +77,12 @@ def open_weights(
 
 def read_state(step_dir: Path) -> dict[str, Any]:
     """What state.json says."""
-    return json.loads((step_dir / "state.json").read_text())
+    return json.loads((step_dir / "state.json").read_text(encoding="utf-8"))
 
 
 def read_settings(step_dir: Path) -> dict[str, Any]:
     """What config.yaml says."""
-    return yaml.safe_load((step_dir / "config.yaml").read_text())
+    return yaml.safe_load((step_dir / "config.yaml").read_text(encoding="utf-8"))
 
 
 def read_model_config(step_dir: Path) -> ModelConfig:

@@ -14,7 +14,7 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
     """
     stopped = out_dir / "STOPPED"
     if stopped.exists():
-        why = stopped.read_text(errors="replace").strip()
+        why = stopped.read_text(encoding="utf-8", errors="replace").strip()
         raise InputError(
             f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
             "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"

@@ -6,6 +6,7 @@ The only file that knows jsonargparse.
 import argparse
 import difflib
 import errno
+import io
 import itertools
 import os
 import re
@@ -36,8 +37,11 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit with what it returns (None is 0).
 
     An InputError prints its faults and exits 2, and so does a path that cannot be used, where nobody has said it
-    better. Ctrl-C is a line and 130, and output that nobody reads any more 141, as shells have it.
+    better. Ctrl-C is a line and 130, and output that nobody reads any more 141, as shells have it. A letter that
+    stdout's encoding lacks is printed as its number.
     """
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         code = main()
         sys.stdout.flush()

@@ -23,7 +23,7 @@ def refuse_foreign(output: Path) -> None:
 def read_mark(output: Path) -> dict[str, Any]:
     """What the mark of ``output`` says; empty when it has none."""
     try:
-        said = json.loads((output / MARK).read_text())
+        said = json.loads((output / MARK).read_text(encoding="utf-8"))
         return said if isinstance(said["files"], list) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
@@ -67,4 +67,4 @@ def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
     """``content``, to be read by people too."""
-    path.write_text(json.dumps(content, indent=2) + "\n")
+    path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -51,8 +51,8 @@ def write(output: Path, weights: Weights) -> Path:
                 cause = error.failures[0][0]
                 hidden = cause.__context__  # what torch.save makes a RuntimeError of
                 raise hidden if isinstance(cause, RuntimeError) and isinstance(hidden, OSError) else cause from None
-        (step_dir / "config.yaml").write_text(cli.dump({"model": asdict(weights.config)}))
-        (step_dir / "state.json").write_text(json.dumps(state, indent=2))
+        (step_dir / "config.yaml").write_text(cli.dump({"model": asdict(weights.config)}), encoding="utf-8")
+        (step_dir / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         for name in TOKENIZER_FILES:
             if (weights.path / name).is_file():
                 shutil.copyfile(weights.path / name, unfinished / name)

@@ -248,7 +248,7 @@ def _one_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text())
+        content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content
         reason = "it is no object"

@@ -96,7 +96,7 @@ def state(events: list[Facts], metrics: Path) -> str:
     ends = {"stop": "stopped", "done": "done"}
     if events and events[-1]["kind"] in ends:
         return ends[events[-1]["kind"]]
-    return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M', time.localtime(metrics.stat().st_mtime))}"
+    return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(metrics.stat().st_mtime))}"
 
 
 def summary(rows: list[Facts], events: list[Facts], model: ModelConfig) -> dict[str, str]:

@@ -23,7 +23,10 @@ class Tracker:
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._say = say
         self._file = run.out_dir / "wandb.json"
-        known = json.loads(self._file.read_text()) if self._file.exists() else {}
+        try:
+            known = dict(json.loads(self._file.read_text(encoding="utf-8")))
+        except (OSError, ValueError, TypeError):  # there is none, or it was damaged: the checkpoint has the id, too
+            known = {}
         self.id: str = known.get("id") or saved_id(run) or secrets.token_hex(4)
         self._sent: int = known.get("step", -1)
         self._run: Any = None
@@ -32,7 +35,7 @@ class Tracker:
     def _start(self, run: Run) -> None:
         import wandb
 
-        atomic.write(self._file, json.dumps({"id": self.id, "step": self._sent}).encode())
+        self._remember()
         self._run = wandb.init(
             id=self.id,
             resume="allow",
@@ -51,9 +54,15 @@ class Tracker:
         if self._run is None or step <= self._sent:
             return
         numbers = {name: float(value) for name, value in row.items() if value not in (None, "")}
-        self._guarded(lambda: self._run.log(numbers, step=step))
+        self._guarded(lambda: self._log(numbers, step))
+
+    def _log(self, numbers: dict[str, float], step: int) -> None:
+        self._run.log(numbers, step=step)
         self._sent = step
-        self._file.write_text(json.dumps({"id": self.id, "step": step}))
+        self._remember()
+
+    def _remember(self) -> None:
+        atomic.write(self._file, json.dumps({"id": self.id, "step": self._sent}).encode())
 
     def finish(self) -> None:
         """Hand over what is left, for at most FINISH_TIMEOUT seconds."""

@@ -135,7 +135,7 @@ class Watchdog:
             since, now = round(time.monotonic() - at, 3), datetime.now(UTC).isoformat()
             heartbeat = Heartbeat(*who, step, phase, beats, since, now, self._stalled_at, self._waiting)
             with contextlib.suppress(OSError):  # a full disk is for the checkpoint to report, and may pass
-                unfinished.write_text(json.dumps(asdict(heartbeat)) + "\n")
+                unfinished.write_text(json.dumps(asdict(heartbeat)) + "\n", encoding="utf-8")
                 unfinished.replace(path)
             self._ended.wait(self._interval)
 
@@ -162,7 +162,7 @@ class Watchdog:
             faulthandler.dump_traceback(STDERR)
             self._stalled_at, self._waiting = _place(sys._current_frames().get(threading.main_thread().ident or 0))
             with contextlib.suppress(OSError):
-                with (self._folder / f"{self._name}.stacks.txt").open("w") as file:
+                with (self._folder / f"{self._name}.stacks.txt").open("w", encoding="utf-8") as file:
                     faulthandler.dump_traceback(file)
                 _dump_nccl(self._folder / f"nccl_rank_{self._rank}")
             deadline = time.monotonic() + self._grace
@@ -194,7 +194,7 @@ class Watchdog:
 def read(folder: Path, world_size: int) -> list[Heartbeat]:
     """The heartbeats of the ranks that have one."""
     paths = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
-    return [Heartbeat(**json.loads(path.read_text())) for path in paths if path.exists()]
+    return [Heartbeat(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.exists()]
 
 
 def verdict(folder: Path, world_size: int, limit: float) -> str:

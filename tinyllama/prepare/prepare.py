@@ -8,7 +8,6 @@ can be traced to its shards.
 
 import os
 import re
-import sys
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -73,6 +72,7 @@ class _Recipe:
     eos_id: int | None
     fields: Fields
     policy: Info  # facts of every shard: one that says otherwise is of another dataset
+    slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
 
 
 def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
@@ -138,6 +138,7 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
                 marker.unlink(missing_ok=True)
     lines = [progress.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
     new = len(todo) - len(bad) if todo else 0
+    lines += [recipe.slow] * bool(new and recipe.slow)
     lines.append(
         f"{output}: {len(infos):,} shards ({new:,} new), {progress.counts(infos.values())}, "
         f"{progress.duration(time.monotonic() - started)}"
@@ -153,8 +154,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
                 f"{used.path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
             )
     encoder = Encoder(used, options.encoder)
-    if encoder.fell_back and not options.finish:
-        print(f"encoder: {encoder.name}, not the fast one: {encoder.fell_back}", file=sys.stderr, flush=True)
+    slow = f"encoded by {encoder.name} at a tenth of the speed: {encoder.fell_back}" if encoder.fell_back else ""
     policy = {
         "tokenizer_sha256": used.sha256,
         "encoder": used.encoder,
@@ -169,7 +169,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
     }
     chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
     bos_id, eos_id = used.bos_id if options.bos else None, used.eos_id if options.eos else None
-    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy)
+    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy, slow)
 
 
 def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
@@ -240,7 +240,7 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
 
 def _read_bad(output: Path, one: Input) -> str:
     try:
-        return (output / f"{one.shard}{_BAD}").read_text()
+        return (output / f"{one.shard}{_BAD}").read_text(encoding="utf-8")
     except FileNotFoundError:
         return ""
 

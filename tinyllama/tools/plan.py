@@ -195,7 +195,7 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
     """Tokens per second of one GPU, and where that is from."""
     if benchmark is not None:
         try:
-            lines = [json.loads(line) for line in benchmark.read_text().splitlines() if line.strip()]
+            lines = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines() if line.strip()]
             best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
             if not best > 0:
                 raise ValueError(best)

@@ -119,7 +119,7 @@ class Owner:
         now = atomic.temporary(self._path)
         try:
             now.touch()
-            with self._path.open() as file:  # opened, for NFS may remember an older time of a file not opened
+            with self._path.open("rb") as file:  # opened, for NFS may remember an older time of a file not opened
                 return now.stat().st_mtime - os.fstat(file.fileno()).st_mtime
         finally:
             now.unlink(missing_ok=True)

@@ -27,8 +27,10 @@ class Preemption:
         self._speaks = dist.get_rank() == 0
         # on the CPU, so that asking does not wait for the GPU
         self._group = dist.new_group(backend="gloo")
-        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT):
+        for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._receive)
+        if signal.getsignal(signal.SIGINT) != signal.SIG_IGN:  # in a script's background Ctrl-C is not for this run
+            signal.signal(signal.SIGINT, self._receive)
 
     def _receive(self, number: int, frame: FrameType | None) -> None:
         if number == signal.SIGINT:

@@ -1,0 +1,315 @@
+"""What a conversion writes, byte by byte, and in which order it reaches the disk."""
+
+import dataclasses
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from models import CONFIG, FACTS, given, to_hf, weights
+from safetensors.torch import load_file
+
+from tinyllama import InputError, __version__
+from tinyllama.config.model import ModelConfig
+from tinyllama.convert import hf_folder, layout, native, tensor_file
+from tinyllama.convert.weights import open_weights
+from tinyllama.tokenizer import Tokenizer
+
+
+def read_json(path):
+    return json.loads(path.read_text())
+
+
+HF_CONFIG = {
+    "architectures": ["LlamaForCausalLM"],
+    "model_type": "llama",
+    "vocab_size": 448,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "hidden_act": "silu",
+    "max_position_embeddings": 96,
+    "rms_norm_eps": 1e-4,
+    "rope_theta": 5000.0,
+    "rope_scaling": None,
+    "rope_parameters": {"rope_type": "default", "rope_theta": 5000.0},
+    "torch_dtype": "float32",
+    "dtype": "float32",
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+CONDENSED = {
+    "rope_scaling": {"type": "linear", "rope_type": "linear", "factor": 4.0},
+    "rope_parameters": {"rope_type": "linear", "factor": 4.0, "rope_theta": 5000.0},
+    "torch_dtype": "bfloat16",
+    "dtype": "bfloat16",
+    "tie_word_embeddings": True,
+}
+
+
+def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
+    hf_folder.write(tmp_path / "hf", given())
+    assert read_json(tmp_path / "hf/config.json") == HF_CONFIG
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": list(range(400, 448))}
+    assert read_json(tmp_path / "hf/generation_config.json") == generation
+    mark = {"tinyllama": __version__, "step": 12, "tokens": 3456, "tokenizer_sha256": None}
+    mark |= {"model": dataclasses.asdict(CONFIG)}
+    files = ["config.json", "export.json", "generation_config.json", "model.safetensors"]
+    assert read_json(tmp_path / "hf/export.json") == mark | {"files": files}
+
+    # the facts of the data give way to those of the tokenizer itself
+    condensed = dataclasses.replace(CONFIG, vocab_size=448, rope_condense_ratio=4, tie_embeddings=True)
+    facts = FACTS | {"eos_id": 7, "bos_id": None, "tokenizer_sha256": "4" * 64}
+    tokenizer = Tokenizer(tokenizer_file)
+    hf_folder.write(tmp_path / "more", given(config=condensed, facts=facts).cast("bfloat16"), tokenizer)
+    assert read_json(tmp_path / "more/config.json") == HF_CONFIG | CONDENSED
+    assert read_json(tmp_path / "more/generation_config.json") == {"bos_token_id": 1, "eos_token_id": 2}
+    mark |= {"model": dataclasses.asdict(condensed), "tokenizer_sha256": tokenizer.sha256}
+    files = sorted([*files, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
+    assert read_json(tmp_path / "more/export.json") == mark | {"files": files}
+    assert read_json(tmp_path / "more/tokenizer_config.json") == {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        **{"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False},
+        "model_max_length": 96,
+    }
+    assert (tmp_path / "more/tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+
+
+def test_sizes_that_a_config_json_leaves_out_are_transformers_defaults():
+    from transformers import LlamaConfig
+
+    said = {"vocab_size": 448, "hidden_size": 64, "intermediate_size": 96}
+    said |= {"num_hidden_layers": 2, "num_attention_heads": 8}
+    theirs = LlamaConfig(**said)
+    assert layout.config_of(said | {"model_type": "llama"}, "config.json", None) == ModelConfig(
+        "llama",
+        block_size=theirs.max_position_embeddings,
+        vocab_size=448,
+        n_layer=2,
+        n_head=8,
+        n_query_groups=theirs.num_key_value_heads,
+        n_embd=64,
+        intermediate_size=96,
+        norm_eps=theirs.rms_norm_eps,
+        rope_base=int(theirs.rope_parameters["rope_theta"]),
+        tie_embeddings=theirs.tie_word_embeddings,
+    )
+
+
+def test_rope_settings_of_older_and_newer_folders():
+    for changes, base, ratio in [
+        ({"rope_theta": 500000.0, "rope_parameters": None}, 500000, 1),
+        ({"rope_parameters": {"rope_type": "default", "rope_theta": 70000.0}}, 70000, 1),
+        ({"rope_parameters": None, "rope_scaling": {"type": "linear", "factor": 2.5}}, 5000, 2.5),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 3.0, "rope_theta": 9000}, "rope_theta": 1.0}, 9000, 3),
+    ]:
+        found = layout.config_of(HF_CONFIG | changes, "config.json", None)
+        assert (found.rope_base, found.rope_condense_ratio) == (base, ratio)
+
+
+@pytest.mark.parametrize(
+    ("rows", "pieces", "vocab_size", "multiple"),
+    [
+        *[(448, 400, 400, 64), (640, 520, 520, 128), (768, 520, 520, 256), (512, 100, 100, 512)],
+        *[(1024, 100, 100, 1024), (1024, 1000, 1000, 64), (2048, 100, 2048, 64), (448, 448, 448, 64)],
+        *[(450, 450, 450, 1), (450, 400, 450, 1), (448, None, 448, 64), (450, None, 450, 1)],
+    ],
+)
+def test_padding_is_what_rounding_the_pieces_up_explains(rows, pieces, vocab_size, multiple):
+    found = layout.config_of(HF_CONFIG | {"vocab_size": rows}, "config.json", pieces)
+    assert (found.vocab_size, found.padding_multiple, found.padded_vocab_size) == (vocab_size, multiple, rows)
+
+
+def parsed(path):
+    """A safetensors file's header without its metadata, the metadata, and the bytes of each tensor."""
+    content = path.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    assert length % 8 == 0  # or the numbers behind it are not aligned
+    header = json.loads(content[8 : 8 + length])
+    metadata = header.pop("__metadata__")
+    payload = content[8 + length :]
+    end = 0
+    for entry in header.values():
+        begin, after = entry["data_offsets"]
+        assert begin == end
+        end = after
+    assert end == len(payload)
+    return header, metadata, {key: payload[slice(*entry["data_offsets"])] for key, entry in header.items()}
+
+
+def raw(tensor):
+    return tensor.contiguous().view(torch.uint8).numpy().tobytes()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_a_file_of_weights_byte_by_byte(dtype, tmp_path):
+    state = weights()
+    tensor_file.export(given(state).cast(dtype), tmp_path / "new" / "model.safetensors")
+    header, metadata, found = parsed(tmp_path / "new/model.safetensors")
+    to, name = {"float32": (torch.float32, "F32"), "bfloat16": (torch.bfloat16, "BF16")}.get(dtype, (torch.half, "F16"))
+    assert found == {key: raw(tensor.to(to)) for key, tensor in state.items()}
+    assert {key: (entry["dtype"], entry["shape"]) for key, entry in header.items()} == {
+        key: (name, list(tensor.shape)) for key, tensor in state.items()
+    }
+    assert json.loads(metadata.pop("model")) == dataclasses.asdict(CONFIG)
+    assert metadata == {"format": "pt", "tinyllama": __version__, "step": "12", "tokens": "3456"}
+    assert [path.name for path in (tmp_path / "new").iterdir()] == ["model.safetensors"]
+
+
+def test_shards_are_filled_to_the_last_byte_and_the_index_names_them(tmp_path):
+    hf_folder.write(tmp_path / "hf", given(), shard_bytes=49152)  # twice a matrix of the MLP
+    names = [f"model-{i:05d}-of-00008.safetensors" for i in range(1, 9)]
+    assert sorted(path.name for path in (tmp_path / "hf").glob("*.safetensors")) == names
+    expected = to_hf(weights(), CONFIG)
+    sizes, places = [], {}
+    for name in names:
+        header, metadata, found = parsed(tmp_path / "hf" / name)
+        assert metadata == {"format": "pt"}
+        assert found == {key: raw(expected[key]) for key in header}
+        sizes.append(sum(map(len, found.values())))
+        places |= dict.fromkeys(header, name)
+    # the embedding is larger than a shard; norms and one query-key-value; that of the next layer with proj; ...
+    assert sizes == [114688, 25088, 40960, 41472, 49152, 49152, 24832, 114688]
+    assert places.keys() == expected.keys()
+    index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
+    assert read_json(tmp_path / "hf/model.safetensors.index.json") == index
+    assert set(read_json(tmp_path / "hf/export.json")["files"]) == {path.name for path in (tmp_path / "hf").iterdir()}
+    hf_folder.write(tmp_path / "one", given(), shard_bytes=sum(sizes))
+    assert load_file(tmp_path / "one/model.safetensors").keys() == expected.keys()
+
+
+@pytest.fixture
+def disk(monkeypatch):
+    """What reaches the disk, in order: ("sync", path, bytes in it, names beside it) and ("rename", from, to)."""
+    calls = []
+
+    def fsync(handle, real=os.fsync):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        calls.append(("sync", path, os.fstat(handle).st_size, {other.name for other in path.parent.iterdir()}))
+        real(handle)
+
+    def renames(real):
+        def rename(source, target, **options):
+            calls.append(("rename", Path(source), Path(target)))
+            return real(source, target, **options)
+
+        return rename
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "rename", renames(os.rename))
+    monkeypatch.setattr(os, "replace", renames(os.replace))
+    return calls
+
+
+@pytest.mark.parametrize("kind", ["hf", "ours"])
+@pytest.mark.parametrize("earlier", [False, True])
+def test_every_file_has_reached_the_disk_before_the_folder_appears(kind, earlier, disk, tmp_path, tokenizer_file):
+    source = tmp_path / "source"
+    hf_folder.write(source, given(), Tokenizer(tokenizer_file))
+    output, unfinished, replaced = tmp_path / "out", tmp_path / ".out.tmp", tmp_path / ".out.replaced"
+
+    def write():
+        if kind == "hf":
+            hf_folder.write(output, given(), Tokenizer(tokenizer_file), shard_bytes=100_000)
+        else:
+            native.write(output, open_weights(source))
+
+    if earlier:
+        write()
+    for stale in (unfinished, replaced):  # of an export that was killed
+        stale.mkdir()
+        (stale / "stale").touch()
+    disk.clear()
+    write()
+    appears = disk.index(("rename", unfinished, output))
+    synced = {path: size for what, path, size, *_ in disk[:appears] if what == "sync"}
+    written = list(output.rglob("*"))
+    assert len([path for path in written if path.is_file()]) >= (9 if kind == "hf" else 7)
+    for path in written:
+        size = synced[unfinished / path.relative_to(output)]
+        assert path.is_dir() or size == path.stat().st_size, path.name
+    assert unfinished in synced
+    before = disk[appears - 1]
+    assert (before == ("rename", output, replaced)) == earlier
+    after = [call for call in disk[appears + 1 :] if call[1] == tmp_path]
+    assert len(after) == 1
+    beside = {path.name for path in tmp_path.iterdir()}
+    assert beside == {"out", "source"}
+    assert not any("stale" in path.name for path in written)
+
+
+def test_the_earlier_export_is_removed_when_the_new_one_is_safe(tmp_path, monkeypatch):
+    hf_folder.write(tmp_path / "out", given())
+    seen = []
+    real = os.fsync
+
+    def fsync(handle):
+        if os.readlink(f"/proc/self/fd/{handle}") == str(tmp_path):
+            seen.append({path.name for path in tmp_path.iterdir()})
+        real(handle)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    hf_folder.write(tmp_path / "out", given())
+    assert seen == [{"out", ".out.replaced"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_file_of_weights_has_reached_the_disk_before_it_appears(disk, tmp_path):
+    file = tmp_path / "model.safetensors"
+    file.write_bytes(b"an older one")
+    tensor_file.export(given(), file)
+    (first, unfinished, size, _), renamed, (last, folder, *_) = disk
+    assert (first, size) == ("sync", file.stat().st_size)
+    assert renamed == ("rename", unfinished, file)
+    assert (last, folder) == ("sync", tmp_path)
+    assert unfinished.parent == tmp_path
+    assert unfinished.suffix == ".tmp"
+    assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
+def test_what_goes_wrong_while_writing_leaves_what_was_there(error, tmp_path):
+    hf_folder.write(tmp_path / "hf", given())
+    tensor_file.export(given(), tmp_path / "file")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    state = weights()
+
+    def read(name):
+        if name == "lm_head.weight":  # the last one
+            raise error("in the middle of it")
+        return state[name]
+
+    broken = dataclasses.replace(given(), read=read)
+    for write, output in ((hf_folder.write, "hf"), (native.write, "ours")):
+        with pytest.raises(error):
+            write(tmp_path / output, broken)
+    with pytest.raises(error):
+        tensor_file.export(broken, tmp_path / "file")
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"hf", "file"}
+
+
+@pytest.mark.parametrize("mark", ['{"files": "config.json"}', '{"files": {"config.json": 1}}', "[]", "{", "{}"])
+def test_a_mark_that_is_none_protects_what_lies_there(mark, tmp_path):
+    (tmp_path / "hf").mkdir()
+    (tmp_path / "hf/export.json").write_text(mark)
+    (tmp_path / "hf/config.json").write_text("mine")
+    with pytest.raises(InputError, match=r"hf holds config.json, which no export wrote"):
+        hf_folder.write(tmp_path / "hf", given())
+    assert (tmp_path / "hf/config.json").read_text() == "mine"
+
+
+def test_a_conversion_takes_the_tokenizer_with_it(tmp_path, tokenizer_file):
+    hf_folder.write(tmp_path / "hf", given(), Tokenizer(tokenizer_file))
+    native.write(tmp_path / "ours", open_weights(tmp_path / "hf"))
+    for name in ("tokenizer.model", "tokenizer.json", "tokenizer_config.json"):
+        assert (tmp_path / "ours" / name).read_bytes() == (tmp_path / "hf" / name).read_bytes()
+    mark = read_json(tmp_path / "ours/export.json")
+    files = ["export.json", "step-00000000", "tokenizer.json", "tokenizer.model", "tokenizer_config.json"]
+    assert mark == {"tinyllama": __version__, "from": str(tmp_path / "hf"), "files": files}

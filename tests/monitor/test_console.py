@@ -1,0 +1,134 @@
+"""What a person is shown of a run, word by word."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllama.config.args import (
+    CheckpointArgs,
+    DataArgs,
+    ModelArgs,
+    OptimArgs,
+    PretrainArgs,
+    Source,
+    TrainArgs,
+    ValidationSource,
+)
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import open_packed
+from tinyllama.monitor.console import FORMATS, duration, mean_speed, numbers, same_command, start_card
+from tinyllama.train.launch import World
+from tinyllama.train.run import Run
+
+
+@pytest.fixture
+def run(packed_folder: Any, tmp_path: Path) -> Run:
+    """10 steps of 4 samples of 8 tokens, from two sources of 11 blocks and 4."""
+    folders = [packed_folder([[[3] * count]], name=name, eos=False) for name, count in (("up", 99), ("down", 36))]
+    sources = [open_packed(folder) for folder in folders]
+    args = PretrainArgs(
+        out_dir=str(tmp_path / "out"),
+        model=ModelArgs(block_size=8),
+        data=DataArgs(
+            sources=[Source(str(folder), weight) for folder, weight in zip(folders, (3, 1), strict=True)],
+            validation=[ValidationSource(str(folders[0]))],
+        ),
+        optim=OptimArgs(lr=1.0, min_lr=0.5, warmup_steps=4),
+        train=TrainArgs(max_steps=10, global_batch_size=4, micro_batch_size=1),
+    )
+    mixture = Mixture([11, 4], [3, 1], 0, [source.fingerprint for source in sources])
+    return Run(
+        args, args.model.resolve(), World(2, 2, 2), sources, sources[:1], mixture, 2, 10, {"attention": "sdpa"}, None
+    )
+
+
+def test_the_start_card_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 5 * 10**12))
+    up, down = (source.path for source in run.sources)
+    tokens = [source.tokens for source in run.sources]
+    drawn = run.mixture.drawn(40)
+    card = list(start_card(run, "all fp32", ["here: ranks 0 1", "there: ranks 2 3"]))
+    assert card == [
+        ("start", "a new run"),
+        ("model", "tinyllama_1.1b: 1,100,048,384 parameters, context 8"),
+        ("ranks", "here: ranks 0 1"),
+        ("ranks", "there: ranks 2 3"),
+        ("weights", "copies: 2, ranks that share each: 2"),
+        ("dtypes", "all fp32"),
+        ("slow", "bf16 is made for GPUs; on a CPU --train.precision fp32 can be ten times as fast"),
+        ("ops", "attention sdpa, blocks not compiled"),
+        ("batch", "4 samples a step = 4 ranks x 2 x 1, 32 tokens"),
+        ("length", f"10 steps, 40 samples, 320 tokens, {40 / 15:.2f} epochs"),
+        ("data", f"{up}: {tokens[0]:,} tokens, {drawn[0] / 40:.2%} of the samples, {drawn[0] / 11:.2f} epochs"),
+        ("data", f"{down}: {tokens[1]:,} tokens, {drawn[1] / 40:.2%} of the samples, {drawn[1] / 4:.2f} epochs"),
+        ("held out", f"{up}: {tokens[0]:,} tokens, every 1,000 steps"),
+        ("lr", "start (step 0) 2.500e-01  warm (step 3) 1.000e+00  half (step 5) 9.523e-01  end (step 9) 5.000e-01"),
+        (
+            "saves",
+            "every 5,000 steps, on a signal and at the end, in the background; the newest 3 and every 50,000th step "
+            f"kept; 13.2 GB each, 5,000 GB free in {run.args.out_dir}",
+        ),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("policy", "said"),
+    [
+        ({"keep_last": None}, "in the background; all kept"),
+        ({"keep_last": 2, "keep_every": None, "asynchronous": False}, "while training waits; the newest 2 kept"),
+        ({"interval": 7, "keep_every": 70}, "the newest 3 and every 70th step kept"),
+    ],
+)
+def test_what_is_kept_of_checkpoints(run: Run, policy: dict[str, Any], said: str) -> None:
+    args = replace(run.args, checkpoint=CheckpointArgs(**policy), train=replace(run.args.train, precision="fp32"))
+    args = replace(args, train=replace(args.train, compile=True))
+    card = dict(start_card(replace(run, args=args), "all fp32", []))
+    assert said in card["saves"]
+    assert card["saves"].startswith(f"every {policy.get('interval', 5000):,} steps")
+    assert "slow" not in card
+    assert card["ops"] == "attention sdpa, blocks compiled"
+
+
+def test_numbers_have_their_units() -> None:
+    row = {"loss": 1.23456, "val_loss": 2.34567, "lr": 4e-4, "grad_norm": 1.23456, "tokens_per_second": 12345.6}
+    row |= {"mfu": 0.5678, "max_memory_gb": 12.346, "skipped": 2}
+    assert numbers(row) == [
+        *("loss 1.2346", "val_loss 2.3457", "lr 4.000e-04", "grad_norm 1.235", "12,346 tokens/s", "mfu 56.8%"),
+        *("memory 12.35 GB", "skipped 2"),
+    ]
+    assert numbers({"loss": 0.0, "mfu": None, "skipped": 0}) == ["loss 0.0000"]
+    assert list(FORMATS) == [key for key in row if key != "skipped"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((59, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m"), (3660, "1h 01m")),
+        *((86399, "23h 59m"), (86400, "1d 00h"), (200_000, "2d 07h")),
+    ],
+)
+def test_a_duration_has_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text
+
+
+def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:
+    rows = [{"tokens": 100, "tokens_per_second": 10}, {"tokens": 150, "tokens_per_second": None}]
+    rows += [{"tokens": 550, "tokens_per_second": 40}, {"tokens": 650, "tokens_per_second": 0}]
+    assert mean_speed(rows) == 500 / 20  # 10 s for the first 100 tokens, 10 s for 400
+    assert mean_speed(rows[1:2]) == 0.0
+
+
+def test_the_same_command_names_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--out_dir", "my run"])
+    for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    assert same_command() == "python pretrain/train.py --out_dir 'my run'"
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert same_command() == "srun ... python pretrain/train.py --out_dir 'my run'"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
+    assert same_command() == "torchrun ... pretrain/train.py --out_dir 'my run'"

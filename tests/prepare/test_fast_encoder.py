@@ -1,0 +1,200 @@
+"""The fast encoder beside the reference, and what is done where they differ; a small library stands for gigatoken."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllama.data.packed import open_packed
+from tinyllama.prepare import encode
+from tinyllama.prepare.encode import Encoder, Mismatch
+from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
+from tinyllama.prepare.prepare import Options, prepare
+from tinyllama.tokenizer import Tokenizer
+
+ROOT = Path(__file__).parents[2]
+# a real encoder, right but for the texts that tell it to be wrong
+LIBRARY = """
+import os
+
+import numpy as np
+import tokenizers
+
+made = []
+
+
+class Fast:
+    def __init__(self, payload):
+        self.tokenizer = tokenizers.Tokenizer.from_str(payload)
+        self.texts = []
+        made.append(self)
+
+    def encode(self, text):
+        self.texts.append(text)
+        ids = np.array(self.tokenizer.encode(text.decode()).ids, dtype=np.uint32)
+        return ids[1:] if os.environ["FAST_IS_WRONG_FOR"].encode() in text else ids
+
+
+def load_hf_json(payload):
+    return Fast(payload)
+"""
+
+
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """The folder that stands in for gigatoken 9.9."""
+    folder = tmp_path / "library"
+    (folder / "gigatoken").mkdir(parents=True)
+    (folder / "gigatoken" / "__init__.py").touch()
+    (folder / "gigatoken" / "gigatoken_rs.py").write_text(LIBRARY)
+    (folder / "gigatoken-9.9.dist-info").mkdir()
+    (folder / "gigatoken-9.9.dist-info" / "METADATA").write_text(
+        "Metadata-Version: 2.1\nName: gigatoken\nVersion: 9.9\n"
+    )
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gigatoken"]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.syspath_prepend(str(folder))
+    monkeypatch.setenv("FAST_IS_WRONG_FOR", "zebra")
+    yield folder
+    for name in [name for name in sys.modules if name.partition(".")[0] == "gigatoken"]:
+        del sys.modules[name]
+
+
+def documents(texts: list[str]) -> list[tuple[bytes, str, bool]]:
+    return [(text.encode(), "", True) for text in texts]
+
+
+def used() -> list[list[bytes]]:
+    """What each fast encoder was given, after the texts it is tried on."""
+    return [[text for text in one.texts if text.decode() not in encode.GUARDS] for one in made()]
+
+
+def made() -> list:
+    import gigatoken.gigatoken_rs
+
+    return gigatoken.gigatoken_rs.made
+
+
+def test_the_fast_one_is_taken_and_gives_the_reference_s_ids(library, tokenizer_file):
+    tokenizer = Tokenizer(tokenizer_file)
+    texts = ["The little llama", "", "漢字 1984\n"]
+    for choice in ("auto", "fast"):
+        encoder = Encoder(tokenizer, choice)
+        assert (encoder.name, encoder.fell_back) == ("gigatoken 9.9", "")
+        found = [(ids.tolist(), size, last) for ids, size, _, last in encoder.stream(documents(texts))]
+        assert found == [(tokenizer.encode(text), len(text.encode()), True) for text in texts]
+    assert used()[1] == [text.encode() for text in texts if text]
+    assert Encoder(tokenizer, "sentencepiece").name.startswith("sentencepiece ")
+    assert len(made()) == 2
+
+
+@pytest.mark.parametrize(
+    ("place", "found"), [(0, True), (1, False), (999, False), (1000, True), (1001, False), (2000, True)]
+)
+def test_every_thousandth_document_is_encoded_by_both(library, tokenizer_file, place, found):
+    encoder = Encoder(Tokenizer(tokenizer_file), "fast")
+    texts = ["a"] * 2500
+    texts[place] = "a zebra"
+    stream = encoder.stream(documents(texts))
+    if not found:
+        assert len(list(stream)) == 2500
+        return
+    with pytest.raises(Mismatch, match="gigatoken 9.9 gives other ids .* for the text b'a zebra'"):
+        list(stream)
+
+
+def test_a_shard_begins_with_an_encoder_of_its_own_and_a_check(library, tokenizer_file):
+    encoder = Encoder(Tokenizer(tokenizer_file), "fast")
+    encoder.renew()
+    assert len(made()) == 1  # it has encoded nothing yet
+    list(encoder.stream(documents(["a", "b"])))
+    encoder.renew()
+    with pytest.raises(Mismatch):
+        list(encoder.stream(documents(["zebra"])))
+    assert used() == [[b"a", b"b"], [b"zebra"]]
+
+
+def test_an_encoder_is_renewed_within_a_long_shard(library, tokenizer_file, monkeypatch):
+    assert encode._RENEWED == 64 * 2**20
+    monkeypatch.setattr(encode, "_RENEWED", 10)
+    encoder = Encoder(Tokenizer(tokenizer_file), "fast")
+    list(encoder.stream(documents(["five!", "five.", "four", "a", "b" * 11, "c"])))
+    assert used() == [[b"five!", b"five.", b"four"], [b"a", b"b" * 11], [b"c"]]
+
+
+@pytest.mark.usefixtures("one_process")
+def test_each_shard_is_encoded_anew(library, tokenizer_file, tmp_path):
+    for name in "abc":
+        (tmp_path / f"{name}.txt").write_text(f"shard {name}")
+    prepare(find_inputs(tmp_path, (".txt",)), Fields(), Options(tokenizer_file, tmp_path / "out"))
+    assert used() == [[], [b"shard a"], [b"shard b"], [b"shard c"]]  # the first one only tells whether it can
+    assert b'"encoded_by": "gigatoken 9.9"' in (tmp_path / "out" / "c.txt.json").read_bytes()
+
+
+def write(source: Path, texts: dict[str, str]) -> Path:
+    source.mkdir()
+    for name, text in texts.items():
+        (source / name).write_text(text)
+    return source
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_slow_encoder_is_said_once_at_the_end(tokenizer_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    inputs = find_inputs(write(tmp_path / "in", {"a.txt": "a", "b.txt": "b"}), ENDINGS)
+    name = f"sentencepiece {Tokenizer(tokenizer_file).encoder_version}"
+    said = f"encoded by {name} at a tenth of the speed: gigatoken is not installed: pip install gigatoken"
+    auto = Options(tokenizer_file, tmp_path / "out")
+    *_, note, last = prepare(inputs, Fields(), auto).splitlines()
+    assert note == said
+    assert last.startswith(f"{tmp_path / 'out'}: 2 shards (2 new)")
+    assert b'"encoded_by": "sentencepiece' in (tmp_path / "out" / "b.txt.json").read_bytes()
+    chosen = Options(tokenizer_file, tmp_path / "chosen", encoder="sentencepiece")
+    finish = Options(tokenizer_file, tmp_path / "out", finish=True)
+    for options in (auto, finish, chosen):  # nothing to encode, nothing ever, and as it was asked for
+        assert "encoded by" not in prepare(inputs, Fields(), options)
+    task = Options(tokenizer_file, tmp_path / "task", task=(1, 2))
+    assert said in prepare(inputs, Fields(), task).splitlines()
+    out, err = capsys.readouterr()
+    assert (out, len(err.splitlines())) == ("", 2 + 2 + 1)  # progress
+
+
+@pytest.mark.usefixtures("one_process")
+def test_the_note_tells_another_reason(library, tokenizer_file, tmp_path, monkeypatch):
+    monkeypatch.setenv("FAST_IS_WRONG_FOR", "line one")
+    inputs = find_inputs(write(tmp_path / "in", {"a.txt": "a"}), ENDINGS)
+    summary = prepare(inputs, Fields(), Options(tokenizer_file, tmp_path / "out"))
+    reason = (
+        f"gigatoken gives other ids than {tokenizer_file} for b'line one\\r\\nline two\\r\\n': use --encoder sentence"
+    )
+    assert f" at a tenth of the speed: {reason}piece\n" in summary
+    assert open_packed(tmp_path / "out").read(0, 2).tolist() == [*Tokenizer(tokenizer_file).encode("a"), 2]
+
+
+def test_a_difference_found_stops_that_shard_alone(library, tokenizer_file, tmp_path):
+    texts = {"a.txt": "fine", "b.txt": "a zebra", "c.jsonl": "{", "d.txt": "fine too"}
+    source, output = write(tmp_path / "in", texts), tmp_path / "out"
+    command = [sys.executable, ROOT / "scripts/prepare_text.py", "--source", source, "--output", output]
+    command += ["--tokenizer", tokenizer_file, "--workers", "1"]
+    env = os.environ | {"PYTHONPATH": f"{library}{os.pathsep}{ROOT}"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300)
+    assert (done.returncode, done.stdout) == (1, "")
+    *_, first, second = done.stderr.splitlines()
+    assert first.startswith(
+        f"RuntimeError: {source / 'b.txt'}: gigatoken 9.9 gives other ids than the tokenizer's own library "
+        "for the text b'a zebra'...: run with --encoder sentencepiece"
+    )
+    assert second.startswith(f"{source / 'c.jsonl'}: line 1: not valid JSON")  # a bad input is told of too
+    packed = {f"{name}.txt.{ending}" for name in "ad" for ending in ("bin", "idx.npy", "json")}
+    assert {path.name for path in output.iterdir()} == packed | {"c.jsonl.bad"}
+    again = subprocess.run(
+        [*command, "--encoder", "sentencepiece", "--skip_bad_files", "1"], env=env, capture_output=True, text=True
+    )
+    assert (again.returncode, "3 shards (1 new), 3 documents" in again.stdout) == (0, True), again.stderr
+    tokenizer = Tokenizer(tokenizer_file)
+    expected = [i for text in ("fine", "a zebra", "fine too") for i in [*tokenizer.encode(text), 2]]
+    dataset = open_packed(output)
+    assert np.array_equal(dataset.read(0, dataset.tokens), expected)

@@ -1,0 +1,238 @@
+"""The flags of the three prepare commands: what each gives, alone and through a whole script."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import zstandard
+
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.prepare import workers
+from tinyllama.prepare.flags import add_arguments, options
+from tinyllama.prepare.prepare import Options
+from tinyllama.tokenizer import Tokenizer
+
+REQUIRED = ["--source", "in", "--tokenizer", "tokenizer.model", "--output", "out"]
+
+
+def parsed(*flags: str) -> Options:
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    return options(parser.parse_args([*REQUIRED, *flags]))
+
+
+def test_what_no_flag_gives():
+    expected = Options(
+        tokenizer=Path("tokenizer.model"),
+        output=Path("out"),
+        bos=False,
+        eos=True,
+        encoder="auto",
+        workers=workers.cores(),
+        task=None,
+        finish=False,
+        skip_bad_files=0,
+    )
+    assert parsed() == expected
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    args = parser.parse_args(REQUIRED)
+    assert (args.fraction, args.seed, args.source) == (1.0, 0, "in")
+
+
+@pytest.mark.parametrize(
+    ("flags", "name", "value"),
+    [
+        ("--bos", "bos", True),
+        ("--no-bos", "bos", False),
+        ("--eos", "eos", True),
+        ("--no-eos", "eos", False),
+        ("--encoder fast", "encoder", "fast"),
+        ("--encoder sentencepiece", "encoder", "sentencepiece"),
+        ("--workers 1", "workers", 1),
+        ("--task 0/1", "task", (0, 1)),
+        ("--task 10/12", "task", (10, 12)),
+        ("--finish", "finish", True),
+        ("--skip_bad_files 0", "skip_bad_files", 0),
+        ("--skip_bad_files 12", "skip_bad_files", 12),
+    ],
+)
+def test_a_flag_sets_its_option_and_no_other(flags, name, value):
+    assert vars(parsed(*flags.split())) == vars(parsed()) | {name: value}
+
+
+@pytest.mark.parametrize(
+    ("flags", "said"),
+    [
+        ("--fraction 0", "'0' is not a share of the documents: give a number above 0, up to 1"),
+        ("--fraction -0.1", "is not a share"),
+        ("--fraction 1.01", "'1.01' is not a share"),
+        ("--fraction nan", "is not a share"),
+        ("--fraction half", "'half' is not a share"),
+        ("--workers 0", "'0' is not a number of processes: give 1 or more"),
+        ("--workers -1", "is not a number of processes"),
+        ("--workers 1.5", "is not a number of processes"),
+        ("--skip_bad_files -1", "'-1' is not a number of files: give 0 or more"),
+        ("--task 2/2", "'2/2' is not I/N with I from 0 to N - 1: give 0/4 to 3/4 for four tasks"),
+        ("--task 3/2", "is not I/N"),
+        ("--task 0/0", "is not I/N"),
+        ("--task 1/2x", "is not I/N"),
+        ("--task x1/2", "is not I/N"),
+        ("--task ²/4", "is not I/N"),
+        ("--seed x", "--seed"),
+        ("--encoder slow", "--encoder"),
+        ("--frac 0.5", "--frac"),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(flags, said):
+    name, value = flags.split()
+    with pytest.raises(InputError) as error:
+        parsed(f"{name}={value}")
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1.0), ("0.25", 0.25), ("1e-9", 1e-9)])
+def test_a_fraction_is_a_share_of_the_documents(text, value):
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    assert parser.parse_args([*REQUIRED, "--fraction", text]).fraction == value
+
+
+@pytest.mark.parametrize("flag", ["--source", "--tokenizer", "--output"])
+def test_what_must_be_given(flag):
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    place = REQUIRED.index(flag)
+    with pytest.raises(InputError, match=f"required: {flag}"):
+        parser.parse_args(REQUIRED[:place] + REQUIRED[place + 2 :])
+
+
+def test_the_source_by_another_name_is_no_output(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path)
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    for source, output in ((tmp_path / "link", tmp_path), (tmp_path, tmp_path / "link")):
+        args = parser.parse_args(["--source", str(source), "--tokenizer", "b", "--output", str(output)])
+        with pytest.raises(InputError, match=f"--output {output} is the --source: give a folder of its own"):
+            options(args)
+    args = parser.parse_args(["--source", str(tmp_path), "--tokenizer", "b", "--output", str(tmp_path / "out")])
+    assert options(args).output == tmp_path / "out"
+
+
+# through the scripts
+
+SUBSETS = ["ArXiv", "Book", "C4", "CommonCrawl", "Github", "StackExchange", "Wikipedia"]
+
+
+@pytest.fixture
+def raw(tmp_path) -> Path:
+    """The same forty texts as SlimPajama (in two splits), StarCoder and a user have them."""
+    texts = [f"The little llama {i}" for i in range(35)]
+    lines = [
+        json.dumps({"text": text, "meta": {"redpajama_set_name": f"RedPajama{SUBSETS[i % 7]}"}})
+        for i, text in enumerate(texts)
+    ]
+    for split, some in (("train", lines), ("validation", lines[:7])):
+        folder = tmp_path / "slimpajama" / split / "chunk1"
+        folder.mkdir(parents=True)
+        (folder / "a.jsonl.zst").write_bytes(zstandard.compress("\n".join(some).encode()))
+        (folder / "b.jsonl").write_text("not one of SlimPajama's")
+    (tmp_path / "starcoder" / "go").mkdir(parents=True)
+    pq.write_table(pa.table({"content": texts, "text": [""] * 35}), tmp_path / "starcoder" / "go" / "a.parquet")
+    (tmp_path / "starcoder" / "go" / "b.jsonl").write_text("not one of StarCoder's")
+    (tmp_path / "text").mkdir()
+    (tmp_path / "text" / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    (tmp_path / "text" / "readme.md").write_text("not one")
+    return tmp_path
+
+
+@pytest.fixture
+def preparing(raw, tokenizer_file, script, one_process):
+    """A function that runs a prepare script on its part of ``raw`` and gives its one NAME.json and what it said."""
+
+    def run(name: str, *flags: str, source: str = "") -> tuple[dict, str]:
+        output = raw / "out" / f"{name} {' '.join(flags)}".replace("/", "-")
+        required = ["--source", source or raw / name, "--tokenizer", tokenizer_file, "--output", output]
+        code, out, err = script(f"prepare_{name}", *required, "--encoder", "sentencepiece", *flags)
+        assert code == 0, err
+        (path,) = [path for path in output.glob("*.json") if path.name != "manifest.json"]
+        return json.loads(path.read_bytes()), out
+
+    return run
+
+
+NAMES = {"slimpajama": "chunk1--a.jsonl.zst", "starcoder": "go--a.parquet", "text": "a.jsonl"}
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_setting_reaches_the_shards(preparing, raw, tokenizer_file, name):
+    info, said = preparing(name)
+    documents = 30 if name == "slimpajama" else 35
+    assert (info["name"], info["documents"]) == (NAMES[name], documents)
+    assert (info["text_key"], info["fraction"], info["seed"]) == (
+        "content" if name == "starcoder" else "text",
+        1.0,
+        None,
+    )
+    assert (info["bos"], info["eos"]) == (False, True)
+    output = raw / "out" / f"{name} "
+    assert said.splitlines()[-1].startswith(f"{output}: 1 shards (1 new), {documents} documents")
+    info, _ = preparing(name, "--fraction", "0.5", "--seed", "3", "--bos", "--no-eos")
+    assert (info["fraction"], info["seed"], info["bos"], info["eos"]) == (0.5, 3, True, False)
+    assert 0 < info["dropped"]["fraction"] < 35
+    other, _ = preparing(name, "--fraction", "0.5", "--seed", "4", "--bos", "--no-eos")
+    assert info["blake2b"] != other["blake2b"]
+
+
+def test_the_tokens_of_the_script_are_the_texts(preparing, raw, tokenizer_file):
+    preparing("starcoder")
+    encode = Tokenizer(tokenizer_file).encode
+    stored = np.fromfile(raw / "out" / "starcoder " / "go--a.parquet.bin", "<u2").tolist()
+    assert stored == [i for n in range(35) for i in [*encode(f"The little llama {n}"), 2]]
+
+
+def test_the_subsets_of_slimpajama(preparing, raw):
+    info, said = preparing("slimpajama", source=f"{raw / 'slimpajama'}/")
+    names = {f"RedPajama{name}" for name in SUBSETS}
+    assert info["subsets"].keys() == names - {"RedPajamaGithub"}
+    assert (info["dropped"], info["leave_out"]) == ({"RedPajamaGithub": 5}, ["RedPajamaGithub"])
+    assert info["source"]["name"] == "chunk1/a.jsonl.zst"
+    info, _ = preparing("slimpajama", "--exclude", "")
+    assert (info["subsets"].keys(), info["leave_out"]) == (names, [])
+    info, _ = preparing("slimpajama", "--exclude", "RedPajamaC4,RedPajamaBook,,RedPajamaC4")
+    assert info["leave_out"] == ["RedPajamaBook", "RedPajamaC4"]  # the order in which they are given is no setting
+    assert info["subsets"].keys() == names - {"RedPajamaBook", "RedPajamaC4"}
+    info, _ = preparing("slimpajama", "--split", "validation")
+    assert (info["documents"], info["dropped"]) == (6, {"RedPajamaGithub": 1})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_what_is_wrong_is_exit_code_2(raw, tokenizer_file, script, one_process, name):
+    required = ["--source", raw / name, "--tokenizer", tokenizer_file, "--output"]
+    assert script(f"prepare_{name}", *required, raw / name) == (
+        2,
+        "",
+        f"error: --output {raw / name} is the --source: give a folder of its own\n",
+    )
+    code, out, err = script(f"prepare_{name}", *required, raw / "out", "--finish")
+    assert (code, out) == (2, "")
+    assert err == (
+        f"error: {raw / 'out'}: 1 of 1 shards are missing ({NAMES[name]}): run the tasks that make them first\n"
+    )
+    code, _, err = script(f"prepare_{name}", *required, raw / "out", "--fraction", "2")
+    assert (code, err.startswith("error: argument --fraction: '2' is not a share")) == (2, True)
+    code, _, err = script(f"prepare_{name}", "--source", raw / name, "--tokenizer", raw / "no.model", "--output", "x")
+    assert (code, err.startswith("error: ")) == (2, True)
+    assert str(raw / "no.model") in err
+
+
+def test_a_subset_that_slimpajama_does_not_have(raw, tokenizer_file, script):
+    required = ["--source", raw / "slimpajama", "--tokenizer", tokenizer_file, "--output", raw / "out"]
+    done = script("prepare_slimpajama", *required, "--exclude", "RedPajamaC4,RedPajamaGitHub")
+    remedy = "SlimPajama has no such subset; did you mean RedPajamaGithub?"
+    assert done == (2, "", f"error: --exclude RedPajamaGitHub: {remedy}\n")
+    assert not (raw / "out").exists()

@@ -1,0 +1,74 @@
+"""How the parts of documents become one stream with bos and eos, whatever is written at a time."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tinyllama.data.packed import ShardWriter
+from tinyllama.prepare import encode, prepare
+from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
+from tinyllama.tokenizer import Tokenizer
+
+FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "none", "bos": True, "eos": True, "bos_id": 1, "eos_id": 2}
+# documents in parts, with the bytes of each part and the document's subset
+DOCUMENTS = [
+    ([[5, 6, 7]], [10], "b"),
+    ([[8], [9, 10], [11]], [1, 20, 300], "a"),
+    ([[]], [0], "b"),
+    ([[12] * 9, [13] * 9], [4, 5], "b"),
+    ([[14]], [6], "a"),
+]
+
+
+def stream():
+    for parts, sizes, subset in DOCUMENTS:
+        for number, (ids, size) in enumerate(zip(parts, sizes, strict=True)):
+            yield np.array(ids, dtype=np.uint32), size, subset, number == len(parts) - 1
+
+
+@pytest.mark.parametrize("flush", [1, 4, 5, 12, 1 << 16])
+@pytest.mark.parametrize(("bos", "eos"), [([1], [2]), ([], [2]), ([1], []), ([], [])])
+def test_bos_and_eos_are_the_documents_not_its_parts(tmp_path, monkeypatch, flush, bos, eos):
+    monkeypatch.setattr(prepare, "_FLUSH", flush)
+    ids = {"bos_id": bos[0] if bos else None, "eos_id": eos[0] if eos else None}
+    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", fields=Fields(), policy={}, **ids)
+    with ShardWriter(tmp_path, "x", 100) as writer:
+        subsets = prepare._write(writer, stream(), recipe, Input("", "go/sub/x.jsonl", 0))
+        info = writer.finish(**FACTS)
+    expected = [[*bos, *sum(parts, []), *eos] for parts, *_ in DOCUMENTS]
+    assert np.fromfile(tmp_path / "x.bin", "<u2").tolist() == sum(expected, [])
+    assert np.load(tmp_path / "x.idx.npy").tolist() == np.cumsum([len(document) for document in expected]).tolist()
+    tokens = [len(document) for document in expected]
+    assert (info["documents"], info["tokens"]) == (5, sum(tokens))
+    assert subsets == {
+        "a": {"documents": 2, "tokens": tokens[1] + tokens[4], "bytes": 327},
+        "b": {"documents": 3, "tokens": tokens[0] + tokens[2] + tokens[3], "bytes": 19},
+    }
+
+
+@pytest.mark.parametrize(("name", "folder"), [("go/sub/x.jsonl", "go"), ("x.jsonl", ".")])
+def test_documents_of_no_subset_are_their_folders(tmp_path, name, folder):
+    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", None, 2, Fields(), {})
+    with ShardWriter(tmp_path, "x", 100) as writer:
+        document = (np.array([5, 6], dtype=np.uint32), 7, "", True)
+        assert prepare._write(writer, [document], recipe, Input("", name, 0)) == {
+            folder: {"documents": 1, "tokens": 3, "bytes": 7}
+        }
+
+
+def test_a_long_document_is_one_document(tmp_path, tokenizer_file, monkeypatch):
+    monkeypatch.setattr(encode, "CUT", 100)
+    monkeypatch.setattr(encode, "WINDOW", 50)
+    texts = ["the little llama walked along the river, " * 20, "a day", "1984\n" * 200]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    tokenizer = Tokenizer(tokenizer_file)
+    recipe = prepare._Recipe(tmp_path, tokenizer_file, "sentencepiece", 1, 2, Fields(), FACTS)
+    info = prepare._packer(recipe)(*find_inputs(tmp_path, ENDINGS))
+    documents = [[1, *tokenizer.encode(text), 2] for text in texts]
+    assert np.fromfile(tmp_path / "a.jsonl.bin", "<u2").tolist() == sum(documents, [])
+    ends = np.cumsum([len(document) for document in documents]).tolist()
+    assert np.load(tmp_path / "a.jsonl.idx.npy").tolist() == ends
+    assert info["subsets"] == {".": {"documents": 3, "tokens": ends[-1], "bytes": sum(map(len, texts))}}
+    assert info["documents"] == 3

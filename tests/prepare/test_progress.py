@@ -1,0 +1,128 @@
+import io
+import sys
+import time
+
+import pytest
+
+from tinyllama import InputError
+from tinyllama.prepare import progress
+from tinyllama.prepare.inputs import Input
+
+INFOS = [
+    {
+        "documents": 3,
+        "tokens": 1200,
+        "repaired": 1000,
+        "dropped": {"RedPajamaGithub": 7, "fraction": 2000},
+        "subsets": {
+            "C4": {"documents": 2, "tokens": 1000, "bytes": 4000},
+            "Book": {"documents": 1, "tokens": 200, "bytes": 900},
+        },
+    },
+    {
+        "documents": 1000,
+        "tokens": 5000,
+        "repaired": 34,
+        "dropped": {"fraction": 5},
+        "subsets": {"C4": {"documents": 1000, "tokens": 5000, "bytes": 21000}},
+    },
+]
+
+
+def test_subsets_and_what_was_left_out_over_all_shards():
+    assert progress.subsets_of(INFOS) == {
+        "Book": {"documents": 1, "tokens": 200, "bytes": 900},
+        "C4": {"documents": 1002, "tokens": 6000, "bytes": 25000},
+    }
+    assert list(progress.subsets_of(INFOS)) == ["Book", "C4"]
+    assert progress.dropped_of(INFOS) == {"RedPajamaGithub": 7, "fraction": 2005}
+    assert list(progress.dropped_of(INFOS[::-1])) == ["RedPajamaGithub", "fraction"]
+    assert (progress.subsets_of([]), progress.dropped_of([])) == ({}, {})
+
+
+def test_counts_in_words():
+    noted = "7 of RedPajamaGithub left out, 2,005 not of the fraction, 1,034 with lone surrogates replaced"
+    assert progress.counts(INFOS) == f"1,003 documents ({noted}), 6,200 tokens"
+    plain = INFOS[0] | {"dropped": {}, "repaired": 0}
+    assert progress.counts([plain]) == "3 documents, 1,200 tokens"
+
+
+def test_table():
+    rows = [line.split() for line in progress.table(INFOS).splitlines()]
+    assert rows == [
+        ["subset", "documents", "tokens", "bytes"],
+        ["Book", "1", "200", "900"],
+        ["C4", "1,002", "6,000", "25,000"],
+        ["all", "1,003", "6,200", "25,900"],
+        ["of", "RedPajamaGithub", "left", "out", "7"],
+        ["not", "of", "the", "fraction", "2,005"],
+    ]
+    lines = progress.table(INFOS).splitlines()
+    name = len("of RedPajamaGithub left out")  # the longest
+    assert [len(line) for line in lines] == [name + 3 * 22] * 4 + [name + 22] * 2
+    assert lines[3].startswith("all ")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [
+        (0.4, "0 s"),
+        (119, "119 s"),
+        (120, "2 min"),
+        (149, "2 min"),
+        (151, "3 min"),
+        (119 * 60, "119 min"),
+        (120 * 60, "2 h 0 min"),
+        (3 * 3600 + 25 * 60, "3 h 25 min"),
+    ],
+)
+def test_duration(seconds, said):
+    assert progress.duration(seconds) == said
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that stands where it is put."""
+    now = [100.0]
+    monkeypatch.setattr(time, "monotonic", lambda: now[0])
+    return now
+
+
+def test_progress_is_a_line_for_each_shard(clock, capsys):
+    inputs = [Input(f"/in/{name}", name, size) for name, size in (("a", 100), ("b", 300), ("c", 0))]
+    bar = progress.Progress(inputs)
+    clock[0] = 102.0
+    bar.add(inputs[0], INFOS[0])
+    clock[0] = 110.0
+    bar.add(inputs[1], InputError("no text"))
+    bar.add(inputs[2], INFOS[0] | {"tokens": 300, "dropped": {}, "repaired": 0})
+    bar.close()
+    out, err = capsys.readouterr()
+    assert out == ""
+    noted = "7 of RedPajamaGithub left out, 2,000 not of the fraction, 1,000 with lone surrogates replaced"
+    assert err.splitlines() == [
+        f"[1/3] a: 3 documents ({noted}), 1,200 tokens; 600 tokens/s, 6 s left",  # 100 bytes took 2 s, and 300 are left
+        "[2/3] b: not packed; 120 tokens/s, 0 s left",
+        "[3/3] c: 3 documents, 300 tokens; 150 tokens/s, 0 s left",
+    ]
+
+
+def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self) -> bool:
+            return True
+
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    inputs = [Input(f"/in/{name}", name, 1000) for name in "ab"]
+    bar = progress.Progress(inputs)
+    clock[0] = 102.0
+    for one in inputs:
+        bar.add(one, INFOS[0])
+    assert not sys.stderr.getvalue().endswith("\n")
+    bar.close()
+    said = sys.stderr.getvalue()
+    assert said.endswith("\n")
+    assert "100%" in said
+    assert "2.00k/2.00k " in said
+    assert "2/2 shards, 2,400 tokens, 1,200 tokens/s" in said
+    assert "documents" not in said

@@ -1,0 +1,60 @@
+"""Text files are UTF-8, whatever the locale of the machine that writes or reads them."""
+
+import ast
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+SOURCES = [path for folder in ("tinyllama", "pretrain", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
+OPEN = {"open": 0, "read_text": None, "write_text": None}  # where the mode stands among the arguments of a method
+OTHERS = ("os", "webbrowser")  # have an open() that is not of text
+
+
+def in_locale_encoding(text: str) -> list[str]:
+    """The calls of ``text`` that open a file as text and leave the encoding to the locale."""
+    found = []
+    for call in ast.walk(ast.parse(text)):
+        if not isinstance(call, ast.Call):
+            continue
+        if isinstance(call.func, ast.Attribute) and call.func.attr in OPEN:
+            if isinstance(call.func.value, ast.Name) and call.func.value.id in OTHERS:
+                continue
+            name, place = call.func.attr, OPEN[call.func.attr]
+        elif isinstance(call.func, ast.Name) and call.func.id == "open":
+            name, place = "open", 1
+        else:
+            continue
+        values = [*call.args[place : place + 1]] if place is not None else []
+        values += [keyword.value for keyword in call.keywords if keyword.arg == "mode"]
+        binary = any(isinstance(value, ast.Constant) and "b" in str(value.value) for value in values)
+        positional = name == "read_text" and call.args
+        if not binary and not positional and not any(keyword.arg == "encoding" for keyword in call.keywords):
+            found.append(ast.unparse(call))
+    return found
+
+
+def test_what_leaves_the_encoding_to_the_locale_is_found() -> None:
+    bad = ["path.read_text()", "path.write_text('x')", "open(path)", "open(path, 'w')", "path.open()", "path.open('a')"]
+    good = ["path.read_text('utf-8')", "path.write_text('x', encoding='utf-8')", "open(path, 'rb')", "path.open('xb')"]
+    assert in_locale_encoding("\n".join(bad + good)) == bad
+
+
+def test_every_text_file_is_opened_as_utf8() -> None:
+    assert len(SOURCES) > 60
+    assert {path: found for path in SOURCES if (found := in_locale_encoding(path.read_text(encoding="utf-8")))} == {}
+
+
+def test_a_reason_is_read_back_in_a_locale_without_its_letters(tmp_path: Path) -> None:
+    (tmp_path / "a.bad").write_bytes("größer als erlaubt: 漢字".encode())
+    code = (
+        "import locale, sys; from pathlib import Path; from types import SimpleNamespace\n"
+        "from tinyllama.prepare.prepare import _read_bad\n"
+        "assert locale.getpreferredencoding() != 'UTF-8', locale.getpreferredencoding()\n"
+        "print(ascii(_read_bad(Path(sys.argv[1]), SimpleNamespace(shard='a'))))"
+    )
+    env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    command = [sys.executable, "-c", code, tmp_path]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
+    assert done.stdout == ascii("größer als erlaubt: 漢字") + "\n", done.stderr

@@ -1,0 +1,81 @@
+import numpy as np
+import pytest
+import torch
+
+from tinyllama.data.loader import Batch
+from tinyllama.train.evaluate import loss_sum
+
+CPU = torch.device("cpu")
+
+
+def batch(first: int, rows: int = 2, fill: int = 0) -> Batch:
+    """Rows of three tokens and the next of each, the last ``fill`` of them no samples."""
+    tokens = torch.arange(first, first + 4 * (rows + fill), dtype=torch.int32).view(rows + fill, 4)
+    return Batch(tokens, np.array([*range(rows), *[-1] * fill]))
+
+
+def test_small_losses_are_not_lost_in_a_large_sum() -> None:
+    losses = iter([2.0**24, *[1.0] * 5, 0.25])  # 2^24 + 1 is 2^24 in fp32
+    total = loss_sum(lambda ids, targets: torch.tensor(next(losses)), [batch(0)] * 7, CPU)
+    assert total is not None
+    assert total.dtype == torch.float64
+    assert total.tolist() == [2.0**24 + 5.25, 7 * 6]
+
+
+def test_losses_and_tokens_are_summed_and_rows_that_fill_up_count_nothing() -> None:
+    seen = []
+
+    def model(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        seen.append((ids.tolist(), targets.tolist()))
+        return ids[targets != -100].sum().float()
+
+    total = loss_sum(model, [batch(10), batch(30, rows=1, fill=1)], CPU)
+    assert total is not None
+    # a mean of means would be (13.5 + 31) / 2 = 22.25 a token
+    assert total.tolist() == [10 + 11 + 12 + 14 + 15 + 16 + 30 + 31 + 32, 9]
+    assert seen[0] == ([[10, 11, 12], [14, 15, 16]], [[11, 12, 13], [15, 16, 17]])
+    assert seen[1][1] == [[31, 32, 33], [-100] * 3]
+
+
+def test_no_graph_is_kept() -> None:
+    weight = torch.ones((), requires_grad=True)
+    asked = []
+
+    def model(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        asked.append((torch.is_grad_enabled(), (weight * 2).requires_grad))
+        return weight * 2
+
+    total = loss_sum(model, [batch(0), batch(0)], CPU)
+    assert total is not None
+    assert asked == [(False, False)] * 2
+    assert not total.requires_grad
+    assert torch.is_grad_enabled()
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_it_can_be_stopped_before_each_batch(after: int) -> None:
+    asked, done = [], []
+
+    def stop() -> bool:
+        asked.append(len(done))
+        return len(done) == after
+
+    def model(ids: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        done.append(ids)
+        return torch.tensor(1.0)
+
+    assert loss_sum(model, (batch(0) for _ in range(5)), CPU, stop) is None
+    assert asked == list(range(after + 1))
+    assert len(done) == after
+
+
+def test_nothing_to_evaluate_is_nothing() -> None:
+    total = loss_sum(lambda ids, targets: torch.tensor(1.0), [], CPU)
+    assert total is not None
+    assert total.tolist() == [0, 0]
+
+
+def test_a_loss_that_is_no_number_makes_the_sum_none() -> None:
+    total = loss_sum(lambda ids, targets: torch.tensor(torch.nan), [batch(0)], CPU)
+    assert total is not None
+    assert total.isnan().tolist() == [True, False]

@@ -1,0 +1,88 @@
+"""The model laid over the ranks: what is compiled, recomputed and computed in which dtype."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from tinyllama.config.args import ParallelArgs, TrainArgs
+from tinyllama.config.model import ModelConfig
+from tinyllama.model import GPT, OPS
+from tinyllama.train import parallel
+from tinyllama.train.parallel import check_dtypes, parallelize, recomputing
+
+
+@pytest.fixture
+def mesh(tmp_path: Path) -> Iterator[DeviceMesh]:
+    """One rank, here."""
+    dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
+    try:
+        yield dist.init_device_mesh("cpu", (1,))
+    finally:
+        dist.destroy_process_group()
+
+
+def on_meta(**ops: str) -> GPT:
+    sizes = {"block_size": 8, "vocab_size": 64, "n_layer": 2, "n_head": 2, "n_query_groups": 1, "n_embd": 16}
+    with torch.device("meta"):
+        return GPT(ModelConfig("tiny", **sizes, intermediate_size=24), OPS | ops)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("train", "whole"),
+    [
+        ({}, None),
+        ({"compile": False}, None),
+        ({"compile": True}, True),
+        ({"compile": True, "activation_checkpointing": "full"}, True),
+        ({"compile": True, "precision": "float8"}, True),
+    ],
+)
+def test_which_modules_are_compiled(
+    mesh: DeviceMesh, train: dict[str, Any], whole: bool | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Blocks and the last norm, whole, and each for one shape; a compiler that compiles nothing is enough to tell."""
+    compiled: list[Any] = []
+    converted: list[torch.nn.Module] = []
+    model = on_meta()
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: compiled.append((forward, how)) or forward)
+    monkeypatch.setattr(parallel.float8, "convert", converted.append)
+    parallelize(model, mesh, ParallelArgs(), 1, TrainArgs(**train))
+    blocks = [*model.transformer["h"].children()]
+    if whole is None:
+        assert compiled == []
+    else:
+        assert [how for _, how in compiled] == [{"fullgraph": whole, "dynamic": False}] * 3
+        owners = [getattr(forward, "__self__", None) for forward, _ in compiled]
+        if "activation_checkpointing" not in train:
+            assert owners == [*blocks, model.transformer["ln_f"]]
+        else:  # what is computed again is inside what is compiled
+            assert [forward.__name__ for forward, _ in compiled] == ["checkpointed", "checkpointed", "forward"]
+    assert converted == ([model.transformer["h"]] if train.get("precision") == "float8" else [])
+    assert all(not parameter.is_meta for parameter in model.parameters())
+
+
+def test_master_weights_and_the_reduction_are_fp32(mesh: DeviceMesh) -> None:
+    for precision, computed in (("fp32", "float32"), ("bf16", "bfloat16")):
+        train = TrainArgs(precision=precision)  # type: ignore[arg-type]
+        model = parallelize(on_meta(), mesh, ParallelArgs(), 1, train)
+        assert check_dtypes(model, train) == f"master float32, pass {computed}, reduction float32"
+        for module in [model, *model.transformer["h"].children()]:
+            policy = module._get_fsdp_state()._mp_policy
+            assert policy.reduce_dtype == torch.float32
+            assert policy.param_dtype == getattr(torch, computed)
+            assert policy.cast_forward_inputs is False
+    with pytest.raises(RuntimeError, match="the master weights are .*bfloat16.*, not fp32"):
+        check_dtypes(on_meta().bfloat16(), TrainArgs())
+
+
+def test_without_checkpointing_a_forward_is_left_alone() -> None:
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return x
+
+    assert recomputing(forward, "none") is forward
+    assert recomputing(forward, "full") is not forward

@@ -1,0 +1,275 @@
+"""What the recipe makes of data.*: the mixture, what is refused, and what a resumed run must have as it was."""
+
+import importlib.util
+import json
+import shutil
+import struct
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from tinyllama import InputError
+from tinyllama.config.args import (
+    DataArgs,
+    ModelArgs,
+    OpsArgs,
+    OptimArgs,
+    ParallelArgs,
+    PretrainArgs,
+    Source,
+    TrainArgs,
+    ValidationSource,
+)
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import open_packed
+
+ROOT = Path(__file__).parents[2]
+T = 16  # block_size
+
+
+@pytest.fixture(scope="module")
+def recipe():
+    spec = importlib.util.spec_from_file_location("the_recipe", ROOT / "pretrain" / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def pack(packed_folder):
+    """A function that packs ``num_blocks`` blocks and some more tokens, of documents of 10."""
+
+    def make(name: str, num_blocks: int, rest: int = 3, first: int = 5, **facts: Any) -> str:
+        tokens = [2 if i % 10 == 9 else first + i % 300 for i in range(num_blocks * (T + 1) + rest)]
+        return str(packed_folder([[tokens[i : i + 10] for i in range(0, len(tokens), 10)]], name, **facts))
+
+    return make
+
+
+@pytest.fixture
+def settings(pack, tmp_path):
+    """A run on 60 blocks of one source and 40 of another."""
+    sources = [Source(pack("one", 60), 0.7), Source(pack("two", 40, first=6), 0.3)]
+    return PretrainArgs(
+        model=ModelArgs(name="quickstart", block_size=T, vocab_size=400, n_layer=1, n_embd=32, intermediate_size=32),
+        data=DataArgs(sources=sources, validation=[ValidationSource(pack("held_out", 5, first=7))]),
+        train=TrainArgs(max_steps=40, global_batch_size=8, micro_batch_size=2, precision="fp32"),
+        optim=OptimArgs(warmup_steps=5),
+        parallel=ParallelArgs(devices=1),
+        out_dir=str(tmp_path / "run"),
+    )
+
+
+def data(args: PretrainArgs, **changes: Any) -> PretrainArgs:
+    return replace(args, data=replace(args.data, **changes))
+
+
+def ramped(args: PretrainArgs, tokens: int, final: tuple[float | None, float | None]) -> PretrainArgs:
+    sources = [replace(source, final_weight=last) for source, last in zip(args.data.sources, final, strict=True)]
+    return data(args, sources=sources, ramp_tokens=tokens)
+
+
+def faults(recipe, args: PretrainArgs) -> tuple[str, ...]:
+    with pytest.raises(InputError) as info:
+        recipe.setup(args)
+    return info.value.args
+
+
+def lit(folder: Path, tokens: int) -> str:
+    """Upstream's chunk files, which say nothing of bos and eos."""
+    folder.mkdir()
+    (folder / "a.bin").write_bytes(struct.pack("<7sQBQ", b"LITPKDS", 1, 8, tokens) + bytes(2 * tokens))
+    return str(folder)
+
+
+def test_the_mixture_is_of_the_blocks_weights_and_seed(recipe, settings) -> None:
+    prints = [open_packed(source.path).fingerprint for source in settings.data.sources]
+    run = recipe.setup(settings)
+    assert run.mixture.fingerprint == Mixture([60, 40], [0.7, 0.3], 3407, prints).fingerprint
+    assert [dataset.path.name for dataset in run.sources] == ["one", "two"]
+    assert [dataset.path.name for dataset in run.validation] == ["held_out"]
+    run = recipe.setup(data(settings, seed=5, sources=settings.data.sources[::-1]))
+    assert run.mixture.fingerprint == Mixture([40, 60], [0.3, 0.7], 5, prints[::-1]).fingerprint
+
+
+def test_a_ramp_in_tokens_is_one_in_samples(recipe, settings) -> None:
+    prints = [open_packed(source.path).fingerprint for source in settings.data.sources]
+    for tokens, samples in ((3073 * T, 3073), (3072 * T + 1, 3073), (3072 * T, 3072)):  # rounded up
+        run = recipe.setup(ramped(settings, tokens, (0.2, 0.8)))
+        expected = Mixture([60, 40], [0.7, 0.3], 3407, prints, [0.2, 0.8], samples)
+        assert run.mixture.fingerprint == expected.fingerprint
+        # the second one's share rises from 0.3 to 0.8, and stays
+        assert run.mixture.drawn(4096)[1] == pytest.approx(0.55 * samples + 0.8 * (4096 - samples), abs=2)
+    run = recipe.setup(ramped(settings, 3073 * T, (None, 0.8)))  # the first one's weight stays 0.7
+    expected = Mixture([60, 40], [0.7, 0.3], 3407, prints, [0.7, 0.8], 3073)
+    assert run.mixture.fingerprint == expected.fingerprint
+
+
+def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None:
+    one, two = (open_packed(source.path).fingerprint for source in settings.data.sources)
+    run = recipe.setup(settings)
+    sources = [{"weight": 0.7, "fingerprint": one}, {"weight": 0.3, "fingerprint": two}]
+    assert run.data_facts() == {"data": {"seed": 3407, "sources": sources}, "model": asdict(run.config)}
+    assert run.tokenizer_facts() == {"tokenizer_sha256": "0" * 64, "bos_id": 1, "eos_id": 2}
+    chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
+    assert recipe.setup(data(settings, validation=chunks)).tokenizer_facts() == run.tokenizer_facts()
+    facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_facts()["data"]
+    sources = [sources[0] | {"final_weight": None}, sources[1] | {"final_weight": 0.8}]
+    assert facts == {"seed": 3407, "sources": sources, "ramp_tokens": 999}
+
+
+def test_all_sources_together_must_fill_a_batch(recipe, settings) -> None:
+    def batch(size: int) -> PretrainArgs:
+        return replace(settings, train=replace(settings.train, global_batch_size=size))
+
+    assert recipe.setup(batch(100)).accumulation == 50
+    (fault,) = faults(recipe, batch(102))
+    assert "data.sources hold 100 blocks of 17 tokens, less than one batch of train.global_batch_size 102" in fault
+
+
+@pytest.mark.parametrize(("epochs", "steps"), [(1.0, 12), (0.5, 6), (2.0, 25)])
+def test_an_epoch_is_every_block_of_every_source(recipe, settings, epochs: float, steps: int) -> None:
+    train = replace(settings.train, max_steps=None, max_epochs=epochs)
+    assert recipe.setup(replace(settings, train=train)).max_steps == steps
+
+
+@pytest.mark.parametrize("changes", [{"bos_id": 0}, {"eos_id": 3}, {"bos": True}, {"eos": False}])
+def test_datasets_that_do_not_end_documents_alike_are_refused(recipe, settings, pack, changes: dict[str, Any]) -> None:
+    other = pack("other", 20, **changes)
+    (fault,) = faults(recipe, data(settings, sources=[settings.data.sources[0], Source(other)]))
+    assert f"{other} with" in fault
+    assert "prepare them alike" in fault
+    (fault,) = faults(recipe, data(settings, validation=[ValidationSource(other)]))  # that is read as the sources are
+    assert "prepare them alike" in fault
+    (fault,) = faults(recipe, data(settings, sources=[Source(other)], validation=settings.data.validation))
+    assert "prepare them alike" in fault
+
+
+def test_datasets_of_other_tokenizers_are_refused(recipe, settings, pack) -> None:
+    other = pack("other", 20, tokenizer_sha256="1" * 64)
+    for changes in (
+        {"sources": [settings.data.sources[0], Source(other)]},
+        {"validation": [ValidationSource(other)]},
+    ):
+        (fault,) = faults(recipe, data(settings, **changes))
+        assert "were made with different tokenizers" in fault
+    small, large = pack("small", 20, vocab_size=399), pack("large", 20, vocab_size=401)
+    args = data(settings, sources=[Source(small)], validation=[ValidationSource(large)])
+    assert [fault.split(" was made with a vocabulary of ")[1][:3] for fault in faults(recipe, args)] == ["399", "401"]
+    (fault,) = faults(recipe, data(settings, validation=[ValidationSource(pack("tiny", 0, rest=T))]))
+    assert "holds 16 tokens and a block takes 17" in fault
+
+
+def test_a_document_mask_needs_eos_in_every_dataset(recipe, settings, pack, tmp_path) -> None:
+    chunks = lit(tmp_path / "lit", 20 * (T + 1))
+    assert recipe.setup(data(settings, document_mask=True)).ops["attention"]
+    for changes in (
+        {"validation": [*settings.data.validation, ValidationSource(chunks)]},
+        {"sources": [*settings.data.sources, Source(chunks)]},
+        {"sources": [Source(chunks)]},
+    ):
+        recipe.setup(data(settings, **changes))
+        (fault,) = faults(recipe, data(settings, document_mask=True, **changes))
+        assert fault == f"data.document_mask needs documents that end with eos: prepare {chunks} again so"
+    bare = data(settings, sources=[Source(pack("bare", 20, eos=False))], validation=[])
+    recipe.setup(bare)
+    (fault,) = faults(recipe, data(bare, document_mask=True))
+    assert "bare again so" in fault
+    (fault,) = faults(recipe, data(replace(settings, ops=OpsArgs(attention="sdpa_cudnn")), document_mask=True))
+    assert "ops.attention sdpa_cudnn takes no document mask" in fault
+    (fault,) = faults(recipe, data(settings, restart_positions=True))
+    assert "data.restart_positions is true and data.document_mask is not" in fault
+
+
+@pytest.mark.parametrize("restart", [False, True])
+def test_documents_and_positions_go_to_the_model(recipe, settings, restart: bool) -> None:
+    def model(*args: Any) -> Any:
+        return args
+
+    run = recipe.setup(settings)
+    assert recipe.losses_of(run, model) is model
+    run = recipe.setup(data(settings, document_mask=True, restart_positions=restart))
+    ids = torch.tensor([[5, 2, 6, 1, 2, 2, 8], [2, 0, 0, 3, 3, 4, 2]])
+    targets = ids + 1
+    given = recipe.losses_of(run, model)(ids, targets)
+    assert given[0] is ids
+    assert given[1] is targets
+    # an eos, 2, is its document's last token
+    assert given[2].tolist() == [[0, 0, 1, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]]
+    assert given[3:] == (restart,)
+
+
+@pytest.fixture
+def saved(recipe, settings, step_dir):
+    """A function that puts a checkpoint of step 12 into out_dir, of a run with these facts of its data."""
+
+    def save(**facts: Any) -> Path:
+        target = Path(settings.out_dir) / "checkpoints" / "step-00000012"
+        if target.exists():
+            shutil.rmtree(target)
+        model = asdict(recipe.setup(settings).config)
+        shutil.copytree(step_dir, target)
+        state = json.loads((target / "state.json").read_text()) | {"data": facts, "model": model}
+        (target / "state.json").write_text(json.dumps(state))
+        return target
+
+    return save
+
+
+def test_a_run_goes_on_with_the_data_it_had_and_no_other(recipe, settings, saved, pack, tmp_path) -> None:
+    one, two = settings.data.sources
+    prints = [open_packed(source.path).fingerprint for source in (one, two)]
+    sources = [{"weight": source.weight, "fingerprint": name} for source, name in zip((one, two), prints, strict=True)]
+    step = saved(seed=3407, sources=sources)
+    assert recipe.setup(settings).resume == step
+    moved = str(shutil.copytree(one.path, tmp_path / "moved"))
+    recipe.setup(data(settings, sources=[replace(one, path=moved), two], validation=[]))
+    third = Source(pack("three", 30, first=8))
+    changes = {
+        "data.seed was 3407 and is 3408": data(settings, seed=3408),
+        "data.sources[1].weight was 0.3 and is 0.31": data(settings, sources=[one, replace(two, weight=0.31)]),
+        f"data.sources[0].fingerprint was {prints[0]} and is {prints[1]}": data(settings, sources=[two, one]),
+        "data.sources[2].weight was absent and is 1.0": data(settings, sources=[one, two, third]),
+        "data.sources[1].weight was 0.3 and is absent": data(settings, sources=[one]),
+        "data.ramp_tokens was absent and is 999": ramped(settings, 999, (None, 0.8)),
+        "data.sources[1].final_weight was absent and is 0.8": ramped(settings, 999, (None, 0.8)),
+        "model.block_size was 16 and is 8": replace(settings, model=replace(settings.model, block_size=8)),
+        "model.n_layer was 1 and is 2": replace(settings, model=replace(settings.model, n_layer=2)),
+    }
+    for difference, args in changes.items():
+        (fault,) = faults(recipe, args)
+        assert fault.startswith(f"cannot resume from {step}: ")
+        assert difference in fault
+
+
+def test_a_run_goes_on_with_the_ramp_it_had_and_no_other(recipe, settings, saved) -> None:
+    prints = [open_packed(source.path).fingerprint for source in settings.data.sources]
+    ends = zip((0.7, 0.3), (None, 0.8), prints, strict=True)
+    sources = [{"weight": first, "final_weight": last, "fingerprint": name} for first, last, name in ends]
+    step = saved(seed=3407, sources=sources, ramp_tokens=999)
+    assert recipe.setup(ramped(settings, 999, (None, 0.8))).resume == step
+    changes = {
+        "data.ramp_tokens was 999 and is 1000": ramped(settings, 1000, (None, 0.8)),
+        "data.sources[1].final_weight was 0.8 and is 0.7": ramped(settings, 999, (None, 0.7)),
+        "data.sources[0].final_weight was None and is 0.2": ramped(settings, 999, (0.2, 0.8)),
+        "data.ramp_tokens was 999 and is absent": settings,
+    }
+    for difference, args in changes.items():
+        (fault,) = faults(recipe, args)
+        assert difference in fault
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(recipe, settings, saved) -> None:
+    sources = [
+        {"weight": source.weight, "fingerprint": open_packed(source.path).fingerprint}
+        for source in settings.data.sources
+    ]
+    step = saved(seed=3407, sources=sources)
+    assert recipe.setup(replace(settings, train=replace(settings.train, max_steps=12))).resume == step
+    (fault,) = faults(recipe, replace(settings, train=replace(settings.train, max_steps=11)))
+    assert fault == f"{step} is beyond the run's 11 steps: raise train.max_steps"
