@@ -271,7 +271,7 @@ def test_output_that_nobody_reads_is_no_defect(words: int) -> None:
 
 @pytest.mark.parametrize(("encoding", "seen"), [("latin-1", b"\xe9 \\u6f22\n"), ("utf-8", "é 漢\n".encode())])
 def test_a_letter_that_stdout_cannot_show_is_printed_as_its_number(encoding: str, seen: bytes) -> None:
-    code = "from tinyllama import cli; cli.run(lambda: print('\\xe9 \\u6f22'))"
+    code = "from tinyllama.config import cli; cli.run(lambda: print('\\xe9 \\u6f22'))"
     env = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, seen, b"")

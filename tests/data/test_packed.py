@@ -17,7 +17,7 @@ def write_shard(folder: Path, name: str, documents, vocab_size: int = 100, **fac
     with ShardWriter(folder, name, vocab_size) as writer:
         for document in documents:
             writer.add(document)
-        return writer.finish(**FACTS | metadata)
+        return writer.finish(**FACTS | facts)
 
 
 def write_dataset(folder: Path, shards: dict[str, list], vocab_size: int = 100) -> dict:
@@ -281,7 +281,7 @@ def test_shards_of_two_vocabularies_disagree(tmp_path):
 def fingerprint(folder: Path, shards: dict[str, list], vocab_size: int = 100, **facts) -> str:
     folder.mkdir()
     for name, documents in shards.items():
-        write_shard(folder, name, documents, vocab_size, **metadata)
+        write_shard(folder, name, documents, vocab_size, **facts)
     return write_manifest(folder, list(shards))["fingerprint"]
 
 

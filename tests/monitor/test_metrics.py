@@ -338,7 +338,7 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
     with RunLog(run, None, speaks=True) as log:
         assert log.record_skips([fine, spike]) is False
         assert log.record_skips([broken, after]) is fatal
-        assert RunLog(run, None, speaks=False).verdicts([broken]) is fatal
+        assert RunLog(run, None, speaks=False).record_skips([broken]) is fatal
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "skipped step 5, samples 32 to 39: loss 9.5000, grad_norm 80.000: a spike"
     assert said[1] == "skipped step 6, samples 40 to 47: loss inf, grad_norm 1.000: not finite on rank [1]"

@@ -1,14 +1,11 @@
 """The recipe, for real: tiny models on CPU ranks, one process group for each world size."""
 
-import csv
 import json
-import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,112 +13,11 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from processes import Group, Process
+from runs import branch, column, metrics, tensors
 
 from tinyllama.checkpoint import reader
 
 ROOT = Path(__file__).parents[2]
-
-
-class World(Group):
-    """Ranks that wait for commands; see rank.py."""
-
-    def __init__(self, size: int) -> None:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = str(probe.getsockname()[1])
-        # what torchrun sets
-        env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="tests")
-        env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-        command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
-        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-        super().__init__([Process(*command, env=env | number, cwd=ROOT) for number in numbers])
-
-    def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:
-        """Run ``command`` on every rank; gives their answers."""
-        return self.ask([command, [str(word) for word in argv]])
-
-    def train(self, *argv: object) -> str:
-        """Run the recipe to its end; gives what rank 0 said."""
-        answers = self("train", *argv)
-        assert [answer.get("result") for answer in answers] == [0] * len(answers), answers
-        return answers[0]["said"]
-
-
-@pytest.fixture(scope="module")
-def world() -> Iterator[Callable[[int], World]]:
-    worlds: dict[int, World] = {}
-
-    def get(size: int) -> World:
-        if size in worlds and not worlds[size].alive():  # a test has failed for it, which should not fail the others
-            worlds.pop(size).kill()
-        if size not in worlds:
-            worlds[size] = World(size)
-        return worlds[size]
-
-    yield get
-    for started in worlds.values():
-        started.kill()
-
-
-@pytest.fixture
-def config(packed_folder: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
-    """A run of 40 steps on two sources; documents count up or down, so that there is something to learn."""
-    rng = np.random.default_rng(0)
-
-    def documents(step: int) -> list[list[int]]:
-        starts = rng.integers(3, 250, 60)
-        return [[int(3 + (start + step * i) % 250) for i in range(rng.integers(5, 90))] + [2] for start in starts]
-
-    up = packed_folder([documents(1), documents(1)], name="up", vocab_size=256)
-    down = packed_folder([documents(-1)], name="down", vocab_size=256)
-    held_out = packed_folder([documents(1)], name="held_out", vocab_size=256)
-    return {
-        "model": {"name": "quickstart", "block_size": 32, "vocab_size": 256, "n_layer": 2, "n_embd": 32}
-        | {"intermediate_size": 64},
-        "data": {
-            "sources": [{"path": str(up), "weight": 0.7}, {"path": str(down), "weight": 0.3}],
-            "validation": [{"path": str(held_out)}],
-        },
-        "train": {"max_steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
-        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 5},
-        "eval": {"interval": 20, "max_samples": None},
-        "checkpoint": {"interval": 20, "asynchronous": False},
-        "log": {"interval": 1},
-    }
-
-
-@pytest.fixture
-def config_file(config: dict[str, Any], tmp_path: Path) -> Path:
-    path = tmp_path / "run.yaml"
-    path.write_text(yaml.safe_dump(config))
-    return path
-
-
-def metrics(out_dir: Path) -> list[dict[str, str]]:
-    with (out_dir / "metrics.csv").open() as file:
-        return list(csv.DictReader(file))
-
-
-def column(out_dir: Path, name: str) -> list[float]:
-    return [float(row[name]) for row in metrics(out_dir) if row[name]]
-
-
-def tensors(step_dir: Path) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint, of model and optimizer."""
-    storage = reader._Reader(step_dir)
-    entries = storage.read_metadata().state_dict_metadata
-    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
-    torch.distributed.checkpoint.load(found, storage_reader=storage, no_dist=True)
-    return found
-
-
-def branch(out_dir: Path, step: int) -> Path:
-    """A copy of the run as it was at ``step``."""
-    copy = out_dir.with_name(f"{out_dir.name}-from-{step}")
-    shutil.copytree(out_dir / "checkpoints" / f"step-{step:08d}", copy / "checkpoints" / f"step-{step:08d}")
-    shutil.copy(out_dir / "metrics.csv", copy)
-    return copy
 
 
 @pytest.mark.parametrize("size", [1, 2])

@@ -7,18 +7,15 @@ from typing import Any
 
 import numpy as np
 import pytest
-import test_train
 import torch
 import yaml
 from models import from_hf, llama, to_hf
-from test_train import column, tensors
+from runs import column, tensors
 
 from tinyllama.config.model import named_config
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.model import GPT, init_weights
-
-config, world = test_train.config, test_train.world
 
 STEPS, BATCH, LENGTH, EOS = 6, 8, 32, 2
 OPTIM = {"lr": 1e-2, "min_lr": 2e-3, "warmup_steps": 2, "weight_decay": 0.3, "beta1": 0.8, "beta2": 0.9}

@@ -1,0 +1,67 @@
+"""Tiny runs of the recipe on ranks of this machine, and what they leave behind."""
+
+import csv
+import os
+import shutil
+import socket
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from processes import Group, Process
+
+from tinyllama.checkpoint import reader
+
+ROOT = Path(__file__).parents[2]
+
+
+class World(Group):
+    """Ranks that wait for commands; see rank.py."""
+
+    def __init__(self, size: int) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = str(probe.getsockname()[1])
+        # what torchrun sets
+        env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="tests")
+        env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
+        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        super().__init__([Process(*command, env=env | number, cwd=ROOT) for number in numbers])
+
+    def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:
+        """Run ``command`` on every rank; gives their answers."""
+        return self.ask([command, [str(word) for word in argv]])
+
+    def train(self, *argv: object) -> str:
+        """Run the recipe to its end; gives what rank 0 said."""
+        answers = self("train", *argv)
+        assert [answer.get("result") for answer in answers] == [0] * len(answers), answers
+        return answers[0]["said"]
+
+
+def metrics(out_dir: Path) -> list[dict[str, str]]:
+    with (out_dir / "metrics.csv").open() as file:
+        return list(csv.DictReader(file))
+
+
+def column(out_dir: Path, name: str) -> list[float]:
+    return [float(row[name]) for row in metrics(out_dir) if row[name]]
+
+
+def tensors(step_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of a checkpoint, of model and optimizer."""
+    storage = reader._Reader(step_dir)
+    entries = storage.read_metadata().state_dict_metadata
+    found = {name: torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in entries.items()}
+    torch.distributed.checkpoint.load(found, storage_reader=storage, no_dist=True)
+    return found
+
+
+def branch(out_dir: Path, step: int) -> Path:
+    """A copy of the run as it was at ``step``."""
+    copy = out_dir.with_name(f"{out_dir.name}-from-{step}")
+    shutil.copytree(out_dir / "checkpoints" / f"step-{step:08d}", copy / "checkpoints" / f"step-{step:08d}")
+    shutil.copy(out_dir / "metrics.csv", copy)
+    return copy

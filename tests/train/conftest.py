@@ -1,0 +1,60 @@
+"""Fixtures of tests that run the recipe."""
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import yaml
+from runs import World
+
+
+@pytest.fixture(scope="module")
+def world() -> Iterator[Callable[[int], World]]:
+    worlds: dict[int, World] = {}
+
+    def get(size: int) -> World:
+        if size in worlds and not worlds[size].alive():  # a test has failed for it, which should not fail the others
+            worlds.pop(size).kill()
+        if size not in worlds:
+            worlds[size] = World(size)
+        return worlds[size]
+
+    yield get
+    for started in worlds.values():
+        started.kill()
+
+
+@pytest.fixture
+def config(packed_folder: Callable[..., Path], tmp_path: Path) -> dict[str, Any]:
+    """A run of 40 steps on two sources; documents count up or down, so that there is something to learn."""
+    rng = np.random.default_rng(0)
+
+    def documents(step: int) -> list[list[int]]:
+        starts = rng.integers(3, 250, 60)
+        return [[int(3 + (start + step * i) % 250) for i in range(rng.integers(5, 90))] + [2] for start in starts]
+
+    up = packed_folder([documents(1), documents(1)], name="up", vocab_size=256)
+    down = packed_folder([documents(-1)], name="down", vocab_size=256)
+    held_out = packed_folder([documents(1)], name="held_out", vocab_size=256)
+    return {
+        "model": {"name": "quickstart", "block_size": 32, "vocab_size": 256, "n_layer": 2, "n_embd": 32}
+        | {"intermediate_size": 64},
+        "data": {
+            "sources": [{"path": str(up), "weight": 0.7}, {"path": str(down), "weight": 0.3}],
+            "validation": [{"path": str(held_out)}],
+        },
+        "train": {"max_steps": 40, "global_batch_size": 8, "micro_batch_size": 2, "precision": "fp32"},
+        "optim": {"lr": 1e-2, "min_lr": 1e-3, "warmup_steps": 5},
+        "eval": {"interval": 20, "max_samples": None},
+        "checkpoint": {"interval": 20, "asynchronous": False},
+        "log": {"interval": 1},
+    }
+
+
+@pytest.fixture
+def config_file(config: dict[str, Any], tmp_path: Path) -> Path:
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(config))
+    return path
