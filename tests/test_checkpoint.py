@@ -267,7 +267,7 @@ def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.Captur
             checkpoint.to_resume(run, how)
 
 
-@pytest.mark.parametrize("what", [torch.load, torch.manual_seed, eval, print])
+@pytest.mark.parametrize("what", [torch.load, torch.save, eval, print])
 def test_a_pickle_may_name_nothing_but_metadata(what: Callable[..., object], saved: Path, tmp_path: Path) -> None:
     step_dir = copy(saved, tmp_path / "step-00000007", 7)
     (step_dir / ".metadata").write_bytes(pickle.dumps(what))
