@@ -80,7 +80,7 @@ stage "conversion: to a folder that transformers loads, logits compared"
 step python scripts/convert_lit_checkpoint.py $run $run/hf --tokenizer $tokenizer --verify
 
 stage "generation: by our model, and by transformers from the converted folder"
-ours=(python scripts/generate.py $run --tokenizer $tokenizer --prompt "$prompt" --max_new_tokens 40)
+ours=(python scripts/generate.py "$run" --tokenizer "$tokenizer" --prompt "$prompt" --max_new_tokens 40)
 theirs=(python -c "
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained('$run/hf')
@@ -104,8 +104,8 @@ finish_stage
 
 printf '\n== done\n'
 printf '%s\n' "${seconds[@]}"
-val_loss=$(cut -d, -f4 $run/metrics.csv | grep '[0-9]')
-val_loss=$(printf 'validation loss %.3f -> %.3f' $(sed -n '1p;$p' <<<"$val_loss"))
+val_losses=$(cut -d, -f4 $run/metrics.csv | grep '[0-9]')
+val_loss=$(printf 'validation loss %.3f -> %.3f' "${val_losses%%$'\n'*}" "${val_losses##*$'\n'}") # first and last
 cat <<END
 
 your own run   pretrain/README.md, configs/pretrain/tinyllama_1.1b.yaml

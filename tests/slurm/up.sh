@@ -18,11 +18,11 @@ if [ -e "$D/namespaces" ]; then
     echo "error: $D holds a cluster already: down.sh $D" >&2
     exit 2
 fi
+# shellcheck disable=SC2317,SC2329 # called by the trap
 undo() {
     tail -n 20 "$D"/log/* >&2
     "$here/down.sh" "$D"
 }
-# shellcheck disable=SC2317 # called by the trap
 trap undo EXIT
 mkdir -p "$D"/{bin,log,munge,run,spool,state}
 chmod 755 "$D" "$D/munge" # munge refuses a socket below a folder that others may not enter
