@@ -41,6 +41,7 @@ class Private:
 READER = ("tinyllama/checkpoint/reader.py",)
 FLASH_4 = "torch.compile needs forward and backward apart, and the public function is one autograd Function"
 QUACK = "a custom operation needs forward and backward apart, and quack's public function is one autograd Function"
+QUACK_GATED = "quack documents no matmul with the gate inside"
 RECOMPUTATION = "selective activation checkpointing names the operations that it keeps, and the public one calls these"
 UNPICKLE = "DCP pickles it into .metadata, and only names that we list are unpickled"
 DCP = "torch.distributed.checkpoint"
@@ -89,8 +90,8 @@ TABLE = [
     Private("flash_attn.cute.interface._flash_attn_fwd", ("tinyllama/ops/attention.py",), FLASH_4),
     Private("flash_attn.cute.interface._flash_attn_bwd", ("tinyllama/ops/attention.py",), FLASH_4),
     # without an underscore, but in no library's documentation
-    Private("quack.gemm_interface.gemm_gated", ("tinyllama/ops/swiglu.py",), QUACK),
-    Private("quack.gemm_interface.gemm_dgated", ("tinyllama/ops/swiglu.py",), QUACK),
+    Private("quack.gemm_interface.gemm_gated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
+    Private("quack.gemm_interface.gemm_dgated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
     Private("quack.rmsnorm.rmsnorm_fwd", ("tinyllama/ops/rms_norm.py",), QUACK),
     Private("quack.rmsnorm.rmsnorm_bwd", ("tinyllama/ops/rms_norm.py",), QUACK),
     Private(
@@ -99,8 +100,8 @@ TABLE = [
         "Tokenizer.from_json wraps it, at the price of a call of Python for each document",
     ),
 ]
-# a module without which an optional library counts as absent, where it is not the top one: flash-attn has no cute
-PRESENT_WITH = {"flash_attn": "flash_attn.cute.interface"}
+# a module without which a library counts as absent, where that is not the top one: flash-attn has no cute
+PRESENT_WITH = {"flash_attn": "flash_attn.cute"}
 
 
 def is_private(name: str) -> bool:
