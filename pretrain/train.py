@@ -17,7 +17,7 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
-from tinyllama import InputError, atomic
+from tinyllama import atomic
 from tinyllama.checkpoint import reader, resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
@@ -40,7 +40,7 @@ from tinyllama.train.launch import find_world, rank_map
 from tinyllama.train.optim import build_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
-from tinyllama.train.run import Run, choose_ops, gradient_accumulation, mix, total_steps
+from tinyllama.train.run import Run, check_resume, choose_ops, gradient_accumulation, mix, total_steps
 from tinyllama.train.step import Losses, TrainStep
 
 DONE, DEFECT, STOPPED = 0, 1, 75
@@ -59,12 +59,7 @@ def setup(args: PretrainArgs) -> Run:
     ops = choose_ops(args, config, [*sources, *validation])
     step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
     run = Run(args, config, world, sources, validation, mixture, accumulation, max_steps, ops, step_dir)
-    if run.resume is not None:
-        saved = reader.read_state(run.resume)
-        now = run.data_facts()
-        resume.refuse_changes(run.resume, {key: saved.get(key) for key in now}, now)
-        if saved["step"] > max_steps:
-            raise InputError(f"{run.resume} is beyond the run's {max_steps} steps: raise train.max_steps")
+    check_resume(run)
     initial_weights(run)  # for its errors; they are read once every rank is there
     return run
 

@@ -191,7 +191,7 @@ def test_fingerprint_covers_all_that_fixes_the_order():
 
 
 def test_the_order_never_changes():
-    # A change here changes the data of every run that resumes: raise _ORDER_VERSION, do not edit the values alone.
+    # A change here changes the data of every run that resumes: raise ORDER_VERSION, do not edit the values alone.
     mix = Mixture([5, 1000, 2**33], [0.5, 0.3, 0.2], 1337, ["a", "b", "c"])
     samples = np.array([*range(6), 1023, 1024, 5000, 2_000_000, 2**40])
     source, epoch, block = mix.locate(samples)

@@ -23,6 +23,7 @@ from tinyllama.config.args import (
     TrainArgs,
     ValidationSource,
 )
+from tinyllama.data import mixture
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 
@@ -114,13 +115,15 @@ def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None
     one, two = (open_packed(source.path).fingerprint for source in settings.data.sources)
     run = recipe.setup(settings)
     sources = [{"weight": 0.7, "fingerprint": one}, {"weight": 0.3, "fingerprint": two}]
-    assert run.data_facts() == {"data": {"seed": 3407, "sources": sources}, "model": asdict(run.config)}
+    order = {"version": 1, "window": 1024}
+    of_data = {"seed": 3407, "order": order, "sources": sources}
+    assert run.data_facts() == {"data": of_data, "model": asdict(run.config)}
     assert run.tokenizer_facts() == {"tokenizer_sha256": "0" * 64, "bos_id": 1, "eos_id": 2}
     chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
     assert recipe.setup(data(settings, validation=chunks)).tokenizer_facts() == run.tokenizer_facts()
     facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_facts()["data"]
     sources = [sources[0] | {"final_weight": None}, sources[1] | {"final_weight": 0.8}]
-    assert facts == {"seed": 3407, "sources": sources, "ramp_tokens": 999}
+    assert facts == {"seed": 3407, "order": order, "sources": sources, "ramp_tokens": 999}
 
 
 def test_all_sources_together_must_fill_a_batch(recipe, settings) -> None:
@@ -245,6 +248,23 @@ def test_a_run_goes_on_with_the_data_it_had_and_no_other(recipe, settings, saved
         (fault,) = faults(recipe, args)
         assert fault.startswith(f"cannot resume from {step}: ")
         assert difference in fault
+
+
+def test_a_run_resumes_in_the_order_it_had_and_no_other(recipe, settings, saved, monkeypatch) -> None:
+    sources = recipe.setup(settings).data_facts()["data"]["sources"]
+    orders = {"none, as before it was recorded": {}, "today's": {"order": {"version": 1, "window": 1024}}}
+    for order in orders.values():
+        step = saved(seed=3407, sources=sources, **order)
+        assert recipe.setup(settings).resume == step
+        for name, now in (("ORDER_VERSION", 2), ("WINDOW", 512)):
+            with monkeypatch.context() as patch:
+                patch.setattr(mixture, name, now)
+                (fault,) = faults(recipe, settings)
+            was = f"data.order.{name.lower().removeprefix('order_')} was {1 if now == 2 else 1024} and is {now}"
+            assert fault.startswith(f"cannot resume from {step}: {was}; ")
+    step = saved(seed=3407, sources=sources, order={"version": 2, "window": 2048})  # of a later release
+    (fault,) = faults(recipe, settings)
+    assert "data.order.version was 2 and is 1; data.order.window was 2048 and is 1024" in fault
 
 
 def test_a_run_goes_on_with_the_ramp_it_had_and_no_other(recipe, settings, saved) -> None:

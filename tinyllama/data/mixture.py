@@ -18,6 +18,9 @@ import numpy as np
 
 from tinyllama import InputError
 
+ORDER_VERSION = 1
+"""Version of the order: raise it with any change to the order, so that no checkpoint of another one resumes."""
+
 WINDOW = 1024
 """Samples in a window: small, so that the shares are tight (1,024 is one step of the published run). A query deals
 every window it touches whole, about 60 us each. Changing it changes the order of every run."""
@@ -25,7 +28,6 @@ every window it touches whole, about 60 us each. Changing it changes the order o
 _WINDOWS_AT_ONCE = 1024  # bounds the memory of a query that touches many windows: about 100 MB
 _ROUNDS = 6
 _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's step
-_ORDER_VERSION = 1  # part of the fingerprint; raise it with any change to the order
 
 
 class Mixture:
@@ -67,7 +69,7 @@ class Mixture:
         self._num_blocks = np.array(num_blocks, dtype=np.int64)
         self._window_key = _digest("window", seed)
         self._source_keys = np.array([_digest("source", seed, name) for name in fingerprints], dtype=np.uint64)
-        facts = (_ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
+        facts = (ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
         changes = (_integers(final), ramp) if ramp else ()
         self.fingerprint = _blake2b("mixture", *facts, *changes).hex()
         # draws before each window of the ramp and before the first after it, where the shares are the last ones

@@ -7,13 +7,19 @@ from typing import Any
 import torch
 
 from tinyllama import InputError
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.resume import refuse_changes
 from tinyllama.config.args import PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
+from tinyllama.data import mixture
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
 from tinyllama.ops import choice, float8
 from tinyllama.train.launch import World
 from tinyllama.train.schedule import lr_at
+
+FIRST_ORDER = {"version": 1, "window": 1024}
+"""Order of the samples of a checkpoint from before its version and window were recorded."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +73,8 @@ class Run:
             {"weight": source.weight, "fingerprint": dataset.fingerprint}
             for source, dataset in zip(self.args.data.sources, self.sources, strict=True)
         ]
-        data: dict[str, Any] = {"seed": self.args.data.seed, "sources": sources}
+        order = {"version": mixture.ORDER_VERSION, "window": mixture.WINDOW}
+        data: dict[str, Any] = {"seed": self.args.data.seed, "order": order, "sources": sources}
         if self.args.data.ramp_tokens is not None:
             data["ramp_tokens"] = self.args.data.ramp_tokens
             for facts, source in zip(sources, self.args.data.sources, strict=True):
@@ -78,6 +85,19 @@ class Run:
         """What a converter has to know of the tokenizer."""
         dataset = self.sources[0]
         return {"tokenizer_sha256": dataset.tokenizer_sha256, "bos_id": dataset.bos_id, "eos_id": dataset.eos_id}
+
+
+def check_resume(run: Run) -> None:
+    """Raise InputError if the run cannot continue from its checkpoint: other data, another model, too few steps."""
+    if run.resume is None:
+        return
+    saved, now = reader.read_state(run.resume), run.data_facts()
+    then = {key: saved.get(key) for key in now}
+    if isinstance(then["data"], dict):
+        then["data"] = {"order": FIRST_ORDER} | then["data"]
+    refuse_changes(run.resume, then, now)
+    if saved["step"] > run.max_steps:
+        raise InputError(f"{run.resume} is beyond the run's {run.max_steps} steps: raise train.max_steps")
 
 
 def gradient_accumulation(train: TrainArgs, world_size: int) -> int:
