@@ -17,6 +17,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader, resume
+from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 
 
@@ -100,7 +101,7 @@ def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_pat
 
 def test_a_step_that_is_not_there_names_those_that_are(saved: Path, tmp_path: Path) -> None:
     for step in (20, 30):
-        copy(saved, tmp_path / f"step-{step:08d}", step)
+        copy(saved, step_dir(tmp_path, step), step)
     there = "is not there; the steps of its run that are: step-00000020, step-00000030"
     with pytest.raises(InputError, match=f"step-00000010 {there}"):
         reader.resolve(tmp_path / "step-00000010")
@@ -245,7 +246,7 @@ def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.Captur
     run, other = tmp_path / "run", tmp_path / "other"
     for how in ("auto", "never"):
         assert resume.to_resume(run, how) is None
-    older, newest = (copy(saved, run / "checkpoints" / f"step-{step:08d}", step) for step in (7, 20))
+    older, newest = (copy(saved, step_dir(run / "checkpoints", step), step) for step in (7, 20))
     shutil.copytree(run / "checkpoints/step-00000020", run / "checkpoints/step-00000030")
     for how in ("auto", str(run), str(newest), f"{run}/../run/checkpoints/step-00000020"):
         assert resume.to_resume(run, how).resolve() == newest

@@ -22,6 +22,7 @@ from safetensors import safe_open
 import tinyllama
 from tinyllama import atomic
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import CheckpointError, prune
 from tinyllama.convert import tensor_file
@@ -167,8 +168,8 @@ def test_a_disk_that_fills_up_while_it_saves(ranks: Ranks, small_disk: Path) -> 
 def test_a_kill_leaves_the_step_before_or_this_one(when: int, step: int, parent: Ranks, alone: Run, tmp_path: Path):
     folder = tmp_path / "checkpoints"
     assert parent("killed", folder, when) == [signal.SIGKILL]
-    assert reader.newest(folder) == (folder / f"step-{step:08d}", [])
-    assert holds(folder / f"step-{step:08d}", step)
+    assert reader.newest(folder) == (step_dir(folder, step), [])
+    assert holds(step_dir(folder, step), step)
     left = {1: "step-00000002.tmp", 2: "step-00000001"}[step] if when < 8 else "step-00000001.tmp"
     assert names(folder) == sorted([f"step-{step:08d}", left])
     alone.save(make(folder, keep_last=1), 2)  # the next start; a complete step 2 is set aside, not overwritten
@@ -246,7 +247,7 @@ def copy(step_dir: Path, path: Path, step: int) -> Path:
 def test_pruning(case: str, one_step: Path, tmp_path: Path) -> None:
     there, keep_last, keep_every, kept = PRUNING[case]
     for step in there:
-        copy(one_step, tmp_path / f"step-{step:08d}", step)
+        copy(one_step, step_dir(tmp_path, step), step)
     # neither complete steps of ours, nor counted as such
     copy(one_step, tmp_path / "step-3", 3)
     copy(one_step, tmp_path / "step-00000002.backup", 2)
@@ -261,7 +262,7 @@ def test_pruning(case: str, one_step: Path, tmp_path: Path) -> None:
 
 def test_what_cannot_be_removed_is_left_and_no_fault(one_step: Path, tmp_path: Path) -> None:
     for step in (5, 10, 15):
-        copy(one_step, tmp_path / f"step-{step:08d}", step)
+        copy(one_step, step_dir(tmp_path, step), step)
     (tmp_path / "step-00000010.tmp" / "inside").mkdir(parents=True)  # in the way of the first that is to go
     prune(tmp_path, 1, None)
     assert names(tmp_path) == ["step-00000010", "step-00000010.tmp", "step-00000015"]

@@ -12,6 +12,7 @@ import torch
 from processes import Group, Process
 
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import step_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -62,6 +63,6 @@ def tensors(step_dir: Path) -> dict[str, torch.Tensor]:
 def branch(out_dir: Path, step: int) -> Path:
     """A copy of the run as it was at ``step``."""
     copy = out_dir.with_name(f"{out_dir.name}-from-{step}")
-    shutil.copytree(out_dir / "checkpoints" / f"step-{step:08d}", copy / "checkpoints" / f"step-{step:08d}")
+    shutil.copytree(step_dir(out_dir / "checkpoints", step), step_dir(copy / "checkpoints", step))
     shutil.copy(out_dir / "metrics.csv", copy)
     return copy

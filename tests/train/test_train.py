@@ -16,6 +16,7 @@ import yaml
 from runs import branch, column, metrics, tensors
 
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import step_dir
 
 ROOT = Path(__file__).parents[2]
 
@@ -129,7 +130,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     assert metrics(stopped)[-1]["step"] == str(step)
     by = "SIGINT" if phase == "ctrl-c" else "SIGUSR1"
     assert f"stopped by {by} at step {step}; the same command goes on from there" in answers[0]["said"]
-    assert (stopped / "checkpoints" / f"step-{step:08d}" / ".metadata").exists()
+    assert (step_dir(stopped / "checkpoints", step) / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
         assert column(stopped, name) == column(straight, name), name
@@ -310,7 +311,7 @@ def test_steps_that_are_judged_late_are_named_and_saved_right(world, config_file
             assert f"skipped step {step}, samples {8 * step - 8} to {8 * step - 1}: loss " in answers[0]["said"]
         rows = {int(row["step"]): row for row in metrics(each) if row["loss"]}
         for step, skipped, in_a_row in ((5, 0, 0), (10, 3, 2), (13, 3, 0), (15, 3, 0)):
-            state = reader.read_state(out / "checkpoints" / f"step-{step:08d}")
+            state = reader.read_state(step_dir(out / "checkpoints", step))
             assert (state["skipped"], state["skipped_in_a_row"], state["samples"]) == (skipped, in_a_row, 8 * step)
             usual = [rows[number] for number in range(1, step + 1) if number not in (6, 9, 10)]
             assert state["recent"] == [[float(row["loss"]), float(row["grad_norm"])] for row in usual], step
@@ -374,7 +375,7 @@ def test_a_skipped_step_leaves_the_weights_as_they_were(world, config_file: Path
     flags += ["--checkpoint.keep_last", 3]
     answers = world(2)("train_poisoned", 0, 25, "--config", config_file, "--out_dir", out, *flags)
     assert [answer["result"] for answer in answers] == [0, 0]
-    before, after, next_one = (tensors(out / "checkpoints" / f"step-{step:08d}") for step in (24, 25, 26))
+    before, after, next_one = (tensors(step_dir(out / "checkpoints", step)) for step in (24, 25, 26))
     for name, tensor in before.items():
         assert torch.equal(tensor, after[name]), name
     assert next_one["optimizer.step.lm_head.weight"] == 25

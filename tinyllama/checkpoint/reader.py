@@ -8,7 +8,6 @@ checkpointer.py writes them.
 
 import json
 import pickle
-import re
 import warnings
 from collections.abc import Callable
 from dataclasses import fields
@@ -27,6 +26,7 @@ from torch.distributed.checkpoint.metadata import (
 )
 
 from tinyllama import InputError
+from tinyllama.checkpoint import names
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.model import ModelConfig
 
@@ -92,9 +92,8 @@ def read_model_config(step_dir: Path) -> ModelConfig:
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """The complete step directory of the largest step, and why each larger one was passed over."""
-    found = [(int(m[1]), path) for path in checkpoints.glob("step-*") if (m := re.fullmatch(r"step-(\d+)", path.name))]
     passed_over: list[str] = []
-    for _, path in sorted(found, reverse=True):
+    for _, path in reversed(names.step_dirs(checkpoints)):
         why = fault(path)
         if why is None:
             return path, passed_over
@@ -105,12 +104,12 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def resolve(path: str | Path) -> Path:
     """The step directory at ``path``, or the newest complete one of the run at ``path``; raises InputError if none."""
     path = Path(path)
-    named = re.fullmatch(r"step-\d+", path.name)
-    if named and path.is_dir():
+    is_step = names.step_of(path) is not None
+    if is_step and path.is_dir():
         if why := fault(path):
             raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
         return path
-    if named and path.parent.is_dir():
+    if is_step and path.parent.is_dir():
         there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
         raise InputError(f"{path} is not there; the steps of its run that are: {there}")
     step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
@@ -145,7 +144,7 @@ def fault(step_dir: Path) -> str | None:
         saved = read_state(step_dir)
         read_model_config(step_dir)
         metadata = _Reader(step_dir).read_metadata()
-        if saved["step"] != int(step_dir.name.removeprefix("step-")):
+        if saved["step"] != names.step_of(step_dir):
             return f"its state.json is of step {saved['step']}"
         for field in fields(TrainState):
             number = saved.get(field.name, field.default)

@@ -8,7 +8,6 @@ import contextlib
 import functools
 import json
 import platform
-import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -26,7 +25,7 @@ from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tinyllama import __version__, atomic
-from tinyllama.checkpoint import reader
+from tinyllama.checkpoint import names, reader
 from tinyllama.checkpoint.state import TrainState
 
 # what a file takes beyond the numbers, a tensor of a rank; measured: 1.3 kB
@@ -68,7 +67,7 @@ class Checkpointer:
         self._in_flight: tuple[Path, Future] | None = None
         if self._is_writer and folder.is_dir():
             for path in folder.iterdir():
-                if re.fullmatch(r"step-\d{8,}\.tmp", path.name):
+                if path.suffix == ".tmp" and _is_ours(path.with_suffix("")):
                     shutil.rmtree(path, ignore_errors=True)
 
     def save(
@@ -85,7 +84,7 @@ class Checkpointer:
             self.wait()
         except CheckpointError as error:
             failed = error
-        final = self._folder / f"step-{state.step:08d}"
+        final = names.step_dir(self._folder, state.step)
         tensors = reader.tensors(model, optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
         self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
@@ -178,17 +177,19 @@ def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
 
     Whatever is not a complete step by our naming is left alone.
     """
-    found = [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}", path.name) and not path.is_symlink()]
-    complete = sorted((path for path in found if reader.fault(path) is None), key=_step, reverse=True)
-    for path in complete[max(keep_last, 1) :]:
-        if keep_every is None or _step(path) % keep_every:
+    found = [(step, path) for step, path in names.step_dirs(folder) if _is_ours(path) and not path.is_symlink()]
+    complete = [(step, path) for step, path in reversed(found) if reader.fault(path) is None]
+    for step, path in complete[max(keep_last, 1) :]:
+        if keep_every is None or step % keep_every:
             with contextlib.suppress(OSError):  # the save has succeeded, and the next one tries this again
                 removed = path.rename(_unfinished(path))  # a kill halfway leaves nothing that looks like a step
                 shutil.rmtree(removed)
 
 
-def _step(path: Path) -> int:
-    return int(path.name.removeprefix("step-"))
+def _is_ours(path: Path) -> bool:
+    """Whether ``path`` is named as a Checkpointer names its steps; step-5 is somebody else's."""
+    step = names.step_of(path)
+    return step is not None and path == names.step_dir(path.parent, step)
 
 
 def _unfinished(final: Path) -> Path:

@@ -18,12 +18,11 @@ from torch.distributed.checkpoint.metadata import StorageMeta
 from torch.distributed.checkpoint.planner import WriteItem
 
 from tinyllama import __version__
-from tinyllama.checkpoint import reader
+from tinyllama.checkpoint import names, reader
 from tinyllama.config import cli
 from tinyllama.convert import folder, layout
 from tinyllama.convert.weights import Weights
 
-STEP = "step-00000000"
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
@@ -37,7 +36,7 @@ def write(output: Path, weights: Weights) -> Path:
     state = {"format_version": reader.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **facts}
     state |= {"converted_from": str(weights.path), "versions": {"tinyllama": __version__, "torch": torch.__version__}}
     with folder.create(output, weights.path, {"from": str(weights.path)}) as unfinished:
-        step_dir = unfinished / STEP
+        step_dir = names.step_dir(unfinished, 0)
         step_dir.mkdir()
         empty = {
             f"model.{name}": torch.empty(shape, dtype=weights.dtype, device="meta")
@@ -56,7 +55,7 @@ def write(output: Path, weights: Weights) -> Path:
         for name in TOKENIZER_FILES:
             if (weights.path / name).is_file():
                 shutil.copyfile(weights.path / name, unfinished / name)
-    return output / STEP
+    return names.step_dir(output, 0)
 
 
 class _Planner(DefaultSavePlanner):

@@ -17,6 +17,7 @@ import torch
 
 from tinyllama import InputError, atomic
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import step_dirs
 from tinyllama.convert import hf_folder
 from tinyllama.convert.weights import Weights
 from tinyllama.tokenizer import Tokenizer
@@ -229,11 +230,10 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     seen = evaluated_steps(run / "eval.csv", names)
     while True:
         over = _is_over(run)  # looked up before the steps, so that the last one is not missed
-        steps = {int(path.name[5:]): path for path in (run / "checkpoints").glob("step-*") if path.name[5:].isdecimal()}
-        for step in sorted(steps.keys() - seen):
-            if reader.fault(steps[step]) is None:
+        for step, path in step_dirs(run / "checkpoints"):
+            if step not in seen and reader.fault(path) is None:
                 seen.add(step)
-                yield steps[step]
+                yield path
         if over:
             return
         time.sleep(seconds)

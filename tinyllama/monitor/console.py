@@ -17,6 +17,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.ops import choice
 from tinyllama.train.run import Run
@@ -180,7 +181,7 @@ def closing_card(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float]
         yield "loss", f"{float(trained[-1]['loss']):.4f} at step {int(trained[-1]['step']):,}"
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
-    saved = run.out_dir / "checkpoints" / f"step-{state.step:08d}"
+    saved = step_dir(run.out_dir / "checkpoints", state.step)
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
     if state.step < run.max_steps:
         yield "next", f"{same_command()}    # goes on from there"

@@ -1,0 +1,20 @@
+"""Names of step directories: ``step-00005000``, at least eight digits, so that they sort by step."""
+
+import re
+from pathlib import Path
+
+
+def step_dir(folder: Path, step: int) -> Path:
+    """Return the directory of ``step`` in ``folder``."""
+    return folder / f"step-{step:08d}"
+
+
+def step_of(path: Path) -> int | None:
+    """Return the step that a directory's name says; None for any other name, a temporary directory's among them."""
+    named = re.fullmatch(r"step-(\d+)", path.name, re.ASCII)
+    return int(named[1]) if named else None
+
+
+def step_dirs(folder: Path) -> list[tuple[int, Path]]:
+    """Return the steps in ``folder`` and their directories, complete or not, sorted by step."""
+    return sorted((step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None)
