@@ -55,6 +55,7 @@ METADATA_CLASSES = {
 def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them, and give the numbers."""
     remedy = "move it out of its folder, and the run goes on from the step before"
+    materialize_optimizer_state(model, optimizer)
     _load(tensors(model, optimizer), _Reader(step_dir), remedy)
     saved = read_state(step_dir)
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
@@ -120,19 +121,27 @@ def resolve(path: str | Path) -> Path:
     return step_dir
 
 
-def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Every tensor of a checkpoint by name, the very ones in use. There are no other entries: DCP would pickle them."""
-    named = {}
-    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for (name, parameter), owner in zip(model.named_parameters(), optimized, strict=True):
-        assert parameter is owner, f"{name} is gathered: reshard the model before a checkpoint"
-        named[f"model.{name}"] = parameter.detach()
-        if not optimizer.state[parameter]:  # AdamW makes it at its first step; a resumed run loads into it before
+def materialize_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    """Allocate the state that AdamW creates only at its first step: a checkpoint is loaded into it before."""
+    for parameter in model.parameters():
+        if not optimizer.state[parameter]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
                 "exp_avg": torch.zeros_like(parameter),
                 "exp_avg_sq": torch.zeros_like(parameter),
             }
+
+
+def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    """Return every tensor of a checkpoint by name, the very ones in use; the optimizer must have its state.
+
+    There are no other entries: DCP would pickle them.
+    """
+    named = {}
+    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    for (name, parameter), owner in zip(model.named_parameters(), optimized, strict=True):
+        assert parameter is owner, f"{name} is gathered: reshard the model before a checkpoint"
+        named[f"model.{name}"] = parameter.detach()
         for moment in MOMENTS:
             named[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
     return named

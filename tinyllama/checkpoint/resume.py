@@ -1,10 +1,32 @@
 """Resume policy: which step a run resumes from, and which settings may differ from the checkpoint's."""
 
+import json
 from pathlib import Path
 from typing import Any
 
-from tinyllama import InputError
+from tinyllama import InputError, atomic
 from tinyllama.checkpoint.reader import newest, read_settings, resolve
+
+
+def stopped_file(out_dir: Path) -> Path:
+    """Return the path of STOPPED: while it exists, the run waits for a person to read and delete it."""
+    return out_dir / "STOPPED"
+
+
+def write_stopped(out_dir: Path, reason: dict[str, Any]) -> None:
+    """Write why a run must not be started again as it is."""
+    atomic.write(stopped_file(out_dir), (json.dumps(reason) + "\n").encode())
+
+
+def refuse_stopped(out_dir: Path) -> None:
+    """Raise InputError with the reason in STOPPED, if the file exists."""
+    stopped = stopped_file(out_dir)
+    if stopped.exists():
+        why = stopped.read_text(encoding="utf-8", errors="replace").strip()
+        raise InputError(
+            f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
+            "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
+        )
 
 
 def to_resume(out_dir: Path, how: str) -> Path | None:
@@ -12,13 +34,7 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
 
     Raises InputError when what is in ``out_dir`` allows neither.
     """
-    stopped = out_dir / "STOPPED"
-    if stopped.exists():
-        why = stopped.read_text(encoding="utf-8", errors="replace").strip()
-        raise InputError(
-            f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
-            "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
-        )
+    refuse_stopped(out_dir)
     latest, passed_over = newest(out_dir / "checkpoints")
     if how == "auto":
         for fault in passed_over:

@@ -18,6 +18,7 @@ import torch
 from tinyllama import InputError, atomic
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dirs
+from tinyllama.checkpoint.resume import stopped_file
 from tinyllama.convert import hf_folder
 from tinyllama.convert.weights import Weights
 from tinyllama.tokenizer import Tokenizer
@@ -240,7 +241,7 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
 
 
 def _is_over(run: Path) -> bool:
-    if (run / "STOPPED").exists():
+    if stopped_file(run).exists():
         return True
     try:
         return json.loads((run / "events.jsonl").read_text("utf-8").splitlines()[-1])["event"] == "done"

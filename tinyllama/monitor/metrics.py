@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from tinyllama import InputError, atomic
+from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.monitor.console import Console, Row, closing_card, console_line, show_card
 from tinyllama.monitor.wandb_logger import Tracker
@@ -124,10 +125,10 @@ class RunLog:
             self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
 
     def stop(self, **facts: Any) -> None:
-        """Write STOPPED: nobody goes on with this run until a person has read and removed it."""
+        """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""
         if self._speaks:
-            atomic.write(self._run.out_dir / "STOPPED", (json.dumps(facts) + "\n").encode())
-        self.event("stop", f"stopped for good, see {self._run.out_dir / 'STOPPED'}", **facts)
+            resume.write_stopped(self._run.out_dir, facts)
+        self.event("stop", f"stopped for good, see {resume.stopped_file(self._run.out_dir)}", **facts)
 
     def end(self, state: TrainState, asked: str | None) -> None:
         """The last step is done, or something ``asked`` for a stop: the last word, after the closing card."""
