@@ -37,7 +37,7 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         model = GPT(config).to(device)
         optimizer = torch.optim.AdamW(model.parameters())
-        reader.materialize_optimizer_state(model, optimizer)
+        reader.materialize_optimizer_state(optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in reader.tensors(model, optimizer).values())
         settings = cli.dump({"model": asdict(config)})
         savers = {

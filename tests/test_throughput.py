@@ -3,7 +3,7 @@ import time
 import pytest
 
 from tinyllama.config.model import named_config
-from tinyllama.throughput import Meter, flops_per_token, peak_flops
+from tinyllama.throughput import Meter, duration, flops_per_token, peak_flops
 
 
 def test_mfu_of_the_published_run() -> None:
@@ -89,3 +89,15 @@ def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) 
     now += 1
     meter.step(900)
     assert meter.lap() == 1200 / 4  # the second has left the window
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"),
+    [
+        *((0.4, "0s"), (59, "59s"), (59.6, "1m 00s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m")),
+        *((3660, "1h 01m"), (3661, "1h 01m"), (86399, "23h 59m"), (86400, "1d 00h"), (90061, "1d 01h")),
+        (200_000, "2d 07h"),
+    ],
+)
+def test_a_duration_has_two_units(seconds: float, text: str) -> None:
+    assert duration(seconds) == text

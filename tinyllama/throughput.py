@@ -1,4 +1,4 @@
-"""How fast: the model's FLOPs per token, the peak of the GPU, and the meter between them."""
+"""Speed and time: the model's FLOPs per token, a GPU's peak FLOP/s, a meter of tokens per second, and durations."""
 
 import re
 import time
@@ -80,3 +80,15 @@ class Meter:
         self._laps.append((self._tokens, self._seconds))
         self.start()
         return sum(tokens for tokens, _ in self._laps) / sum(seconds for _, seconds in self._laps)
+
+
+def duration(seconds: float) -> str:
+    """Format ``seconds`` in the two largest of days, hours, minutes and seconds: 1h 02m."""
+    minutes, s = divmod(round(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    days, h = divmod(hours, 24)
+    if days:
+        return f"{days}d {h:02d}h"
+    if hours:
+        return f"{h}h {m:02d}m"
+    return f"{m}m {s:02d}s" if minutes else f"{s}s"

@@ -78,7 +78,7 @@ class Run(NamedTuple):
     @torch.no_grad()
     def fill(self, step: int) -> None:
         """Give every tensor the values of ``step``."""
-        reader.materialize_optimizer_state(self.model, self.optimizer)
+        reader.materialize_optimizer_state(self.optimizer)
         for name, tensor in reader.tensors(self.model, self.optimizer).items():
             full = values(name, tensor.shape, step).to(tensor.device)
             if isinstance(tensor, DTensor):

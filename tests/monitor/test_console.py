@@ -20,7 +20,7 @@ from tinyllama.config.args import (
 )
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import FORMATS, duration, mean_speed, numbers, same_command, start_card
+from tinyllama.monitor.console import FORMATS, mean_speed, numbers, same_command, start_card
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
@@ -103,17 +103,6 @@ def test_numbers_have_their_units() -> None:
     ]
     assert numbers({"loss": 0.0, "mfu": None, "skipped": 0}) == ["loss 0.0000"]
     assert list(FORMATS) == [key for key in row if key != "skipped"]
-
-
-@pytest.mark.parametrize(
-    ("seconds", "text"),
-    [
-        *((59, "59s"), (60, "1m 00s"), (3599, "59m 59s"), (3600, "1h 00m"), (3660, "1h 01m")),
-        *((86399, "23h 59m"), (86400, "1d 00h"), (200_000, "2d 07h")),
-    ],
-)
-def test_a_duration_has_two_units(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:

@@ -19,7 +19,7 @@ from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import console_line, duration, mean_speed, show_card, start_card
+from tinyllama.monitor.console import console_line, mean_speed, show_card, start_card
 from tinyllama.monitor.metrics import COLUMNS, RunLog, max_memory_gb, read_metrics, source_columns
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.launch import World
@@ -126,11 +126,6 @@ def test_a_console_line() -> None:
     line = "loss 2.3457  lr 4.000e-04  grad_norm 1.250  24,000 tokens/s  memory 37.12 GB  1d 02h left"
     assert console_line(row, 1430512, 93784.0) == f"step      10/1430512  {line}"
     assert console_line({"step": 10, "mfu": 0.561, "skipped": 3}, 20, None) == "step 10/20  mfu 56.1%  skipped 3"
-
-
-@pytest.mark.parametrize(("seconds", "text"), [(0.4, "0s"), (59.6, "1m 00s"), (3661, "1h 01m"), (90061, "1d 01h")])
-def test_durations(seconds: float, text: str) -> None:
-    assert duration(seconds) == text
 
 
 def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -> None:

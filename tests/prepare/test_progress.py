@@ -63,23 +63,6 @@ def test_table():
     assert lines[3].startswith("all ")
 
 
-@pytest.mark.parametrize(
-    ("seconds", "said"),
-    [
-        (0.4, "0 s"),
-        (119, "119 s"),
-        (120, "2 min"),
-        (149, "2 min"),
-        (151, "3 min"),
-        (119 * 60, "119 min"),
-        (120 * 60, "2 h 0 min"),
-        (3 * 3600 + 25 * 60, "3 h 25 min"),
-    ],
-)
-def test_duration(seconds, said):
-    assert progress.duration(seconds) == said
-
-
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that stands where it is put."""
@@ -101,9 +84,9 @@ def test_progress_is_a_line_for_each_shard(clock, capsys):
     assert out == ""
     noted = "7 of RedPajamaGithub left out, 2,000 not of the fraction, 1,000 with lone surrogates replaced"
     assert err.splitlines() == [
-        f"[1/3] a: 3 documents ({noted}), 1,200 tokens; 600 tokens/s, 6 s left",  # 100 bytes took 2 s, and 300 are left
-        "[2/3] b: not packed; 120 tokens/s, 0 s left",
-        "[3/3] c: 3 documents, 300 tokens; 150 tokens/s, 0 s left",
+        f"[1/3] a: 3 documents ({noted}), 1,200 tokens; 600 tokens/s, 6s left",  # 100 bytes took 2 s, and 300 are left
+        "[2/3] b: not packed; 120 tokens/s, 0s left",
+        "[3/3] c: 3 documents, 300 tokens; 150 tokens/s, 0s left",
     ]
 
 

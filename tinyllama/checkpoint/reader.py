@@ -55,7 +55,7 @@ METADATA_CLASSES = {
 def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them, and give the numbers."""
     remedy = "move it out of its folder, and the run goes on from the step before"
-    materialize_optimizer_state(model, optimizer)
+    materialize_optimizer_state(optimizer)
     _load(tensors(model, optimizer), _Reader(step_dir), remedy)
     saved = read_state(step_dir)
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
@@ -121,9 +121,9 @@ def resolve(path: str | Path) -> Path:
     return step_dir
 
 
-def materialize_optimizer_state(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
     """Allocate the state that AdamW creates only at its first step: a checkpoint is loaded into it before."""
-    for parameter in model.parameters():
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         if not optimizer.state[parameter]:
             optimizer.state[parameter] = {
                 "step": torch.zeros((), dtype=torch.float32, device=parameter.device),

@@ -85,7 +85,7 @@ class Checkpointer:
         except CheckpointError as error:
             failed = error
         final = names.step_dir(self._folder, state.step)
-        reader.materialize_optimizer_state(model, optimizer)  # of an optimizer that has taken no step yet
+        reader.materialize_optimizer_state(optimizer)  # of an optimizer that has taken no step yet
         tensors = reader.tensors(model, optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
         self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())

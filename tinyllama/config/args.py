@@ -163,6 +163,10 @@ class OpsArgs:
     """reference, or chunked: without the logits in full"""
 
 
+SHELL_JOB_NAMES = ("bash", "interactive")
+"""Names of a Slurm job that Lightning takes for a shell: it then ignores Slurm and starts its own ranks."""
+
+
 @dataclass(frozen=True)
 class ParallelArgs:
     """How the model is laid over the ranks."""

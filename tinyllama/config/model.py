@@ -84,6 +84,11 @@ class ModelConfig:
         tables = (2 if embedding and not self.tie_embeddings else 1) * self.padded_vocab_size * self.n_embd
         return blocks + self.n_embd + tables
 
+    @property
+    def checkpoint_bytes(self) -> int:
+        """Size of a checkpoint: the weights and AdamW's two moments, all fp32."""
+        return 3 * 4 * self.num_params()
+
 
 NAMED_CONFIGS: dict[str, dict[str, Any]] = {
     # arXiv:2401.02385, table 1

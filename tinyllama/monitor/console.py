@@ -20,6 +20,7 @@ from rich.text import Text
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.ops import choice
+from tinyllama.throughput import duration
 from tinyllama.train.run import Run
 
 Row = dict[str, float | None]
@@ -155,7 +156,7 @@ def start_card(run: Run, dtypes: str, hosts: list[str]) -> Card:
 
 def _checkpoint_policy(run: Run) -> str:
     policy = run.args.checkpoint
-    gigabytes = 12 * run.config.num_params() / 1e9  # weights and AdamW's two moments, all fp32
+    gigabytes = run.config.checkpoint_bytes / 1e9
     kept = "all" if policy.keep_last is None else f"the newest {policy.keep_last}"
     if policy.keep_last is not None and policy.keep_every is not None:
         kept += f" and every {policy.keep_every:,}th step"
@@ -211,15 +212,3 @@ def mean_speed(rows: list[dict[str, Any]]) -> float:
             tokens, seconds = tokens + done, seconds + done / speed
         before = int(row["tokens"])
     return tokens / seconds if seconds else 0.0
-
-
-def duration(seconds: float) -> str:
-    """``seconds`` in the two largest of days, hours, minutes and seconds."""
-    minutes, s = divmod(round(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    days, h = divmod(hours, 24)
-    if days:
-        return f"{days}d {h:02d}h"
-    if hours:
-        return f"{h}h {m:02d}m"
-    return f"{m}m {s:02d}s" if minutes else f"{s}s"

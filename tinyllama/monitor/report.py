@@ -17,8 +17,9 @@ import yaml
 
 from tinyllama import InputError, __version__, atomic
 from tinyllama.config.model import ModelConfig
-from tinyllama.monitor.console import duration, mean_speed
+from tinyllama.monitor.console import mean_speed
 from tinyllama.monitor.metrics import read_metrics, whole_rows
+from tinyllama.throughput import duration
 
 BUCKETS = 1000
 """Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the

@@ -24,6 +24,7 @@ from tinyllama.prepare.inputs import Fields, Input
 from tinyllama.prepare.progress import Info
 from tinyllama.prepare.readers import Source
 from tinyllama.prepare.workers import Work, cores, over_workers
+from tinyllama.throughput import duration
 from tinyllama.tokenizer import Tokenizer
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
@@ -139,10 +140,8 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     lines = [progress.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
     new = len(todo) - len(bad) if todo else 0
     lines += [recipe.slow] * bool(new and recipe.slow)
-    lines.append(
-        f"{output}: {len(infos):,} shards ({new:,} new), {progress.counts(infos.values())}, "
-        f"{progress.duration(time.monotonic() - started)}"
-    )
+    took = duration(time.monotonic() - started)
+    lines.append(f"{output}: {len(infos):,} shards ({new:,} new), {progress.counts(infos.values())}, {took}")
     return "\n".join(lines)
 
 

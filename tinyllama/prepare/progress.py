@@ -7,6 +7,7 @@ from collections.abc import Collection, Sequence
 from typing import Any
 
 from tinyllama.prepare.inputs import Input
+from tinyllama.throughput import duration
 
 Info = dict[str, Any]  # what a shard's NAME.json says
 
@@ -89,14 +90,6 @@ def table(infos: Collection[Info]) -> str:
         for name, figures in rows + dropped
     ]
     return "\n".join(lines)
-
-
-def duration(seconds: float) -> str:
-    """In the unit that suits it."""
-    if seconds < 120:
-        return f"{seconds:.0f} s"
-    minutes = round(seconds / 60)
-    return f"{minutes} min" if minutes < 120 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def _why(reason: str) -> str:

@@ -22,6 +22,7 @@ import torch
 from packaging.requirements import Requirement
 
 from tinyllama import InputError, atomic
+from tinyllama.config.args import SHELL_JOB_NAMES
 from tinyllama.config.model import named_config
 from tinyllama.ops import choice
 from tinyllama.throughput import peak_flops
@@ -183,7 +184,7 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(OK, "slurm", "here, and this is no job of it")
         return
     yield Finding(OK, "slurm", f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NODELIST', '?')}")
-    if env.get("SLURM_JOB_NAME") in ("bash", "interactive"):
+    if env.get("SLURM_JOB_NAME") in SHELL_JOB_NAMES:
         text = f"the job is called {env['SLURM_JOB_NAME']}: Lightning takes it for a shell and starts its own ranks"
         yield Finding(WRONG, "slurm", text, "give another --job-name, or use torchrun inside")
     if "SLURM_NTASKS" in env and "SLURM_NTASKS_PER_NODE" not in env:
@@ -220,10 +221,10 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
     finally:
         with contextlib.suppress(OSError):
             probe.unlink(missing_ok=True)
-    text = f"{folder}: {free:,.0f} GB free, {speed:,.0f} MB/s written and synced"
-    yield Finding(OK, "disk", text)
-    if free < 53:
-        text = f"{free:,.0f} GB free; the 1.1B's checkpoints are 13.2 GB each, and 4 of them are there at a time"
+    yield Finding(OK, "disk", f"{folder}: {free:,.0f} GB free, {speed:,.0f} MB/s written and synced")
+    size = named_config("tinyllama_1.1b").checkpoint_bytes / 1e9
+    if free < 4 * size:
+        text = f"{free:,.0f} GB free; the 1.1B's checkpoints are {size:.1f} GB each, and 4 of them are there at a time"
         yield Finding(NOTE, "disk", text, "give an out_dir on a larger disk for a large model")
     scratch = shutil.disk_usage(tempfile.gettempdir()).free / 1e9
     if scratch < 1:

@@ -244,7 +244,7 @@ def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float,
         yield f"time       {hours / 24:,.1f} days, {hours * cluster.gpus:,.0f} GPU-hours for {tokens:,} tokens"
         yield f"energy     {hours * cluster.gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
         yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * now.tokens_per_second / 1e6:,.1f} MB/s"
-    size = 12 * config.num_params() / 1e9
+    size = config.checkpoint_bytes / 1e9
     yield f"checkpoint {size:,.2f} GB each; at 2 GB/s {size / 2:,.1f} s to write, in the background"
 
 

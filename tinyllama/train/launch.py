@@ -8,10 +8,7 @@ import torch
 import torch.distributed as dist
 
 from tinyllama import InputError
-from tinyllama.config.args import ParallelArgs
-
-NO_JOB = ("bash", "interactive")
-"""Names of a Slurm job that make Fabric ignore Slurm."""
+from tinyllama.config.args import SHELL_JOB_NAMES, ParallelArgs
 
 
 def launcher() -> str:
@@ -20,7 +17,7 @@ def launcher() -> str:
     if "TORCHELASTIC_RUN_ID" in env:
         return "torchrun"
     in_step = "SLURM_STEP_ID" in env  # a batch script has the other variables too
-    if int(env.get("SLURM_NTASKS", 1)) > 1 or (in_step and env.get("SLURM_JOB_NAME") not in NO_JOB):
+    if int(env.get("SLURM_NTASKS", 1)) > 1 or (in_step and env.get("SLURM_JOB_NAME") not in SHELL_JOB_NAMES):
         return "srun"
     return "python"
 
@@ -79,7 +76,7 @@ def _ranks(args: ParallelArgs) -> tuple[int, int]:
         nodes = int(env["SLURM_NNODES"])
         if not in_step:
             raise InputError(f"the job has {tasks} tasks and this is none of them: start it with srun python ...")
-        if env.get("SLURM_JOB_NAME") in NO_JOB:
+        if env.get("SLURM_JOB_NAME") in SHELL_JOB_NAMES:
             raise InputError(
                 f"the Slurm job is named {env['SLURM_JOB_NAME']}, which means no job: its {tasks} tasks would train "
                 "alone, each of them; give srun another --job-name"
