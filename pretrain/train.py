@@ -4,7 +4,7 @@
     srun --nodes 2 --ntasks-per-node 8 python pretrain/train.py --config configs/pretrain/tinyllama_1.1b.yaml
 
 Exit codes: 0 done; 2 bad input or config; 75 stopped by a signal or by train.max_time with a checkpoint: the same
-command goes on; 1 anything else.
+command resumes; 1 anything else.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ from tinyllama.convert.weights import copy_into
 from tinyllama.data.loader import Loader, on_device, validation_batches
 from tinyllama.data.packed import check_datasets, open_packed
 from tinyllama.model import GPT
-from tinyllama.monitor.console import Row, show_card, start_card
+from tinyllama.monitor.console import Row, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
 from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.ops import attention
@@ -47,7 +47,7 @@ DONE, DEFECT, STOPPED = 0, 1, 75
 
 
 def setup(args: PretrainArgs) -> Run:
-    """Find every fault of the input before anything is started or written."""
+    """Find every error of the input before anything is started or written."""
     config = check(args)
     world = find_world(args.parallel)
     accumulation = gradient_accumulation(args.train, world.size)
@@ -78,12 +78,12 @@ def main(run: Run) -> int:
     state = TrainState() if run.resume is None else reader.load(run.resume, gpt, optimizer.optimizer)
     hosts = rank_map()
     if fabric.is_global_zero:
-        show_card("pretrain", start_card(run, dtypes, hosts))
+        show_summary("pretrain", start_summary(run, dtypes, hosts))
     if args.dry_run:
         return DONE
     rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
     with (
-        lock.held(run.out_dir, os.environ.get("SLURM_JOB_ID")),
+        lock.run_lock(run.out_dir, os.environ.get("SLURM_JOB_ID")),
         Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
         RunLog(run, state.step if run.resume else None, speaks=rank == 0) as log,
     ):
@@ -146,7 +146,7 @@ class Training:
         self.checkpointer = Checkpointer(
             run.out_dir / "checkpoints",
             config=settings,
-            facts=run.data_facts() | run.tokenizer_facts() | log.facts(),
+            facts=run.data_metadata() | run.tokenizer_metadata() | log.facts(),
             keep_last=args.checkpoint.keep_last,
             keep_every=args.checkpoint.keep_every,
             asynchronous=args.checkpoint.asynchronous,

@@ -130,7 +130,7 @@ def watched(argv: list[str]) -> dict[str, Any]:
 
 
 def resumed_from(argv: list[str]) -> str:
-    """The recipe up to its card, on a file system that shows rank 1 the step before; gives the step that was loaded."""
+    """Run the recipe up to its summary where rank 1 sees only the step before; return the step that was loaded."""
     run = recipe.setup(cli.parse(PretrainArgs, argv))
     if dist.is_initialized() and dist.get_rank() == 1:
         (*_, before, newest) = sorted(run.resume.parent.iterdir())

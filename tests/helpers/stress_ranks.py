@@ -67,7 +67,7 @@ def doom(choice: random.Random, rank: int) -> None:
                 steps += 1
             return lr_at(run, step)
 
-        started = []  # the card asks too, before the first step
+        started = []  # the summary asks too, before the first step
         fit = recipe.fit
         recipe.fit = lambda *args: (started.append(1), fit(*args))[1]
         recipe.Run.lr_at = timed  # type: ignore[method-assign]

@@ -20,7 +20,7 @@ from tinyllama.config.args import (
 )
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import FORMATS, mean_speed, numbers, same_command, start_card
+from tinyllama.monitor.console import FORMATS, mean_speed, numbers, same_command, start_summary
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
@@ -46,14 +46,14 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
     )
 
 
-def test_the_start_card_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 5 * 10**12))
     up, down = (source.path for source in run.sources)
     tokens = [source.tokens for source in run.sources]
     drawn = run.mixture.drawn(40)
-    card = list(start_card(run, "all fp32", ["here: ranks 0 1", "there: ranks 2 3"]))
-    assert card == [
+    summary = list(start_summary(run, "all fp32", ["here: ranks 0 1", "there: ranks 2 3"]))
+    assert summary == [
         ("start", "a new run"),
         ("model", "tinyllama_1.1b: 1,100,048,384 parameters, context 8"),
         ("ranks", "here: ranks 0 1"),
@@ -87,11 +87,11 @@ def test_the_start_card_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatch) 
 def test_what_is_kept_of_checkpoints(run: Run, policy: dict[str, Any], said: str) -> None:
     args = replace(run.args, checkpoint=CheckpointArgs(**policy), train=replace(run.args.train, precision="fp32"))
     args = replace(args, train=replace(args.train, compile=True))
-    card = dict(start_card(replace(run, args=args), "all fp32", []))
-    assert said in card["saves"]
-    assert card["saves"].startswith(f"every {policy.get('interval', 5000):,} steps")
-    assert "slow" not in card
-    assert card["ops"] == "attention sdpa, blocks compiled"
+    summary = dict(start_summary(replace(run, args=args), "all fp32", []))
+    assert said in summary["saves"]
+    assert summary["saves"].startswith(f"every {policy.get('interval', 5000):,} steps")
+    assert "slow" not in summary
+    assert summary["ops"] == "attention sdpa, blocks compiled"
 
 
 def test_numbers_have_their_units() -> None:

@@ -19,7 +19,7 @@ from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import console_line, mean_speed, show_card, start_card
+from tinyllama.monitor.console import console_line, mean_speed, show_summary, start_summary
 from tinyllama.monitor.metrics import COLUMNS, RunLog, max_memory_gb, read_metrics, source_columns
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.launch import World
@@ -151,9 +151,9 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
     assert source_columns(["a/x", "b/x", "c/y/", "x"]) == ["tokens_x", "tokens_x_1", "tokens_y", "tokens_x_3"]
 
 
-def test_the_cards_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     two_ranks = dataclasses.replace(run, world=World(nodes=1, local_ranks=2, shard=2))
-    show_card("pretrain", start_card(two_ranks, "master float32", ["here: ranks 0 1"]))
+    show_summary("pretrain", start_summary(two_ranks, "master float32", ["here: ranks 0 1"]))
     said = capsys.readouterr().out
     assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 32\n" in said
     assert "saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and" in said
@@ -191,7 +191,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     ):
         env.setenv("TERM", "xterm-256color")
         env.setenv("COLUMNS", "60")  # as narrow as a phone's
-        show_card("pretrain", start_card(run, "master float32", ["here: rank 0"]))
+        show_summary("pretrain", start_summary(run, "master float32", ["here: rank 0"]))
         with RunLog(run, None, speaks=True) as log:
             log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
             log.event("skip", "skipped step 4")

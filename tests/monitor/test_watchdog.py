@@ -100,7 +100,7 @@ def heartbeat(out_dir: Path, rank: int = 0) -> dict[str, Any]:
     return json.loads((out_dir / "heartbeat" / f"rank-{rank:05d}.json").read_text())
 
 
-def verdicts(said: str) -> list[str]:
+def diagnoses(said: str) -> list[str]:
     """The lines that name somebody."""
     return [line for line in said.splitlines() if line.startswith("watchdog: ") and "no progress" not in line]
 
@@ -121,7 +121,7 @@ with watch(timeout=2) as watchdog:
     codes, said = world.end()
     assert time.monotonic() - since > 2
     assert codes == [1, 1]
-    (line,) = verdicts(said)
+    (line,) = diagnoses(said)
     assert line.startswith(f"watchdog: did not arrive: rank 1 ({HOST}, pid {world.pids[1]}; step after step 3, in ")
     assert f"{tmp_path.name}/loop.py:" in line
     assert line.endswith(" lost_in_thought)")
@@ -152,7 +152,7 @@ with watch(timeout=2) as watchdog:
     os.kill(stopped, signal.SIGCONT)  # a rank that wakes up when the others are gone goes too
     codes, said = world.end()
     assert codes == [1, 1, 1]
-    (line,) = verdicts(said)
+    (line,) = diagnoses(said)
     assert line.startswith(f"watchdog: dead, stopped or stuck in C code: rank 0 ({HOST}, pid {stopped}; step after")
     assert f", rank 1 ({HOST}, pid {held}; step after step 2), silent for " in line
     assert "rank 2" not in line
@@ -182,7 +182,7 @@ with watch(timeout=2) as watchdog:
     codes, said = world.end()
     assert codes == [1]
     assert [phase for phase in dict.fromkeys(phases) if phase != "start"] == ["step", "validation", "checkpoint"]
-    (line,) = verdicts(said)
+    (line,) = diagnoses(said)
     assert line.startswith(f"watchdog: did not arrive: rank 0 ({HOST}, pid {world.pids[0]}; step after step 9, in ")
     last = heartbeat(tmp_path)
     assert (last["step"], last["beats"], last["pid"]) == (9, 17, world.pids[0])
@@ -282,7 +282,7 @@ def test_what_is_in_the_way_is_named(name: str, tmp_path: Path) -> None:
         ({2: {"phase": "end", "time": -40, "beats": 12}, 1: {"beats": 8}}, "did not arrive: rank 1 (node, pid 101; "),
     ],
 )
-def test_verdict(changes: dict[int, dict[str, Any] | None], said: str, tmp_path: Path) -> None:
+def test_diagnosis(changes: dict[int, dict[str, Any] | None], said: str, tmp_path: Path) -> None:
     for rank in range(3):
         change = changes.get(rank, {})
         if change is None:
@@ -291,7 +291,7 @@ def test_verdict(changes: dict[int, dict[str, Any] | None], said: str, tmp_path:
         facts |= {"seconds_since_beat": 60.0, "time": -2, "stalled_at": "x", "waiting": True, **change}
         facts["time"] = (datetime.now(UTC) + timedelta(seconds=facts["time"])).isoformat()
         (tmp_path / f"rank-{rank:05d}.json").write_text(json.dumps(facts))
-    assert watchdog.verdict(tmp_path, 3, limit=60).startswith(said)
+    assert watchdog.diagnosis(tmp_path, 3, limit=60).startswith(said)
 
 
 def test_garbage_waits_for_its_step() -> None:
@@ -379,5 +379,5 @@ def test_a_loop_that_has_ended_is_watched_no_more(tmp_path: Path, monkeypatch: p
 
 def test_of_many_ranks_to_look_at_the_first_eight_are_named(tmp_path: Path) -> None:
     never = ", ".join(f"rank {rank} (never started)" for rank in range(8))
-    assert watchdog.verdict(tmp_path, 8, limit=60) == f"dead, stopped or stuck in C code: {never}"
-    assert watchdog.verdict(tmp_path, 11, limit=60) == f"dead, stopped or stuck in C code: {never} and 3 more"
+    assert watchdog.diagnosis(tmp_path, 8, limit=60) == f"dead, stopped or stuck in C code: {never}"
+    assert watchdog.diagnosis(tmp_path, 11, limit=60) == f"dead, stopped or stuck in C code: {never} and 3 more"

@@ -15,7 +15,7 @@ from processes import Process
 
 from tinyllama import InputError
 from tinyllama.train import lock
-from tinyllama.train.lock import Owner
+from tinyllama.train.lock import RunLock
 
 HERE = socket.gethostname()
 OTHER = {"host": "node7", "pid": 1, "job_id": None, "restarts": 0, "token": "theirs"}
@@ -43,12 +43,12 @@ def dead_pid() -> int:
 
 def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
     out_dir = tmp_path / "out" / "run"
-    with Owner(out_dir, "77"):
+    with RunLock(out_dir, "77"):
         (file,) = out_dir.iterdir()
         facts = json.loads(file.read_text())
         assert file.name == "OWNER.json"
         assert {**facts, "token": ""} == {"host": HERE, "pid": os.getpid(), "job_id": "77", "restarts": 0, "token": ""}
-        with pytest.raises(InputError) as error, Owner(out_dir, "78"):
+        with pytest.raises(InputError) as error, RunLock(out_dir, "78"):
             pass
         assert [path.name for path in out_dir.iterdir()] == ["OWNER.json"]
         assert json.loads(file.read_text()) == facts
@@ -61,7 +61,7 @@ def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
 def test_the_file_says_how_often_the_job_was_requeued(restarts: int, tmp_path: Path, monkeypatch) -> None:
     if restarts:
         monkeypatch.setenv("SLURM_RESTART_COUNT", str(restarts))
-    with Owner(tmp_path, "5"):
+    with RunLock(tmp_path, "5"):
         assert json.loads((tmp_path / "OWNER.json").read_text())["restarts"] == restarts
 
 
@@ -69,7 +69,7 @@ def test_requeues_say_nothing_of_runs_outside_slurm(tmp_path: Path, monkeypatch)
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     leave(tmp_path, job_id=None)
     with pytest.raises(InputError, match="belongs to another run"):
-        Owner(tmp_path, None).__enter__()
+        RunLock(tmp_path, None).__enter__()
 
 
 def test_another_users_process_is_alive(tmp_path: Path, monkeypatch) -> None:
@@ -79,7 +79,7 @@ def test_another_users_process_is_alive(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(os, "kill", not_ours)
     leave(tmp_path, host=HERE)
     with pytest.raises(InputError, match="belongs to another run"):
-        Owner(tmp_path, None).__enter__()
+        RunLock(tmp_path, None).__enter__()
 
 
 def test_a_heart_beats_several_times_before_its_owner_is_taken_for_gone() -> None:
@@ -89,20 +89,20 @@ def test_a_heart_beats_several_times_before_its_owner_is_taken_for_gone() -> Non
 @pytest.mark.parametrize("successor", [OTHER, {"host": HERE, "pid": os.getpid(), "job_id": None, "restarts": 0}])
 def test_a_run_that_ends_leaves_its_successors_file(successor: dict[str, Any], tmp_path: Path) -> None:
     path = tmp_path / "OWNER.json"
-    with Owner(tmp_path, None):
+    with RunLock(tmp_path, None):
         path.write_text(json.dumps(successor | {"token": "theirs"}))
     assert json.loads(path.read_text()) == successor | {"token": "theirs"}
-    with Owner(tmp_path / "other", None):  # nor is a file that is gone, or a damaged one, a fault at the end
+    with RunLock(tmp_path / "other", None):  # nor is a file that is gone, or a damaged one, a fault at the end
         (tmp_path / "other" / "OWNER.json").unlink()
-    with Owner(tmp_path / "third", None):
+    with RunLock(tmp_path / "third", None):
         (tmp_path / "third" / "OWNER.json").write_text("{")
 
 
 def test_a_run_of_the_same_process_number_is_another_run(tmp_path: Path) -> None:
     path = tmp_path / "OWNER.json"
-    with Owner(tmp_path, None):  # as in two containers, which both count from 1
+    with RunLock(tmp_path, None):  # as in two containers, which both count from 1
         path.unlink()
-        assert Owner(tmp_path, None)._create()
+        assert RunLock(tmp_path, None)._create()
         text = path.read_text()
     assert path.read_text() == text
 
@@ -125,20 +125,20 @@ def test_of_two_that_find_the_same_stale_file_the_slower_gives_the_quicker_its_f
 
     monkeypatch.setattr(lock, "_alive", looking)
     with pytest.raises(InputError, match="belongs to another run .pid 1 on node7"):
-        Owner(tmp_path, None).__enter__()
+        RunLock(tmp_path, None).__enter__()
     assert [path.read_text() for path in tmp_path.iterdir()] == texts
 
 
 def test_a_stale_file_that_a_quicker_one_has_removed_is_no_fault(tmp_path: Path, monkeypatch, capsys) -> None:
     path = leave(tmp_path, host=HERE, pid=dead_pid())
     monkeypatch.setattr(lock, "_alive", lambda pid: bool(path.unlink()))
-    with Owner(tmp_path, None):  # the quicker one has gone again
+    with RunLock(tmp_path, None):  # the quicker one has gone again
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert capsys.readouterr().out == ""
     path.touch()
     read = lock._read
     monkeypatch.setattr(lock, "_read", lambda path: path.unlink() or read(path))
-    assert Owner(tmp_path, None)._clear() is None
+    assert RunLock(tmp_path, None)._clear() is None
     assert list(tmp_path.iterdir()) == []
 
 
@@ -155,7 +155,7 @@ def test_a_file_that_is_given_back_does_not_replace_a_third_runs(tmp_path: Path,
 
     monkeypatch.setattr(lock, "_read", reading)
     with pytest.raises(InputError, match="belongs to another run"):
-        Owner(tmp_path, None).__enter__()
+        RunLock(tmp_path, None).__enter__()
     assert [json.loads(path.read_text())["token"] for path in tmp_path.iterdir()] == ["third"]
 
 
@@ -165,12 +165,12 @@ def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path: Path, mo
 
     monkeypatch.setattr(lock.json, "dumps", full)
     with pytest.raises(InputError, match="cannot write .*OWNER.json: No space left on device: give an out_dir"):
-        Owner(tmp_path, None).__enter__()
+        RunLock(tmp_path, None).__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
 def test_an_exception_gives_the_folder_back(tmp_path: Path) -> None:
-    with pytest.raises(KeyError), Owner(tmp_path, None):
+    with pytest.raises(KeyError), RunLock(tmp_path, None):
         raise KeyError
     assert list(tmp_path.iterdir()) == []
 
@@ -194,7 +194,7 @@ def test_a_live_owner_is_left_alone(case: str, tmp_path: Path, monkeypatch: pyte
     text = leave(tmp_path, **facts).read_text()
     job = facts.get("job_id") or ""
     with pytest.raises(InputError, match=f"belongs to another run .pid .*{job}; heartbeat [0-9]+ s ago"):
-        Owner(tmp_path, "5").__enter__()
+        RunLock(tmp_path, "5").__enter__()
     assert [path.read_text() for path in tmp_path.iterdir()] == [text]
 
 
@@ -220,7 +220,7 @@ def test_an_owner_that_is_gone_is_followed(case: str, tmp_path: Path, monkeypatc
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     path = leave(tmp_path, **facts)
-    with Owner(tmp_path, "5"):
+    with RunLock(tmp_path, "5"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
         said = capsys.readouterr().out
         assert said.startswith(f"took over {tmp_path} from pid ")
@@ -238,10 +238,10 @@ def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(con
     path = tmp_path / "OWNER.json"
     path.write_bytes(content)
     with pytest.raises(InputError, match="belongs to another run .pid . on ."):
-        Owner(tmp_path, "5").__enter__()
+        RunLock(tmp_path, "5").__enter__()
     beat = path.stat().st_mtime - 70
     os.utime(path, (beat, beat))
-    with Owner(tmp_path, None):
+    with RunLock(tmp_path, None):
         assert json.loads(path.read_text())["host"] == HERE
 
 
@@ -255,7 +255,7 @@ def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path,
             assert time.monotonic() < until
             time.sleep(0.02)
 
-    with Owner(tmp_path, None):
+    with RunLock(tmp_path, None):
         text = path.read_text()
         os.utime(path, (1, 1))
         soon(lambda: path.stat().st_mtime > 1)
@@ -275,7 +275,7 @@ from tinyllama.train import lock
 lock.BEAT = 0.05
 time.sleep(max(float(sys.argv[2]) - time.time(), 0))
 try:
-    with lock.Owner(Path(sys.argv[1]), None):
+    with lock.RunLock(Path(sys.argv[1]), None):
         print("holds", flush=True)
         sys.stdin.read()
 except InputError as error:
@@ -324,4 +324,4 @@ def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(InputError, match="cannot write .*OWNER.json: File exists: give an out_dir that can be"):
-        Owner(tmp_path / "file", None).__enter__()
+        RunLock(tmp_path / "file", None).__enter__()

@@ -164,16 +164,16 @@ def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Pat
     answers = world(2)("train_signalled", "7", 1, *flags)
     rows = [row for row in metrics(out) if row["val_loss"]]
     best = min(rows, key=lambda row: float(row["val_loss"]))
-    card = answers[0]["said"].splitlines()[-9:]
+    summary = answers[0]["said"].splitlines()[-9:]
     last, lowest = (f"{float(row['val_loss']):.4f}" for row in (rows[-1], best))
-    assert card[0] == f"val_loss {last} at step 6, best {lowest} at step {best['step']}"
-    assert card[1] == f"loss     {float(metrics(out)[-1]['loss']):.4f} at step 7"
-    assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", card[2])
-    assert card[3].startswith("time     since this start: training ")
-    assert card[4] == f"saved    {out}/checkpoints/step-00000007"
-    assert re.fullmatch(r"next     torchrun \.\.\. .*rank\.py'?    # goes on from there", card[5])
-    assert card[7].split() == ["python", "scripts/report.py", str(out)]
-    assert card[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
+    assert summary[0] == f"val_loss {last} at step 6, best {lowest} at step {best['step']}"
+    assert summary[1] == f"loss     {float(metrics(out)[-1]['loss']):.4f} at step 7"
+    assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", summary[2])
+    assert summary[3].startswith("time     since this start: training ")
+    assert summary[4] == f"saved    {out}/checkpoints/step-00000007"
+    assert re.fullmatch(r"next     torchrun \.\.\. .*rank\.py'?    # goes on from there", summary[5])
+    assert summary[7].split() == ["python", "scripts/report.py", str(out)]
+    assert summary[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
     event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["by"], event["step"]) == ("stop", "SIGUSR1", 7)
     assert answers[1]["said"] == ""

@@ -117,11 +117,11 @@ def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None
     sources = [{"weight": 0.7, "fingerprint": one}, {"weight": 0.3, "fingerprint": two}]
     order = {"version": 1, "window": 1024}
     of_data = {"seed": 3407, "order": order, "sources": sources}
-    assert run.data_facts() == {"data": of_data, "model": asdict(run.config)}
-    assert run.tokenizer_facts() == {"tokenizer_sha256": "0" * 64, "bos_id": 1, "eos_id": 2}
+    assert run.data_metadata() == {"data": of_data, "model": asdict(run.config)}
+    assert run.tokenizer_metadata() == {"tokenizer_sha256": "0" * 64, "bos_id": 1, "eos_id": 2}
     chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
-    assert recipe.setup(data(settings, validation=chunks)).tokenizer_facts() == run.tokenizer_facts()
-    facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_facts()["data"]
+    assert recipe.setup(data(settings, validation=chunks)).tokenizer_metadata() == run.tokenizer_metadata()
+    facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_metadata()["data"]
     sources = [sources[0] | {"final_weight": None}, sources[1] | {"final_weight": 0.8}]
     assert facts == {"seed": 3407, "order": order, "sources": sources, "ramp_tokens": 999}
 
@@ -251,7 +251,7 @@ def test_a_run_goes_on_with_the_data_it_had_and_no_other(recipe, settings, saved
 
 
 def test_a_run_resumes_in_the_order_it_had_and_no_other(recipe, settings, saved, monkeypatch) -> None:
-    sources = recipe.setup(settings).data_facts()["data"]["sources"]
+    sources = recipe.setup(settings).data_metadata()["data"]["sources"]
     orders = {"none, as before it was recorded": {}, "today's": {"order": {"version": 1, "window": 1024}}}
     for order in orders.values():
         step = saved(seed=3407, sources=sources, **order)

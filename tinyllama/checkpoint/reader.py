@@ -1,9 +1,9 @@
-"""Step directories: found, judged, loaded by any number of ranks; nothing in them is ever executed.
+"""Find, check and load checkpoints at any world size, without executing pickles.
 
 ``checkpoints/step-00005000/`` holds the model's and the optimizer's tensors as torch.distributed.checkpoint (DCP)
 writes them, ``state.json`` (plain numbers and what the run was made of) and ``config.yaml``. There is no state of
-random generators: the start weights and the order of the data are functions of their seeds, and no pass draws numbers.
-checkpointer.py writes them.
+random generators: the initial weights and the order of the data are functions of their seeds, and no pass draws
+numbers. writer.py writes them.
 """
 
 import json
@@ -53,10 +53,10 @@ METADATA_CLASSES = {
 
 
 def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them, and give the numbers."""
-    remedy = "move it out of its folder, and the run goes on from the step before"
+    """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them; return its numbers."""
+    hint = "move it out of its folder, and the run goes on from the step before"
     materialize_optimizer_state(optimizer)
-    _load(tensors(model, optimizer), _Reader(step_dir), remedy)
+    _load(tensors(model, optimizer), _Reader(step_dir), hint)
     saved = read_state(step_dir)
     return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
 
@@ -70,29 +70,29 @@ def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
 def open_weights(
     step_dir: Path,
 ) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
-    """What is said of the model's tensors, by name, and a reader of one in full as saved; needs no process group."""
+    """Return the metadata of the model's tensors by name, and a reader of one in full; needs no process group."""
     reader = _Reader(step_dir)
     weights = _weights(reader)
     return weights, lambda name: _read(reader, {name: weights[name]})[name]
 
 
 def read_state(step_dir: Path) -> dict[str, Any]:
-    """What state.json says."""
+    """Read state.json."""
     return json.loads((step_dir / "state.json").read_text(encoding="utf-8"))
 
 
 def read_settings(step_dir: Path) -> dict[str, Any]:
-    """What config.yaml says."""
+    """Read config.yaml."""
     return yaml.safe_load((step_dir / "config.yaml").read_text(encoding="utf-8"))
 
 
 def read_model_config(step_dir: Path) -> ModelConfig:
-    """The sizes of the model that was saved."""
+    """Read the sizes of the model that was saved."""
     return ModelConfig(**read_settings(step_dir)["model"])
 
 
 def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """The complete step directory of the largest step, and why each larger one was passed over."""
+    """Return the complete step directory of the largest step, and why each larger one was passed over."""
     passed_over: list[str] = []
     for _, path in reversed(names.step_dirs(checkpoints)):
         why = fault(path)
@@ -103,7 +103,7 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
 
 
 def resolve(path: str | Path) -> Path:
-    """The step directory at ``path``, or the newest complete one of the run at ``path``; raises InputError if none."""
+    """Return the step directory at ``path``, or the newest complete one of the run there; raises InputError if none."""
     path = Path(path)
     is_step = names.step_of(path) is not None
     if is_step and path.is_dir():
@@ -148,7 +148,7 @@ def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def fault(step_dir: Path) -> str | None:
-    """Why ``step_dir`` cannot be loaded; None when every file is there in full."""
+    """Return why ``step_dir`` cannot be loaded; None when every file is there in full."""
     try:
         saved = read_state(step_dir)
         read_model_config(step_dir)
@@ -189,12 +189,12 @@ def _read(reader: "_Reader", weights: dict[str, TensorStorageMetadata]) -> dict[
     return {name.removeprefix("model."): tensor for name, tensor in full.items()}
 
 
-def _load(named: dict[str, torch.Tensor], reader: "_Reader", remedy: str, no_dist: bool = False) -> None:
+def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist: bool = False) -> None:
     try:
         dcp.load(named, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:  # no Exception, and its text is a trace
         cause = str(next(iter(error.failures.values()))[0]).partition(". ")[0].partition("\n")[0]
-        raise InputError(f"{reader.path} cannot be read ({cause}): {remedy}") from error
+        raise InputError(f"{reader.path} cannot be read ({cause}): {hint}") from error
 
 
 class _Unpickler(pickle.Unpickler):
@@ -211,7 +211,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def _memory_format(cls: Any, name: Any) -> _MEM_FORMAT_ENCODING:
-    """Replaces getattr: early releases of Python 3.11 pickle an enum member as getattr(its class, its name)."""
+    """Replace getattr: early releases of Python 3.11 pickle an enum member as getattr(its class, its name)."""
     if cls is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
         raise pickle.UnpicklingError(f"it names getattr({cls}, {name!r})")
     return _MEM_FORMAT_ENCODING[name]

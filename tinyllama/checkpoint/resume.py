@@ -30,15 +30,15 @@ def refuse_stopped(out_dir: Path) -> None:
 
 
 def to_resume(out_dir: Path, how: str) -> Path | None:
-    """The step directory that ``train.resume`` calls for; None for a fresh start.
+    """Return the step directory that ``train.resume`` calls for; None for a fresh start.
 
     Raises InputError when what is in ``out_dir`` allows neither.
     """
     refuse_stopped(out_dir)
     latest, passed_over = newest(out_dir / "checkpoints")
     if how == "auto":
-        for fault in passed_over:
-            print(f"passed over: {fault}")
+        for problem in passed_over:
+            print(f"passed over: {problem}")
         return latest
     if how == "never":
         if latest is not None:
@@ -55,19 +55,19 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
     if not any(saved.values()):  # what convert_hf_checkpoint.py writes
         raise InputError(f"{step_dir} holds weights and no run to resume: give it as train.init_from")
     then, today = dict(_leaves(saved)), dict(_leaves(now))
-    faults = [
+    changes = [
         f"{key} was {then.get(key, 'absent')} and is {today.get(key, 'absent')}"
         for key in {**then, **today}
         if then.get(key) != today.get(key)
     ]
-    if faults:
+    if changes:
         raise InputError(
-            f"cannot resume from {step_dir}: {'; '.join(faults)}; put it back, or start a new run in another out_dir"
+            f"cannot resume from {step_dir}: {'; '.join(changes)}; put it back, or start a new run in another out_dir"
         )
 
 
 def changed(step_dir: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
-    """What the settings that are others ``now`` were when ``step_dir`` was saved, and are."""
+    """Return the settings that have changed since ``step_dir`` was saved: [then, now] by key."""
     then, today = (dict(_leaves(settings, lists=False)) for settings in (read_settings(step_dir), now))
     keys = [key for key in today if key in then and key not in ("out_dir", "train.resume")]
     return {key: [then[key], today[key]] for key in keys if then[key] != today[key]}

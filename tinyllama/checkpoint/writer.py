@@ -1,7 +1,7 @@
-"""Writing step directories: whole or not at all, while training goes on, and no more of them than asked for.
+"""Write checkpoints atomically, in the background if asked, and prune old ones.
 
 Every rank's files go into ``step-00005000.tmp``. When all of them have reached the disk, rank 0 adds what makes them a
-checkpoint (see checkpoint.py) and gives the directory its name: a kill at any moment leaves the one before, or this.
+checkpoint (see reader.py) and gives the directory its name: a kill at any moment leaves the one before, or this.
 """
 
 import contextlib
@@ -41,7 +41,7 @@ class Checkpointer:
 
     ``config`` is the run's resolved YAML; ``facts`` go into state.json beside the numbers of a TrainState. After each
     save all complete steps are removed but the newest ``keep_last`` (None: keep all) and the multiples of
-    ``keep_every``. The run must own ``folder`` (owner.py): what an earlier one left unfinished there is removed.
+    ``keep_every``. The run must hold its lock (train/lock.py): temporary directories of an earlier run are removed.
     """
 
     def __init__(
@@ -73,7 +73,7 @@ class Checkpointer:
     def save(
         self, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, wait: bool = False
     ) -> Path | None:
-        """Save ``state`` and the tensors as they are now; every rank must call it.
+        """Save ``state`` and the tensors as they are now. Collective.
 
         Waits for the save before. Gives the step directory if it is complete on return: if not asynchronous, or with
         ``wait``; else None, and what follows may change every tensor. Raises CheckpointError when it fails, and when
@@ -120,7 +120,7 @@ class Checkpointer:
 
     def _make_room(self, final: Path, num_bytes: int) -> None:
         """Make the empty folder for the files of ``final``; raises CheckpointError on all ranks when it cannot be."""
-        fault = None
+        problem = None
         if self._is_writer:
             unfinished = _unfinished(final)
             try:
@@ -128,15 +128,15 @@ class Checkpointer:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 free = shutil.disk_usage(self._folder).free
                 if free < num_bytes:
-                    fault = f"it takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are free"
+                    problem = f"it takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are free"
                 else:
                     unfinished.mkdir()
             except OSError as error:
-                fault = str(error)
-        said = [fault]
-        dist.broadcast_object_list(said, src=0, group=self.group)
-        if said[0] is not None:
-            raise CheckpointError(f"{final} is not saved: {said[0]}")
+                problem = str(error)
+        shared = [problem]
+        dist.broadcast_object_list(shared, src=0, group=self.group)
+        if shared[0] is not None:
+            raise CheckpointError(f"{final} is not saved: {shared[0]}")
 
     def _files(self, state: TrainState) -> dict[str, bytes]:
         """What makes the tensors a checkpoint, by file name; made now, for ``state`` goes on."""

@@ -1,4 +1,4 @@
-"""What a person sees of a run: two cards and, between them, a moving bar in a terminal or plain lines anywhere else."""
+"""Print a run's progress: a summary at either end and, between them, a bar in a terminal or else plain lines."""
 
 import os
 import shlex
@@ -24,7 +24,7 @@ from tinyllama.throughput import duration
 from tinyllama.train.run import Run
 
 Row = dict[str, float | None]
-Card = Iterator[tuple[str, str]]
+Summary = Iterator[tuple[str, str]]
 
 FORMATS = {
     "loss": "loss {:.4f}",
@@ -96,15 +96,15 @@ def in_terminal() -> bool:
     return sys.stdout.isatty() and not Terminal().is_dumb_terminal
 
 
-def show_card(title: str, card: Card) -> None:
-    """Print a card: framed in a terminal, else lines of ``key      value``."""
+def show_summary(title: str, summary: Summary) -> None:
+    """Print a summary: framed in a terminal, else lines of ``key      value``."""
     if not in_terminal():
-        print(*(f"{key:<8} {value}" for key, value in card), sep="\n", flush=True)
+        print(*(f"{key:<8} {value}" for key, value in summary), sep="\n", flush=True)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
-    for key, value in card:
+    for key, value in summary:
         table.add_row(key, Text(value))
     Terminal(highlight=False).print(Panel(table, title=f"[bold]{title}", title_align="left", border_style="cyan"))
 
@@ -121,8 +121,8 @@ def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
     return "  ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
 
 
-def start_card(run: Run, dtypes: str, hosts: list[str]) -> Card:
-    """What is about to happen."""
+def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
+    """Summarize what is about to happen."""
     args, steps = run.args, run.max_steps
     samples = steps * args.train.global_batch_size
     yield "start", run.origin
@@ -171,8 +171,8 @@ def _checkpoint_policy(run: Run) -> str:
     )
 
 
-def closing_card(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState) -> Card:
-    """What came of it: ``rows`` of metrics.csv, what the seconds since this start went into, and what to do next."""
+def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState) -> Summary:
+    """Summarize the run from ``rows`` of metrics.csv: its losses, where the time went, and what to do next."""
     losses = [(float(row["val_loss"]), int(row["step"])) for row in rows if row.get("val_loss")]
     if losses:
         (last, at), (best, best_at) = losses[-1], min(losses)
@@ -194,7 +194,7 @@ def closing_card(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float]
 
 
 def same_command() -> str:
-    """The command that started this process, but for a launcher's own flags, which its ranks are not told."""
+    """Return the command that started this process, but for a launcher's own flags, which its ranks cannot see."""
     launcher = "python"
     if "TORCHELASTIC_RUN_ID" in os.environ:
         launcher = "torchrun ..."

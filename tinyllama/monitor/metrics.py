@@ -1,4 +1,4 @@
-"""What a run writes: a row a logged step in metrics.csv, a line an event in events.jsonl, and both to the console."""
+"""Log a run: metrics of each log interval to metrics.csv, events to events.jsonl, and both to the console."""
 
 import contextlib
 import csv
@@ -18,7 +18,7 @@ import torch
 from tinyllama import InputError, atomic
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.monitor.console import Console, Row, closing_card, console_line, show_card
+from tinyllama.monitor.console import Console, Row, console_line, end_summary, show_summary
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.run import Run
@@ -42,7 +42,7 @@ column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is
 
 
 class RunLog:
-    """Rank 0's words; the other ranks have one that says nothing. Use it as a context, which ends what it began."""
+    """Rank 0's log; that of other ranks does nothing. Use it as a context, which closes what it opened."""
 
     def __init__(self, run: Run, step: int | None, speaks: bool) -> None:
         """Go on after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
@@ -94,7 +94,7 @@ class RunLog:
             self._tracker.finish()
 
     def facts(self) -> dict[str, Any]:
-        """What a checkpoint has to know for a run that goes on from it."""
+        """Return what a checkpoint must record for a run that resumes from it."""
         return {"wandb_id": self._tracker.id} if self._tracker else {}
 
     def row(self, row: Row, seconds_left: float | None = None) -> None:
@@ -131,15 +131,15 @@ class RunLog:
         self.event("stop", f"stopped for good, see {resume.stopped_file(self._run.out_dir)}", **facts)
 
     def end(self, state: TrainState, asked: str | None) -> None:
-        """The last step is done, or something ``asked`` for a stop: the last word, after the closing card."""
+        """The last step is done, or something ``asked`` for a stop: log it, after the end summary."""
         if not self._speaks:
             return
         if self._tracker and not asked:
             self._tracker.send(self._last)
         self._console.__exit__(None, None, None)
         self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
-        card = closing_card(self._run, read_metrics(self._metrics), self._seconds, state)
-        show_card("stopped" if asked else "done", card)
+        summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state)
+        show_summary("stopped" if asked else "done", summary)
         facts = {"step": state.step, "seconds": self._seconds}
         if asked:
             text = f"stopped by {asked} at step {state.step}; the same command goes on from there"

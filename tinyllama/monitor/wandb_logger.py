@@ -1,4 +1,4 @@
-"""A run's history in wandb, where it is asked for: one id for the run's whole life, each step once, no say in the run.
+"""Weights & Biases logging: one run id across restarts, each step sent once, failures never stop training.
 
 It is fed with finished rows of metrics.csv and remembers in ``out_dir/wandb.json`` which it has sent. A resumed run
 does some steps again; as it does them exactly as before, what is in the history already may stand.

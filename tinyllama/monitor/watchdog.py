@@ -1,4 +1,4 @@
-"""The watch over a run: where each rank is, which one did not arrive when they stand still, and pauses taken together.
+"""Watch the ranks of a run: record where each one is and, when they stall, name the one that did not arrive.
 
 Each rank keeps out_dir/heartbeat/rank-00003.json. In a stall every rank adds its stacks (rank-00003.stacks.txt) and
 what NCCL has recorded (``torchfrtrace OUT_DIR/heartbeat --prefix nccl_rank_``), one line names the rank to look at, on
@@ -31,7 +31,7 @@ from tinyllama import InputError
 Phase = Literal["start", "step", "validation", "checkpoint", "end"]
 
 STDERR = 2  # the descriptor: a thread that is stuck in a print holds the lock of sys.stderr
-VERDICT = "verdict.txt"
+DIAGNOSIS = "verdict.txt"
 
 
 @dataclass(frozen=True)
@@ -97,7 +97,7 @@ class Watchdog:
             for path in self._folder.iterdir():  # left by an earlier job, perhaps of more ranks
                 match = re.match(r"(?:nccl_rank_|rank-)(\d+)", path.name)
                 number = int(match[1]) if match else -1
-                if number == self._rank or (self._rank == 0 and number >= self._world_size) or path.name == VERDICT:
+                if number == self._rank or (self._rank == 0 and number >= self._world_size) or path.name == DIAGNOSIS:
                     path.unlink(missing_ok=True)
         except OSError as error:
             raise InputError(f"cannot write or remove {error.filename} ({error.strerror}): move it away") from None
@@ -170,7 +170,7 @@ class Watchdog:
             while said < self._world_size and time.monotonic() < deadline:
                 time.sleep(self._interval / 5)
                 said = sum(beat.stalled_at is not None for beat in read(self._folder, self._world_size))
-            named = f"{verdict(self._folder, self._world_size, limit)}\n".encode()
+            named = f"{diagnosis(self._folder, self._world_size, limit)}\n".encode()
             if self._is_first(named):
                 os.write(STDERR, b"watchdog: " + named)
             else:
@@ -184,7 +184,7 @@ class Watchdog:
         """Whether no other rank has spoken: one that was stopped and wakes up later would tell another story."""
         with contextlib.suppress(OSError):  # two that speak, as no file can be written, are better than none
             try:
-                with (self._folder / VERDICT).open("xb") as file:
+                with (self._folder / DIAGNOSIS).open("xb") as file:
                     file.write(named)
             except FileExistsError:
                 return False
@@ -197,8 +197,8 @@ def read(folder: Path, world_size: int) -> list[Heartbeat]:
     return [Heartbeat(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.exists()]
 
 
-def verdict(folder: Path, world_size: int, limit: float) -> str:
-    """One line that names the ranks to look at after a stall of ``limit`` seconds.
+def diagnosis(folder: Path, world_size: int, limit: float) -> str:
+    """Return one line that names the ranks to look at after a stall of ``limit`` seconds.
 
     They are those without a sign of life, else those that gave fewer beats than others, else those that do not wait
     for others.
@@ -208,16 +208,16 @@ def verdict(folder: Path, world_size: int, limit: float) -> str:
     # heartbeats are written many times in ``limit``; half of it forgives clocks that differ by seconds
     silent = [beat for beat in seen if beat.phase != "end" and (beat.age() > limit / 2 or beat.phase == "failed")]
     named += [f"{beat}, silent for {beat.age():.0f} s" for beat in silent]
-    fault = "dead, stopped or stuck in C code"
+    problem = "dead, stopped or stuck in C code"
     if not named:
-        fault = "did not arrive"
+        problem = "did not arrive"
         behind = [beat for beat in seen if beat.beats == min(other.beats for other in seen)]
         if len(behind) == world_size:
             behind = [beat for beat in seen if not beat.waiting] or seen
         if len(behind) == world_size > 1:
             return f"all {world_size} ranks arrived at the same place: {seen[0]}"
         named = [str(beat) for beat in behind]
-    return f"{fault}: {', '.join(named[:8])}" + (f" and {len(named) - 8} more" if len(named) > 8 else "")
+    return f"{problem}: {', '.join(named[:8])}" + (f" and {len(named) - 8} more" if len(named) > 8 else "")
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:

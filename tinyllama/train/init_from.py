@@ -1,4 +1,4 @@
-"""The weights that a new run starts from when it does not draw them."""
+"""Load the initial weights of a run that starts from another model (train.init_from)."""
 
 from dataclasses import fields
 from pathlib import Path
@@ -33,26 +33,26 @@ def initial_weights(run: Run) -> Weights | None:
         return None
     weights = open_weights(start, run.config)
     ours, theirs = run.config, weights.config
-    faults = []
+    errors = []
     for name in (field.name for field in fields(ModelConfig)):
         if name in ("name", "vocab_size", "padding_multiple") or getattr(ours, name) == getattr(theirs, name):
             continue
         if name not in CHANGEABLE or getattr(run.args.model, name) is None:
-            faults.append(
-                f"model.{name} is {getattr(ours, name)} and in {start} {getattr(theirs, name)}: {_remedy(name)}"
+            errors.append(
+                f"model.{name} is {getattr(ours, name)} and in {start} {getattr(theirs, name)}: {_hint(name)}"
             )
     if ours.padded_vocab_size != theirs.padded_vocab_size:
-        faults.append(
+        errors.append(
             f"model.vocab_size {ours.vocab_size} makes {ours.padded_vocab_size} rows and {start} has "
             f"{theirs.padded_vocab_size}: set model.vocab_size and model.padding_multiple to fit"
         )
     trained_with, prepared_with = weights.facts["tokenizer_sha256"], run.sources[0].tokenizer_sha256
     if trained_with and prepared_with and trained_with != prepared_with:
-        faults.append(f"{start} was trained with another tokenizer than {run.sources[0].path} was prepared with")
-    if faults:
-        raise InputError(*faults)
+        errors.append(f"{start} was trained with another tokenizer than {run.sources[0].path} was prepared with")
+    if errors:
+        raise InputError(*errors)
     return weights
 
 
-def _remedy(name: str) -> str:
+def _hint(name: str) -> str:
     return f"give model.{name} yourself to change it" if name in CHANGEABLE else f"set model.{name} to that"

@@ -102,7 +102,7 @@ def _ranks(args: ParallelArgs) -> tuple[int, int]:
 
 
 def rank_map() -> list[str]:
-    """Which ranks run where, a line a host; every rank must ask."""
+    """Which ranks run where, a line a host. Collective."""
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     numbers = {host: [str(rank) for rank, where in enumerate(hosts) if where == host] for host in hosts}

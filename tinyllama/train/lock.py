@@ -1,7 +1,8 @@
-"""One owner of a run's folder: a second process that would write there too is refused.
+"""The run lock: refuse a second process that would write to the folder of a run.
 
-A requeued job can overlap the one it replaces. The owner's file says who it is; its time of modification is the
-heartbeat, and is compared only with the time that the same file system gives to a new file: clocks may differ.
+A requeued job can overlap the one it replaces. The lock's file, OWNER.json, says who holds it; its time of
+modification is the heartbeat, and is compared only with the time that the same file system gives to a new file: clocks
+may differ.
 """
 
 import contextlib
@@ -21,11 +22,11 @@ import torch.distributed as dist
 from tinyllama import InputError, atomic
 
 BEAT = 10.0  # seconds between heartbeats
-STALE = 60.0  # an owner that was silent for as many seconds is gone
+STALE = 60.0  # a holder that was silent for as many seconds is gone
 
 
-class Owner:
-    """Hold ``out_dir`` while in the context; for rank 0 only.
+class RunLock:
+    """Hold the lock on ``out_dir`` while in the context; for rank 0 only.
 
     ``job_id`` is the Slurm job's, None outside one. Raises InputError when another process holds it: one whose
     heartbeat is fresh and, if it was on this host, whose pid is alive; but the same job, requeued since, takes over.
@@ -44,7 +45,7 @@ class Owner:
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="owner", daemon=True)
 
-    def __enter__(self) -> "Owner":
+    def __enter__(self) -> "RunLock":
         try:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             before = None
@@ -67,7 +68,7 @@ class Owner:
                 self._path.unlink()
 
     def _create(self) -> bool:
-        """Become the owner if there is none."""
+        """Take the lock if nobody holds it."""
         try:
             handle = os.open(self._path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
         except FileExistsError:
@@ -81,7 +82,7 @@ class Owner:
         return True
 
     def _clear(self) -> str | None:
-        """Remove the file of an owner that is gone and give who it was and why; raises InputError if it is not gone."""
+        """Remove the file of a holder that is gone and return who it was and why; raises InputError if it is alive."""
         try:
             age, text = self._age(), _read(self._path)
         except FileNotFoundError:
@@ -102,16 +103,16 @@ class Owner:
                 f"give another out_dir; one that is gone is taken for it after {STALE:.0f} s"
             )
         # of two that find the same file stale, the one that renames it goes on; the other finds none, or a new owner's
-        grave = atomic.temporary(self._path)
+        tombstone = atomic.temporary(self._path)
         with contextlib.suppress(FileNotFoundError):
-            self._path.rename(grave)
+            self._path.rename(tombstone)
             try:
-                if _read(grave) == text:
+                if _read(tombstone) == text:
                     return f"{who}: {why}"
                 with contextlib.suppress(FileExistsError):  # another was quicker by a moment: this is its file
-                    os.link(grave, self._path)
+                    os.link(tombstone, self._path)
             finally:
-                grave.unlink()
+                tombstone.unlink()
         return None
 
     def _age(self) -> float:
@@ -139,13 +140,13 @@ class Owner:
 
 
 @contextlib.contextmanager
-def held(out_dir: Path, job_id: str | None) -> Iterator[None]:
-    """Hold ``out_dir`` by rank 0; every rank must ask, and every rank raises the InputError of a refusal."""
+def run_lock(out_dir: Path, job_id: str | None) -> Iterator[None]:
+    """Collective. Hold the run lock on ``out_dir`` by rank 0; every rank raises the InputError of a refusal."""
     with contextlib.ExitStack() as stack:
         refusal: list[Any] = [None]
         if dist.get_rank() == 0:
             try:
-                stack.enter_context(Owner(out_dir, job_id))
+                stack.enter_context(RunLock(out_dir, job_id))
             except InputError as error:
                 refusal = [error.args]
         dist.broadcast_object_list(refusal, src=0)
@@ -159,7 +160,7 @@ def _read(path: Path) -> str:
 
 
 def _parse(text: str) -> dict[str, Any]:
-    """What an owner's file says; {} when it has not been written to its end, or was damaged."""
+    """Return what a lock's file says; {} when it has not been written to its end, or was damaged."""
     try:
         facts = json.loads(text)
         kinds = {"host": str, "pid": int, "restarts": int}

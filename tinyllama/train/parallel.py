@@ -20,14 +20,14 @@ from tinyllama.model import GPT, init_weights
 from tinyllama.ops import attention, float8, swiglu
 from tinyllama.train.launch import World, launcher
 
-# what selective activation checkpointing keeps: the products, which are dear; the rest is cheap to do again
+# what selective activation checkpointing keeps: the matmuls, which are dear; the rest is cheap to do again
 SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
 
 
 def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
     """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
     for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
-        logging.getLogger(name).setLevel(logging.WARNING)  # our card says what they would
+        logging.getLogger(name).setLevel(logging.WARNING)  # our summary says what they would
     strategy = ModelParallelStrategy(
         parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, world.shard, train),
         data_parallel_size=world.size,
@@ -42,7 +42,7 @@ def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
 
 
 def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs) -> GPT:
-    """Shard each Block and then the rest of ``model``, which lies on the meta device, and draw its start weights.
+    """Shard each Block and then the rest of ``model``, which lies on the meta device, and draw its initial weights.
 
     Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
     """

@@ -47,7 +47,7 @@ class Preemption:
         self._asked = self._asked or number
 
     def asked(self) -> str | None:
-        """What any rank was asked to stop by: a signal's name or a setting's; None: nothing. All ranks must ask."""
+        """Collective. Return the name of the signal or setting that asks any rank for a stop; None if nothing does."""
         if time.monotonic() > self._until:
             self.ask(self.MAX_TIME)
         number = torch.tensor(self._asked)

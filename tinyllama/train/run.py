@@ -67,7 +67,7 @@ class Run:
         """The settings with the model's sizes written out: what config.yaml holds."""
         return asdict(self.args) | {"model": asdict(self.config)}
 
-    def data_facts(self) -> dict[str, Any]:
+    def data_metadata(self) -> dict[str, Any]:
         """What fixes the model and the order of the samples: a resumed run must have the same."""
         sources: list[dict[str, Any]] = [
             {"weight": source.weight, "fingerprint": dataset.fingerprint}
@@ -81,7 +81,7 @@ class Run:
                 facts["final_weight"] = source.final_weight
         return {"data": data, "model": asdict(self.config)}
 
-    def tokenizer_facts(self) -> dict[str, Any]:
+    def tokenizer_metadata(self) -> dict[str, Any]:
         """What a converter has to know of the tokenizer."""
         dataset = self.sources[0]
         return {"tokenizer_sha256": dataset.tokenizer_sha256, "bos_id": dataset.bos_id, "eos_id": dataset.eos_id}
@@ -91,7 +91,7 @@ def check_resume(run: Run) -> None:
     """Raise InputError if the run cannot continue from its checkpoint: other data, another model, too few steps."""
     if run.resume is None:
         return
-    saved, now = reader.read_state(run.resume), run.data_facts()
+    saved, now = reader.read_state(run.resume), run.data_metadata()
     then = {key: saved.get(key) for key in now}
     if isinstance(then["data"], dict):
         then["data"] = {"order": FIRST_ORDER} | then["data"]
@@ -163,8 +163,8 @@ def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mi
 def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
     """The backend of each operation on the device that this run will have."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.train.precision == "float8" and (fault := float8.fault(device)):
-        raise InputError(f"train.precision float8 cannot be used: {fault}")
+    if args.train.precision == "float8" and (problem := float8.fault(device)):
+        raise InputError(f"train.precision float8 cannot be used: {problem}")
     for dataset in datasets if args.data.document_mask else []:
         if not dataset.eos:
             raise InputError(f"data.document_mask needs documents that end with eos: prepare {dataset.path} again so")
