@@ -66,8 +66,8 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
     """The JSON line of one backend."""
     backend = OPERATIONS[operation][name]
     line: dict[str, Any] = {"operation": operation, "backend": name, "compiled": compiled, "library": backend.version()}
-    if fault := backend.fault(torch.device("cuda")):
-        return line | {"fault": fault}
+    if problem := backend.problem(torch.device("cuda")):
+        return line | {"error": problem}
     call = torch.compile(backend.call, dynamic=False) if compiled else backend.call
     try:
         torch.cuda.reset_peak_memory_stats()
@@ -86,7 +86,7 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
 
         total = microseconds(both)
     except (RuntimeError, AssertionError) as error:  # out of memory, or a shape the kernel is not made for
-        return line | {"fault": str(error).splitlines()[0]}
+        return line | {"error": str(error).splitlines()[0]}
     line |= {"forward_us": round(forward, 1), "forward_backward_us": round(total, 1)}
     line["peak_memory_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
     if tflop:
@@ -127,7 +127,7 @@ def main() -> None:
                 line = measure(operation, name, compiled, config, args.micro_batch_size)
                 print(json.dumps(line), flush=True)
                 torch.cuda.empty_cache()
-                if "fault" in line:
+                if "error" in line:
                     break
 
 

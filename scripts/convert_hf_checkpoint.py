@@ -8,7 +8,7 @@ from pathlib import Path
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.convert import native
-from tinyllama.convert.verify import verdict, verify
+from tinyllama.convert.verify import summarize, verify
 from tinyllama.convert.weights import DTYPES, open_weights
 
 
@@ -29,7 +29,7 @@ def main() -> int:
     print(f"vocabulary: {config.vocab_size:,} pieces in {config.padded_vocab_size:,} rows")
     if not args.verify:
         return 0
-    text, code = verdict(verify(args.hf_dir, open_weights(step_dir), weights.dtype))
+    text, code = summarize(verify(args.hf_dir, open_weights(step_dir), weights.dtype))
     print(text)
     return code
 

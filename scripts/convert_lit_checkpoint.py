@@ -11,7 +11,7 @@ from tinyllama.config import cli
 from tinyllama.config.args import ModelArgs
 from tinyllama.convert import hf_folder
 from tinyllama.convert.tokenizer_files import matching_tokenizer
-from tinyllama.convert.verify import verdict, verify
+from tinyllama.convert.verify import summarize, verify
 from tinyllama.convert.weights import DTYPES, open_weights
 
 
@@ -36,7 +36,7 @@ def main() -> int:
     print(f"{weights.path} -> {args.output}")
     if not args.verify:
         return 0
-    text, code = verdict(verify(args.output, weights, weights.dtype))
+    text, code = summarize(verify(args.output, weights, weights.dtype))
     print(text)
     return code
 

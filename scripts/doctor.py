@@ -23,8 +23,8 @@ def main() -> int:
     for finding in doctor.examine(args.out_dir):
         wrong += finding.state == doctor.WRONG
         print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
-        if finding.remedy:
-            print(f"{'':<25} -> {finding.remedy}", flush=True)
+        if finding.hint:
+            print(f"{'':<25} -> {finding.hint}", flush=True)
     print(f"{wrong} wrong" if wrong else "nothing is wrong")
     return int(wrong > 0)
 

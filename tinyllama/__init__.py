@@ -4,11 +4,11 @@ __version__ = "0.1.0"
 
 
 class InputError(ValueError):
-    """What the user gave is wrong: a file, a key, a value. Each argument is one fault and names its remedy.
+    """Report wrong input: a file, a key or a value. Each argument is one problem and ends with a hint.
 
-    Commands print each fault as one ``error:`` line and exit with status 2 (see ``tinyllama.config.cli.run``);
-    every other exception is a defect of ours and keeps its traceback.
+    Commands print each problem as one ``error:`` line and exit with status 2 (see ``tinyllama.config.cli.run``).
+    Every other exception is a bug of ours and keeps its traceback.
     """
 
     def __str__(self) -> str:
-        return "\n".join(str(fault) for fault in self.args)
+        return "\n".join(str(problem) for problem in self.args)

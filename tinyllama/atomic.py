@@ -1,4 +1,4 @@
-"""Files that appear whole or not at all, and are still there after a power cut."""
+"""Write files that appear complete or not at all, and survive a power cut."""
 
 import errno
 import os
@@ -7,26 +7,26 @@ from pathlib import Path
 
 
 def temporary(path: Path) -> Path:
-    """A name beside ``path`` that nobody else uses, with the ending ``.tmp``."""
+    """Return an unused name beside ``path`` that ends in ``.tmp``."""
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
 def write(path: Path, payload: bytes) -> None:
-    """Put ``payload`` into ``path``: a reader finds what was there before, or all of this."""
-    if path.exists() and not path.is_file():  # root could replace a device
+    """Replace the content of ``path`` by ``payload``; a reader sees the old content or the complete new one."""
+    if path.exists() and not path.is_file():  # as root, replace() would overwrite a device
         raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
-    unfinished = temporary(path)
+    partial = temporary(path)
     try:
-        unfinished.write_bytes(payload)
-        sync(unfinished)
-        unfinished.replace(path)
+        partial.write_bytes(payload)
+        sync(partial)
+        partial.replace(path)
         sync(path.parent)
     finally:
-        unfinished.unlink(missing_ok=True)
+        partial.unlink(missing_ok=True)
 
 
 def sync(path: Path) -> None:
-    """Return when what a file holds, or the names in a folder, have reached the disk."""
+    """Flush a file's content, or a folder's names, to the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

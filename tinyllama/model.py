@@ -1,4 +1,4 @@
-"""The whole model: Llama 2's architecture (arXiv:2307.09288) under the parameter names of the original TinyLlama.
+"""Define the whole model: Llama 2's architecture (arXiv:2307.09288) with upstream TinyLlama's parameter names.
 
 Shapes: B sequences, T tokens, C = n_embd, V = padded_vocab_size, nh = n_head, G = n_query_groups, hs = head_size.
 """
@@ -17,22 +17,22 @@ from tinyllama.config.model import ModelConfig
 from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
 from tinyllama.ops.rope import rope, rope_tables
 
-# what runs anywhere; ops/backend.py chooses for a run
+# backends that run anywhere; ops/choice.py chooses those of a run
 OPS = {"attention": "sdpa", "rms_norm": "reference", "swiglu": "reference", "cross_entropy": "reference"}
 
 
 class Cache(Protocol):
-    """Keys and values of the tokens before; generate.py has the one there is."""
+    """Interface of a cache for the keys and values of earlier tokens; eval/generate.py implements it."""
 
     length: int
-    """tokens seen so far"""
+    """number of tokens in the cache"""
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep k and v (B, G, T, hs) of ``layer``; q (B, nh, T, hs) over all that is kept -> (B, nh, T, hs)."""
+        """Cache k and v (B, G, T, hs) of ``layer``, attend with q (B, nh, T, hs) over the cache -> (B, nh, T, hs)."""
 
 
 class GPT(nn.Module):
-    """Embedding, ``n_layer`` blocks, a norm, and the output matrix, which may be the embedding itself.
+    """Stack an embedding, ``n_layer`` blocks, a norm and the output matrix, which may be the embedding itself.
 
     ``ops`` names the backend of each operation.
     """
@@ -51,7 +51,7 @@ class GPT(nn.Module):
                 "ln_f": RMSNorm(config, ops),
             }
         )
-        # neither parameters nor buffers: model.to(torch.bfloat16) would cast a buffer, and these must stay fp32
+        # not a buffer: model.to(torch.bfloat16) would cast it, and the tables must stay fp32
         self._rope_tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
@@ -62,12 +62,13 @@ class GPT(nn.Module):
         restart: bool = False,
         cache: Cache | None = None,
     ) -> Tensor:
-        """Logits (B, T, V) of input_ids (B, T), T <= block_size; with targets (B, T) their summed loss, an fp32 scalar.
+        """Return the logits (B, T, V) of input_ids (B, T), or with targets (B, T) their summed loss, an fp32 scalar.
 
-        The sum runs over the targets that are not IGNORE_INDEX. It is taken here, inside the wrapped forward, so that
-        the logits of a training step need not exist in full. With ``documents`` (B, T), the number of each token's
-        document, no token sees another document's; with ``restart`` positions count from its beginning too.
-        With a ``cache`` the input_ids follow those it has seen, and logits are the last position's alone, (B, 1, V).
+        T is at most block_size. The loss sums over the targets that are not IGNORE_INDEX. It is computed here, inside
+        the wrapped forward, so that a training step never needs all logits at once. ``documents`` (B, T) numbers the
+        document of each token: tokens attend within their own document, and with ``restart`` positions count from its
+        first token. With a ``cache``, input_ids continue the cached tokens, and only the last position's logits are
+        returned, (B, 1, V).
         """
         T = input_ids.size(1)
         start = cache.length if cache is not None else 0
@@ -78,8 +79,8 @@ class GPT(nn.Module):
             if restart:
                 cos, sin = (table[attention.positions(documents)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
         x = self.transformer["wte"](input_ids)  # (B, T, C)
-        for block in self.transformer["h"].children():
-            x = block(x, cos, sin, mask, *([cache] if cache is not None else []))
+        for block in self.layers:
+            x = block(x, cos, sin, mask, cache)
         x, _ = self.transformer["ln_f"](x if cache is None else x[:, -1:])  # (B, T or 1, C)
         tied = self.config.tie_embeddings
         weight = cast(Tensor, self.transformer["wte"].weight if tied else self.lm_head.weight)  # (V, C)
@@ -87,10 +88,15 @@ class GPT(nn.Module):
             return self.cross_entropy(x, weight, targets)
         return F.linear(x, weight) if tied else self.lm_head(x)  # (B, T or 1, V)
 
+    @property
+    def layers(self) -> list["Block"]:
+        """Return the blocks in order."""
+        return cast(list[Block], list(self.transformer["h"].children()))
+
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """RoPE's cosines and sines, (block_size, hs/2) each, fp32; built at the first call on a device."""
+        """Return RoPE's cosines and sines, (block_size, hs/2) each, fp32; the first call on a device builds them."""
         if self._rope_tables is None or self._rope_tables[0].device != device:
-            # a table made in inference mode could not be used in training after it
+            # training cannot use a table that was made in inference mode
             with torch.inference_mode(False):
                 config = self.config
                 self._rope_tables = rope_tables(
@@ -100,7 +106,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """One layer: attention, then the MLP, each on the normalised stream and added to it."""
+    """Add attention and then the MLP, each of the normalised residual stream, to the residual stream."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -110,14 +116,16 @@ class Block(nn.Module):
         self.mlp = LLaMAMLP(config, ops)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
-        """x (B, T, C), cos and sin (T, hs/2) fp32, mask as the attention's backend takes it -> (B, T, C)."""
+        """Apply the layer: x (B, T, C), cos and sin (T, hs/2) fp32, the attention backend's mask -> (B, T, C)."""
+        # x = x + attn(norm_1(x))
+        # x = x + mlp(norm_2(x)), written so that one kernel adds to the residual stream and normalises the sum
         h, x = self.norm_1(x)
         h, x = self.norm_2(x, self.attn(h, cos, sin, mask, cache))
         return x + self.mlp(h)
 
 
 class CausalSelfAttention(nn.Module):
-    """Attention of nh query heads over G key-value heads; ``attn`` is the fused projection to all of them."""
+    """Attend with nh query heads over G key-value heads; ``attn`` is the fused projection to all of them."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -128,7 +136,7 @@ class CausalSelfAttention(nn.Module):
         self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
-        """x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
+        """Apply the attention: x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
         B, T, C = x.shape
         queries = self.n_head // self.n_query_groups
         qkv = self.attn(x).view(B, T, self.n_query_groups, queries + 2, self.head_size)
@@ -140,7 +148,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class LLaMAMLP(nn.Module):
-    """The MLP. It only holds ``swiglu``, for upstream's parameter names."""
+    """Wrap ``swiglu``, as upstream's parameter names require."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -152,22 +160,22 @@ class LLaMAMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """``w3(silu(w1 x) * w2 x)``: w1 gates, w2 goes up to intermediate_size, w3 comes down again."""
+    """Compute ``w3(silu(w1 x) * w2 x)``: w1 gates, w2 projects up to intermediate_size and w3 down again."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
-        self.product = swiglu.BACKENDS[ops["swiglu"]].call
+        self.gated_mlp = swiglu.BACKENDS[ops["swiglu"]].call
         self.w1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
         self.w2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
         self.w3 = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.product(x, self.w1, self.w2, self.w3)
+        return self.gated_mlp(x, self.w1, self.w2, self.w3)
 
 
 class RMSNorm(nn.Module):
-    """Root mean square normalisation with a weight per channel."""
+    """Normalise by the root mean square, with a weight per channel."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -176,12 +184,12 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The stream x (..., C) and what is added to it -> the norm of their sum, and the sum, (..., C) each."""
+        """Add ``added`` to the residual stream x (..., C) -> the norm of the sum and the sum, (..., C) each."""
         return self.normalise(x, self.weight, self.eps, added)
 
 
 def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
-    """A GPT made of the given tensors, by parameter name; it shares their memory."""
+    """Build a GPT from tensors by parameter name; it shares their memory."""
     with torch.device("meta"):
         model = GPT(config)
     model.load_state_dict(weights, assign=True)
@@ -190,11 +198,11 @@ def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
 
 @torch.no_grad()
 def init_weights(model: GPT, seed: int) -> None:
-    """Give a GPT, wrapped, sharded or neither, its start weights; they depend on nothing but sizes and seed.
+    """Set the initial weights of a GPT, wrapped, sharded or neither; they depend on the sizes and the seed only.
 
-    Every parameter has its own generator, seeded by seed and name, and is drawn in full on the CPU in fp32; a DTensor
-    takes its shard of that without communication. So the start is the same for every device, world size and wrapping.
-    Standard deviations as upstream's (lit_gpt/model.py, GPT._init_weights).
+    Every parameter has its own generator, seeded by seed and name, and is drawn in full on the CPU in fp32, so that
+    the initial weights are the same for every device, world size and wrapping. The standard deviations are upstream's
+    (lit_gpt/model.py, GPT._init_weights).
     """
     n_embd, n_layer = model.config.n_embd, model.config.n_layer
     for name, parameter in model.named_parameters():
@@ -206,6 +214,14 @@ def init_weights(model: GPT, seed: int) -> None:
             digest = hashlib.blake2b(f"{seed} {name}".encode(), digest_size=8).digest()
             generator = torch.Generator().manual_seed(int.from_bytes(digest, "little"))
             full = torch.empty(parameter.shape).normal_(0, std, generator=generator)
-        if isinstance(parameter, DTensor):
-            full = distribute_tensor(full, parameter.device_mesh, parameter.placements, src_data_rank=None)
-        parameter.copy_(full)
+        assign_full(parameter, full)
+
+
+@torch.no_grad()
+def assign_full(parameter: Tensor, full: Tensor) -> None:
+    """Copy a full tensor into a parameter; a rank keeps its shard of a DTensor, without communication."""
+    full = full.to(parameter.dtype)
+    if isinstance(parameter, DTensor):
+        device, mesh = parameter.device, parameter.device_mesh
+        full = distribute_tensor(full.to(device), mesh, parameter.placements, src_data_rank=None)
+    parameter.copy_(full)

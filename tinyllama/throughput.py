@@ -6,7 +6,7 @@ from collections import deque
 
 from tinyllama.config.model import ModelConfig
 
-# Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets, by a pattern in the device's name; the first counts.
+# Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets, by a pattern of the device's name; the first match wins.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,
@@ -29,57 +29,57 @@ PEAK_FLOPS = {
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Dense bf16 FLOP/s of the GPU that the driver calls ``device_name``; None for one not in the table."""
+    """Return the dense bf16 FLOP/s of the GPU that the driver calls ``device_name``; None if the table lacks it."""
     return next((peak for name, peak in PEAK_FLOPS.items() if re.search(rf"\b{name}\b", device_name)), None)
 
 
 def flops_per_token(config: ModelConfig) -> int:
-    """FLOPs of a forward and backward pass, per token: 6 (N - N_wte) + 12 L d T.
+    """Return the FLOPs per token of a forward and backward pass, 6 (N - N_wte) + 12 L d T.
 
-    6 for each parameter of a matrix product (arXiv:2001.08361), and attention's two products over the whole context,
-    causal or not (arXiv:2204.02311, appendix B). It gives upstream's published 56 % at 24k tokens/s on an A100.
+    It counts 6 for each parameter of a matmul (arXiv:2001.08361), and attention's two matmuls over the whole context,
+    causal or not (arXiv:2204.02311, appendix B). It reproduces upstream's published 56 % at 24k tokens/s on an A100.
     """
     return 6 * config.num_params(embedding=False) + 12 * config.n_layer * config.n_embd * config.block_size
 
 
 class Meter:
-    """Tokens per second over the last ``window`` laps; a lap is the training steps between two log lines.
+    """Measure tokens per second over the last ``window`` intervals; an interval lies between two log lines.
 
-    The first lap, in which everything is compiled, counts only until there is another.
+    The first interval includes compilation, so it is dropped once a second one exists.
     """
 
     def __init__(self, window: int = 10) -> None:
-        self._laps: deque[tuple[int, float]] = deque(maxlen=window)
-        self._cold = True
+        self._intervals: deque[tuple[int, float]] = deque(maxlen=window)
+        self._only_first = True
         self.start()
 
     def start(self) -> None:
-        """Begin a lap now: what came before it (a validation, a checkpoint) is nobody's lap."""
+        """Start an interval now; the time before it (a validation, a checkpoint) belongs to none."""
         self._began = time.perf_counter()
         self._tokens = 0
         self._seconds = 0.0
 
     def pause(self) -> None:
-        """Stop the lap's clock until ``go_on``."""
+        """Stop the interval's clock until ``go_on``."""
         self._seconds += time.perf_counter() - self._began
 
     def go_on(self) -> None:
-        """Let the lap's clock run again."""
+        """Restart the interval's clock."""
         self._began = time.perf_counter()
 
     def step(self, tokens: int) -> None:
-        """Count a step's tokens towards the lap."""
+        """Count a step's tokens towards the interval."""
         self._tokens += tokens
 
     def lap(self) -> float:
-        """End the lap, begin the next, and give the tokens per second of the window."""
+        """End the interval, start the next, and return the tokens per second of the window."""
         self.pause()
-        if self._cold and self._laps:
-            self._laps.clear()
-            self._cold = False
-        self._laps.append((self._tokens, self._seconds))
+        if self._only_first and self._intervals:
+            self._intervals.clear()
+            self._only_first = False
+        self._intervals.append((self._tokens, self._seconds))
         self.start()
-        return sum(tokens for tokens, _ in self._laps) / sum(seconds for _, seconds in self._laps)
+        return sum(tokens for tokens, _ in self._intervals) / sum(seconds for _, seconds in self._intervals)
 
 
 def duration(seconds: float) -> str:

@@ -192,13 +192,13 @@ def test_what_no_export_wrote_is_left_alone(tmp_path):
     (tmp_path / "other").mkdir()
     (tmp_path / "other/config.json").write_text("{}")
     before = contents(tmp_path)
-    for output, fault in [
+    for output, problem in [
         ("hf", "README.md, which no export wrote"),
         ("file", "is a file"),
         ("other", "config.json, which no export wrote"),
         ("file/hf", "cannot create .*file/hf: .*"),
     ]:
-        with pytest.raises(InputError, match=fault):
+        with pytest.raises(InputError, match=problem):
             hf_folder.write(tmp_path / output, given())
     assert contents(tmp_path) == before
 
@@ -266,7 +266,7 @@ def test_the_commands_name_what_is_wrong(script, step_dir, tmp_path, tokenizer_f
     (tmp_path / "full").mkdir()
     (tmp_path / "full/file").touch()
     text = ("--prompt", "a", "--tokenizer", tokenizer_file)
-    for name, args, fault in [
+    for name, args, problem in [
         ("convert_lit_checkpoint", (step_dir, tmp_path / "full"), "full holds file, which no export wrote"),
         ("convert_lit_checkpoint", (tmp_path, tmp_path / "new"), "holds no complete checkpoint"),
         ("convert_lit_checkpoint", (step_dir, tmp_path / "new", "--dtype", "float8"), "float8"),
@@ -277,5 +277,5 @@ def test_the_commands_name_what_is_wrong(script, step_dir, tmp_path, tokenizer_f
         code, out, err = script(name, *args)
         assert (code, out, err.count("\n")) == (2, "", 1), err
         assert err.startswith("error: ")
-        assert fault in err
+        assert problem in err
     assert not (tmp_path / "new").exists()

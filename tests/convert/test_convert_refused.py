@@ -173,13 +173,13 @@ def big_tokenizer(tmp_path_factory):
 
 @pytest.mark.parametrize("case", REFUSED)
 def test_a_folder_that_cannot_come_in_is_refused_in_one_line(case, tmp_path, script, big_tokenizer):
-    make, fault = REFUSED[case]
+    make, problem = REFUSED[case]
     shutil.copy(big_tokenizer, tmp_path / "big.model")
     make(tmp_path / "hf")
     code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert err.startswith("error: ")
-    assert fault in err
+    assert problem in err
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "big.model"}
 
 
@@ -199,7 +199,7 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
     (broken / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path)))
     sizes = [f"--model.{k}={v}" for k, v in dataclasses.asdict(CONFIG).items() if k not in ("name", "tie_embeddings")]
     before = {path.name for path in tmp_path.iterdir()}
-    for name, flags, fault in [
+    for name, flags, problem in [
         ("evil.pth", sizes, "evil.pth cannot be loaded"),
         ("missing.pth", sizes, "transformer.h.0.mlp.swiglu.w2.weight is missing"),
         ("cut.pth", sizes, "cut.pth cannot be loaded"),
@@ -222,7 +222,7 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         code, out, err = script("convert_lit_checkpoint", tmp_path / name, tmp_path / "hf", *flags)
         assert (code, out, err.count("\n")) == (2, "", 1), (name, err)
         assert err.startswith("error: ")
-        assert fault in err
+        assert problem in err
         assert {path.name for path in tmp_path.iterdir()} == before
 
 

@@ -115,7 +115,7 @@ def test_a_tensor_too_many_or_too_few_or_turned_is_refused(kind, tmp_path):
         "model.layers.0.mlp.up_proj.weight" if part.startswith("model.") else "transformer.h.0.mlp.swiglu.w2.weight"
     )
     extra = part.replace("weight", "bias")
-    for i, (changed, fault) in enumerate(
+    for i, (changed, problem) in enumerate(
         [
             (state | {extra: torch.ones(64)}, f"{extra} is not of such a model"),
             ({name: tensor for name, tensor in state.items() if name != part}, f"{part} is missing"),
@@ -128,7 +128,7 @@ def test_a_tensor_too_many_or_too_few_or_turned_is_refused(kind, tmp_path):
         there = WRITERS[kind](tmp_path / f"there{i}", changed)
         with pytest.raises(InputError) as caught:
             open_weights(there, CONFIG)
-        assert caught.value.args == (f"{there}: {fault}: give weights and sizes of one model",)
+        assert caught.value.args == (f"{there}: {problem}: give weights and sizes of one model",)
 
 
 def test_the_output_matrix_is_there_unless_it_is_the_embedding(tmp_path):
@@ -227,7 +227,7 @@ def test_weights_that_are_no_numbers_do_not_verify(wrong, tmp_path, script):
     state = weights()
     state["transformer.h.1.norm_1.weight"][3] = wrong
     hf_folder.write(tmp_path / "hf", given(state))  # they are the same on both sides
-    assert verify.verdict(difference(tmp_path / "hf", state))[1] == 1
+    assert verify.summarize(difference(tmp_path / "hf", state))[1] == 1
     code, out, _ = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours", "--verify")
     assert code == 1
     assert out.splitlines()[-1] == "verify: max |logit difference| to transformers nan, tolerance 1e-03"
@@ -237,16 +237,16 @@ def test_one_wrong_row_does_not_verify(tmp_path):
     hf_folder.write(tmp_path / "hf", given())
     other = weights()
     other["lm_head.weight"][7] *= 1.01
-    assert verify.verdict(difference(tmp_path / "hf", other))[1] == 1
-    assert verify.verdict(difference(tmp_path / "hf"))[1] == 0
+    assert verify.summarize(difference(tmp_path / "hf", other))[1] == 1
+    assert verify.summarize(difference(tmp_path / "hf"))[1] == 0
 
 
-def test_the_verdict_lies_between_the_noise_of_fp32_and_a_wrong_norm():
+def test_the_result_lies_between_the_noise_of_fp32_and_a_wrong_norm():
     said = "verify: max |logit difference| to transformers {}, tolerance 1e-03"
-    assert verify.verdict(0.0) == (said.format("0.0e+00"), 0)
-    assert verify.verdict(3e-4) == (said.format("3.0e-04"), 0)
+    assert verify.summarize(0.0) == (said.format("0.0e+00"), 0)
+    assert verify.summarize(3e-4) == (said.format("3.0e-04"), 0)
     for much in (2e-3, 0.06, float("inf"), float("nan")):
-        assert verify.verdict(much)[1] == 1
+        assert verify.summarize(much)[1] == 1
 
 
 def test_the_commands_round_to_the_dtype_that_is_asked_for(tmp_path, script, step_dir):

@@ -114,7 +114,7 @@ def test_drawn_tokens_follow_the_probabilities():
 def test_numbers_that_cannot_be_are_refused_together():
     with pytest.raises(InputError) as caught:
         check(CONFIG, max_new_tokens=0, temperature=-1, top_k=0, top_p=1.5, seed=-1)
-    assert [fault.split()[0] for fault in caught.value.args] == [
+    assert [problem.split()[0] for problem in caught.value.args] == [
         "--max_new_tokens",
         "--temperature",
         "--top_k",

@@ -359,7 +359,7 @@ def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks
     (tmp_path / "empty").mkdir()
     (tmp_path / "one.txt").touch()
     common = (step_dir, "--tokenizer", tokenizer_file)
-    for args, fault in [
+    for args, problem in [
         (common, "nothing to evaluate"),
         ((*common, "--tasks", "no_such_task"), "lm-eval knows no task no_such_task"),
         ((*common, "--tasks", "humaneval"), "runs code"),
@@ -377,5 +377,5 @@ def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks
         code, _, err = script("evaluate_harness", *args)
         lines = [line for line in err.splitlines() if line.startswith("error: ")]
         assert (code, len(lines)) == (2, 1), err
-        assert fault in lines[0]
+        assert problem in lines[0]
     assert not (step_dir.parents[1] / "eval.csv").exists()

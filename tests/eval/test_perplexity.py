@@ -127,12 +127,12 @@ def test_a_loss_that_is_no_number_is_no_score(hf_dir, tokenizer, packed_folder, 
 
 
 def test_what_cannot_be_scored_is_told(hf_dir, tokenizer, packed_folder):
-    for documents, facts, fault in [
+    for documents, facts, problem in [
         ([[7]], {"tokenizer_sha256": tokenizer.sha256}, "holds a single token: give more text"),
         ([[7, 8, 2]], {"tokenizer_sha256": "1" * 64}, f"was prepared with another tokenizer than {tokenizer.path}"),
     ]:
         folder = packed_folder([documents], name=f"packed {len(documents[0])}", **facts)
-        with pytest.raises(InputError, match=fault):
+        with pytest.raises(InputError, match=problem):
             perplexity.perplexity(open_weights(hf_dir), folder, tokenizer)
     unknown = packed_folder([[[7, 8, 2]]], name="unknown", tokenizer_sha256=None)
     assert scores(open_weights(hf_dir), unknown, tokenizer)["loss"] > 0

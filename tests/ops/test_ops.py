@@ -58,8 +58,8 @@ SHAPES = [(1, 1, 1, 1, 8), (2, 8, 2, 7, 16), (1, 3, 3, 130, 32), (2, 32, 4, 65, 
 def usable(operation, backend, device, dtype=torch.bfloat16):
     """The backend's function, or a skip with the reason."""
     found = choice.OPERATIONS[operation][backend]
-    if fault := found.fault(torch.device(device), dtype):
-        pytest.skip(fault)
+    if problem := found.problem(torch.device(device), dtype):
+        pytest.skip(problem)
     return found.call
 
 
@@ -254,7 +254,7 @@ def test_swiglu_gates_with_its_first_matrix(backend, device, dtype):
 @pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
 @pytest.mark.parametrize("shape", [(1, 1, 3), (2, 5, 130), (3, 7, 11), (2, 128, 50)])
 def test_cross_entropy_is_the_sum_over_targets_that_count(backend, device, shape, dtype, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK", 4)  # several, the last one shorter
+    monkeypatch.setattr(cross_entropy, "LOGITS_CHUNK", 4)  # several, the last one shorter
     call = usable("cross_entropy", backend, device)
     B, T, V = shape
     x, weight = normal(B, T, 8, dtype=dtype, device=device), normal(V, 8, dtype=dtype, device=device)
@@ -276,7 +276,7 @@ def test_cross_entropy_is_the_sum_over_targets_that_count(backend, device, shape
 
 @pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
 def test_a_loss_of_bf16_logits_is_summed_in_fp32(backend, monkeypatch):
-    monkeypatch.setattr(cross_entropy, "CHUNK", 16)
+    monkeypatch.setattr(cross_entropy, "LOGITS_CHUNK", 16)
     x, weight = (normal(*shape, dtype=torch.bfloat16).detach() for shape in ((200, 16), (40, 16)))
     targets = torch.arange(200) % 40
     targets[::7] = -100
@@ -314,7 +314,7 @@ def test_the_scale_of_a_loss_is_not_rounded():
 
 def test_what_is_not_counted_and_how_much_is_done_at_a_time():
     assert IGNORE_INDEX == -100  # PyTorch's own
-    assert cross_entropy.CHUNK == 8192  # plan.py counts on it
+    assert cross_entropy.LOGITS_CHUNK == 8192
 
 
 def test_auto_is_what_runs_anywhere_on_a_cpu():
@@ -337,10 +337,10 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
     with pytest.raises(InputError, match="swiglu xformers does not multiply in float8: choose auto, reference"):
         choice.resolve({"swiglu": "xformers"}, CONFIG, CPU, precision="float8")
     half = Backend(call=print, half=True)
-    assert half.fault(CPU, torch.bfloat16) is None
-    assert half.fault(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"
+    assert half.problem(CPU, torch.bfloat16) is None
+    assert half.problem(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"
     absent = Backend(call=print, module="no_such_module.inside", package="no-such")
-    assert absent.fault(CPU) == "it needs no-such: pip install no-such, or choose another"
+    assert absent.problem(CPU) == "it needs no-such: pip install no-such, or choose another"
 
 
 def test_a_backend_is_left_to_models_of_its_sizes(monkeypatch):
@@ -412,14 +412,14 @@ def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")["attention"] == "sdpa_flash"
     old = Backend(call=print, cuda=True, capability=(9, 0))
-    assert old.fault(torch.device("cuda")) == (
+    assert old.problem(torch.device("cuda")) == (
         "it needs compute capability (9, 0), this GPU has (8, 0): choose another, or auto"
     )
-    assert float8.fault(torch.device("cuda")) == "it needs compute capability (8, 9), this GPU has (8, 0): use bf16"
+    assert float8.problem(torch.device("cuda")) == "it needs compute capability (8, 9), this GPU has (8, 0): use bf16"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
     monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    assert float8.fault(torch.device("cuda")) == "it needs torchao: pip install torchao, or use bf16"
-    assert float8.fault(CPU) == "it needs a CUDA GPU of compute capability 8.9 or more: use bf16 or fp32"
+    assert float8.problem(torch.device("cuda")) == "it needs torchao: pip install torchao, or use bf16"
+    assert float8.problem(CPU) == "it needs a CUDA GPU of compute capability 8.9 or more: use bf16 or fp32"
 
 
 def test_a_backend_says_which_library_it_is():

@@ -30,7 +30,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
 
 
 @pytest.mark.parametrize(
-    ("line", "fault"),
+    ("line", "problem"),
     [
         ("raise RuntimeError('built for another torch\\nand more')", "RuntimeError: built for another torch"),
         ("print('hello'); import sys; sys.exit(0)", "SystemExit: 0"),
@@ -38,14 +38,14 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("import time; time.sleep(60)", "no answer within 1 s"),
     ],
 )
-def test_a_broken_library_is_a_finding(stub: Any, monkeypatch: pytest.MonkeyPatch, line: str, fault: str) -> None:
+def test_a_broken_library_is_a_finding(stub: Any, monkeypatch: pytest.MonkeyPatch, line: str, problem: str) -> None:
     stub("broken", "0.3", line)
     monkeypatch.setattr(doctor, "LIBRARIES", (doctor.Library("broken", "a test", "import broken"),))
-    monkeypatch.setattr(doctor, "TRIAL_SECONDS", 1 if "answer" in fault else 60)
+    monkeypatch.setattr(doctor, "TRIAL_SECONDS", 1 if "answer" in problem else 60)
     (finding,) = doctor.libraries()
     assert (finding.state, finding.name) == ("wrong", "broken")
-    assert finding.text == f"0.3 is installed and does not work: {fault}"
-    assert finding.remedy == "pip uninstall broken, or install it for this torch and CUDA"
+    assert finding.text == f"0.3 is installed and does not work: {problem}"
+    assert finding.hint == "pip uninstall broken, or install it for this torch and CUDA"
 
 
 def test_a_library_that_works_and_some_that_are_not_there(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -75,7 +75,7 @@ def test_versions_that_are_not_asked_for(stub: Any) -> None:
     wanted = ["lightning<3,>=2.6.4", "transformers<6,>=5", "no-such-thing", "xformers>=0.0.30; extra == 'gpu'"]
     stub("tinyllama", "9", requires="".join(f"Requires-Dist: {one}\n" for one in wanted))
     wrong = [finding for finding in doctor.packages() if finding.state == "wrong"]
-    assert [(finding.text, finding.remedy) for finding in wrong] == [
+    assert [(finding.text, finding.hint) for finding in wrong] == [
         (
             "2.6.1 is installed, <3,>=2.6.4 is asked for: "
             "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
@@ -115,7 +115,7 @@ def test_a_gpu_that_torch_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> 
 )
 def test_what_slurm_says(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], wrong: list[str]) -> None:
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert [finding.remedy for finding in doctor.slurm(env) if finding.state == "wrong"] == wrong
+    assert [finding.hint for finding in doctor.slurm(env) if finding.state == "wrong"] == wrong
 
 
 def test_tasks_that_are_not_the_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def test_no_room_for_scratch_files(tmp_path: Path, small_disk: Path, monkeypatch
     monkeypatch.setattr("tempfile.tempdir", str(small_disk))
     last = list(doctor.disk(tmp_path, megabytes=1))[-1]
     assert last.text == f"{small_disk}: 0.0 GB free, and torch.compile and others write there"
-    assert last.remedy == "free some, or set TMPDIR to a larger disk"
+    assert last.hint == "free some, or set TMPDIR to a larger disk"
 
 
 def test_what_fails_while_looking_is_a_finding(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -157,9 +157,9 @@ def test_a_torch_that_cannot_be_imported_is_said_in_a_line(stub: Any) -> None:
     stub("torch", "2.12", "raise OSError('libcudart.so.13: cannot open shared object file\\nand more')")
     done = subprocess.run([sys.executable, "scripts/doctor.py"], cwd=ROOT, capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (1, "")
-    first, remedy = done.stdout.splitlines()
+    first, hint = done.stdout.splitlines()
     assert first == "wrong  torch cannot be imported: OSError: libcudart.so.13: cannot open shared object file"
-    assert remedy.startswith("       -> pip install -e .")
+    assert hint.startswith("       -> pip install -e .")
 
 
 @pytest.mark.slow

@@ -360,7 +360,7 @@ def test_the_script() -> None:
 
 
 @pytest.mark.parametrize(
-    ("flags", "fault"),
+    ("flags", "problem"),
     [
         (["--gpus", "16", "--gpu", "v100"], "error: --gpu v100 is not known; known: a100-40g"),
         (["--gpus", "0", "--gpu", "h200"], "error: --gpus 0 must be greater than 0"),
@@ -374,7 +374,7 @@ def test_the_script() -> None:
         (["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"], "error: parallel.shard 5 does not divide 16 GPUs"),
     ],
 )
-def test_bad_input(flags: list[str], fault: str) -> None:
+def test_bad_input(flags: list[str], problem: str) -> None:
     done = run_script(*BIG, *flags)
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(fault)
+    assert done.stderr.startswith(problem)

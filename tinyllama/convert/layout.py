@@ -119,7 +119,7 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
     """Our sizes of a config.json's content ``hf``, the file ``where``; ``pieces`` is its tokenizer's vocabulary.
 
     When the rows of the matrices are ``pieces`` rounded up to a multiple of 64 or a larger power of two, the rest is
-    taken for padding. Raises InputError, with every fault, for what is no Llama or needs what our model has not.
+    taken for padding. Raises InputError, with every problem, for what is no Llama or needs what our model has not.
     """
     try:
         heads, width, rows = hf["num_attention_heads"], hf["hidden_size"], hf["vocab_size"]
@@ -127,13 +127,13 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         base = rope.get("rope_theta") or hf.get("rope_theta") or 10000
         if wrong := [key for key in WHOLE if hf.get(key) is not None and not (type(hf[key]) is int and hf[key] > 0)]:
             raise InputError(*(f"{where}: {key} is {hf[key]!r}: give a whole number above 0" for key in wrong))
-        faults = [f"{where}: {fault}" for fault in _unsupported(hf, rope, base, width, heads)]
+        problems = [f"{where}: {problem}" for problem in _unsupported(hf, rope, base, width, heads)]
         if pieces is not None and pieces > rows:
-            faults.append(
+            problems.append(
                 f"{where}: the tokenizer beside it has {pieces} pieces, the model {rows}: take both from the same model"
             )
-        if faults:
-            raise InputError(*faults)
+        if problems:
+            raise InputError(*problems)
         vocab_size, multiple = rows, 64 if rows % 64 == 0 else 1
         for power in (64, 128, 256, 512, 1024):
             if pieces is not None and -(-pieces // power) * power == rows:

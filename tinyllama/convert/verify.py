@@ -39,7 +39,7 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype) -> float:
     return difference
 
 
-def verdict(difference: float) -> tuple[str, int]:
+def summarize(difference: float) -> tuple[str, int]:
     """What a command says of ``difference``, and its exit code: 1 above the tolerance, or when it is no number."""
     text = f"verify: max |logit difference| to transformers {difference:.1e}, tolerance {TOLERANCE:.0e}"
     return text, int(not difference <= TOLERANCE)

@@ -12,12 +12,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.config.model import ModelConfig
 from tinyllama.convert import folder, layout
+from tinyllama.model import assign_full
 from tinyllama.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -78,16 +78,10 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     return Weights(step_dir, config, dtype, _facts(reader.read_state(step_dir)), lambda name: read(name).to(dtype))
 
 
-@torch.no_grad()
 def copy_into(model: nn.Module, weights: Weights) -> None:
     """Fill a model, sharded or not, on any device; a rank reads all tensors, one at a time, and keeps its shards."""
     for name, parameter in model.named_parameters():
-        full = weights.read(name).to(parameter.dtype)
-        if isinstance(parameter, DTensor):
-            full = distribute_tensor(
-                full.to(parameter.device), parameter.device_mesh, parameter.placements, src_data_rank=None
-            )
-        parameter.copy_(full)
+        assign_full(parameter, weights.read(name))
 
 
 def _open_hf(path: Path) -> Weights:
@@ -226,16 +220,16 @@ def _check_shapes(
     if layers and config.n_layer != max(layers) + 1:  # before a list of a million missing ones
         raise InputError(f"{path} has {max(layers) + 1} layers, the model's sizes {config.n_layer}: give those of one")
     expected = expected_of(config)
-    faults = [f"{key} is missing" for key in expected if key not in found]
-    faults += [f"{key} is not of such a model" for key in found if key not in expected]
-    faults += [
+    problems = [f"{key} is missing" for key in expected if key not in found]
+    problems += [f"{key} is not of such a model" for key in found if key not in expected]
+    problems += [
         f"{key} has shape {list(shape)}, the model's sizes make {list(expected[key])}"
         for key, shape in found.items()
         if key in expected and tuple(shape) != tuple(expected[key])
     ]
-    if faults:
-        more = f" (and {len(faults) - 3} more)" if len(faults) > 3 else ""
-        raise InputError(f"{path}: {'; '.join(faults[:3])}{more}: give weights and sizes of one model")
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(f"{path}: {'; '.join(problems[:3])}{more}: give weights and sizes of one model")
 
 
 def _one_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:

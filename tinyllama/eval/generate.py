@@ -123,20 +123,20 @@ def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, 
 def check(
     config: ModelConfig, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
 ) -> None:
-    """Raise InputError, with every fault, for numbers that cannot be."""
-    faults = []
+    """Raise InputError, with every problem, for numbers that cannot be."""
+    problems = []
     if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
-        faults.append(f"--max_new_tokens is {max_new_tokens}: give 1 to {MOST_NEW_TOKENS}")
+        problems.append(f"--max_new_tokens is {max_new_tokens}: give 1 to {MOST_NEW_TOKENS}")
     if not 0 <= temperature < float("inf"):
-        faults.append(f"--temperature is {temperature}: give 0 for the likeliest token, or more to draw")
+        problems.append(f"--temperature is {temperature}: give 0 for the likeliest token, or more to draw")
     if top_k is not None and top_k < 1:
-        faults.append(f"--top_k is {top_k}: give 1 to the vocabulary's {config.vocab_size}")
+        problems.append(f"--top_k is {top_k}: give 1 to the vocabulary's {config.vocab_size}")
     if not 0 < top_p <= 1:
-        faults.append(f"--top_p is {top_p}: give a share above 0, up to 1")
+        problems.append(f"--top_p is {top_p}: give a share above 0, up to 1")
     if not 0 <= seed < 2**63:
-        faults.append(f"--seed is {seed}: give a whole number from 0, below 2^63")
-    if faults:
-        raise InputError(*faults)
+        problems.append(f"--seed is {seed}: give a whole number from 0, below 2^63")
+    if problems:
+        raise InputError(*problems)
 
 
 class Texts:

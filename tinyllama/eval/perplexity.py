@@ -36,8 +36,8 @@ def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: i
             prepare(inputs, Fields(), Options(tokenizer.path, packed, workers=1))
             return _packed(weights, packed, path.name, tokenizer, batch_size)
         except InputError as error:  # in the user's words
-            faults = [fault.replace(str(packed), str(path)) for fault in error.args]
-            raise InputError(*(fault.replace("--source", "--perplexity") for fault in faults)) from None
+            problems = [problem.replace(str(packed), str(path)) for problem in error.args]
+            raise InputError(*(problem.replace("--source", "--perplexity") for problem in problems)) from None
 
 
 def _texts(path: Path) -> bool:

@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: one file an operation, the reference first."""
+"""Implement the operations of the model, one file each; the reference implementation comes first."""

@@ -1,7 +1,7 @@
-"""Causal attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245), across documents or within each.
+"""Compute causal attention with grouped queries (arXiv:1706.03762, arXiv:2305.13245), across or within documents.
 
 Shapes: B sequences, nh query heads, G key-value heads, T tokens, hs head size; group g serves query heads g * nh/G
-onward. Every backend takes q (B, nh, T, hs), k and v (B, G, T, hs) and what ``document_mask`` made for it, and gives
+onward. Every backend takes q (B, nh, T, hs), k and v (B, G, T, hs) and its mask from ``document_mask``, and returns
 (B, nh, T, hs) in q's dtype.
 """
 
@@ -19,7 +19,7 @@ from tinyllama.ops.backend import Backend
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Attention written out, softmax in fp32; ``mask`` (B, 1, T, T) is true where a query may look."""
+    """Compute attention step by step, softmax in fp32; ``mask`` (B, 1, T, T) is true where a query may attend."""
     k, v = _expanded(q, k, v)
     scores = (q @ k.mT).float() / math.sqrt(q.size(-1))  # (B, nh, T, T)
     if mask is None:
@@ -28,12 +28,12 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """PyTorch's fused attention, the kernel of its own choice."""
+    """Call PyTorch's fused attention, which chooses its own kernel."""
     if q.is_cuda and q.dtype == torch.float32:
-        # no fused CUDA kernel takes both fp32 and fewer key heads: unexpanded, PyTorch 2.11 falls back to writing out
-        # all scores (H200, 16 x 2048 tokens: 74 ms and 34 GiB, expanded 29 ms and 3 GiB)
+        # no fused CUDA kernel takes both fp32 and fewer key heads: without expansion, PyTorch 2.11 falls back to
+        # materializing all scores (H200, 16 x 2048 tokens: 74 ms and 34 GiB; expanded: 29 ms and 3 GiB)
         k, v = _expanded(q, k, v)
-    # in bf16 there (cuDNN 2.8 ms against 3.2 ms expanded) and on the CPU (the same time) the copies are not needed
+    # in bf16 (cuDNN: 2.8 ms, 3.2 ms expanded) and on the CPU (no difference) the copies are not needed
     grouped = k.size(1) != q.size(1)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
 
@@ -44,7 +44,7 @@ def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor |
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
-    """FlashAttention-2 (arXiv:2307.08691) of the package flash-attn."""
+    """Call FlashAttention-2 (arXiv:2307.08691) of the package flash-attn."""
     from flash_attn import flash_attn_func
 
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, nh or G, hs)
@@ -53,7 +53,7 @@ def flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
 
 
 def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
-    """FlashAttention-4 of the package flash-attn-4, as an operation that torch.compile takes whole."""
+    """Call FlashAttention-4 of the package flash-attn-4, as an operation that torch.compile treats as opaque."""
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, T, nh or G, hs)
     out, _ = _flash_attn_4(q, k, v)
     return out.transpose(1, 2)
@@ -63,13 +63,13 @@ def flash_attn_4(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
 def _interface() -> Any:
     from flash_attn.cute import interface
 
-    warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning)  # it is for masks, which nobody gives here
+    warnings.filterwarnings("ignore", "Argument aux_data ", UserWarning)  # it concerns masks, which we do not pass
     return interface
 
 
 @torch.library.custom_op("tinyllama::flash_attn_4", mutates_args=())
 def _flash_attn_4(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """Attention (B, T, nh, hs) and the log of each row's softmax sum (B, nh, T) fp32."""
+    """Return the attention (B, T, nh, hs) and the log of each row's softmax sum (B, nh, T) fp32."""
     out, lse, *_ = _interface()._flash_attn_fwd(q, k, v, causal=True, return_lse=True)
     return out, lse
 
@@ -84,7 +84,7 @@ def _(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 def _flash_attn_4_backward(
     q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, gradient: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    # its own would have the strides of q, k and v, which torch.compile may lay out anew
+    # allocated here: by default they get the strides of q, k and v, whose layout torch.compile may change
     dq, dk, dv = (torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     deterministic = torch.are_deterministic_algorithms_enabled()
     _interface()._flash_attn_bwd(
@@ -111,7 +111,7 @@ _flash_attn_4.register_autograd(_gradients, setup_context=_keep)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
-    """PyTorch's FlexAttention (arXiv:2412.05496): skips what another document hides; fast under torch.compile only."""
+    """Call PyTorch's FlexAttention (arXiv:2412.05496), which skips masked blocks; only compiled is it fast."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if mask is None:
@@ -144,18 +144,18 @@ SAVED = [
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.tinyllama.flash_attn_4.default,
 ]
-"""What selective activation checkpointing must not compute again."""
+"""operations that selective activation checkpointing must not recompute"""
 
 
 def documents(input_ids: Tensor, eos_id: int) -> Tensor:
-    """Number in its row of the document of each token of input_ids (B, T), whose documents end with ``eos_id``."""
+    """Number the document of each token of input_ids (B, T) within its row; documents end with ``eos_id``."""
     return F.pad((input_ids[:, :-1] == eos_id).cumsum(1), (1, 0))
 
 
 def document_mask(documents: Tensor, backend: str) -> Any:
-    """What ``backend`` takes as its mask: ``documents`` (B, T) has the number of the document of each token.
+    """Build the mask that ``backend`` takes from ``documents`` (B, T), the number of each token's document.
 
-    A query sees the tokens of its own document up to itself.
+    A query attends to the tokens of its own document up to itself.
     """
     if backend == "flex":
         from torch.nn.attention.flex_attention import create_block_mask
@@ -170,13 +170,13 @@ def document_mask(documents: Tensor, backend: str) -> Any:
 
 
 def positions(documents: Tensor) -> Tensor:
-    """Place of each token in its document, (B, T) int64, counted from where the row or the document begins."""
+    """Return the position of each token in its document, (B, T) int64, counted from the start of row or document."""
     place = torch.arange(documents.size(1), device=documents.device).expand_as(documents)  # (B, T)
     begins = F.pad(documents[:, 1:] != documents[:, :-1], (1, 0))  # (B, T), false in the first column
     return place - torch.where(begins, place, 0).cummax(dim=1).values
 
 
 def _expanded(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-    """k and v (B, nh, T, hs), each head as often as query heads share it."""
+    """Repeat each head of k and v for the query heads that share it -> (B, nh, T, hs) each."""
     k, v = (x.repeat_interleave(q.size(1) // x.size(1), dim=1) for x in (k, v))
     return k, v

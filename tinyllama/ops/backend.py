@@ -1,5 +1,6 @@
-"""One implementation of an operation: what it needs, and why it cannot run where it cannot."""
+"""Describe an implementation of an operation: what it needs, and why it cannot run on a device."""
 
+import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
@@ -12,30 +13,30 @@ import torch
 
 @dataclass(frozen=True)
 class Backend:
-    """One implementation of an operation."""
+    """Describe one implementation of an operation."""
 
     call: Callable[..., Any]
     cuda: bool = False
-    """it runs on a GPU only"""
+    """whether it runs on a GPU only"""
     half: bool = False
-    """it takes 16-bit numbers only"""
+    """whether it takes 16-bit numbers only"""
     capability: tuple[int, int] = (0, 0)
     """least compute capability of that GPU"""
     multiple: int = 1
-    """what the model's sizes must be multiples of"""
+    """number that must divide the model's sizes"""
     module: str | None = None
-    """a module it imports"""
+    """module it imports"""
     package: str | None = None
-    """what pip installs it by"""
+    """name of its package for pip"""
     notes: Callable[[], str | None] = field(default=lambda: None)
-    """what a user should know of the installed version"""
+    """message about the installed version, if any"""
 
-    def fault(
+    def problem(
         self, device: torch.device, dtype: torch.dtype = torch.bfloat16, sizes: Mapping[str, int] = MappingProxyType({})
     ) -> str | None:
-        """Why it cannot run on ``device`` with tensors of ``dtype``, with the remedy; None when it can.
+        """Return why it cannot run on ``device`` with tensors of ``dtype``, with a hint; None when it can.
 
-        ``sizes``: those of a model that it meets, by key.
+        ``sizes`` holds the sizes of the model that concern it, by key.
         """
         if self.cuda and device.type != "cuda":
             return "it runs on a CUDA GPU only: choose another, or auto"
@@ -51,13 +52,19 @@ class Backend:
         return None
 
     def version(self) -> str:
-        """The library behind it, and its version."""
+        """Return the library it calls, with its version."""
         if self.package is None:
             return f"torch {torch.__version__}"
         try:
             return f"{self.package} {importlib.metadata.version(self.package)}"
         except importlib.metadata.PackageNotFoundError:
             return f"{self.package}, not installed"
+
+
+quack_backend = functools.partial(
+    Backend, cuda=True, capability=(9, 0), multiple=8, module="quack", package="quack-kernels"
+)
+"""An implementation that calls quack's kernels."""
 
 
 def _importable(module: str) -> bool:

@@ -1,4 +1,4 @@
-"""Which implementation each operation uses: by name, chosen once for a run, printed, and never replaced in silence."""
+"""Choose the implementation of each operation once for a run, by name; it is printed and never replaced silently."""
 
 from collections.abc import Mapping
 
@@ -15,7 +15,7 @@ OPERATIONS: dict[str, dict[str, Backend]] = {
     "swiglu": swiglu.BACKENDS,
     "cross_entropy": cross_entropy.BACKENDS,
 }
-"""Every operation with a choice, and its backends by name, the reference first."""
+"""backends of each operation by name, the reference first"""
 
 
 SIZES = {
@@ -24,10 +24,10 @@ SIZES = {
     "swiglu": ("n_embd", "intermediate_size"),
     "cross_entropy": (),
 }
-"""The sizes of a model that an operation's kernels meet."""
+"""sizes of a model that concern an operation's kernels"""
 
 
-# what auto takes: the first that can run there, in the order of the measurements in scripts/README.md
+# auto takes the first backend that can run, in the order of the measurements in scripts/README.md
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "attention": ("sdpa",),
@@ -51,14 +51,14 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
 
 
 MASKED = ("flex", "sdpa", "reference")
-"""Backends of attention that can keep documents apart, the fastest first."""
+"""backends of attention that can keep documents apart, the fastest first"""
 
 FLOAT8 = ("reference",)
-"""Backends of swiglu that leave the products to its modules, which may be float8's."""
+"""backends of swiglu that leave the matmuls to its modules, which may be float8's"""
 
 
 def family(device: torch.device) -> str:
-    """The column of AUTO for ``device``: cpu, ampere (and Ada and older), hopper (and newer)."""
+    """Return the column of AUTO for ``device``: cpu, ampere (and Ada and older) or hopper (and newer)."""
     if device.type != "cuda":
         return "cpu"
     return "hopper" if torch.cuda.get_device_capability(device) >= (9, 0) else "ampere"
@@ -67,12 +67,12 @@ def family(device: torch.device) -> str:
 def resolve(
     wanted: Mapping[str, str], config: ModelConfig, device: torch.device, *, precision: str, masked: bool = False
 ) -> dict[str, str]:
-    """The backend of each operation by name, for a pass of this train.precision, with a document mask or without.
+    """Return the backend of each operation by name, for this train.precision, with a document mask or without.
 
-    ``wanted`` gives a name or ``auto`` for each. Raises InputError with every name that is not known or cannot run.
+    ``wanted`` maps each operation to a name or ``auto``. Raises InputError for all names that are unknown or unusable.
     """
     chosen: dict[str, str] = {}
-    faults = []
+    problems = []
     dtype = torch.float32 if precision == "fp32" else torch.bfloat16
     column = family(device) if dtype != torch.float32 else "cpu"
     for operation, backends in OPERATIONS.items():
@@ -85,23 +85,23 @@ def resolve(
             able, lack = FLOAT8, "does not multiply in float8"
         if name == "auto":
             order = able if lack and column != "cpu" else AUTO[column][operation]
-            usable = (n for n in order if backends[n].fault(device, dtype, sizes) is None)
+            usable = (n for n in order if backends[n].problem(device, dtype, sizes) is None)
             chosen[operation] = next(usable, next(iter(backends)))
         elif name not in backends:
-            faults.append(f"ops.{operation} {name!r} is not known: choose auto, {', '.join(backends)}")
+            problems.append(f"ops.{operation} {name!r} is not known: choose auto, {', '.join(backends)}")
         elif name not in able:
-            faults.append(f"ops.{operation} {name} {lack}: choose auto, {', '.join(able)}")
-        elif fault := backends[name].fault(device, dtype, sizes):
-            faults.append(f"ops.{operation} {name} cannot be used: {fault}")
+            problems.append(f"ops.{operation} {name} {lack}: choose auto, {', '.join(able)}")
+        elif problem := backends[name].problem(device, dtype, sizes):
+            problems.append(f"ops.{operation} {name} cannot be used: {problem}")
         else:
             chosen[operation] = name
-    if faults:
-        raise InputError(*faults)
+    if problems:
+        raise InputError(*problems)
     return chosen
 
 
 def describe(chosen: Mapping[str, str]) -> str:
-    """One line that names each operation's backend and library."""
+    """Return one line that names each operation's backend and library."""
     parts = []
     for operation, name in chosen.items():
         backend = OPERATIONS[operation][name]

@@ -1,8 +1,8 @@
-"""The output matrix and the language-modelling loss behind it, as one operation, so that logits need not exist in full.
+"""Compute the output matrix and the language-modelling loss as one operation, which never needs all logits at once.
 
-Every backend takes x (..., C), weight (V, C) and targets (...) and gives the sum of -log softmax(x weight^T)[target]
-over targets != IGNORE_INDEX, an fp32 scalar: a sum, for only the caller knows how many targets the whole step has, over
-ranks and micro-batches.
+Every backend takes x (..., C), weight (V, C) and targets (...) and returns the sum of -log softmax(x weight^T)[target]
+over targets != IGNORE_INDEX, an fp32 scalar. It is a sum because only the caller knows how many targets the step has
+over all ranks and micro-batches.
 """
 
 import functools
@@ -12,23 +12,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyllama.config.model import LOGITS_CHUNK
 from tinyllama.ops.backend import Backend
 
 IGNORE_INDEX = -100
-"""a target that is not counted"""
-
-CHUNK = 8192
-"""tokens whose logits exist at a time: 0.5 GB of them in bf16 with 32,000 pieces"""
+"""the loss skips targets of this value"""
 
 
 def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """All logits, and their loss in fp32."""
+    """Compute all logits, and their loss in fp32."""
     logits = F.linear(x, weight).flatten(0, -2).float()  # (N, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
 def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-    """CHUNK tokens at a time, their gradients in the forward pass, where the logits are: nothing is computed twice."""
+    """Compute loss and gradients for LOGITS_CHUNK tokens at a time in the forward pass; nothing is computed twice."""
     loss = _Chunked.apply(x.flatten(0, -2), weight, targets.flatten())
     assert isinstance(loss, Tensor)
     return loss
@@ -42,11 +40,11 @@ class _Chunked(torch.autograd.Function):
         wants_gradient = any(ctx.needs_input_grad)
         if wants_gradient:
             dx, dw = torch.empty_like(x), torch.zeros(weight.shape, device=weight.device)
-        for start in range(0, len(x), CHUNK):
-            rows = slice(start, start + CHUNK)
+        for start in range(0, len(x), LOGITS_CHUNK):
+            rows = slice(start, start + LOGITS_CHUNK)
             logits = x[rows] @ weight.T  # (n, V)
             loss += _loss_and_gradient(logits.is_cuda)(logits, targets[rows])
-            if wants_gradient:  # what were logits are now their gradients
+            if wants_gradient:  # the gradients have replaced the logits in place
                 torch.mm(logits, weight, out=dx[rows])
                 dw += logits.T @ x[rows]
         if wants_gradient:
@@ -57,7 +55,7 @@ class _Chunked(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
         dx, dw = ctx.saved_tensors
-        (gradient,) = gradients  # () fp32, which a product in bf16 would round to three digits
+        (gradient,) = gradients  # () fp32: a multiplication in bf16 would round it to three digits
         return (dx.float() * gradient).to(dx.dtype), (dw * gradient).to(ctx.dtype), None
 
 
@@ -67,14 +65,14 @@ def _loss_and_gradient(compiled: bool) -> Any:
 
 
 def _turn_into_gradient(logits: Tensor, targets: Tensor) -> Tensor:
-    """The summed loss of logits (n, V), which become the loss's gradient in place."""
+    """Return the summed loss of logits (n, V), and replace them by its gradient in place."""
     logits32 = logits.float()
     lse = logits32.logsumexp(-1, keepdim=True)  # (n, 1)
     counted = (targets != IGNORE_INDEX)[:, None]  # (n, 1)
     index = targets.clamp(min=0)[:, None]  # (n, 1)
     loss = ((lse - logits32.gather(-1, index)) * counted).sum()
-    hit = torch.arange(logits.size(-1), device=logits.device) == index  # (n, V)
-    logits.copy_(((logits32 - lse).exp() - hit.float()) * counted)
+    is_target = torch.arange(logits.size(-1), device=logits.device) == index  # (n, V)
+    logits.copy_(((logits32 - lse).exp() - is_target.float()) * counted)
     return loss
 
 

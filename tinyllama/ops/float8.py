@@ -1,4 +1,4 @@
-"""Matrix products in 8-bit floating point (arXiv:2209.05433), by torchao."""
+"""Multiply matrices in 8-bit floating point (arXiv:2209.05433), by torchao."""
 
 import importlib.util
 
@@ -6,11 +6,11 @@ import torch
 from torch import nn
 
 CAPABILITY = (8, 9)
-"""least compute capability of a GPU with such products"""
+"""least compute capability of a GPU with float8 matmuls"""
 
 
-def fault(device: torch.device) -> str | None:
-    """Why float8 cannot be used on ``device``, with the remedy; None when it can."""
+def problem(device: torch.device) -> str | None:
+    """Return why float8 cannot be used on ``device``, with a hint; None when it can."""
     if device.type != "cuda":
         return "it needs a CUDA GPU of compute capability 8.9 or more: use bf16 or fp32"
     if (found := torch.cuda.get_device_capability(device)) < CAPABILITY:
@@ -21,10 +21,10 @@ def fault(device: torch.device) -> str | None:
 
 
 def convert(blocks: nn.Module) -> None:
-    """Let every Linear in ``blocks`` multiply in float8, one dynamic scale a tensor; weights keep names and dtypes.
+    """Make every Linear in ``blocks`` multiply in float8 with a dynamic scale per tensor; names and dtypes stay.
 
-    Forward and both backward products of attention and MLP. The embedding and the output matrix are not among them:
-    they stay in bf16, as they do everywhere that this was tried at scale.
+    This covers the forward and both backward matmuls of attention and MLP. The embedding and the output matrix stay in
+    bf16, as in published large-scale runs.
     """
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 

@@ -1,1 +1,1 @@
-"""Before a run: what a machine has, and what a run will take."""
+"""Check a machine and estimate the cost of a run before it starts."""

@@ -38,7 +38,7 @@ class Finding:
     """ok; note: absent or slow, nothing needs it; wrong: it will fail, or compute something else than asked for"""
     name: str
     text: str
-    remedy: str = ""
+    hint: str = ""
 
 
 def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
@@ -68,8 +68,8 @@ def gpus() -> Iterator[Finding]:
             yield Finding(NOTE, "gpu", "none: training runs on the CPU, for tests and the quickstart")
             return
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        remedy = "install a torch for CUDA, of no newer a CUDA than the driver's (nvidia-smi shows it)"
-        yield Finding(WRONG, "gpu", f"nvidia-smi is there, but torch {torch.__version__} ({built}) sees none", remedy)
+        hint = "install a torch for CUDA, of no newer a CUDA than the driver's (nvidia-smi shows it)"
+        yield Finding(WRONG, "gpu", f"nvidia-smi is there, but torch {torch.__version__} ({built}) sees none", hint)
         return
     if smi:
         query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
@@ -86,12 +86,12 @@ def gpus() -> Iterator[Finding]:
         try:
             ones = torch.ones(256, 256, device=f"cuda:{index}")
             works = (ones @ ones).mean().item() == 256
-            fault = "a product of ones is wrong on it"
+            problem = "a product of ones is wrong on it"
         except RuntimeError as error:  # no kernel for a GPU so old or so new, or no memory left on it
-            works, fault = False, _first_line(error)
+            works, problem = False, _first_line(error)
         if not works:
-            remedy = "see in nvidia-smi that it is free, and install a torch built for it; else it is for the repair"
-            yield Finding(WRONG, f"gpu {index}", fault, remedy)
+            hint = "see in nvidia-smi that it is free, and install a torch built for it; else it is for the repair"
+            yield Finding(WRONG, f"gpu {index}", problem, hint)
     if torch.distributed.is_nccl_available():
         yield Finding(OK, "nccl", ".".join(map(str, torch.cuda.nccl.version())))
     else:
@@ -143,8 +143,8 @@ def libraries() -> Iterator[Finding]:
             useless = library.gpu and not torch.cuda.is_available()
             text = f"not installed, and no GPU to use it; {purpose}" if useless else f"not installed; {purpose}"
             yield Finding(NOTE, package, text, "" if useless else f"pip install {package}")
-        elif fault := _fault(trials[package]):
-            text = f"{versions[package]} is installed and does not work: {fault}"
+        elif problem := _problem(trials[package]):
+            text = f"{versions[package]} is installed and does not work: {problem}"
             yield Finding(WRONG, package, text, f"pip uninstall {package}, or install it for this torch and CUDA")
         else:
             yield Finding(OK, package, f"{versions[package]}, works; {purpose}")
@@ -153,7 +153,7 @@ def libraries() -> Iterator[Finding]:
         yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
 
 
-def _fault(trial: subprocess.Popen[str]) -> str | None:
+def _problem(trial: subprocess.Popen[str]) -> str | None:
     """What went wrong in a library's ``trial``; None if nothing did."""
     try:
         said, _ = trial.communicate(timeout=TRIAL_SECONDS)
@@ -172,7 +172,7 @@ def operations() -> Iterator[Finding]:
     precision = "bf16" if device.type == "cuda" else "fp32"
     chosen = choice.resolve({}, named_config("tinyllama_1.1b"), device, precision=precision)
     for operation, backends in choice.OPERATIONS.items():
-        usable = [name for name, backend in backends.items() if backend.fault(device) is None]
+        usable = [name for name, backend in backends.items() if backend.problem(device) is None]
         text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
         yield Finding(OK, f"ops.{operation}", text)
 

@@ -1,7 +1,7 @@
-"""What a run will take on a cluster: memory by part, speed, where scaling stops, days, energy, disk. No torch needed.
+"""Estimate what a run takes on a cluster: memory by part, speed, limits of scaling, days, energy, disk; without torch.
 
-The memory model counts what torch.cuda.max_memory_allocated() counts, at the peak, which is where the backward pass
-begins: the optimizer's state is there, all activations are, and the gradients of the micro-batches before.
+The memory model predicts the peak of torch.cuda.max_memory_allocated(). The peak is where the backward pass begins:
+the optimizer's state, all activations and the gradients of earlier micro-batches exist then.
 """
 
 import json
@@ -11,33 +11,32 @@ from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.config.args import PretrainArgs
-from tinyllama.config.model import ModelConfig
+from tinyllama.config.model import LOGITS_CHUNK, ModelConfig
 from tinyllama.throughput import flops_per_token, peak_flops
 
 GIB = 2**30
 USABLE = 0.95
-"""Share of a GPU's memory that tensors can have; the rest is CUDA's context, NCCL's buffers and fragments."""
-CHUNK = 8192  # tokens whose logits exist at a time, as in ops/cross_entropy.py
-HOP = 3e-6  # seconds a hop of a ring takes, however little it carries
-NETWORK = 0.8  # share of a network's rate that NCCL gets
+"""share of a GPU's memory that tensors can use; CUDA's context, NCCL's buffers and fragmentation take the rest"""
+HOP_SECONDS = 3e-6  # latency of a hop of a ring, however little it carries
+NETWORK = 0.8  # share of a network's rate that NCCL reaches
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a kind of GPU has."""
+    """Describe a kind of GPU."""
 
     device: str
-    """the name the driver gives, which throughput.py knows the peak of"""
+    """the driver's name for it, by which throughput.py knows its peak"""
     memory: float
     """GiB"""
     link: float
     """GB/s of a collective inside a node"""
     network: float
-    """Gbit/s of network a GPU, usual for nodes of this kind"""
+    """Gbit/s of network per GPU, usual for nodes of this kind"""
     watts: float
     """power limit"""
     mfu: float
-    """share of the dense peak that is reached on few GPUs"""
+    """share of the dense peak that a few GPUs reach"""
 
 
 GPUS = {
@@ -52,41 +51,42 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """GPUs of one kind, in nodes."""
+    """Describe nodes with GPUs of one kind."""
 
     gpu: Gpu
     gpus: int
     gpus_per_node: int
     network: float
-    """Gbit/s a GPU"""
+    """Gbit/s per GPU"""
 
     def shard(self, how: str | int) -> int:
-        """Ranks that share one copy of the weights, for ``parallel.shard``."""
+        """Return how many ranks share one copy of the weights, for ``parallel.shard``."""
         node = min(self.gpus, self.gpus_per_node)
         return {"full": self.gpus, "node": node, "none": 1}.get(str(how)) or int(how)
 
     def bandwidth(self, ranks: int, apart: int = 1) -> float:
-        """Bytes a second of a ring of ``ranks``, each ``apart`` GPUs from the next: a node's link, or its network.
+        """Return the bytes/s of a ring of ``ranks``, each ``apart`` GPUs from the next: a node's link, or its network.
 
-        The rings of a node share the network of all its GPUs; there are as many as neighbours stand apart.
+        The rings of a node share the network of all its GPUs; there are ``apart`` rings in a node.
         """
         if ranks * apart <= self.gpus_per_node:
             return self.gpu.link * 1e9
-        of_ring = self.network * self.gpus_per_node / min(apart, self.gpus_per_node)
-        return min(self.gpu.link * 1e9, NETWORK * of_ring / 8 * 1e9)
+        rings_per_node = min(apart, self.gpus_per_node)
+        ring_gbit_per_s = self.network * self.gpus_per_node / rings_per_node
+        return min(self.gpu.link * 1e9, NETWORK * ring_gbit_per_s / 8 * 1e9)
 
 
 def memory(
     args: PretrainArgs, config: ModelConfig, shard: int, micro_batch: int, accumulation: int
 ) -> dict[str, float]:
-    """Bytes on one GPU at the peak, by what they are for."""
+    """Return the bytes on one GPU at the peak, by purpose."""
     n, tokens = config.num_params(), micro_batch * config.block_size
     block = (n - 2 * config.padded_vocab_size * config.n_embd - config.n_embd) // config.n_layer
     root = n - config.n_layer * block
-    gathered = n if not args.parallel.reshard_after_forward else root + 2 * block  # this block, and the next on its way
+    gathered = n if not args.parallel.reshard_after_forward else root + 2 * block  # this block and the prefetched one
     parts = {"parameters (fp32)": 4 * n / shard, "optimizer (fp32)": 8 * n / shard}
     kept_back = accumulation > 1 and not args.parallel.sync_every_micro_batch
-    # kept back, gradients are whole on every rank; else the reduced ones of the micro-batches before
+    # without a reduction, every rank keeps full gradients; else its shard of the earlier micro-batches' gradients
     parts["gradients (fp32)"] = 4 * n if kept_back else 4 * n / shard if accumulation > 1 else 0
     parts["FSDP buffers"] = (2 * gathered + 6 * block) if args.train.precision != "fp32" else 4 * gathered + 4 * block
     parts["activations"] = tokens * activations(args, config)
@@ -95,37 +95,37 @@ def memory(
 
 
 def activations(args: PretrainArgs, config: ModelConfig) -> float:
-    """Bytes a token leaves for the backward pass; with full checkpointing, one block's as it is done again too."""
+    """Return the bytes that the forward pass saves per token; full checkpointing adds those of one recomputed block."""
     d, kv = config.n_embd, 2 * config.n_query_groups * config.head_size
     wide = config.intermediate_size
     width = 2 if args.train.precision != "fp32" else 4
-    # the stream and its norm, twice; the fused product of q, k and v, which v is a part of, and q and k turned;
-    # attention's output; SwiGLU's two products and, if its backward pass does not make it anew, what they come to
+    # the residual stream and its norm, twice; the fused matmul of q, k and v (v is a view of it), the rotated q and k;
+    # attention's output; SwiGLU's two matmuls and, unless its backward pass recomputes it, their gated product
     whole = width * (7 * d + 2 * kv + (2 if args.ops.swiglu == "quack" else 3) * wide)
     if args.train.compile is False:
         whole += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
     if args.train.activation_checkpointing == "full":
         return config.n_layer * width * d + whole
-    if args.train.activation_checkpointing == "selective":  # the stream, and what distributed.py's SAVED names
+    if args.train.activation_checkpointing == "selective":  # the residual stream, and SAVED of train/parallel.py
         return config.n_layer * width * (4 * d + kv + 2 * wide) + whole
     return config.n_layer * whole
 
 
 def logits(args: PretrainArgs, config: ModelConfig, tokens: int) -> float:
-    """Bytes of logits and their loss for ``tokens``: in full, or what the chunked loss holds."""
+    """Return the bytes of the logits and their loss for ``tokens``, in full or as the chunked loss holds them."""
     vocabulary = config.padded_vocab_size
     if args.ops.cross_entropy == "reference":
         return 12 * tokens * vocabulary  # log-softmax and two gradients in fp32
-    return 2 * min(tokens, CHUNK) * vocabulary + 6 * vocabulary * config.n_embd + 2 * tokens * config.n_embd
+    return 2 * min(tokens, LOGITS_CHUNK) * vocabulary + 6 * vocabulary * config.n_embd + 2 * tokens * config.n_embd
 
 
 def accumulation(args: PretrainArgs, gpus: int, micro_batch: int) -> int:
-    """Micro-batches a step of ``gpus`` ranks, at least one: more ranks than samples make the batch grow."""
+    """Return the micro-batches per step of ``gpus`` ranks; at least 1: more ranks than samples grow the batch."""
     return max(args.train.global_batch_size // (gpus * micro_batch), 1)
 
 
 def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluster) -> int:
-    """The largest that fits and divides the batch; 0 when not even 1 does."""
+    """Return the largest micro-batch that fits and divides the batch; 0 when not even 1 does."""
     share = max(args.train.global_batch_size // cluster.gpus, 1)
     shard = cluster.shard(args.parallel.shard)
     for size in range(share, 0, -1):
@@ -138,61 +138,82 @@ def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluste
 
 @dataclass(frozen=True)
 class Traffic:
-    """Seconds of collectives, one after the other."""
+    """Hold the seconds of the collectives."""
 
     gather: float
-    """the weights, before a forward pass and, where they are resharded after it, before the backward pass"""
+    """all-gather of the weights: before a forward pass and, if they are resharded after it, before the backward pass"""
     reduce: float
-    """the gradients, in a backward pass, over the ranks of a shard and over the copies"""
+    """reduction of the gradients in a backward pass, over the ranks of a shard and over the copies"""
 
 
 def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int) -> Traffic:
-    """What one gathering and one reduction take."""
+    """Return the seconds of one all-gather of the weights and of one reduction of the gradients.
+
+    The formulas are those of NCCL's ring algorithms. Of S bytes over a ring of r ranks, an all-gather or a
+    reduce-scatter sends (r - 1) / r S bytes per rank in r - 1 hops, an all-reduce twice that (github.com/NVIDIA/
+    nccl-tests, doc/PERFORMANCE.md).
+    """
     shard = cluster.shard(how)
-    copies, n, units = cluster.gpus // shard, config.num_params(), config.n_layer + 1
-    width = 4 if args.train.precision == "fp32" else 2
-    rate, sent, hops = cluster.bandwidth(shard), (shard - 1) / shard * n, (shard - 1) * HOP * units
-    over, across = cluster.bandwidth(copies, apart=shard), 2 * (copies - 1) / copies * 4 * n / shard
-    reduced = 4 * sent / rate + hops + across / over + 2 * (copies - 1) * HOP * units
-    return Traffic(width * sent / rate + hops, reduced)
+    copies = cluster.gpus // shard
+    units = config.n_layer + 1  # FSDP's: each has its own collectives
+    weight_bytes = (4 if args.train.precision == "fp32" else 2) * config.num_params()
+    gradient_bytes = 4 * config.num_params()  # always reduced in fp32
+
+    ring_bytes_per_s = cluster.bandwidth(shard)
+    ring_latency_s = (shard - 1) * HOP_SECONDS * units
+    gather_bytes = (shard - 1) / shard * weight_bytes
+    scatter_bytes = (shard - 1) / shard * gradient_bytes
+    gather_s = gather_bytes / ring_bytes_per_s + ring_latency_s
+    scatter_s = scatter_bytes / ring_bytes_per_s + ring_latency_s
+
+    # the copies all-reduce their shards of the gradients
+    copies_bytes_per_s = cluster.bandwidth(copies, apart=shard)
+    copies_latency_s = 2 * (copies - 1) * HOP_SECONDS * units
+    copies_bytes = 2 * (copies - 1) / copies * gradient_bytes / shard
+    all_reduce_s = copies_bytes / copies_bytes_per_s + copies_latency_s
+    return Traffic(gather_s, scatter_s + all_reduce_s)
 
 
 @dataclass(frozen=True)
 class Speed:
-    """One step of a cluster."""
+    """Hold the figures of one step of a cluster."""
 
     compute: float
     """seconds"""
     communication: float
     """seconds"""
     waiting: float
-    """seconds of the communication that no compute runs beside"""
+    """seconds of the communication that no compute overlaps"""
     tokens_per_second: float
     """of the whole cluster"""
 
 
 def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, rate: float, micro: int) -> Speed:
-    """A step where one GPU alone would do ``rate`` tokens a second, ``micro`` samples at a time.
+    """Estimate a step where one GPU alone computes ``rate`` tokens a second, ``micro`` samples at a time.
 
-    Each pass of a micro-batch hides its own collectives, at best: a third of the compute is forward.
+    Each pass of a micro-batch overlaps its own collectives, at best. The backward pass computes twice as much as the
+    forward pass: it multiplies for the gradients of inputs and of weights (arXiv:2001.08361, section 2.1).
     """
     micro_batches = accumulation(args, cluster.gpus, micro)
     tokens = cluster.gpus * micro_batches * micro * config.block_size
-    compute = tokens / cluster.gpus / rate
-    forward, backward = compute / micro_batches / 3, compute / micro_batches * 2 / 3
-    one, reshards = traffic(args, config, cluster, how), args.parallel.reshard_after_forward
-    passes = []  # each one's compute and collectives
+    compute_s = tokens / cluster.gpus / rate
+    forward_s = compute_s / micro_batches / 3
+    backward_s = compute_s / micro_batches * 2 / 3
+    collective = traffic(args, config, cluster, how)
+    reshards = args.parallel.reshard_after_forward
+    passes = []  # compute and communication of each pass, in seconds
     for number in range(micro_batches):
+        gathers = number == 0 or reshards
         reduces = number == micro_batches - 1 or args.parallel.sync_every_micro_batch
-        passes.append((forward, one.gather if number == 0 or reshards else 0.0))
-        passes.append((backward, (one.gather if reshards else 0.0) + (one.reduce if reduces else 0.0)))
-    sent = sum(collectives for _, collectives in passes)
-    waiting = sum(max(collectives - beside, 0.0) for beside, collectives in passes)
-    return Speed(compute, sent, waiting, tokens / (compute + waiting))
+        passes.append((forward_s, collective.gather * gathers))
+        passes.append((backward_s, collective.gather * reshards + collective.reduce * reduces))
+    communication_s = sum(pass_communication_s for _, pass_communication_s in passes)
+    waiting_s = sum(max(pass_communication_s - pass_compute_s, 0.0) for pass_compute_s, pass_communication_s in passes)
+    return Speed(compute_s, communication_s, waiting_s, tokens / (compute_s + waiting_s))
 
 
 def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Path | None) -> tuple[float, str]:
-    """Tokens per second of one GPU, and where that is from."""
+    """Return the tokens per second of one GPU, and the source of that figure."""
     if benchmark is not None:
         try:
             lines = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines() if line.strip()]
@@ -208,12 +229,12 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
     if not 0 < share <= 1:
         raise InputError(f"--mfu {share} must be in (0, 1]")
     peak = peak_flops(gpu.device)
-    assert peak is not None  # a test goes through the table
+    assert peak is not None  # a test checks every GPU of the table
     return share * peak / flops_per_token(config), f"an MFU of {share:.1%}"
 
 
 def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float, source: str) -> Iterator[str]:
-    """The plan of one cluster, line by line."""
+    """Yield the lines of the plan of one cluster."""
     shard, micro, gpu = cluster.shard(args.parallel.shard), args.train.micro_batch_size, cluster.gpu
     micro_batches = accumulation(args, cluster.gpus, micro)
     yield f"model      {config.name}: {config.num_params():,} parameters, context {config.block_size:,}"
@@ -223,33 +244,33 @@ def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float,
     for name, size in parts.items():
         yield f"memory     {size / GIB:8.2f} GiB  {name}"
     total, room = sum(parts.values()) / GIB, USABLE * gpu.memory
-    verdict = "fits" if total <= room else "DOES NOT FIT"
-    yield f"memory     {total:8.2f} GiB  in all at train.micro_batch_size {micro}: {verdict} in {room:.1f} GiB"
+    fits = "fits" if total <= room else "DOES NOT FIT"
+    yield f"memory     {total:8.2f} GiB  in all at train.micro_batch_size {micro}: {fits} in {room:.1f} GiB"
     largest = largest_micro_batch(args, config, cluster)
     if largest:
         steps = accumulation(args, cluster.gpus, largest)
         yield f"           largest micro-batch that fits and divides the batch: {largest}, {steps} of them a step"
     else:
         yield "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
-    now = speed(args, config, cluster, args.parallel.shard, rate, micro)
-    of_one = now.tokens_per_second / cluster.gpus
-    yield f"speed      {now.tokens_per_second:,.0f} tokens/s, {of_one:,.0f} a GPU ({source})"
+    step = speed(args, config, cluster, args.parallel.shard, rate, micro)
+    tokens_per_second_per_gpu = step.tokens_per_second / cluster.gpus
+    yield f"speed      {step.tokens_per_second:,.0f} tokens/s, {tokens_per_second_per_gpu:,.0f} a GPU ({source})"
     yield (
-        f"step       {now.compute + now.waiting:.2f} s: compute {now.compute:.2f} s; communication "
-        f"{now.communication:.2f} s, of which {now.waiting:.2f} s are waited for"
+        f"step       {step.compute + step.waiting:.2f} s: compute {step.compute:.2f} s; communication "
+        f"{step.communication:.2f} s, of which {step.waiting:.2f} s are waited for"
     )
     tokens = total_tokens(args, config)
     if tokens:
-        hours = tokens / now.tokens_per_second / 3600
+        hours = tokens / step.tokens_per_second / 3600
         yield f"time       {hours / 24:,.1f} days, {hours * cluster.gpus:,.0f} GPU-hours for {tokens:,} tokens"
         yield f"energy     {hours * cluster.gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
-        yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * now.tokens_per_second / 1e6:,.1f} MB/s"
+        yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * step.tokens_per_second / 1e6:,.1f} MB/s"
     size = config.checkpoint_bytes / 1e9
     yield f"checkpoint {size:,.2f} GB each; at 2 GB/s {size / 2:,.1f} s to write, in the background"
 
 
 def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
-    """Tokens of the run, where the settings alone tell."""
+    """Return the tokens of the run, or None where they depend on the data."""
     if args.train.max_tokens is not None:
         return args.train.max_tokens
     steps = args.train.max_steps
@@ -257,7 +278,7 @@ def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
 
 
 def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float) -> Iterator[str]:
-    """Where scaling stops: a table with its curves, for weights sharded over all GPUs and over those of a node."""
+    """Yield a table that shows where scaling stops, for weights sharded over all GPUs and over those of a node."""
     batch, total = args.train.global_batch_size, total_tokens(args, config)
     yield f"       {'weights sharded over all GPUs':<37} {'over a node, a copy on each':<36}".rstrip()
     yield "  GPUs" + f"   tokens/s {'days' if total else '':>6}  {'of perfect scaling':<17}" * 2
@@ -278,6 +299,6 @@ def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
 
 
 def bar(share: float, width: int) -> str:
-    """``share`` of ``width`` characters, to an eighth of one."""
+    """Draw ``share`` as a bar of up to ``width`` characters, to an eighth of one."""
     full, rest = divmod(round(share * width * 8), 8)
     return "█" * full + ("", *"▏▎▍▌▋▊▉")[rest]

@@ -163,7 +163,7 @@ def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mi
 def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
     """The backend of each operation on the device that this run will have."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.train.precision == "float8" and (problem := float8.fault(device)):
+    if args.train.precision == "float8" and (problem := float8.problem(device)):
         raise InputError(f"train.precision float8 cannot be used: {problem}")
     for dataset in datasets if args.data.document_mask else []:
         if not dataset.eos:
