@@ -1,9 +1,9 @@
-"""For how long a save keeps training waiting: synchronous against asynchronous, a JSON line each.
+"""Measure how long a synchronous and an asynchronous save block training; prints a JSON line for each.
 
 python scripts/benchmark_checkpoint.py [--model tinyllama_120m] [--rounds 3] [--folder DIR]
 
-One process, on its GPU if it has one. The two alternate; what an asynchronous save does after it has returned is waited
-for, and given as `whole`. Seconds are medians; the first round, which allocates what later ones use again, is left out.
+It runs in one process, on a GPU if there is one, and alternates the two. `blocked` is the time until the save returns,
+`whole` the time until the checkpoint is complete. Seconds are medians without the first round, which allocates buffers.
 """
 
 import json
@@ -25,11 +25,11 @@ from tinyllama.model import GPT
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the flags, measure and print."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("--model", default="tinyllama_120m", help="named size")
-    parser.add_argument("--rounds", type=int, default=3, help="saves of each kind that count")
-    parser.add_argument("--folder", help="on the disk to be measured (the system's folder for temporary files)")
+    parser.add_argument("--model", default="tinyllama_120m", help="named size (tinyllama_120m)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured saves of each kind (3)")
+    parser.add_argument("--folder", help="folder on the disk to measure (the system's folder for temporary files)")
     args = parser.parse_args()
     config = named_config(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -56,10 +56,10 @@ def main() -> None:
                 saver.wait()
                 whole[name].append(time.perf_counter() - start)
         dist.destroy_process_group()
-    facts = {"model": args.model, "parameters": config.num_params(), "gigabytes": round(num_bytes / 1e9, 3)}
+    details = {"model": args.model, "parameters": config.num_params(), "gigabytes": round(num_bytes / 1e9, 3)}
     for name in savers:
         seconds = {"blocked": statistics.median(blocked[name][1:]), "whole": statistics.median(whole[name][1:])}
-        print(json.dumps({"save": name, "device": device, **facts, **{k: round(v, 3) for k, v in seconds.items()}}))
+        print(json.dumps({"save": name, "device": device, **details, **{k: round(v, 3) for k, v in seconds.items()}}))
 
 
 if __name__ == "__main__":

@@ -4,10 +4,10 @@
 
 The shards are laid out like SlimPajama (.jsonl.zst) and StarCoder (.parquet): every different text of this Python's
 library and packages, docstrings and manuals in the first (or the .txt files of DIR), code in the second. Every variant
-runs in a process of its own; ``cpu_s`` is without ``set_up_s``, CPU-seconds of imports and of loading the tokenizer.
-``original`` is the way of the original's scripts: text lines, JSON parsed twice, sentencepiece to a list, an array for
-each document. LitData and datatrove are measured where they are installed; they and sentencepiece take seconds for a
-megabyte, so theirs is a shard of a quarter.
+runs in its own process; ``cpu_s`` excludes ``set_up_s``, the CPU-seconds of imports and of loading the tokenizer.
+``original`` works as upstream's scripts do: text lines, JSON parsed twice, sentencepiece to a list, an array for each
+document. LitData and datatrove are measured if they are installed; they and sentencepiece take seconds per megabyte,
+so they get a shard of a quarter of the size.
 """
 
 import contextlib
@@ -44,12 +44,12 @@ SHARDS = {
     "slimpajama": (".jsonl.zst", Fields(subsets=True, leave_out=("RedPajamaGithub",))),
     "starcoder": (".parquet", Fields("content")),
 }
-SLOW = 4  # variants that only the comparison needs get a shard smaller by this
+SLOW = 4  # slow variants get a shard that is smaller by this factor
 BLOCK = 2048
 
 
 def python_texts(endings: set[str]) -> Iterator[str]:
-    """Each text of this Python's library and packages; of code only the docstrings, where prose is wanted too."""
+    """Yield each text of this Python's library and packages; with prose among the endings, only docstrings of code."""
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
         for path in sorted(Path(root).rglob("*")):
             if path.suffix in endings and path.is_file():
@@ -58,7 +58,7 @@ def python_texts(endings: set[str]) -> Iterator[str]:
 
 
 def different(texts: Iterator[str], size: int) -> Iterator[str]:
-    """No text twice, up to ``size`` characters."""
+    """Yield the texts without duplicates, up to ``size`` characters."""
     seen = set()
     for text in texts:
         if text.strip() and text not in seen:
@@ -70,7 +70,7 @@ def different(texts: Iterator[str], size: int) -> Iterator[str]:
 
 
 def write_shards(folder: Path, size: int, copies: int, prose: Iterator[str]) -> None:
-    """``copies`` of a shard of each kind, ``size`` characters each, and one that is smaller."""
+    """Write ``copies`` of a shard of each kind, ``size`` characters each, and one that is smaller."""
     names = [f"RedPajama{name}" for name in ("CommonCrawl", "C4", "Wikipedia", "Github")]
     rows = [
         json.dumps({"text": text, "meta": {"redpajama_set_name": names[3 if i % 20 == 19 else i % 3]}}) + "\n"
@@ -89,7 +89,7 @@ def write_shards(folder: Path, size: int, copies: int, prose: Iterator[str]) -> 
 
 
 def original(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
-    """A loop like the original's."""
+    """Prepare with a loop like upstream's."""
     import sentencepiece
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
@@ -117,13 +117,13 @@ def original(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
 
 def ours(kind: str, shard: Path, tokenizer: Path, output: Path, encoder: str) -> Work:
-    """A worker of ours, hashes and facts included."""
+    """Prepare with one of our workers, hashes and metadata included."""
     pack = _packer(_recipe(SHARDS[kind][1], Options(tokenizer, output, encoder=encoder)))  # type: ignore[arg-type]
     return lambda: pack(Input(str(shard), shard.name, 0))["tokens"]
 
 
 def ids_for_litdata(kind: str, tokenizer: Path, shard: str) -> Iterator[Any]:
-    """A tensor for each document."""
+    """Yield a tensor of token ids for each document."""
     import sentencepiece
     import torch
 
@@ -133,7 +133,7 @@ def ids_for_litdata(kind: str, tokenizer: Path, shard: str) -> Iterator[Any]:
 
 
 def litdata(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
-    """LitData's optimize with sentencepiece, behind our reader."""
+    """Prepare with LitData's optimize and sentencepiece, from our reader."""
     # without these it empties $TMPDIR/data and $TMPDIR/chunks
     os.environ["DATA_OPTIMIZER_CACHE_FOLDER"] = os.environ["DATA_OPTIMIZER_DATA_CACHE_FOLDER"] = str(output / "cache")
     import litdata as library
@@ -151,7 +151,7 @@ def litdata(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
 
 def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
-    """datatrove's DocumentTokenizer, which takes a tokenizer.json, with a reader of its own."""
+    """Prepare with datatrove's DocumentTokenizer, which takes a tokenizer.json, and its reader."""
     from datatrove.executor import LocalPipelineExecutor
     from datatrove.pipeline.filters import LambdaFilter
     from datatrove.pipeline.readers import JsonlReader, ParquetReader
@@ -180,7 +180,7 @@ def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
 
 def whole(folder: Path, tokenizer: Path, output: Path, workers: int) -> Work:
-    """The tokens of all SlimPajama shards over worker processes."""
+    """Prepare all SlimPajama shards with worker processes."""
     inputs = [one for one in find_inputs(folder, (".jsonl.zst",)) if not one.name.startswith("small")]
 
     def work() -> int:
@@ -191,7 +191,7 @@ def whole(folder: Path, tokenizer: Path, output: Path, workers: int) -> Work:
 
 
 def load(folder: Path, on_cpu: bool, rate: float | None = None) -> Work:
-    """Samples in batches of 8, as a device receives them or widened on the CPU; ``rate``: so many a second for 10 s."""
+    """Load samples in batches of 8, as a device receives them or widened on the CPU; ``rate`` sets the samples/s."""
     import torch
 
     from tinyllama.data.loader import Loader, on_device
@@ -218,7 +218,7 @@ def load(folder: Path, on_cpu: bool, rate: float | None = None) -> Work:
 
 
 def measured(pipe: Any, function: Callable[..., Work], arguments: tuple[Any, ...]) -> None:
-    """In a process of its own: what comes of ``function``, CPU-seconds, seconds, those of its set-up, peak MB."""
+    """Send the result of ``function``, CPU-seconds, seconds, CPU-seconds of set-up and peak MB through ``pipe``."""
     cpu = lambda: sum(os.times()[:4])  # noqa: E731 (children included, once they have ended)
     started = cpu()
     work = function(*arguments)
@@ -226,15 +226,15 @@ def measured(pipe: Any, function: Callable[..., Work], arguments: tuple[Any, ...
     count = work()
     wall = time.perf_counter() - wall
     used = cpu() - began
-    # getrusage would tell the parent's, too
+    # getrusage would include the parent's
     memory = int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text(encoding="utf-8"))[0]) / 1024
     pipe.send((count, used, wall, set_up, memory))
     pipe.close()
-    os._exit(0)  # a loader's thread has no end
+    os._exit(0)  # a loader's thread never ends
 
 
 def alone(function: Callable[..., Work], arguments: tuple[Any, ...]) -> list[tuple[float, ...]]:
-    """``measured`` in a new process; nothing of a peer that fails, which has said why."""
+    """Run ``measured`` in a new process; return [] for a peer that fails, which prints its own error."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe()
     process = context.Process(target=measured, args=(there, function, arguments))
@@ -250,7 +250,7 @@ def alone(function: Callable[..., Work], arguments: tuple[Any, ...]) -> list[tup
 
 
 def variants(folder: Path, tokenizer: Path) -> Iterator[tuple[str, Callable[..., Work], tuple[Any, ...]]]:
-    """Name, function and arguments of each, in the order in which a round runs them."""
+    """Yield name, function and arguments of each variant, in the order of a round."""
     output = folder / "output"
     for kind, (ending, _) in SHARDS.items():
         large, small = (folder / size / kind / f"a{ending}" for size in ("0", "small"))
@@ -269,13 +269,13 @@ def variants(folder: Path, tokenizer: Path) -> Iterator[tuple[str, Callable[...,
 
 
 def main() -> None:
-    """Write the shards, run the rounds, print."""
+    """Parse the flags, write the shards, run the rounds and print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians are printed (default: 3)")
-    parser.add_argument("--megabytes", type=int, default=55, help="of text in a shard (default: 55)")
+    parser.add_argument("--rounds", type=int, default=3, help="rounds, whose medians are printed (default: 3)")
+    parser.add_argument("--megabytes", type=int, default=55, help="megabytes of text in a shard (default: 55)")
     parser.add_argument("--texts", type=Path, help="folder whose .txt files are the prose (default: this Python's own)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="where the shards go")
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the shards")
     args = parser.parse_args()
     results: dict[str, list[tuple[float, ...]]] = {}
     args.work.mkdir(parents=True, exist_ok=True)

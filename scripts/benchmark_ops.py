@@ -1,11 +1,11 @@
-"""Measure each operation's backends, forward and backward, beside what this GPU can move and multiply.
+"""Measure each operation's backends, forward and backward, and this GPU's limits of copying and multiplying.
 
     python scripts/benchmark_ops.py                           # the shapes of TinyLlama-1.1B, 16 x 2048 tokens, bf16
     python scripts/benchmark_ops.py --micro_batch_size 8 --operation attention
 
-A JSON line each: median microseconds, and TFLOP/s (attention over half the square, the other products) or GB/s (what
-must be read and written at least once). `compiled` is the same backend under torch.compile, as it runs inside a block.
-The first two lines are the ceilings: a copy, and a matrix product of 8192 cubed.
+It prints a JSON line each: median microseconds, and TFLOP/s (attention counts half of the scores, for the causal mask)
+or GB/s (bytes that must be read and written at least once). `compiled` is the same backend under torch.compile, as it
+runs inside a block. The first two lines are the ceilings: a copy, and a matmul of 8192 cubed.
 """
 
 import json
@@ -25,7 +25,7 @@ Call = Callable[[], Any]
 
 
 def microseconds(call: Call, repeats: int = 20) -> float:
-    """Median time of ``call`` on the GPU, between two events, after three calls that are not counted."""
+    """Return the median time of ``call`` on the GPU, between two events, after three warm-up calls."""
     for _ in range(3):
         call()
     times = []
@@ -40,7 +40,7 @@ def microseconds(call: Call, repeats: int = 20) -> float:
 
 
 def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any, ...], float, float]:
-    """Inputs, and the TFLOP and the GB of a forward pass; the backward pass has twice as many products and bytes."""
+    """Return inputs, and the TFLOP and GB of a forward pass; the backward pass has twice as many matmuls and bytes."""
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
@@ -63,7 +63,7 @@ def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any,
 
 
 def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samples: int) -> dict[str, Any]:
-    """The JSON line of one backend."""
+    """Return the JSON line of one backend."""
     backend = OPERATIONS[operation][name]
     line: dict[str, Any] = {"operation": operation, "backend": name, "compiled": compiled, "library": backend.version()}
     if problem := backend.problem(torch.device("cuda")):
@@ -82,15 +82,15 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
         wanted = [p for p in wanted if isinstance(p, Tensor) and p.requires_grad]
 
         def both() -> None:
-            torch.autograd.grad(call(*inputs), wanted, weights)  # backward() would add to the gradients before
+            torch.autograd.grad(call(*inputs), wanted, weights)  # backward() would accumulate gradients
 
         total = microseconds(both)
-    except (RuntimeError, AssertionError) as error:  # out of memory, or a shape the kernel is not made for
+    except (RuntimeError, AssertionError) as error:  # out of memory, or a shape that the kernel does not support
         return line | {"error": str(error).splitlines()[0]}
     line |= {"forward_us": round(forward, 1), "forward_backward_us": round(total, 1)}
     line["peak_memory_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
     if tflop:
-        # attention's backward pass multiplies five times where the forward pass does twice
+        # attention's forward pass has two matmuls, its backward pass five
         times = 3.5 if operation == "attention" else 3
         speeds = {"forward_tflops": tflop / forward, "forward_backward_tflops": times * tflop / total}
         return line | {key: round(speed * 1e6) for key, speed in speeds.items()}
@@ -98,22 +98,22 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
 
 
 def ceilings() -> list[dict[str, Any]]:
-    """What this GPU copies and multiplies at best."""
+    """Measure this GPU's ceilings of copying and multiplying."""
     a, b = (torch.randn(8192, 8192, device="cuda", dtype=torch.bfloat16) for _ in range(2))
     source, target = (torch.empty(2**31, device="cuda", dtype=torch.bfloat16) for _ in range(2))
-    copy, product = microseconds(lambda: target.copy_(source)), microseconds(lambda: a @ b)
+    copy, matmul = microseconds(lambda: target.copy_(source)), microseconds(lambda: a @ b)
     return [
         {"ceiling": "copy", "gb_per_second": round(2 * source.nbytes / copy / 1e3)},
-        {"ceiling": "bf16 product of 8192 cubed", "tflops": round(2 * 8192**3 / product / 1e6)},
+        {"ceiling": "bf16 matmul of 8192 cubed", "tflops": round(2 * 8192**3 / matmul / 1e6)},
     ]
 
 
 def main() -> None:
-    """Parse, measure, print."""
+    """Parse the flags, measure and print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--model", default="tinyllama_1.1b", help="named size that gives the shapes (tinyllama_1.1b)")
     parser.add_argument("--micro_batch_size", type=int, default=16, help="sequences (16)")
-    parser.add_argument("--operation", choices=OPERATIONS, action="append", help="only this one; may be given again")
+    parser.add_argument("--operation", choices=OPERATIONS, action="append", help="only this one; may be repeated")
     args = parser.parse_args()
     if not torch.cuda.is_available():
         raise InputError("there is no CUDA GPU here: run this where there is one")

@@ -1,14 +1,14 @@
-"""Measure whole optimizer steps, ours and those of other codebases, one after another, a process each.
+"""Measure whole optimizer steps of this and other codebases, one after another, each in its own process.
 
     python scripts/benchmark_step.py                                    # ours, TinyLlama-1.1B, 65,536 tokens a step
     python scripts/benchmark_step.py --peers litgpt,hf --micro_batch_size 16
     python scripts/benchmark_step.py --run ours:train.precision=float8 --run ours:ops.attention=sdpa_cudnn,8
 
-Each run is a JSON line: tokens/s (median over the steps), MFU (throughput.py has the formula), peak memory, seconds to
-the end of the first step (compilation), backends and versions. A run is NAME[:SETTING,...]: a number is its
-micro-batch, key=value a flag of pretrain/train.py (for ours). Tokens are random; master weights are fp32 everywhere.
-litgpt is its pretraining loop's model, loss, precision and optimizer under torch.compile, hf transformers with Liger's
-kernels. --budget adds where a step's time goes, by kernel.
+It prints a JSON line per run: tokens/s (median over the steps), MFU (throughput.py has the formula), peak memory,
+seconds to the end of the first step (compilation), backends and versions. A run is NAME[:SETTING,...]; a number sets
+its micro-batch, key=value a flag of pretrain/train.py (ours only). Tokens are random; master weights are always fp32.
+`litgpt` uses the model, loss, precision and optimizer of its pretraining loop under torch.compile, `hf` transformers
+with Liger's kernels. --budget adds the time of a step by kind of kernel.
 """
 
 import importlib.metadata
@@ -36,12 +36,12 @@ from tinyllama.throughput import flops_per_token, peak_flops
 Step = Callable[[list[tuple[Tensor, Tensor]]], Any]  # (input_ids, targets), each (B, T), of every micro-batch
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
-# what a kernel of this name does; the first that fits counts
+# the kind of a kernel by its name; the first match wins
 KINDS = {
     "compiled element-wise": r"^triton",
     "norms": r"RMSNorm",
     "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
-    "products": r"gemm|cutlass|nvjet|cublas|s16816|xmma",
+    "matmuls": r"gemm|cutlass|nvjet|cublas|s16816|xmma",
     "clip and optimizer": r"adam|multi_tensor|foreach|lpnorm",
     "copies and casts": r"memcpy|memset|copy|cat_array|CatArray|split_with_sizes|chunk_cat|nccl",
     "embedding": r"embedding|sort|radix|scan",
@@ -50,7 +50,7 @@ KINDS = {
 
 
 def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
-    """Our step, made of the recipe's parts."""
+    """Build our step from the recipe's parts."""
     from tinyllama.checkpoint.state import TrainState
     from tinyllama.model import GPT
     from tinyllama.ops import choice
@@ -83,7 +83,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
 
 
 def litgpt(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
-    """LitGPT's model, chunked loss, bf16-mixed and fused AdamW, as its pretraining command has them."""
+    """Build LitGPT's step: model, chunked loss, bf16-mixed and fused AdamW of its pretraining command."""
     import lightning
     from litgpt import GPT, Config
     from litgpt.utils import chunked_cross_entropy
@@ -118,7 +118,7 @@ def _litgpt_sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
-    """transformers' Llama with Liger's kernels (fused linear cross-entropy among them) under bf16 autocast."""
+    """Build a step of transformers' Llama with Liger's kernels (and fused linear cross-entropy) in bf16 autocast."""
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -147,7 +147,7 @@ RUNS = {"ours": ours, "litgpt": litgpt, "hf": hf}
 
 
 def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budget: bool) -> dict[str, Any]:
-    """The JSON line of one run, in this process."""
+    """Measure one run in this process and return its JSON line."""
     kind, _, text = run.partition(":")
     settings = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     micro_batch = next((int(part) for part in text.split(",") if part.isdecimal()), micro_batch)
@@ -156,7 +156,7 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
     if samples % micro_batch:
         raise InputError(f"--run {run}: {samples} samples a step are not a multiple of the micro-batch {micro_batch}")
     began = time.perf_counter()
-    step, facts = RUNS[kind](name, settings, tokens, micro_batch)
+    step, details = RUNS[kind](name, settings, tokens, micro_batch)
     batches = _batches(config, samples, micro_batch)
     step(next(batches))
     _sync()
@@ -172,7 +172,7 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
         step(batch)
         _sync()
         times.append(time.perf_counter() - start)
-    start = time.perf_counter()  # without a wait between the steps, as in training
+    start = time.perf_counter()  # without synchronizing between the steps, as in training
     for _ in range(steps):
         step(next(batches))
     _sync()
@@ -190,7 +190,7 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
         "first_step_seconds": round(compiled, 1),
         "device": torch.cuda.get_device_name() if DEVICE.type == "cuda" else "cpu",
         "torch": torch.__version__,
-        **facts,
+        **details,
     }
     return line | ({"budget_ms": _budget(step, next(batches))} if budget else {})
 
@@ -204,7 +204,7 @@ def _batches(config: ModelConfig, samples: int, micro_batch: int) -> Iterator[li
 
 
 def _budget(step: Step, batch: list[tuple[Tensor, Tensor]]) -> dict[str, float]:
-    """Milliseconds of one step by kind of kernel; gaps is when none ran."""
+    """Return the milliseconds of one step by kind of kernel, and its time on the wall clock."""
     from torch.profiler import ProfilerActivity, profile
 
     _sync()
@@ -237,16 +237,16 @@ def _versions(*packages: str) -> str:
 
 
 def main() -> int:
-    """Parse; measure the one run asked for, or start a process for each."""
+    """Parse the flags; measure one run here, or start a process for each run."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--model", default="tinyllama_1.1b", help="named size (tinyllama_1.1b)")
-    parser.add_argument("--peers", default="", help="litgpt,hf: measured after ours, where they are installed")
-    parser.add_argument("--run", action="append", default=[], help="NAME[:SETTING,...], as often as wanted")
+    parser.add_argument("--peers", default="", help="litgpt,hf: also measured, if they are installed")
+    parser.add_argument("--run", action="append", default=[], help="NAME[:SETTING,...]; may be repeated")
     parser.add_argument("--micro_batch_size", type=int, default=16, help="where a run names none (16)")
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens an optimizer step (65,536)")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured, twice (10)")
-    parser.add_argument("--memory_cap_gib", type=float, help="fail where a run needs more of the GPU's memory")
-    parser.add_argument("--budget", action="store_true", help="add where a step's time goes")
+    parser.add_argument("--tokens", type=int, default=65536, help="tokens per optimizer step (65,536)")
+    parser.add_argument("--steps", type=int, default=10, help="steps that are measured, in two rounds (10)")
+    parser.add_argument("--memory_cap_gib", type=float, help="fail a run that needs more GPU memory")
+    parser.add_argument("--budget", action="store_true", help="add the time by kind of kernel")
     parser.add_argument("--here", action="store_true", help="measure the one run in this process")
     args = parser.parse_args()
     runs = args.run or ["ours"]

@@ -13,7 +13,7 @@ from tinyllama.convert.weights import DTYPES, open_weights
 
 
 def main() -> int:
-    """Parse, convert, print; 1 when the checkpoint is not what was converted."""
+    """Parse the flags, convert and print; return 1 when --verify finds a difference."""
     parser = cli.arguments(__doc__)
     parser.add_argument("hf_dir", type=Path, help="config.json with safetensors or .bin files")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier conversion there is replaced")

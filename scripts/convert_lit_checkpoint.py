@@ -16,7 +16,7 @@ from tinyllama.convert.weights import DTYPES, open_weights
 
 
 def main() -> int:
-    """Parse, convert, print; 1 when the folder is not what was converted."""
+    """Parse the flags, convert and print; return 1 when --verify finds a difference."""
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or upstream's .pth")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier export there is replaced")

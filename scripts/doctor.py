@@ -1,4 +1,4 @@
-"""Say what this machine has for training, whether it works, and what to do where it does not; 1 if something is wrong.
+"""Check whether this machine is ready for training, and say how to fix what is not; exits with 1 if anything is wrong.
 
 python scripts/doctor.py [--out_dir DIR]
 """
@@ -9,7 +9,7 @@ from tinyllama.config import cli
 
 
 def main() -> int:
-    """Parse, look, print."""
+    """Parse the flags, check the machine and print the findings."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where runs will be written (out)")
     args = parser.parse_args()

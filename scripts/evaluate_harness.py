@@ -1,4 +1,4 @@
-"""Score a checkpoint on lm-eval's tasks, or on how well it predicts a dataset; scores go to the run's eval.csv too.
+"""Score a checkpoint on lm-eval's tasks or its perplexity on a dataset, print the scores and add them to eval.csv.
 
 python scripts/evaluate_harness.py CHECKPOINT|RUN --tokenizer FILE --tasks commonsense [--watch] [--perplexity DIR]
 """
@@ -16,12 +16,12 @@ MAX_BATCH = 65536  # beyond any GPU's memory
 
 
 def main() -> None:
-    """Parse, evaluate one checkpoint, or each one of a run as it appears until the run is done."""
+    """Parse the flags, and evaluate one checkpoint, or each checkpoint of a run as it appears until the run is done."""
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", type=Path, help="a step directory, a run's out_dir, or a Hugging Face folder")
     parser.add_argument("--tokenizer", required=True, help="the file that the data was prepared with")
-    parser.add_argument("--tasks", default="", help="commonsense, problem_solving or tasks of lm-eval, by commas")
-    parser.add_argument("--include_path", type=Path, help="folder of YAML files of more tasks")
+    parser.add_argument("--tasks", default="", help="commonsense, problem_solving or tasks of lm-eval, comma-separated")
+    parser.add_argument("--include_path", type=Path, help="folder with YAML files of further tasks")
     parser.add_argument("--perplexity", type=Path, metavar="DIR", help="a packed dataset, or a folder of texts")
     parser.add_argument("--watch", action="store_true", help="evaluate every checkpoint of the run as it appears")
     parser.add_argument("--batch_size", type=int, default=16, help="requests or samples at once (16)")
@@ -40,7 +40,7 @@ def main() -> None:
         weights = open_weights(path)
         tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], weights.config)
         file = harness.csv_of(weights)
-        harness.read_scores(file)  # before hours of work for a file that cannot take them
+        harness.read_scores(file)  # fails now rather than after hours of work
         scores = []
         if tasks:
             scores += harness.evaluate(

@@ -1,4 +1,4 @@
-"""Write a checkpoint's weights, by our names and as saved, into one safetensors file.
+"""Write a checkpoint's weights, with our names and in the saved dtype, into one safetensors file.
 
 python scripts/export_checkpoint.py CHECKPOINT FILE
 """
@@ -12,10 +12,12 @@ from tinyllama.convert.weights import open_weights
 
 
 def main() -> None:
-    """Parse, export, print."""
+    """Parse the flags, export and print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", help="a step directory, or a run's out_dir for its newest step")
-    parser.add_argument("file", type=Path, help="the file to write, such as model.safetensors; one there is replaced")
+    parser.add_argument(
+        "file", type=Path, help="the file to write, such as model.safetensors; an existing one is replaced"
+    )
     args = parser.parse_args()
     step_dir = reader.resolve(args.checkpoint)
     tensor_file.export(open_weights(step_dir), args.file)

@@ -1,4 +1,4 @@
-"""Let a model go on with a text, or with several at once.
+"""Continue a text, or several at once, with a model.
 
 python scripts/generate.py CHECKPOINT --tokenizer FILE --prompt TEXT [--max_new_tokens N] [--temperature 0]
 """
@@ -17,16 +17,18 @@ from tinyllama.model import from_weights
 
 
 def main() -> None:
-    """Parse, generate, print: the texts to stdout, the speed to stderr."""
+    """Parse the flags, generate, and print the texts to stdout and the speed to stderr."""
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or a HF folder")
     parser.add_argument("--tokenizer", required=True, help="the file that the data was prepared with")
     parser.add_argument("--prompt", required=True, action="append", help="the beginning of the text; may be repeated")
     parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add (100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; above: drawn (0)")
-    parser.add_argument("--top_k", type=int, help="draw from this many likeliest tokens (all)")
-    parser.add_argument("--top_p", type=float, default=1.0, help="draw from the likeliest that make this share (1)")
-    parser.add_argument("--seed", type=int, default=0, help="of the drawing (0)")
+    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; above 0: sample (0)")
+    parser.add_argument("--top_k", type=int, help="sample from this many likeliest tokens (all)")
+    parser.add_argument(
+        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this probability (1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
     args = parser.parse_args()
     weights = open_weights(args.checkpoint)
     config = weights.config

@@ -1,9 +1,9 @@
-"""Say what a run will take on a cluster: memory a GPU, tokens/s, where scaling stops, days, energy, disk.
+"""Estimate what a run takes on a cluster: memory per GPU, tokens/s, limits of scaling, days, energy, disk.
 
 python scripts/plan.py --config F --gpus 16 --gpu a100-40g [--gpus_per_node 8] [--network_gbps 200] [--mfu 0.5]
 python scripts/plan.py --config F --gpus 64 --gpu h200 --benchmark FILE [--train.micro_batch_size 16 ...]
 
-FILE holds lines of benchmark_step.py. The figures that are no measurements are at the top of tinyllama/tools/plan.py.
+FILE holds lines of benchmark_step.py. The assumed figures are at the top of tinyllama/tools/plan.py.
 """
 
 from pathlib import Path
@@ -16,13 +16,13 @@ from tinyllama.train.run import gradient_accumulation
 
 
 def main() -> None:
-    """Parse, count, print."""
+    """Parse the flags, estimate and print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--config", required=True, help="a run's YAML; its settings can be given as flags, too")
-    parser.add_argument("--gpus", type=int, required=True, help="GPUs in all")
+    parser.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(plan.GPUS)}")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
-    parser.add_argument("--network_gbps", type=float, help="Gbit/s of network a GPU (usual for the kind)")
+    parser.add_argument("--network_gbps", type=float, help="Gbit/s of network per GPU (usual for the kind)")
     parser.add_argument("--mfu", type=float, help="share of the dense peak that one GPU reaches (usual for the kind)")
     parser.add_argument("--benchmark", type=Path, help="a file of benchmark_step.py's lines, instead of --mfu")
     ours, settings = parser.parse_known_args()
@@ -39,7 +39,7 @@ def main() -> None:
     cluster = plan.Cluster(gpu, ours.gpus, ours.gpus_per_node, ours.network_gbps or gpu.network)
     if ours.gpus % cluster.shard(args.parallel.shard):
         raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs")
-    gradient_accumulation(args.train, ours.gpus)  # train.py would refuse the batch, too
+    gradient_accumulation(args.train, ours.gpus)  # raises for a batch that train.py would refuse
     rate, source = plan.rate_of_one(config, gpu, ours.mfu, ours.benchmark)
     print(*plan.card(args, config, cluster, rate, source), sep="\n")
     print()

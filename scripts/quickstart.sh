@@ -21,14 +21,14 @@ stage() { # NAME
 finish_stage() {
     if [ -n "${name:-}" ]; then seconds+=("$(printf '%4d s  %s' $((SECONDS - began)) "$name")"); fi
 }
-say() { # COMMAND: as one would type it
+say() { # COMMAND: print it as one would type it
     local words=() word
     for word; do
         case $word in *[!A-Za-z0-9_./:=\&-]*) words+=("\"$word\"") ;; *) words+=("$word") ;; esac
     done
     printf '\n$ %s\n' "${words[*]}"
 }
-step() { # COMMAND
+step() { # COMMAND: print it and run it
     say "$@"
     "$@"
 }
@@ -53,7 +53,7 @@ step python scripts/inspect_packed.py data/quickstart/starcoder --verify
 
 stage "pretraining: the first half, then a signal like Slurm's before a time limit"
 if [ -d $run/checkpoints ]; then
-    echo "$run has checkpoints already: the next stage goes on from the newest"
+    echo "$run has checkpoints already: the next stage resumes from the newest"
 else
     say "${pretrain[@]}" "&"
     "${pretrain[@]}" &
@@ -66,14 +66,14 @@ else
     done
     trap - EXIT
     say kill -USR1 $job
-    kill -USR1 $job 2>/dev/null || true # it is gone already if something is wrong: its exit status tells
+    kill -USR1 $job 2>/dev/null || true # the process may have died; wait reports its status
     status=0
     wait $job || status=$?
     echo "exit status $status"
     if [ $status != 75 ]; then exit $status; fi # 75: stopped by a signal, checkpoint saved
 fi
 
-stage "resume: the same command goes on where it stopped"
+stage "resume: the same command continues where it stopped"
 step "${pretrain[@]}"
 
 stage "conversion: to a folder that transformers loads, logits compared"

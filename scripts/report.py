@@ -1,4 +1,4 @@
-"""Write report.html of a run, or of several in comparison: one file, to be opened anywhere, without a network.
+"""Write report.html for one run, or comparing several: a single file that opens anywhere, without a network.
 
 python scripts/report.py out/RUN [out/OTHER ...] [--output FILE]
 """
@@ -11,7 +11,7 @@ from tinyllama.monitor.metrics import read_metrics
 
 
 def main() -> None:
-    """Parse, write, print the first run's loss and where the page is."""
+    """Parse the flags, write the report, and print the first run's loss and the report's path."""
     parser = cli.arguments(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="out_dir of each run")
     parser.add_argument("--output", type=Path, help="the file to write (report.html in the first run's out_dir)")

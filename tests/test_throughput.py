@@ -82,7 +82,7 @@ def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) 
     assert meter.lap() == 100
     now += 1
     meter.step(300)
-    assert meter.lap() == 300  # the first lap, with the compilation, has gone
+    assert meter.lap() == 300  # the first interval, with the compilation, has gone
     now += 3
     meter.step(300)
     assert meter.lap() == 600 / 4

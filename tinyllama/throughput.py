@@ -6,7 +6,7 @@ from collections import deque
 
 from tinyllama.config.model import ModelConfig
 
-# Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets, by a pattern of the device's name; the first match wins.
+# Dense bf16 FLOP/s of the tensor cores, from NVIDIA's data sheets; the first pattern that matches a device's name wins.
 PEAK_FLOPS = {
     "GB200": 2500e12,
     "B200": 2250e12,

@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIG, FACTS, difference, from_hf, given, llama, to_hf, weights
+from models import CONFIG, FACTS, difference, from_hf, generate, given, llama, to_hf, weights
 
 from tinyllama import InputError
 from tinyllama.convert import hf_folder, tokenizer_files, verify
-from tinyllama.eval.generate import generate
 from tinyllama.model import from_weights
 from tinyllama.tokenizer import Tokenizer
 

@@ -3,10 +3,11 @@ import dataclasses
 import models
 import pytest
 import torch
+from models import generate
 
 from tinyllama import InputError
 from tinyllama.config.model import ModelConfig
-from tinyllama.eval.generate import Texts, check, choose, generate, stream
+from tinyllama.eval.generate import Texts, check, choose, stream
 from tinyllama.model import GPT, from_weights, init_weights
 from tinyllama.tokenizer import Tokenizer
 

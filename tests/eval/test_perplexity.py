@@ -75,7 +75,7 @@ def test_the_scores_are_those_of_transformers(batch_size, hf_dir, reference, tok
 @pytest.mark.parametrize("piece", [1, 7, 50, 1 << 20])
 @pytest.mark.parametrize("ended", [True, False])
 def test_no_byte_is_lost_between_pieces(piece, ended, tokenizer, packed_folder, monkeypatch):
-    monkeypatch.setattr(perplexity, "PIECE", piece)
+    monkeypatch.setattr(perplexity, "DECODE_CHUNK", piece)
     documents = [[*tokenizer.encode(text), 2] for text in TEXTS]
     if not ended:
         documents[-1].pop()

@@ -7,6 +7,7 @@ import torch
 from tinyllama.config.model import ModelConfig
 from tinyllama.convert import layout, verify
 from tinyllama.convert.weights import Weights, open_weights
+from tinyllama.eval.generate import stream
 from tinyllama.model import GPT, init_weights
 
 # vocab_size 400 is that of the tokenizer_file fixture; 400 pieces in 448 rows
@@ -50,6 +51,11 @@ def given(state=None, config=CONFIG, facts=FACTS):
 def difference(folder, state=None, config=CONFIG):
     dtype = open_weights(folder).dtype
     return verify.verify(folder, given(state, config), dtype)
+
+
+def generate(model, prompts, max_new_tokens, **how):
+    steps = list(stream(model, prompts, max_new_tokens, **how))
+    return [[step[i] for step in steps if step[i] is not None] for i in range(len(prompts))]
 
 
 def llama(config):

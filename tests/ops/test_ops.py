@@ -64,7 +64,7 @@ def usable(operation, backend, device, dtype=torch.bfloat16):
 
 
 # The largest element hides what happens to the others; the norm of the error does not. In bf16 a result rounded once is
-# 1.7e-3 off, and one of several rounded products up to 5e-3; gradients of scores cancel, most of all in fused kernels.
+# 1.7e-3 off, and one of several rounded matmuls up to 5e-3; gradients of scores cancel, most of all in fused kernels.
 PRECISION = {"attention reference": 1e-2, "attention": 3e-2, "rms_norm": 9e-3, "swiglu": 8e-3, "cross_entropy": 5e-3}
 
 

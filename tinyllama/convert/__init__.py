@@ -1,1 +1,1 @@
-"""Weights in and out: step directories of ours, upstream's .pth files, and Hugging Face folders of Llama models."""
+"""Convert weights between our step directories, upstream's .pth files and Hugging Face folders of Llama models."""

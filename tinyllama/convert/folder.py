@@ -1,4 +1,4 @@
-"""A folder that a conversion writes: whole or not at all, over an earlier one but never over anything else."""
+"""Create an output folder completely or not at all; it replaces an earlier conversion, but never anything else."""
 
 import contextlib
 import json
@@ -9,7 +9,7 @@ from typing import Any
 
 from tinyllama import InputError, __version__, atomic
 
-MARK = "export.json"  # in a folder that a conversion wrote: what from, and the names in it
+MARK = "export.json"  # marks a folder that a conversion wrote; it holds the source and the names of all files
 
 
 def refuse_foreign(output: Path) -> None:
@@ -21,43 +21,43 @@ def refuse_foreign(output: Path) -> None:
 
 
 def read_mark(output: Path) -> dict[str, Any]:
-    """What the mark of ``output`` says; empty when it has none."""
+    """Return the content of the mark of ``output``; empty when it has none."""
     try:
-        said = json.loads((output / MARK).read_text(encoding="utf-8"))
-        return said if isinstance(said["files"], list) else {}
+        mark = json.loads((output / MARK).read_text(encoding="utf-8"))
+        return mark if isinstance(mark["files"], list) else {}
     except (OSError, ValueError, KeyError, TypeError):
         return {}
 
 
 @contextlib.contextmanager
-def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
-    """A folder to write into, which becomes ``output`` when the block ends well and is gone when it does not.
+def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Path]:
+    """Yield a temporary folder that becomes ``output`` when the block succeeds, and is removed when it fails.
 
-    Every file in it has then reached the disk, and ``facts`` are in its mark. Raises InputError as refuse_foreign does,
-    for an ``output`` that cannot be made, and for one that holds the ``source``, which would be lost.
+    Its files are synced to the disk first, and its mark holds ``metadata``. Raises InputError as refuse_foreign does,
+    for an ``output`` that cannot be created, and for one that holds the ``source``, which would be lost.
     """
     given, output = output, output.resolve()  # a name even for "."
     try:
         if output in (source.resolve(), *source.resolve().parents) and output.exists():
             raise InputError(f"{given} holds {source}, which is to be converted: give another folder")
         refuse_foreign(output)
-        unfinished, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
-        for stale in (unfinished, replaced):
+        partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
+        for stale in (partial, replaced):
             shutil.rmtree(stale, ignore_errors=True)
-        unfinished.mkdir(parents=True)
+        partial.mkdir(parents=True)
     except OSError as error:
         raise InputError(f"cannot create {given}: {error.strerror}: give a folder that can be written") from None
     try:
-        yield unfinished
-        names = sorted([MARK, *(path.name for path in unfinished.iterdir())])
-        write_json(unfinished / MARK, {"tinyllama": __version__, **facts, "files": names})
-        for path in [*unfinished.rglob("*"), unfinished]:
+        yield partial
+        names = sorted([MARK, *(path.name for path in partial.iterdir())])
+        write_json(partial / MARK, {"tinyllama": __version__, **metadata, "files": names})
+        for path in [*partial.rglob("*"), partial]:
             atomic.sync(path)
         if output.exists():
             output.rename(replaced)
-        unfinished.rename(output)
+        partial.rename(output)
     except BaseException as error:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         if isinstance(error, OSError):  # a full disk
             raise InputError(f"cannot write {given}: {error.strerror}: make room, or give another folder") from None
         raise
@@ -66,5 +66,5 @@ def create(output: Path, source: Path, facts: dict[str, Any]) -> Iterator[Path]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
-    """``content``, to be read by people too."""
+    """Write ``content`` as indented JSON."""
     path.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")

@@ -1,4 +1,4 @@
-"""Our weights as a folder that transformers' LlamaForCausalLM and AutoTokenizer load, written one tensor at a time."""
+"""Write our weights, a tensor at a time, as a folder that transformers' LlamaForCausalLM and AutoTokenizer load."""
 
 from dataclasses import asdict
 from pathlib import Path
@@ -11,28 +11,28 @@ from tinyllama.convert.tokenizer_files import write_tokenizer
 from tinyllama.convert.weights import Weights
 from tinyllama.tokenizer import Tokenizer
 
-SHARD_BYTES = 5 * 10**9  # of weights in one file; above, there are more and an index
+SHARD_BYTES = 5 * 10**9  # most weights in one file; larger models get several files and an index
 
 
 def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES) -> None:
-    """Write ``weights`` as a Hugging Face folder: it appears whole, or not at all; an earlier export is replaced.
+    """Write ``weights`` as a Hugging Face folder, completely or not at all; it replaces an earlier export.
 
     Raises InputError for an ``output`` that cannot be written or has files that no export wrote, and for a
     sentencepiece model that a tokenizer.json cannot express.
     """
-    config, facts = weights.config, weights.facts
-    eos_id, bos_id = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (facts["eos_id"], facts["bos_id"])
+    config, metadata = weights.config, weights.facts
+    eos_id, bos_id = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (metadata["eos_id"], metadata["bos_id"])
     generation: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
-    if config.padded_vocab_size > config.vocab_size:  # the rows that pad are no tokens
+    if config.padded_vocab_size > config.vocab_size:  # the padding rows are not tokens
         generation["suppress_tokens"] = list(range(config.vocab_size, config.padded_vocab_size))
-    mark = {key: facts[key] for key in ("step", "tokens")} | {"model": asdict(config)}
-    mark["tokenizer_sha256"] = tokenizer.sha256 if tokenizer else facts["tokenizer_sha256"]
-    with folder.create(output, weights.path, mark) as unfinished:
-        if tokenizer is not None:  # first, for it is what can be refused
-            write_tokenizer(unfinished, tokenizer, config.block_size)
-        folder.write_json(unfinished / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))
-        folder.write_json(unfinished / "generation_config.json", generation)
-        _write_tensors(unfinished, weights, shard_bytes)
+    mark = {key: metadata[key] for key in ("step", "tokens")} | {"model": asdict(config)}
+    mark["tokenizer_sha256"] = tokenizer.sha256 if tokenizer else metadata["tokenizer_sha256"]
+    with folder.create(output, weights.path, mark) as partial:
+        if tokenizer is not None:  # first, because it can be refused
+            write_tokenizer(partial, tokenizer, config.block_size)
+        folder.write_json(partial / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))
+        folder.write_json(partial / "generation_config.json", generation)
+        _write_tensors(partial, weights, shard_bytes)
 
 
 def _write_tensors(output: Path, weights: Weights, shard_bytes: int) -> None:
@@ -40,7 +40,7 @@ def _write_tensors(output: Path, weights: Weights, shard_bytes: int) -> None:
     sizes = {key: torch.Size(shape).numel() * itemsize for key, shape in shapes.items()}
     shards: list[list[tuple[str, tuple[str, ...]]]] = [[]]
     filled = 0
-    for ours, theirs in layout.keys(weights.config):  # the parts of a tensor stay together
+    for ours, theirs in layout.keys(weights.config):  # the parts of one of our tensors stay in one file
         size = sum(sizes[key] for key in theirs)
         if shards[-1] and filled + size > shard_bytes:
             shards.append([])

@@ -1,4 +1,4 @@
-"""Ours and transformers' names for the same tensors, and for the same sizes."""
+"""Map our names of tensors and sizes to transformers' and back."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -10,7 +10,7 @@ from tinyllama import InputError
 from tinyllama.config.model import NAMED_CONFIGS, ModelConfig, named_config
 from tinyllama.model import GPT
 
-# our parameters and transformers'; {} is the layer's number. Both keep the halves of a head in the same order for RoPE.
+# our parameters and transformers'; {} is the layer number. Both order the halves of a head for RoPE in the same way.
 KEYS: dict[str, tuple[str, ...]] = {
     "transformer.wte.weight": ("model.embed_tokens.weight",),
     "transformer.h.{}.norm_1.weight": ("model.layers.{}.input_layernorm.weight",),
@@ -30,7 +30,7 @@ KEYS: dict[str, tuple[str, ...]] = {
 
 
 def keys(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Each parameter of ours, and the one or three of transformers' that it is made of."""
+    """Yield each of our parameters with the one or three of transformers' that it consists of."""
     for ours, theirs in KEYS.items():
         if ours == "lm_head.weight" and config.tie_embeddings:
             continue
@@ -39,13 +39,13 @@ def keys(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
 
 
 def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of ours."""
+    """Return the shape of each of our parameters."""
     with torch.device("meta"):
         return {name: tuple(tensor.shape) for name, tensor in GPT(config).state_dict().items()}
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """The shape of each parameter of transformers'."""
+    """Return the shape of each of transformers' parameters."""
     ours = shapes(config)
     key_rows = config.n_query_groups * config.head_size
     fused = ((config.n_embd, config.n_embd), (key_rows, config.n_embd), (key_rows, config.n_embd))
@@ -57,12 +57,12 @@ def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def to_hf(theirs: tuple[str, ...], tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of transformers' that one of ours is made of."""
+    """Split one of our tensors into those of transformers, by their names."""
     return dict(zip(theirs, _split_qkv(tensor, config) if len(theirs) == 3 else (tensor,), strict=True))
 
 
 def from_hf(parts: list[Tensor], config: ModelConfig) -> Tensor:
-    """Our tensor of its one or three parts."""
+    """Join the one or three parts of one of our tensors."""
     return _join_qkv(parts, config) if len(parts) == 3 else parts[0]
 
 
@@ -78,7 +78,7 @@ def _join_qkv(parts: list[Tensor], config: ModelConfig) -> Tensor:
 
 
 def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
-    """The content of config.json. ``vocab_size`` there is the number of rows, ours with its padding."""
+    """Return the content of config.json; its ``vocab_size`` is the number of rows, padding included."""
     name = str(dtype).removeprefix("torch.")
     rope: dict[str, Any] = {"rope_type": "default"}
     if config.rope_condense_ratio != 1:
@@ -96,7 +96,7 @@ def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype
         "hidden_act": "silu",
         "max_position_embeddings": config.block_size,
         "rms_norm_eps": config.norm_eps,
-        # transformers 5 reads rope_parameters and dtype, 4 and most other readers of this file the others
+        # transformers 5 reads rope_parameters and dtype; version 4 and most other readers use the older keys
         "rope_theta": float(config.rope_base),
         "rope_scaling": None if config.rope_condense_ratio == 1 else rope | {"type": "linear"},
         "rope_parameters": rope | {"rope_theta": float(config.rope_base)},
@@ -112,14 +112,14 @@ WHOLE = (
     *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "max_position_embeddings"),
 )
-"""Sizes in config.json."""
+"""sizes in config.json, all positive whole numbers"""
 
 
 def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig:
-    """Our sizes of a config.json's content ``hf``, the file ``where``; ``pieces`` is its tokenizer's vocabulary.
+    """Return our sizes for ``hf``, the content of the config.json at ``where``; ``pieces`` is the vocabulary's size.
 
-    When the rows of the matrices are ``pieces`` rounded up to a multiple of 64 or a larger power of two, the rest is
-    taken for padding. Raises InputError, with every problem, for what is no Llama or needs what our model has not.
+    When the number of rows is ``pieces`` rounded up to a multiple of 64 or a larger power of two, the extra rows count
+    as padding. Raises InputError with all problems for a model that is not a Llama or needs what our model lacks.
     """
     try:
         heads, width, rows = hf["num_attention_heads"], hf["hidden_size"], hf["vocab_size"]
@@ -168,12 +168,12 @@ def _unsupported(hf: dict[str, Any], rope: dict[str, Any], base: float, width: i
     if hf.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
         what = f"{architectures[0]} (model_type {hf.get('model_type')})"
         yield f"architecture {what} is not supported: give a LlamaForCausalLM"
-        return  # the rest would only say so again
+        return  # the other checks would only repeat that
     if _rope_type(rope) not in ("default", "linear"):
         yield f"RoPE type {_rope_type(rope)} is not supported: give a model with default or linear RoPE"
     if hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
         yield "partial_rotary_factor is not supported: give a model that rotates whole heads"
-    if not isinstance(base, int | float) or base % 1 != 0:  # that of inf and nan is nan
+    if not isinstance(base, int | float) or base % 1 != 0:  # inf % 1 and nan % 1 are nan
         yield f"rope_theta {base} is not a whole number: our rope_base is one"
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if hf.get(key):

@@ -1,7 +1,7 @@
-"""Weights of others as a step directory of ours.
+"""Write foreign weights as one of our step directories.
 
-A step directory is what training, generation, evaluation and export read already, at any world size and a tensor at a
-time; one of step 0 without an optimizer's state is what a model that others trained is to us.
+Training, generation, evaluation and export already read step directories, at any world size and a tensor at a time. A
+model that others trained becomes a step 0 without optimizer state.
 """
 
 import json
@@ -27,39 +27,39 @@ TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
 def write(output: Path, weights: Weights) -> Path:
-    """Write ``weights`` as ``output``/step-00000000, with the tokenizer that lies beside them; gives that directory.
+    """Write ``weights`` as ``output``/step-00000000, with the tokenizer beside them, and return that directory.
 
-    It appears whole, or not at all; an earlier conversion is replaced. Raises InputError for an ``output`` that cannot
-    be written or has files that no conversion wrote.
+    It appears completely or not at all, and replaces an earlier conversion. Raises InputError for an ``output`` that
+    cannot be written or has files that no conversion wrote.
     """
-    facts = {key: weights.facts[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
-    state = {"format_version": reader.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **facts}
+    metadata = {key: weights.facts[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
+    state = {"format_version": reader.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **metadata}
     state |= {"converted_from": str(weights.path), "versions": {"tinyllama": __version__, "torch": torch.__version__}}
-    with folder.create(output, weights.path, {"from": str(weights.path)}) as unfinished:
-        step_dir = names.step_dir(unfinished, 0)
+    with folder.create(output, weights.path, {"from": str(weights.path)}) as partial:
+        step_dir = names.step_dir(partial, 0)
         step_dir.mkdir()
         empty = {
             f"model.{name}": torch.empty(shape, dtype=weights.dtype, device="meta")
             for name, shape in layout.shapes(weights.config).items()
         }
-        with warnings.catch_warnings():  # it warns that there is no process group, which is what we want
+        with warnings.catch_warnings():  # DCP warns that there is no process group, which is intended
             warnings.simplefilter("ignore", UserWarning)
             try:
                 dcp.save(empty, storage_writer=_Writer(step_dir), planner=_Planner(weights), no_dist=True)
-            except CheckpointException as error:  # no Exception, and its text is a trace
+            except CheckpointException as error:  # it is not an Exception, and its text is a trace
                 cause = error.failures[0][0]
-                hidden = cause.__context__  # what torch.save makes a RuntimeError of
+                hidden = cause.__context__  # torch.save hides an OSError behind a RuntimeError
                 raise hidden if isinstance(cause, RuntimeError) and isinstance(hidden, OSError) else cause from None
         (step_dir / "config.yaml").write_text(cli.dump({"model": asdict(weights.config)}), encoding="utf-8")
         (step_dir / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         for name in TOKENIZER_FILES:
             if (weights.path / name).is_file():
-                shutil.copyfile(weights.path / name, unfinished / name)
+                shutil.copyfile(weights.path / name, partial / name)
     return names.step_dir(output, 0)
 
 
 class _Planner(DefaultSavePlanner):
-    """Plans with tensors that have no memory, and reads each when it is its turn to be written."""
+    """Plan with meta tensors, and read each tensor only when it is written."""
 
     def __init__(self, weights: Weights) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ class _Planner(DefaultSavePlanner):
 
 class _Writer(dcp.FileSystemWriter):
     def __init__(self, path: Path) -> None:
-        super().__init__(path, per_thread_copy_ahead=0)  # reads one tensor at a time, with a GPU too
+        super().__init__(path, per_thread_copy_ahead=0)  # on a machine with a GPU, too, read one tensor at a time
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # the usual one names the path of the day, as a pickled Path
+        return StorageMeta()  # the default would pickle the current path into the checkpoint

@@ -1,4 +1,4 @@
-"""Proof of a conversion: the logits and token ids of both sides, in fp32, on fixed input."""
+"""Verify a conversion: compare logits in fp32 and token ids of both models on fixed input."""
 
 from pathlib import Path
 
@@ -9,15 +9,15 @@ from tinyllama.convert.weights import Weights
 from tinyllama.model import from_weights
 from tinyllama.tokenizer import Tokenizer
 
-# fp32 sums in another order make 2e-4 in 22 layers with logits up to 20, a wrong norm_eps 6e-2
+# in 22 layers with logits up to 20, another order of fp32 sums differs by 2e-4, a wrong norm_eps by 6e-2
 TOLERANCE = 1e-3
 
 
 def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype) -> float:
-    """The largest |logit difference| of our model of ``weights`` to transformers' of ``hf_dir``, in fp32.
+    """Return the largest |logit difference| between our model of ``weights`` and transformers' of ``hf_dir``, in fp32.
 
-    Both are rounded to ``dtype`` first, that of what was written, so that only the conversion is measured. Raises
-    RuntimeError when transformers' tokenizer of the folder, if it has one, does not give our ids.
+    Both are first rounded to ``dtype``, that of the written weights, so that only the conversion is measured. Raises
+    RuntimeError when the folder has a tokenizer and transformers does not encode as ours does.
     """
     from transformers import AutoTokenizer, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -40,6 +40,6 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype) -> float:
 
 
 def summarize(difference: float) -> tuple[str, int]:
-    """What a command says of ``difference``, and its exit code: 1 above the tolerance, or when it is no number."""
+    """Return the line that a command prints about ``difference`` and its exit code, 1 if not within the tolerance."""
     text = f"verify: max |logit difference| to transformers {difference:.1e}, tolerance {TOLERANCE:.0e}"
     return text, int(not difference <= TOLERANCE)

@@ -1,4 +1,4 @@
-"""A model's weights on disk, whatever wrote them, by our names and one tensor at a time."""
+"""Read a model's weights from any supported format, by our names and one tensor at a time."""
 
 import functools
 import json
@@ -24,41 +24,41 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
-# of upstream's parameters as plain lit_gpt names them, where ours and its last state have swiglu.w1, w2 and w3
+# older lit_gpt's names of the MLP's parameters; ours and its latest version's are swiglu.w1, w2 and w3
 PLAIN_MLP = {".mlp.fc_1.": ".mlp.swiglu.w1.", ".mlp.fc_2.": ".mlp.swiglu.w2.", ".mlp.proj.": ".mlp.swiglu.w3."}
 
 
 @dataclass(frozen=True)
 class Weights:
-    """Where a model's tensors are and how to read them."""
+    """Locate a model's tensors and read them."""
 
     path: Path
-    """the step directory, file or folder that holds them"""
+    """step directory, file or folder that holds them"""
     config: ModelConfig
     dtype: torch.dtype
     """of all tensors as read"""
     facts: dict[str, Any]
-    """step, tokens, tokenizer_sha256, bos_id and eos_id; None: not known"""
+    """step, tokens, tokenizer_sha256, bos_id and eos_id; None where unknown"""
     read: Callable[[str], Tensor]
-    """one tensor in full by our name, on the CPU, in memory of its own"""
+    """returns one full tensor by our name, on the CPU, in its own memory"""
 
     def cast(self, dtype: str | torch.dtype | None) -> "Weights":
-        """The same, read in another dtype; None: as it is."""
+        """Return the same weights, read in another dtype; None keeps theirs."""
         if dtype is None:
             return self
         to = DTYPES[dtype] if isinstance(dtype, str) else dtype
         return replace(self, dtype=to, read=lambda name: self.read(name).to(to))
 
     def load(self) -> dict[str, Tensor]:
-        """All tensors."""
+        """Read all tensors."""
         return {name: self.read(name) for name in layout.shapes(self.config)}
 
 
 def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights:
-    """The weights at ``path``: a step directory or run of ours, a Hugging Face folder, or an upstream .pth file.
+    """Open the weights at ``path``: one of our step directories or runs, a Hugging Face folder or upstream's .pth file.
 
-    An upstream file does not say its sizes: ``config`` does. Only names and shapes are read. Raises InputError for a
-    path that is none of these, a file that is not whole or names code, and tensors that are not those of the sizes.
+    Upstream's file lacks the model's sizes, so ``config`` must provide them. Only names and shapes are read. Raises
+    InputError for any other path, a file that is truncated or contains code, and tensors that do not fit the sizes.
     """
     path = Path(path)
     if path.is_file():
@@ -75,7 +75,7 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     config = reader.read_model_config(step_dir)
     _check_shapes(step_dir, config, {name: tuple(entry.size) for name, entry in entries.items()}, layout.shapes)
     dtype = _one_dtype(step_dir, {name: entry.properties.dtype for name, entry in entries.items()})
-    return Weights(step_dir, config, dtype, _facts(reader.read_state(step_dir)), lambda name: read(name).to(dtype))
+    return Weights(step_dir, config, dtype, _metadata(reader.read_state(step_dir)), lambda name: read(name).to(dtype))
 
 
 def copy_into(model: nn.Module, weights: Weights) -> None:
@@ -86,16 +86,16 @@ def copy_into(model: nn.Module, weights: Weights) -> None:
 
 def _open_hf(path: Path) -> Weights:
     hf = _json(path / "config.json")
-    said = folder.read_mark(path)
+    mark = folder.read_mark(path)
     has_tokenizer = any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     pieces = Tokenizer(path).vocab_size if has_tokenizer else None
     config = layout.config_of(hf, str(path / "config.json"), pieces)
-    if "model" in said:  # it is an export of ours, which knows what is padding
+    if "model" in mark:  # our own export knows which rows are padding
         try:
-            config = replace(config, **{key: said["model"][key] for key in ("name", "vocab_size", "padding_multiple")})
+            config = replace(config, **{key: mark["model"][key] for key in ("name", "vocab_size", "padding_multiple")})
         except (KeyError, TypeError) as error:
             raise InputError(f"{path / folder.MARK} is not what an export writes ({error!r}): export again") from None
-    # older versions saved a table, and some save tied embeddings twice
+    # older versions of transformers saved the RoPE table, and some save tied embeddings twice
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
     tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith(ignored)}
     _check_shapes(path, config, {key: tensor.shape for key, tensor in tensors.items()}, layout.hf_shapes)
@@ -106,7 +106,7 @@ def _open_hf(path: Path) -> Weights:
         return layout.from_hf([tensors[key].read().to(dtype) for key in parts[name]], config)
 
     ids = {f"{end}_id": _first_id(hf.get(f"{end}_token_id")) for end in ("eos", "bos")}
-    return Weights(path, config, dtype, _facts({"step": 0, "tokens": 0} | said | ids), read)
+    return Weights(path, config, dtype, _metadata({"step": 0, "tokens": 0} | mark | ids), read)
 
 
 def _open_upstream(path: Path, config: ModelConfig) -> Weights:
@@ -120,17 +120,17 @@ def _open_upstream(path: Path, config: ModelConfig) -> Weights:
             tensors[name] = tensor
     _check_shapes(path, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes)
     dtype = _one_dtype(path, {name: tensor.dtype for name, tensor in tensors.items()})
-    # upstream trained with Llama's tokenizer, and its files do not say how many tokens
-    facts = _facts({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
-    return Weights(path, config, dtype, facts, lambda name: tensors[name].to(dtype, copy=True))
+    # upstream trained with Llama's tokenizer; its files lack the number of tokens
+    metadata = _metadata({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
+    return Weights(path, config, dtype, metadata, lambda name: tensors[name].to(dtype, copy=True))
 
 
-def _facts(said: Mapping[str, Any]) -> dict[str, Any]:
-    """Those of Weights; what is no number, or no text, is not known."""
-    numbers = {key: said.get(key) for key in ("step", "tokens", "eos_id", "bos_id")}
-    facts = {key: value if type(value) is int and value >= 0 else None for key, value in numbers.items()}
-    sha256 = said.get("tokenizer_sha256")
-    return facts | {"tokenizer_sha256": sha256 if isinstance(sha256, str) else None}
+def _metadata(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Select the metadata of Weights; values of a wrong type count as unknown."""
+    numbers = {key: content.get(key) for key in ("step", "tokens", "eos_id", "bos_id")}
+    metadata = {key: value if type(value) is int and value >= 0 else None for key, value in numbers.items()}
+    sha256 = content.get("tokenizer_sha256")
+    return metadata | {"tokenizer_sha256": sha256 if isinstance(sha256, str) else None}
 
 
 def _first_id(value: Any) -> Any:
@@ -143,7 +143,7 @@ def _is_plain(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class _Stored:
-    """A tensor of a Hugging Face folder."""
+    """Describe a tensor of a Hugging Face folder."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -178,7 +178,7 @@ def _hf_tensors(path: Path) -> dict[str, _Stored]:
 def _read_safetensors(file: Path, key: str) -> Tensor:
     from safetensors import safe_open
 
-    # opened for each tensor, so that the mapped pages of the whole file do not add up in memory
+    # opened for each tensor, so that the mapped pages of the file do not accumulate in memory
     with safe_open(file, framework="pt") as opened:
         return opened.get_tensor(key)
 
@@ -199,9 +199,9 @@ def _hf_files(path: Path) -> list[Path]:
 
 
 def _unpickle(path: Path) -> Any:
-    """The content of a file that torch.save wrote; nothing in it is executed."""
+    """Load a file that torch.save wrote, without executing anything in it."""
     try:
-        with torch.sparse.check_sparse_tensor_invariants():  # unasked, torch 2.11 warns that it does not
+        with torch.sparse.check_sparse_tensor_invariants():  # without it, torch 2.11 warns that it does not check
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
     except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
@@ -217,7 +217,7 @@ def _check_shapes(
     expected_of: Callable[[ModelConfig], dict[str, tuple[int, ...]]],
 ) -> None:
     layers = {int(number[1]) for key in found if (number := re.search(r"\.(?:h|layers)\.(\d+)\.", key))}
-    if layers and config.n_layer != max(layers) + 1:  # before a list of a million missing ones
+    if layers and config.n_layer != max(layers) + 1:  # instead of a long list of missing tensors
         raise InputError(f"{path} has {max(layers) + 1} layers, the model's sizes {config.n_layer}: give those of one")
     expected = expected_of(config)
     problems = [f"{key} is missing" for key in expected if key not in found]
@@ -233,7 +233,7 @@ def _check_shapes(
 
 
 def _one_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """The dtype that holds all tensors exactly."""
+    """Return the dtype that holds all tensors exactly."""
     for key, dtype in dtypes.items():
         if dtype not in DTYPES.values():
             raise InputError(f"{path} has {key} in {dtype}: give float32, bfloat16 or float16 weights")

@@ -1,1 +1,1 @@
-"""What a trained model does: text, scores, perplexity."""
+"""Evaluate a trained model: generate text, score tasks, measure perplexity."""

@@ -1,4 +1,4 @@
-"""Text from a model: prompts through a pre-allocated cache of keys and values, one token for each of them at a time."""
+"""Generate text for a batch of prompts with a pre-allocated KV cache, a token per prompt at a time."""
 
 from collections.abc import Iterator, Sequence
 
@@ -14,27 +14,26 @@ from tinyllama.tokenizer import Tokenizer
 
 # B sequences, nh query heads, G key-value heads, T new tokens, S tokens in the cache, hs head size, V vocab_size
 
-MOST_NEW_TOKENS = 1_000_000  # memory for them is taken at the start
+MOST_NEW_TOKENS = 1_000_000  # their memory is allocated at the start
 
 
 class KVCache:
-    """Keys and values of up to ``length_limit`` tokens of ``batch_size`` sequences, in memory that is taken once."""
+    """Cache keys and values of up to ``length_limit`` tokens of ``batch_size`` sequences in pre-allocated memory."""
 
     length: int
-    """tokens that every sequence has in the cache"""
+    """number of cached tokens of each sequence"""
 
     def __init__(self, model: GPT, batch_size: int, length_limit: int) -> None:
-        config, weight = model.config, model.transformer["wte"].weight
-        assert isinstance(weight, Tensor)
+        config, weight = model.config, next(model.parameters())
         shape = (config.n_layer, batch_size, config.n_query_groups, length_limit, config.head_size)
         self._keys, self._values = (torch.empty(shape, dtype=weight.dtype, device=weight.device) for _ in range(2))
-        self._number = {block.attn: i for i, block in enumerate(model.transformer["h"].children())}
+        self._number: dict[nn.Module, int] = {block.attn: i for i, block in enumerate(model.layers)}
         self.length = 0
 
     def attend(self, layer: nn.Module, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """Keep k and v (B, G, T, hs); q (B, nh, T, hs) over all that is kept -> (B, nh, T, hs).
+        """Cache k and v (B, G, T, hs) of ``layer``, attend with q (B, nh, T, hs) over the cache -> (B, nh, T, hs).
 
-        T is 1, or the cache is empty. The last layer moves ``length`` on.
+        T is 1, or the cache is empty. The call for the last layer increases ``length``.
         """
         number, end = self._number[layer], self.length + q.size(2)
         keys, values = self._keys[number], self._values[number]  # (B, G, length_limit, hs)
@@ -60,13 +59,14 @@ def stream(
     eos_id: int | None = None,
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
-    """For each step the token that each of ``prompts`` got, None for one that got none: it has ended or not begun.
+    """Yield for each step the new token of each prompt, or None for a sequence that has ended or not yet started.
 
-    A sequence gets up to ``max_new_tokens``, the last being ``eos_id`` where that comes first. Temperature 0 takes the
-    likeliest token; above, tokens are drawn from softmax(logits / temperature), of the ``top_k`` likeliest, of the
-    fewest whose probabilities make ``top_p``. Every sequence is at the same position in a step, a longer prompt still
-    being read while a shorter one is continued: so nothing is padded, and each gets what it would get alone. Past
-    block_size the model goes on from the last half of the context. Raises InputError for logits that are no numbers.
+    A sequence gets up to ``max_new_tokens`` and ends early with ``eos_id``. Temperature 0 takes the likeliest token;
+    above 0, tokens are sampled from softmax(logits / temperature), restricted to the ``top_k`` likeliest and to the
+    fewest whose probabilities reach ``top_p``. All sequences are at the same position in a step: a longer prompt is
+    still being read while a shorter one is continued. So nothing is padded, and each sequence gets the tokens that it
+    would get alone. Past block_size the model continues from the last half of the context. Raises InputError for
+    logits that are not numbers.
     """
     config, device = model.config, next(model.parameters()).device
     draw = [torch.Generator().manual_seed(seed) for _ in prompts]
@@ -77,7 +77,7 @@ def stream(
         row[: len(prompt)] = torch.tensor(prompt)
     going = [max_new_tokens > 0] * len(prompts)
     cache = KVCache(model, len(prompts), min(last, config.block_size))
-    begin = end = 0  # of what the cache holds, as columns of tokens
+    begin = end = 0  # columns of tokens that the cache holds
     for position in range(min(lengths), last):
         if not any(going):
             return
@@ -100,30 +100,20 @@ def stream(
 
 
 def choose(logits: Tensor, temperature: float, top_k: int | None, top_p: float, draw: torch.Generator) -> int:
-    """A token by its logits (V,) fp32; the rows that pad the vocabulary must have been cut off, they are no tokens."""
+    """Choose a token by its logits (V,) fp32, which must exclude the rows that pad the vocabulary."""
     if temperature == 0:
         return int(logits.argmax())
-    # in fp64, and 0 at most, for a temperature or top_p near 0 must leave the likeliest one
+    # in fp64 and at most 0, so that the likeliest token remains for a temperature or top_p near 0
     logits, ids = ((logits - logits.max()).double() / temperature).sort(descending=True, stable=True)
     probabilities = logits[:top_k].softmax(-1)
-    before = probabilities.cumsum(-1) - probabilities  # of the likelier ones; the likeliest always stays
+    before = probabilities.cumsum(-1) - probabilities  # sum over the likelier ones; it is 0 for the likeliest
     return int(ids[torch.multinomial(probabilities * (before < top_p), 1, generator=draw)])
-
-
-def generate(model: GPT, prompts: Sequence[Sequence[int]], max_new_tokens: int, **how: float | None) -> list[list[int]]:
-    """The tokens that follow each of ``prompts``; ``how`` is as in ``stream``."""
-    new: list[list[int]] = [[] for _ in prompts]
-    for step in stream(model, prompts, max_new_tokens, **how):  # type: ignore[arg-type]
-        for tokens, token in zip(new, step, strict=True):
-            if token is not None:
-                tokens.append(token)
-    return new
 
 
 def check(
     config: ModelConfig, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
 ) -> None:
-    """Raise InputError, with every problem, for numbers that cannot be."""
+    """Raise InputError with all problems for flags out of range."""
     problems = []
     if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
         problems.append(f"--max_new_tokens is {max_new_tokens}: give 1 to {MOST_NEW_TOKENS}")
@@ -140,12 +130,12 @@ def check(
 
 
 class Texts:
-    """The texts of prompts and what follows them, piece by piece as the tokens come."""
+    """Decode prompts and their continuations piece by piece as the tokens arrive."""
 
     texts: list[str]
-    """what has been given out of each"""
+    """text of each that has been returned so far"""
     ids: list[list[int]]
-    """the new tokens of each"""
+    """new tokens of each"""
 
     def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
         self._tokenizer = tokenizer
@@ -154,21 +144,21 @@ class Texts:
         self.ids = [[] for _ in prompts]
 
     def add(self, step: Sequence[int | None]) -> list[str]:
-        """Take what ``stream`` gave; what each text is longer by, without a character that is not whole yet."""
+        """Add a step of ``stream`` and return the new part of each text, without incomplete characters."""
         for ids, token in zip(self.ids, step, strict=True):
             if token is not None:
                 ids.append(token)
-        return self._longer(whole=False)
+        return self._longer(complete=False)
 
     def rest(self) -> list[str]:
-        """What is left of each text when no token follows."""
-        return self._longer(whole=True)
+        """Return the rest of each text after the last token."""
+        return self._longer(complete=True)
 
-    def _longer(self, whole: bool) -> list[str]:
+    def _longer(self, complete: bool) -> list[str]:
         pieces = []
         for i, (prompt, ids, given) in enumerate(zip(self._prompts, self.ids, self.texts, strict=True)):
             text = self._tokenizer.decode([*prompt, *ids])
-            if not whole:
+            if not complete:
                 text = text.rstrip("\ufffd")  # the first bytes of a character
             self.texts[i] = max(text, given, key=len)
             pieces.append(self.texts[i][len(given) :])

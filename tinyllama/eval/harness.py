@@ -1,4 +1,4 @@
-"""Scores of a checkpoint by lm-eval, beside the published ones, and its perplexity on a dataset."""
+"""Score a checkpoint with lm-eval, show published scores beside its own, and store the scores in eval.csv."""
 
 import contextlib
 import csv
@@ -25,7 +25,7 @@ from tinyllama.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """One of the paper's tasks, as the paper scores it."""
+    """Describe one of the paper's tasks, as the paper scores it."""
 
     name: str
     shots: int
@@ -51,13 +51,13 @@ SUITES = {
         Task("drop", 3, "f1"),
     ],
 }
-EXECUTES = ("humaneval",)  # tasks that run what the model wrote
+EXECUTES = ("humaneval",)  # tasks that run code that the model wrote
 ALIASES = {"bbh": "bbh_fewshot"}
 
 
 @dataclass(frozen=True)
 class Score:
-    """A row of eval.csv. Values are as lm-eval gives them: shares of 1, not percent."""
+    """Hold a row of eval.csv; values are fractions of 1, as lm-eval returns them, not percent."""
 
     step: int | None
     tokens: int | None
@@ -71,9 +71,9 @@ COLUMNS = [field.name for field in fields(Score)]
 
 
 def resolve(names: Sequence[str], allow_code: bool) -> tuple[list[Task | str], list[str]]:
-    """The tasks that ``names`` of suites and tasks stand for, and what was left out because it executes code.
+    """Resolve ``names`` of suites and tasks to tasks, and return also the tasks left out because they execute code.
 
-    Raises InputError for such a task that was named itself.
+    Raises InputError if ``names`` has such a task itself.
     """
     tasks: list[Task | str] = []
     left_out = []
@@ -99,7 +99,7 @@ def evaluate(
     batch_size: int = 16,
     allow_code: bool = False,
 ) -> list[Score]:
-    """Run ``tasks`` on an export of ``weights`` that is gone afterwards; a task of the paper gives the paper's metric.
+    """Run ``tasks`` on a temporary export of ``weights``; tasks of the paper return the paper's metric only.
 
     Raises InputError when lm-eval is not installed or does not know a task.
     """
@@ -116,7 +116,7 @@ def evaluate(
             f"lm-eval knows no task {', '.join(unknown)}: see lm-eval ls tasks, or give --include_path DIR"
         )
     scores: list[Score] = []
-    by_shots: dict[int | str, list[Task | str]] = {}  # those of no suite one by one, for a tag's name is in no result
+    by_shots: dict[int | str, list[Task | str]] = {}  # tasks of no suite run alone, because results do not name a tag
     for task in tasks:
         by_shots.setdefault(task.shots if isinstance(task, Task) else task, []).append(task)
     with tempfile.TemporaryDirectory() as folder, _code_allowed(allow_code):
@@ -141,19 +141,19 @@ def evaluate(
                 )
             except ConnectionError as error:
                 raise InputError(f"the data of a task cannot be had ({error}): run it once with a network") from None
-            assert found is not None  # it is on the other ranks only
+            assert found is not None  # it is None on other ranks only
             for task in group:
                 scores += _scores(weights, found, task)
     return scores
 
 
 def _scores(weights: Weights, found: dict[str, Any], task: Task | str) -> Iterator[Score]:
-    """Those of a task or group; of a tag or a pattern those of every task in it."""
+    """Yield the scores of a task or group; for a tag or a pattern, those of every task in it."""
     results = {**found["results"], **found.get("groups", {})}
     asked = task.name if isinstance(task, Task) else task
     for name in [asked] if asked in results else results:
         for key, value in results[name].items():
-            metric = key.partition(",")[0]  # "acc_norm,none": the second is a filter's name
+            metric = key.partition(",")[0]  # "acc_norm,none": the second part names a filter
             if isinstance(value, int | float) and "stderr" not in metric and "," in key:
                 if isinstance(task, Task) and metric != task.metric:
                     continue
@@ -164,7 +164,7 @@ def _scores(weights: Weights, found: dict[str, Any], task: Task | str) -> Iterat
 @contextlib.contextmanager
 def _code_allowed(allowed: bool) -> Iterator[None]:
     if allowed:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # asked for by the metric that runs the code
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric that runs the code requires it
     try:
         yield
     finally:
@@ -172,13 +172,13 @@ def _code_allowed(allowed: bool) -> Iterator[None]:
 
 
 def csv_of(weights: Weights) -> Path:
-    """Where the scores of a checkpoint belong: eval.csv in its run's folder, or beside it."""
+    """Return the path for a checkpoint's scores: eval.csv in its run's folder, or beside the checkpoint."""
     folder = weights.path.parent
     return (folder.parent if folder.name == "checkpoints" else folder) / "eval.csv"
 
 
 def read_scores(path: Path) -> list[dict[str, str]]:
-    """The rows of an eval.csv; [] when there is none yet. Raises InputError for a file that is something else."""
+    """Read the rows of an eval.csv; [] when it does not exist. Raises InputError for a file of another kind."""
     rows = []
     reason = f"its first line is not {','.join(COLUMNS)}"
     try:
@@ -194,13 +194,13 @@ def read_scores(path: Path) -> list[dict[str, str]]:
             return rows
     except (OSError, csv.Error) as error:
         reason = str(error)
-    except ValueError:  # of bytes that are no text, cells that are no numbers or one too many
+    except ValueError:  # invalid UTF-8, cells that are not numbers, or too many cells
         pass
     raise InputError(f"{path} is no table of scores ({reason}): move it away")
 
 
 def append(path: Path, scores: Sequence[Score]) -> None:
-    """Add ``scores`` to an eval.csv; a reader finds it without them or with all of them."""
+    """Add ``scores`` to an eval.csv; a reader sees all of them or none."""
     text = io.StringIO()
     writer = csv.DictWriter(text, COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -212,7 +212,7 @@ def append(path: Path, scores: Sequence[Score]) -> None:
 
 
 def evaluated_steps(path: Path, names: Collection[str]) -> set[int]:
-    """The steps that an eval.csv has scores of, for each task or dataset of ``names``."""
+    """Return the steps for which an eval.csv has scores of every task or dataset in ``names``."""
     found: dict[int, set[str]] = {}
     for row in read_scores(path):
         if row["step"]:
@@ -221,16 +221,16 @@ def evaluated_steps(path: Path, names: Collection[str]) -> set[int]:
 
 
 def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
-    """Each complete step of ``run`` that lacks scores for some of ``names``, oldest first, as it appears.
+    """Yield each complete step of ``run`` that lacks scores for some of ``names``, oldest first, as it appears.
 
-    Looks every ``seconds``. Ends when the run has reached its last step, or has STOPPED and waits for a person; one
-    that was interrupted may be started again, and is waited for. Raises InputError when there is no such run.
+    It polls every ``seconds``, and ends when the run has reached its last step or has a STOPPED file. An interrupted
+    run may be resumed, so it keeps waiting for that. Raises InputError when there is no such run.
     """
     if not ((run / "checkpoints").is_dir() or (run / "events.jsonl").is_file()):
         raise InputError(f"{run} is no run: give the out_dir of one that has begun")
     seen = evaluated_steps(run / "eval.csv", names)
     while True:
-        over = _is_over(run)  # looked up before the steps, so that the last one is not missed
+        over = _is_over(run)  # checked before listing the steps, so that the last one is not missed
         for step, path in step_dirs(run / "checkpoints"):
             if step not in seen and reader.fault(path) is None:
                 seen.add(step)
@@ -245,22 +245,22 @@ def _is_over(run: Path) -> bool:
         return True
     try:
         return json.loads((run / "events.jsonl").read_text("utf-8").splitlines()[-1])["event"] == "done"
-    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not begun, or the line is being written
+    except (OSError, ValueError, LookupError, TypeError, RecursionError):  # not started, or the line is being written
         return False
 
 
 def published() -> list[dict[str, str]]:
-    """The rows of published_scores.csv: model, tokens, task, metric, value (a share of 1) and source.
+    """Read published_scores.csv: model, tokens, task, metric, value (a fraction of 1) and source.
 
-    Only what a source confirmed that can be read again. So of the paper's tables (arXiv:2401.02385, 2 and 3) these are
-    left out: OPT-1.3B, and the problem-solving scores of Pythia-1.4B and of TinyLlama's last step.
+    It has only scores that a public source confirms. Therefore it omits some of the paper's (arXiv:2401.02385, tables 2
+    and 3): OPT-1.3B, and the problem-solving scores of Pythia-1.4B and of TinyLlama's last step.
     """
     text = importlib.resources.files("tinyllama.eval").joinpath("published_scores.csv").read_text("utf-8")
     return list(csv.DictReader(io.StringIO(text)))
 
 
 def table(scores: Sequence[Score]) -> str:
-    """``scores`` as lines for the terminal, in percent, with the published ones of the same tasks and metrics."""
+    """Format ``scores`` for the terminal, in percent, with published scores of the same tasks and metrics."""
     shown = {(score.task, score.metric): score.value for score in scores}
     rows: dict[str, dict[tuple[str, str], float]] = {}
     for row in published():

@@ -1,4 +1,4 @@
-"""How well a checkpoint predicts a dataset: perplexity a token, and bits a byte, which no tokenizer flatters."""
+"""Measure a checkpoint on a dataset: perplexity per token, and bits per byte, which compare across tokenizers."""
 
 import math
 import tempfile
@@ -18,13 +18,13 @@ from tinyllama.prepare.prepare import Options, prepare
 from tinyllama.tokenizer import Tokenizer
 from tinyllama.train.evaluate import loss_sum
 
-PIECE = 1 << 20  # tokens that are decoded at once
+DECODE_CHUNK = 1 << 20  # tokens that are decoded at once
 
 
 def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: int = 8) -> list[Score]:
-    """Loss, perplexity and bits a byte over all blocks of a packed folder, or of a folder or file of texts.
+    """Return loss, perplexity and bits per byte over all blocks of a packed folder, or of a folder or file of texts.
 
-    Bits a byte are the bits of all the dataset's tokens, each taken at the mean loss, over the bytes of its text.
+    Bits per byte are the bits of all tokens of the dataset, at the mean loss, divided by the bytes of its text.
     Raises InputError for a folder that is neither, and for tokens of another tokenizer.
     """
     if path.is_dir() and ((path / "manifest.json").exists() or not _texts(path)):
@@ -35,7 +35,7 @@ def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: i
         try:
             prepare(inputs, Fields(), Options(tokenizer.path, packed, workers=1))
             return _packed(weights, packed, path.name, tokenizer, batch_size)
-        except InputError as error:  # in the user's words
+        except InputError as error:  # with the flag and path that the user gave
             problems = [problem.replace(str(packed), str(path)) for problem in error.args]
             raise InputError(*(problem.replace("--source", "--perplexity") for problem in problems)) from None
 
@@ -64,7 +64,7 @@ def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch
         max_samples=None,
     )
     total = loss_sum(model, batches, device)
-    assert total is not None  # nobody stops it
+    assert total is not None  # no signal stops it
     loss = total[0].item() / total[1].item()
     if math.isnan(loss):
         raise InputError(f"the loss of {weights.path} is not a number, nor then are some of its weights: give another")
@@ -76,10 +76,10 @@ def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch
 
 
 def count_bytes(dataset: PackedDataset, tokenizer: Tokenizer) -> int:
-    """UTF-8 bytes of the documents' texts, decoded one document at a time."""
+    """Count the UTF-8 bytes of the documents' texts, decoded one document at a time."""
     num_bytes, rest = 0, np.empty(0, dataset.dtype)
-    for start in range(0, dataset.tokens, PIECE):
-        tokens = np.concatenate([rest, dataset.read(start, min(PIECE, dataset.tokens - start))])
+    for start in range(0, dataset.tokens, DECODE_CHUNK):
+        tokens = np.concatenate([rest, dataset.read(start, min(DECODE_CHUNK, dataset.tokens - start))])
         ends = np.flatnonzero(tokens == tokenizer.eos_id) + 1
         documents = np.split(tokens, ends)
         rest = documents.pop()

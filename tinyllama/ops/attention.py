@@ -111,7 +111,7 @@ _flash_attn_4.register_autograd(_gradients, setup_context=_keep)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
-    """Call PyTorch's FlexAttention (arXiv:2412.05496), which skips masked blocks; only compiled is it fast."""
+    """Call PyTorch's FlexAttention (arXiv:2412.05496), which skips masked blocks; fast if compiled only."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     if mask is None:

@@ -1,6 +1,6 @@
-"""What a machine has for training, whether it really works, and what to do where it does not.
+"""Check whether a machine is ready for training, and say how to fix what is not.
 
-Nothing here may raise: a library that is broken is a finding, not a traceback.
+Nothing here may raise: a broken library is a finding, not a traceback.
 """
 
 import contextlib
@@ -32,17 +32,17 @@ OK, NOTE, WRONG = "ok", "note", "wrong"
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing looked at."""
+    """Describe one result of the check."""
 
     state: str
-    """ok; note: absent or slow, nothing needs it; wrong: it will fail, or compute something else than asked for"""
+    """ok; note: absent or slow, but not needed; wrong: training would fail, or not compute what the settings say"""
     name: str
     text: str
     hint: str = ""
 
 
 def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
-    """Every finding, in the order of a machine's layers from the bottom up."""
+    """Yield all findings, in the order of a machine's layers from the bottom up."""
     yield from _safely("machine", machine)
     yield from _safely("gpu", gpus)
     yield from _safely("packages", packages)
@@ -53,7 +53,7 @@ def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Find
 
 
 def machine() -> Iterator[Finding]:
-    """The processor, its memory, and Python."""
+    """Report the processor, its memory and Python."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 1e9
     cores = len(os.sched_getaffinity(0))
     yield Finding(OK, "machine", f"{platform.node()}, {platform.platform()}, {cores} cores, {memory:,.0f} GB memory")
@@ -61,7 +61,7 @@ def machine() -> Iterator[Finding]:
 
 
 def gpus() -> Iterator[Finding]:
-    """The GPUs, their driver, and one product on each."""
+    """Check the GPUs and their driver, with a matmul on each GPU."""
     smi = shutil.which("nvidia-smi")
     if not torch.cuda.is_available():
         if smi is None:
@@ -76,18 +76,18 @@ def gpus() -> Iterator[Finding]:
         driver = subprocess.run(query, capture_output=True, text=True, timeout=30).stdout.split("\n")[0]
         yield Finding(OK, "driver", driver)
     for index in range(torch.cuda.device_count()):
-        facts = torch.cuda.get_device_properties(index)
-        peak = peak_flops(facts.name)
-        text = f"{facts.name}, {facts.total_memory / 2**30:.0f} GiB, capability {facts.major}.{facts.minor}, "
+        gpu = torch.cuda.get_device_properties(index)
+        peak = peak_flops(gpu.name)
+        text = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB, capability {gpu.major}.{gpu.minor}, "
         text += f"{peak / 1e12:.0f} TFLOP/s" if peak else "peak not known: no MFU will be shown"
         yield Finding(OK, f"gpu {index}", text)
-        if (facts.major, facts.minor) < (8, 0):
+        if (gpu.major, gpu.minor) < (8, 0):
             yield Finding(WRONG, f"gpu {index}", "computes no bfloat16", "give --train.precision fp32, or a newer GPU")
         try:
             ones = torch.ones(256, 256, device=f"cuda:{index}")
             works = (ones @ ones).mean().item() == 256
-            problem = "a product of ones is wrong on it"
-        except RuntimeError as error:  # no kernel for a GPU so old or so new, or no memory left on it
+            problem = "a matmul of ones is wrong on it"
+        except RuntimeError as error:  # no kernel for so old or so new a GPU, or no free memory
             works, problem = False, _first_line(error)
         if not works:
             hint = "see in nvidia-smi that it is free, and install a torch built for it; else it is for the repair"
@@ -99,7 +99,7 @@ def gpus() -> Iterator[Finding]:
 
 
 def packages() -> Iterator[Finding]:
-    """What pyproject.toml asks for, where the installed version is another."""
+    """Compare the installed versions with the requirements of pyproject.toml."""
     cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else "CPU only"
     yield Finding(OK, "torch", f"{torch.__version__}, {cuda}")
     if torch.cuda.is_available() and shutil.which(os.environ.get("CC", "gcc")) is None:
@@ -113,7 +113,7 @@ def packages() -> Iterator[Finding]:
         try:
             version = importlib.metadata.version(wanted.name)
         except importlib.metadata.PackageNotFoundError:
-            if wanted.marker is None:  # else it is of an extra
+            if wanted.marker is None:  # else it belongs to an extra
                 yield Finding(WRONG, wanted.name, "not installed", "pip install -e .")
             continue
         if not wanted.specifier.contains(version, prereleases=True):
@@ -123,9 +123,9 @@ def packages() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """Every library of LIBRARIES: whether a tiny call of it works, all at once in processes of their own.
+    """Try a tiny call of every library in LIBRARIES, each in its own process and all at once.
 
-    A library that was built for another torch may do anything, as far as ending the process that imports it.
+    A library that was built for another torch may do anything, even end the process that imports it.
     """
     versions: dict[str, str] = {}
     for library in LIBRARIES:
@@ -154,20 +154,20 @@ def libraries() -> Iterator[Finding]:
 
 
 def _problem(trial: subprocess.Popen[str]) -> str | None:
-    """What went wrong in a library's ``trial``; None if nothing did."""
+    """Return the problem that a library's ``trial`` had; None if it had none."""
     try:
-        said, _ = trial.communicate(timeout=TRIAL_SECONDS)
+        output, _ = trial.communicate(timeout=TRIAL_SECONDS)
     except subprocess.TimeoutExpired:
         trial.kill()
         trial.wait()
         return f"no answer within {TRIAL_SECONDS} s"
     if trial.returncode < 0:
         return f"{signal.Signals(-trial.returncode).name} ended the process that called it"
-    return said.splitlines()[-1] if trial.returncode else None
+    return output.splitlines()[-1] if trial.returncode else None
 
 
 def operations() -> Iterator[Finding]:
-    """What each operation resolves to here, and what else could be named."""
+    """Report the backend that each operation resolves to here, and those it could use."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if device.type == "cuda" else "fp32"
     chosen = choice.resolve({}, named_config("tinyllama_1.1b"), device, precision=precision)
@@ -178,7 +178,7 @@ def operations() -> Iterator[Finding]:
 
 
 def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
-    """Whether what Slurm says of the job is what a launch needs."""
+    """Check that the variables of a Slurm job are what a launch needs."""
     if "SLURM_JOB_ID" not in env:
         if shutil.which("sbatch"):
             yield Finding(OK, "slurm", "here, and this is no job of it")
@@ -198,7 +198,7 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
 
 
 def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
-    """How much is free where a run would write, and how fast it is written and synced."""
+    """Check the free space where a run would write, and measure the speed of writing and syncing."""
     folder = out_dir.absolute()
     if folder.is_file():
         yield Finding(WRONG, "disk", f"{folder} is a file", "give another out_dir")
@@ -234,16 +234,16 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
 
 @dataclass(frozen=True)
 class Library:
-    """A package to try."""
+    """Describe a package to try."""
 
     package: str
-    """as pip calls it"""
+    """its name for pip"""
     purpose: str
-    """the setting or the command that uses it"""
+    """setting or command that uses it"""
     trial: str
-    """a tiny call"""
+    """code of a tiny call"""
     gpu: bool = False
-    """of no use without one"""
+    """whether it needs a GPU"""
 
 
 KERNEL = """
@@ -285,7 +285,7 @@ REASONS = {
     "torch": "FSDP2 and its checkpoints are tested with 2.11 to 2.13",
     "lightning": "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
 }
-"""Why a version matters, where it is known."""
+"""why the version of a package matters, where known"""
 
 
 def _first_line(error: BaseException) -> str:
