@@ -13,7 +13,15 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-GUIDES = ["README.md", "pretrain/README.md", "scripts/README.md", "configs/README.md"]
+GUIDES = [
+    "README.md",
+    "pretrain/README.md",
+    "scripts/README.md",
+    "configs/README.md",
+    "docs/benchmarks.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 SMALL = (
@@ -116,8 +124,19 @@ def test_every_block_of_commands_is_one_that_is_run(guide: str) -> None:
 
 @pytest.mark.parametrize("guide", GUIDES)
 def test_every_link_leads_somewhere(guide: str) -> None:
-    for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", (ROOT / guide).read_text()):
+    text = (ROOT / guide).read_text()
+    pictures = re.findall(r'(?:src|srcset)="([^"]+)"', text)
+    for target in [*re.findall(r"\]\((?!https?:)([^)#]+)[^)]*\)", text), *pictures]:
         assert ((ROOT / guide).parent / target).exists(), target
+
+
+@pytest.mark.parametrize("guide", GUIDES)
+def test_every_heading_that_is_linked_exists(guide: str) -> None:
+    for target, heading in re.findall(r"\]\((?!https?:)([^)#]*)#([^)]+)\)", (ROOT / guide).read_text()):
+        file = (ROOT / guide).parent / target if target else ROOT / guide
+        headings = re.findall(r"^#+ (.*)$", file.read_text(), re.MULTILINE)
+        anchors = [re.sub(r"[^\w -]", "", line.lower()).replace(" ", "-") for line in headings]
+        assert heading in anchors, f"{target}#{heading}"
 
 
 def test_every_recipe_is_told_of() -> None:
