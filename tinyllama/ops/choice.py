@@ -27,7 +27,7 @@ SIZES = {
 """sizes of a model that concern an operation's kernels"""
 
 
-# auto takes the first backend that can run, in the order of the measurements in scripts/README.md
+# auto takes the first backend that can run, in the order of the measurements in docs/benchmarks.md
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {
         "attention": ("sdpa",),
