@@ -2,6 +2,7 @@ import hashlib
 import io
 import json
 import os
+import random
 import subprocess
 import sys
 from pathlib import Path
@@ -49,7 +50,7 @@ CORPUS = [
 ] * 20
 
 
-def train(path: Path, **settings) -> Path:
+def train(path: Path, corpus: list[str] = CORPUS, **settings) -> Path:
     model = io.BytesIO()
     options = {
         "vocab_size": 330,
@@ -61,7 +62,7 @@ def train(path: Path, **settings) -> Path:
         "remove_extra_whitespaces": False,
         "minloglevel": 2,
     }
-    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(CORPUS), model_writer=model, **options | settings)
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=iter(corpus), model_writer=model, **options | settings)
     path.write_bytes(model.getvalue())
     return path
 
@@ -181,6 +182,23 @@ def test_merges_go_by_score(tmp_path):
     assert any(tokenizer.encode(text) != plain.encode(text) for text in CORPUS[:3])
     for text in (*CORPUS[:3], *ADVERSARIAL):
         assert bare.encode(text).ids == tokenizer.encode(text), text
+
+
+def test_pieces_that_are_made_in_several_ways(model, tmp_path):
+    """Runs of few characters: most pieces have several pairs of halves, which share one score."""
+    generator = random.Random(0)
+    corpus = ["".join(generator.choices("ab ", k=20)) for _ in range(100)] + ["a" * 30, "b" * 17] * 5
+    runs = train(tmp_path / "runs.model", corpus, vocab_size=320, allow_whitespace_only_pieces=True)
+    for path, characters in ((runs, "ab "), (runs, "aab"), (model, "=- "), (model, "#*=/.0\n "), (model, "the an")):
+        tokenizer = Tokenizer(path)
+        bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+        texts = ["".join(generator.choices(characters, k=generator.randint(1, 60))) for _ in range(500)]
+        texts += [one * count for one in characters for count in range(1, 100)]
+        for text in texts:
+            assert bare.encode(text).ids == tokenizer.encode(text), text
+    pieces = set(Tokenizer(runs).pieces())
+    halves = [sum(piece[:i] in pieces and piece[i:] in pieces for i in range(1, len(piece))) for piece in pieces]
+    assert max(halves) > 2
 
 
 def test_unused_pieces_are_none_that_text_becomes(tmp_path):

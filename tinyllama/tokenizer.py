@@ -72,45 +72,21 @@ class Tokenizer:
         return np.array(self._encode(text.decode()), dtype=np.uint32)
 
     def pieces(self) -> list[str] | None:
-        """Every piece of a sentencepiece model that text can become, but those for single bytes; None: not one."""
-        if not self._processor:
-            return None
+        """Return every piece of a sentencepiece model that text can become, bytes left out; None for another format."""
+        return _text_pieces(self._processor) if self._processor else None
+
+    def control_pieces(self) -> list[str]:
+        """Return the pieces of a sentencepiece model that no text becomes: unk, bos, eos and other controls."""
         p, ids = self._processor, list(range(self.vocab_size))
-        special = zip(p.is_control(ids), p.is_byte(ids), p.is_unknown(ids), p.is_unused(ids), strict=True)
-        return [piece for piece, flags in zip(p.id_to_piece(ids), special, strict=True) if not any(flags)]
+        flags = zip(p.is_control(ids), p.is_unknown(ids), strict=True)
+        return [piece for piece, found in zip(p.id_to_piece(ids), flags, strict=True) if any(found)]
 
     def json_without_added_tokens(self) -> str:
-        """A tokenizer.json that encodes text as this does, for libraries that read no other format.
+        """Return a tokenizer.json that encodes text as this does, for libraries that read no other format.
 
-        Of a sentencepiece model it is what Llama's are: BPE over the scores, byte fallback, blanks as U+2581 and one
-        put before the text. Whether that is right for a model only its ids can tell.
+        A sentencepiece model is taken for one with Llama's settings; only comparing ids can tell whether it is.
         """
-        if self._bare:
-            return json.dumps(self._bare)
-        p, ids = self._processor, list(range(self.vocab_size))
-        vocab = dict(zip(p.id_to_piece(ids), ids, strict=True))
-        scores = p.get_score(ids)
-        merges = []
-        for piece in self.pieces() or []:
-            number = vocab[piece]
-            for i in range(1, len(piece)):
-                if (a := piece[:i]) in vocab and (b := piece[i:]) in vocab:
-                    # by score, not by id: Llama 2 gave its runs of blanks low ids and the lowest scores
-                    merges.append((-scores[number], number, vocab[a], vocab[b], [a, b]))
-        blanks = [
-            {"type": "Prepend", "prepend": "\u2581"},
-            {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
-        ]
-        bpe = {
-            "type": "BPE",
-            "unk_token": p.id_to_piece(p.unk_id()),
-            "fuse_unk": True,
-            "byte_fallback": True,
-            "vocab": vocab,
-            "merges": [halves for *_, halves in sorted(merges)],
-        }
-        normalizer = {"type": "Sequence", "normalizers": blanks}
-        return json.dumps({"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": bpe})
+        return json.dumps(self._bare or _bpe_of_sentencepiece(self._processor))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids below vocab_size; bos, eos and other control tokens give nothing."""
@@ -136,7 +112,7 @@ class Tokenizer:
 
         try:
             whole = tokenizers.Tokenizer.from_buffer(payload)
-        except Exception as error:  # the library's own type for every fault
+        except Exception as error:  # the library has one type for every error
             raise self._unreadable("a tokenizer.json", error) from None
         # Added tokens would turn a literal </s> of a text into id 2, a post-processor would add bos, and a truncation
         # that came with a fine-tuned model would cut documents: encode without them, decode with.
@@ -176,6 +152,48 @@ class Tokenizer:
     def _unreadable(self, kind: str, error: Exception | None = None) -> InputError:
         reason = f" ({error})" if error else ""
         return InputError(f"{self.path} is not {kind}{reason}: fetch it whole (a git-lfs pointer needs git lfs pull)")
+
+
+def _text_pieces(processor: Any) -> list[str]:
+    ids = list(range(processor.vocab_size()))
+    kinds = (processor.is_control, processor.is_byte, processor.is_unknown, processor.is_unused)
+    flags = zip(*(kind(ids) for kind in kinds), strict=True)
+    return [piece for piece, found in zip(processor.id_to_piece(ids), flags, strict=True) if not any(found)]
+
+
+def _bpe_of_sentencepiece(processor: Any) -> dict[str, Any]:
+    """Return the tokenizer.json of a sentencepiece BPE model with Llama's settings, without special tokens and decoder.
+
+    A merge into a piece of better score goes first: not of lower id, as Llama 2 gave its runs of blanks low ids and the
+    lowest scores. The ways to merge into one piece have one score, and sentencepiece takes the leftmost in the text,
+    which a list of merges cannot say; they are in the order of their halves' ids, and the ids of a text have not been
+    seen to depend on it. transformers' converter needs protobuf, and merges bytes and control tokens, as the model
+    does not.
+    """
+    ids = list(range(processor.vocab_size()))
+    vocab = dict(zip(processor.id_to_piece(ids), ids, strict=True))
+    mergeable = set(_text_pieces(processor))
+    merges = []
+    for piece in mergeable:
+        rank = (-processor.get_score(vocab[piece]), vocab[piece])
+        for cut in range(1, len(piece)):
+            left, right = piece[:cut], piece[cut:]
+            if left in mergeable and right in mergeable:
+                merges.append((*rank, vocab[left], vocab[right], [left, right]))
+    bpe = {
+        "type": "BPE",
+        "unk_token": processor.id_to_piece(processor.unk_id()),
+        "fuse_unk": True,
+        "byte_fallback": any(processor.is_byte(ids)),
+        "vocab": vocab,
+        "merges": [halves for *_, halves in sorted(merges)],
+    }
+    blanks = [  # not Metaspace, which leaves out the prefix of a text that begins with a blank
+        {"type": "Prepend", "prepend": "\u2581"},
+        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    ]
+    normalizer = {"type": "Sequence", "normalizers": blanks}
+    return {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": bpe}
 
 
 def _find(path: Path) -> Path:

@@ -9,7 +9,7 @@ from tinyllama.config.model import ModelConfig
 from tinyllama.convert.folder import write_json
 from tinyllama.tokenizer import Tokenizer
 
-# what an exported tokenizer must encode as ours does
+# texts that an exported tokenizer must encode as ours does
 TEXTS = (
     "The little llama walked along the river.",
     "  blanks before,  between and after  ",
@@ -22,19 +22,19 @@ TEXTS = (
 
 
 def matching_tokenizer(path: str | Path, trained_with: str | None, config: ModelConfig) -> Tokenizer:
-    """The tokenizer at ``path``; raises InputError unless its sha256 is ``trained_with`` (None: not known)."""
+    """Return the tokenizer at ``path``; raises InputError unless its sha256 is ``trained_with`` (None: not known)."""
     tokenizer = Tokenizer(path)
     if trained_with not in (None, tokenizer.sha256):
-        fault = f"has sha256 {tokenizer.sha256}, but the model was trained with {trained_with}"
+        problem = f"has sha256 {tokenizer.sha256}, but the model was trained with {trained_with}"
     elif tokenizer.vocab_size > config.vocab_size:
-        fault = f"has {tokenizer.vocab_size} pieces, but the model was trained with {config.vocab_size}"
+        problem = f"has {tokenizer.vocab_size} pieces, but the model was trained with {config.vocab_size}"
     else:
         return tokenizer
-    raise InputError(f"tokenizer {tokenizer.path} {fault}: give the file that its data was prepared with")
+    raise InputError(f"tokenizer {tokenizer.path} {problem}: give the file that its data was prepared with")
 
 
 def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None:
-    """tokenizer.json and tokenizer_config.json, and the .model where there is one.
+    """Write tokenizer.json and tokenizer_config.json, and copy the .model where there is one.
 
     As in training there is no bos before a text. A literal ``</s>`` is a token here, as in every Hugging Face folder,
     unless split_special_tokens=True asks for ours: text.
@@ -42,7 +42,7 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
     import tokenizers
 
     if tokenizer.encoder == "sentencepiece":
-        fast = _from_sentencepiece(tokenizer.path)
+        fast = _from_sentencepiece(tokenizer)
         shutil.copyfile(tokenizer.path, output / "tokenizer.model")
     else:
         fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
@@ -69,31 +69,14 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
     write_json(output / "tokenizer_config.json", settings)
 
 
-def _from_sentencepiece(path: Path) -> Any:
-    """The tokenizers.Tokenizer of a sentencepiece BPE model with Llama's settings.
+def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
+    """Return the tokenizers.Tokenizer of a sentencepiece model, with its control tokens and its decoder."""
+    from tokenizers import AddedToken, decoders
+    from tokenizers import Tokenizer as FastTokenizer
 
-    transformers' converter needs protobuf, and merges pieces that the model does not (its bytes and control tokens).
-    """
-    import sentencepiece
-    from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers
-
-    model = sentencepiece.SentencePieceProcessor(model_file=str(path))
-    vocab = {model.id_to_piece(i): i for i in range(model.vocab_size())}
-    special = [i for i in vocab.values() if model.is_control(i) or model.is_unknown(i)]
-    merged = {p: i for p, i in vocab.items() if not (model.is_control(i) or model.is_unknown(i) or model.is_byte(i))}
-    # a merge of better score goes first; of the ways to make one piece, that with the shorter left part
-    merges = [
-        (piece[:cut], piece[cut:])
-        for piece in sorted(merged, key=lambda piece: (-model.get_score(merged[piece]), merged[piece]))
-        for cut in range(1, len(piece))
-        if piece[:cut] in merged and piece[cut:] in merged
-    ]
-    unk, byte_fallback = model.id_to_piece(model.unk_id()), any(model.is_byte(i) for i in vocab.values())
-    fast = Tokenizer(models.BPE(vocab, merges, unk_token=unk, fuse_unk=True, byte_fallback=byte_fallback))
-    # not Metaspace, which leaves out the prefix of a text that begins with a blank
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    fast = FastTokenizer.from_str(tokenizer.json_without_added_tokens())
     fast.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
     )
-    fast.add_special_tokens([AddedToken(model.id_to_piece(i), normalized=False) for i in special])
+    fast.add_special_tokens([AddedToken(piece, normalized=False) for piece in tokenizer.control_pieces()])
     return fast
