@@ -359,12 +359,6 @@ def test_validation_samples_are_spread_evenly(two):
     assert validate(two, 2, 2, max_samples=40) == validate(two, 2, 2, max_samples=1000) == validate(two, 2, 2)
 
 
-def test_validation_set_without_a_block(two, tmp_path):
-    tiny = pack(tmp_path / "tiny", np.arange(T))
-    with pytest.raises(InputError, match="tiny has 3 tokens, a block of block_size 3 needs 4"):
-        validate([two[0], tiny], 1, 1)
-
-
 def test_validation_token_outside_the_vocabulary(tmp_path):
     tokens = numbers(5)
     tokens[9] = VOCAB

@@ -210,9 +210,9 @@ def test_bad_weight(weight):
 
 def test_every_fault_is_reported():
     with pytest.raises(InputError) as caught:
-        mixture([0, 10], [1, 0])
+        mixture([10, 10], [-1, 0])
     assert len(caught.value.args) == 2
-    assert "data.sources[0] is shorter than one block" in str(caught.value)
+    assert caught.value.args[0].startswith("data.sources[0].weight is -1")
     with pytest.raises(InputError, match="data.sources is empty"):
         mixture([], [])
 

@@ -74,7 +74,7 @@ def test_dtype_at_the_border(tmp_path, vocab_size, dtype, bytes_of_last):
 @pytest.mark.parametrize("bad", [100, 2**40, -1])
 @pytest.mark.parametrize("kind", [list, np.array])
 def test_token_outside_the_vocabulary(tmp_path, bad, kind):
-    with pytest.raises(InputError, match=rf"s: token id {bad} is outside the vocabulary of 100: "):  # noqa: SIM117
+    with pytest.raises(InputError, match=rf"s: token {bad} at position 1 is outside the vocabulary of 100: "):  # noqa: SIM117
         with ShardWriter(tmp_path, "s", 100) as writer:
             writer.add(kind([99, bad, 5]))
     assert names(tmp_path) == []

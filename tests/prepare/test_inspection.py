@@ -122,7 +122,9 @@ def test_threads_read_every_index(folder):
 
 def test_ids_outside_the_vocabulary_name_the_shard(folder):
     (folder / "b.bin").write_bytes(b"\xff" * 10)
-    with pytest.raises(InputError, match=r"b\.bin holds token id 65535, outside its vocabulary of 100: delete b\.json"):
+    with pytest.raises(
+        InputError, match=r"b\.bin: token 65535 at position 0 is outside the vocabulary of 100: delete b\.json"
+    ):
         inspect_packed(folder)
 
 
@@ -207,7 +209,8 @@ def test_a_long_stream_is_sampled_from_its_first_token_to_its_last(tmp_path, mon
         with pytest.raises(InputError) as error:
             inspect_packed(folder)
         assert str(error.value) == (
-            f"{path} holds token id 10, outside its vocabulary of 10: delete {name}.json and rerun the prepare command"
+            f"{path}: token 10 at position {place - begin} is outside the vocabulary of 10: "
+            f"delete {name}.json and rerun the prepare command"
         )
         path.write_bytes(whole)
 

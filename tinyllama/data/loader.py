@@ -14,9 +14,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from tinyllama import InputError
 from tinyllama.data.mixture import Mixture
-from tinyllama.data.packed import PackedDataset
+from tinyllama.data.packed import PackedDataset, first_outside, vocabulary_error
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
 
 _PREFETCHED = 4  # reads ready and waiting
@@ -37,7 +36,7 @@ class Loader:
     """This rank's micro-batches from global sample ``start_sample`` on, without end, read ahead by one thread.
 
     The n-th step from there takes the samples from start_sample + n * global_batch_size on; each rank has its share of
-    them in one piece, cut into micro-batches. So what a step trains on is the same for every world size and
+    them in one run, cut into micro-batches. So what a step trains on is the same for every world size and
     micro-batch. The sizes must divide. Iterating raises InputError for a token id outside the vocabulary.
     """
 
@@ -140,16 +139,10 @@ def validation_batches(
 
     Sample i of the set belongs to rank i % world_size. Every rank gets the same number of batches of the same shape, as
     collectives need; rows beyond the set have targets IGNORE_INDEX throughout, so the sum of losses over all ranks by
-    the number of other targets is the same for every world size and micro-batch. Raises InputError for a dataset
-    without a block or a token id outside the vocabulary of ``vocab_size``.
+    the number of other targets is the same for every world size and micro-batch. Raises InputError for
+    a token outside the vocabulary of ``vocab_size``; that each dataset holds a block is for check_datasets to see.
     """
     num_blocks = [dataset.num_blocks(block_size) for dataset in datasets]
-    for dataset, count in zip(datasets, num_blocks, strict=True):
-        if count == 0:
-            raise InputError(
-                f"{dataset.path} has {dataset.tokens} tokens, a block of block_size {block_size} needs "
-                f"{block_size + 1}: validate on more text or lower model.block_size"
-            )
     ends = np.cumsum(num_blocks)
     total = int(ends[-1])
     num_samples = total if max_samples is None else min(max_samples, total)
@@ -174,13 +167,11 @@ def _read(
     for k in np.unique(source):
         rows = np.flatnonzero(source == k)
         tokens[rows] = found = datasets[k].blocks(block[rows], block_size)
-        if found.min() < 0 or found.max() >= vocab_size:
-            row, column = np.argwhere((found < 0) | (found >= vocab_size))[0]
+        if (wrong := first_outside(found, vocab_size)) is not None:
+            row, column = divmod(wrong, block_size + 1)
             position = block[rows[row]] * (block_size + 1) + column
-            raise InputError(
-                f"{datasets[k].path}: token {found[row, column]} at position {position} is outside the vocabulary of "
-                f"{vocab_size}: prepare the folder again with this model's tokenizer, or correct model.vocab_size"
-            )
+            hint = "prepare the folder again with this model's tokenizer, or correct model.vocab_size"
+            raise vocabulary_error(datasets[k].path, found[row, column], position, vocab_size, hint)
     return tokens
 
 

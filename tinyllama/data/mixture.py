@@ -33,10 +33,10 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's step
 class Mixture:
     """Which block every global sample is, for sources mixed by weight; immutable, thread-safe.
 
-    ``num_blocks`` (blocks an epoch), ``weights`` (shares of the samples; need not sum to 1) and ``fingerprints`` (of
-    the token streams) have one entry a source. With a ``ramp`` the shares go linearly from those of ``weights`` at
-    sample 0 to those of ``final_weights`` (None: the weight stays) at sample ``ramp``, and stay. Raises InputError for
-    no source, a source without a block, or a weight that is not a finite number above 0; at one end it may be 0.
+    ``num_blocks`` (blocks an epoch, at least 1: see check_datasets), ``weights`` (shares of the samples; need not sum
+    to 1) and ``fingerprints`` (of the token streams) have one entry a source. With a ``ramp`` the shares go linearly
+    from those of ``weights`` at sample 0 to those of ``final_weights`` (None: the weight stays) at sample ``ramp``, and
+    stay. Raises InputError for no source or a weight that is not a finite number above 0; at one end it may be 0.
     """
 
     fingerprint: str
@@ -53,14 +53,10 @@ class Mixture:
     ):
         faults = [] if weights else ["data.sources is empty: give at least one path and weight"]
         final = [w if f is None else f for w, f in zip(weights, final_weights or [None] * len(weights), strict=True)]
-        for k, (blocks, weight, last) in enumerate(zip(num_blocks, weights, final, strict=True)):
+        for k, (weight, last) in enumerate(zip(weights, final, strict=True)):
             if not (math.isfinite(weight + last) and min(weight, last) >= 0 and max(weight, last) > 0):
                 faults.append(
                     f"data.sources[{k}].weight is {weight}: give a finite number above 0 or remove the source"
-                )
-            if blocks < 1:
-                faults.append(
-                    f"data.sources[{k}] is shorter than one block: give it more text or lower model.block_size"
                 )
         if faults:
             raise InputError(*faults)

@@ -75,19 +75,16 @@ class ShardWriter:
 
         Raises InputError for an id outside [0, vocab_size).
         """
-        low, high = int(ids.min(initial=0)), int(ids.max(initial=0))
-        if low < 0 or high >= self.vocab_size:
-            raise InputError(
-                f"{self.name}: token id {low if low < 0 else high} is outside the vocabulary of {self.vocab_size}: "
-                "prepare with the tokenizer the vocabulary size comes from"
-            )
+        if (wrong := first_outside(ids, self.vocab_size)) is not None:
+            hint = "prepare with the tokenizer the vocabulary size comes from"
+            raise vocabulary_error(self.name, ids[wrong], self._tokens + wrong, self.vocab_size, hint)
         payload = ids.astype(DTYPES[self.dtype]).data
         self._file.write(payload)
         self._blake2b.update(payload)
         self._ends.extend((np.asarray(ends, dtype=np.uint64) + np.uint64(self._tokens)).tolist())
         self._tokens += ids.size
         if ids.size:
-            self.max_token = max(self.max_token, high)
+            self.max_token = max(self.max_token, int(ids.max()))
 
     def finish(self, **facts: Any) -> dict[str, Any]:
         """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``facts``.
@@ -212,11 +209,11 @@ class PackedDataset:
         """
         while len(out):
             number = bisect_right(self.ends, start)
-            piece = out[: self.ends[number] - start]
+            part = out[: self.ends[number] - start]
             file = self._file(number)  # held until it is read, though another thread may push it out of the cache
             before = self.ends[number - 1] if number else 0
             place = self.header + (start - before) * self.dtype.itemsize
-            count = os.preadv(file.fileno(), [piece.data], place) // self.dtype.itemsize
+            count = os.preadv(file.fileno(), [part.data], place) // self.dtype.itemsize
             if not count:
                 raise InputError(f"{file.name} has become shorter since it was opened: prepare the folder again")
             out, start = out[count:], start + count
@@ -239,6 +236,20 @@ def open_packed(path: str | Path) -> PackedDataset:
     if dataset.tokens == 0:
         raise InputError(f"{path} holds no tokens: check the source and the filters of the prepare command")
     return dataset
+
+
+def first_outside(ids: np.ndarray, vocab_size: int) -> int | None:
+    """Return the index in the flattened ``ids`` of the first one outside the vocabulary, or None."""
+    if ids.min(initial=0) >= 0 and ids.max(initial=0) < vocab_size:
+        return None
+    return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
+
+
+def vocabulary_error(where: str | Path, token: int, position: int, vocab_size: int, hint: str) -> InputError:
+    """Return the error for a token outside the vocabulary; ``position`` counts the tokens before it in ``where``."""
+    return InputError(
+        f"{where}: token {token} at position {position} is outside the vocabulary of {vocab_size}: {hint}"
+    )
 
 
 def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_size: int) -> None:

@@ -12,7 +12,7 @@ import numpy as np
 
 from tinyllama import InputError
 from tinyllama.data.metadata import DIGEST_SIZE, REMEDY, read_manifest
-from tinyllama.data.packed import PackedDataset, open_packed
+from tinyllama.data.packed import PackedDataset, first_outside, open_packed, vocabulary_error
 from tinyllama.prepare.workers import cores
 from tinyllama.tokenizer import Tokenizer
 
@@ -73,12 +73,12 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
     starts = np.linspace(0, dataset.tokens - count, max(1, min(SAMPLED, dataset.tokens) // count)).astype(np.int64)
     parts = [dataset.read(int(start), count) for start in starts]
     for start, part in zip(starts.tolist(), parts, strict=True):
-        if dataset.vocab_size is not None and (high := int(part.max())) >= dataset.vocab_size:
-            file = dataset.path / dataset.files[bisect_right(dataset.ends, start + int(part.argmax()))]
-            raise InputError(
-                f"{file} holds token id {high}, outside its vocabulary of {dataset.vocab_size}: "
-                f"delete {file.stem}.json and {REMEDY}"
-            )
+        if dataset.vocab_size is not None and (wrong := first_outside(part, dataset.vocab_size)) is not None:
+            number = bisect_right(dataset.ends, start + wrong)
+            file = dataset.path / dataset.files[number]
+            position = start + wrong - (dataset.ends[number - 1] if number else 0)
+            hint = f"delete {file.stem}.json and {REMEDY}"
+            raise vocabulary_error(file, part[wrong], position, dataset.vocab_size, hint)
     ids, counts = np.unique(np.concatenate(parts), return_counts=True)
     order = np.argsort(-counts, kind="stable")[:10]
     said = [f"{tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids[order].tolist()]
