@@ -34,7 +34,7 @@ from pyarrow import parquet
 from tinyllama.config import cli
 from tinyllama.prepare.inputs import Fields, Input, find_inputs
 from tinyllama.prepare.prepare import Options, _packer, _recipe, prepare
-from tinyllama.prepare.readers import Source
+from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import huge_pages
 
 Work = Callable[[], int]
@@ -128,7 +128,7 @@ def ids_for_litdata(kind: str, tokenizer: Path, shard: str) -> Iterator[Any]:
     import torch
 
     processor = sentencepiece.SentencePieceProcessor(model_file=str(tokenizer))
-    for text in Source(Path(shard), SHARDS[kind][1]):
+    for text in DocumentReader(Path(shard), SHARDS[kind][1]):
         yield torch.tensor([*processor.encode(text), processor.eos_id()], dtype=torch.uint16)
 
 

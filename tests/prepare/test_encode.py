@@ -10,6 +10,7 @@ import pytest
 from tinyllama import InputError
 from tinyllama.prepare import encode
 from tinyllama.prepare.encode import GUARDS, Encoder, Mismatch
+from tinyllama.prepare.readers import TextChunk
 from tinyllama.tokenizer import Tokenizer
 
 LLAMA = os.environ.get("LLAMA_TOKENIZER")
@@ -37,11 +38,11 @@ def random_texts(count: int) -> list[str]:
     return texts + ["".join(anything() for _ in range(rng.randrange(100))) for _ in range(count)]
 
 
-def stream(encoder: Encoder, pieces: list[bytes]) -> list[int]:
-    documents = [(piece, "", number == len(pieces) - 1) for number, piece in enumerate(pieces)]
+def stream(encoder: Encoder, texts: list[bytes]) -> list[int]:
+    documents = [TextChunk(part, "", number == len(texts) - 1) for number, part in enumerate(texts)]
     out = list(encoder.stream(documents))
     assert [last for *_, last in out] == [False] * (len(out) - 1) + [True]
-    assert sum(size for _, size, _, _ in out) == sum(map(len, pieces))
+    assert sum(size for _, size, _, _ in out) == sum(map(len, texts))
     return np.concatenate([ids for ids, *_ in out]).tolist()
 
 
@@ -68,13 +69,13 @@ def test_a_document_cut_anywhere_has_the_same_ids(tokenizer_file, monkeypatch, c
     for text in texts:
         payload = text.encode()
         halves = [payload[: len(payload) // 2], payload[len(payload) // 2 :]]
-        for pieces in ([payload], halves, [payload, b""]):
-            assert stream(encoder, pieces) == tokenizer.encode_utf8(payload).tolist(), (text[:80], size)
+        for texts in ([payload], halves, [payload, b""]):
+            assert stream(encoder, texts) == tokenizer.encode_utf8(payload).tolist(), (text[:80], size)
 
 
-def parts(encoder: Encoder, pieces: list[bytes]) -> list[tuple[list[int], int]]:
+def parts(encoder: Encoder, texts: list[bytes]) -> list[tuple[list[int], int]]:
     """Ids and bytes of each part of one document."""
-    documents = [(piece, "", number == len(pieces) - 1) for number, piece in enumerate(pieces)]
+    documents = [TextChunk(part, "", number == len(texts) - 1) for number, part in enumerate(texts)]
     return [(ids.tolist(), size) for ids, size, *_ in encoder.stream(documents)]
 
 
@@ -103,15 +104,15 @@ def test_documents_behind_long_ones_begin_anew(tokenizer_file, monkeypatch):
     monkeypatch.setattr(encode, "WINDOW", 20)
     long = "The little llama walked along the river until 1984, "
     texts = [long * 3, "nothing", long * 2 + "\n", "", "the evening", long * 4]
-    pieces = []
+    chunks = []
     for number, text in enumerate(texts):
         payload, size = text.encode(), 1000 if number % 2 else 30
         cut = [payload[i : i + size] for i in range(0, len(payload), size)] or [b""]
-        pieces += [(piece, f"set {number}", i == len(cut) - 1) for i, piece in enumerate(cut)]
+        chunks += [TextChunk(part, f"set {number}", i == len(cut) - 1) for i, part in enumerate(cut)]
     found, ids, size = [], [], 0
-    for new, num_bytes, subset, last in Encoder(tokenizer, "sentencepiece").stream(pieces):
+    for new, num_bytes, subset, is_last in Encoder(tokenizer, "sentencepiece").stream(chunks):
         ids, size = ids + new.tolist(), size + num_bytes
-        if last:
+        if is_last:
             found.append((ids, size, subset))
             ids, size = [], 0
     assert ids == []
@@ -218,7 +219,7 @@ def test_a_wrong_encoder_is_found_while_it_runs(tokenizer_file, wrong):
     encoder._make = lambda: lambda text: wrong(tokenizer.encode_utf8(text))
     encoder._encode = encoder._make()
     with pytest.raises(Mismatch, match="gives other ids .* for the text b'a llama'"):
-        list(encoder.stream([(b"a llama", "", True)]))
+        list(encoder.stream([TextChunk(b"a llama", "", True)]))
 
 
 def test_one_document_in_a_thousand_is_encoded_by_both(tokenizer_file):
@@ -226,7 +227,7 @@ def test_one_document_in_a_thousand_is_encoded_by_both(tokenizer_file):
     reference, checked = encoder._reference, []
     encoder._make = lambda: reference  # in the place of the fast one
     encoder._reference = lambda text: checked.append(text) or reference(text)
-    documents = [(b"%d" % number, "", True) for number in range(2500)]
+    documents = [TextChunk(b"%d" % number, "", True) for number in range(2500)]
     assert len(list(encoder.stream(documents))) == 2500
     assert checked == [b"0", b"1000", b"2000"]
     encoder.renew()  # before each shard, of which the first is looked at
@@ -239,12 +240,12 @@ def test_encoders_are_renewed_before_their_cache_is_large(tokenizer_file, monkey
     encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
     made = []
     encoder._make = lambda: made.append(0) or encoder._reference
-    found = [len(made) for _ in encoder.stream([(b"the llama " * 6, "", True)] * 7)]
+    found = [len(made) for _ in encoder.stream([TextChunk(b"the llama " * 6, "", True)] * 7)]
     assert found == [0, 0, 1, 1, 2, 2, 3]  # 60 bytes each
     encoder.renew()
     encoder.renew()  # has nothing to forget
     assert len(made) == 4
-    found = [len(made) for _ in encoder.stream([(b"the llama " * 6, "", True)] * 3)]
+    found = [len(made) for _ in encoder.stream([TextChunk(b"the llama " * 6, "", True)] * 3)]
     assert found == [4, 4, 5]
 
 
@@ -255,7 +256,7 @@ def test_fast_gives_the_ids_of_the_reference(tokenizer_file):
         encoder = Encoder(tokenizer, choice)
         assert (encoder.name, encoder.fell_back) == (f"gigatoken {version(gigatoken.__name__)}", "")
         for text in (text for text in ADVERSARIAL if len(text) < 5000):
-            ((ids, *_),) = encoder.stream([(text.encode(), "", True)])
+            ((ids, *_),) = encoder.stream([TextChunk(text.encode(), "", True)])
             assert ids.tolist() == tokenizer.encode(text), text[:80]
 
 

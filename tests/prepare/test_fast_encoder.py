@@ -13,6 +13,7 @@ from tinyllama.prepare import encode
 from tinyllama.prepare.encode import Encoder, Mismatch
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
 from tinyllama.prepare.prepare import Options, prepare
+from tinyllama.prepare.readers import TextChunk
 from tinyllama.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
@@ -63,8 +64,8 @@ def library(tmp_path, monkeypatch):
         del sys.modules[name]
 
 
-def documents(texts: list[str]) -> list[tuple[bytes, str, bool]]:
-    return [(text.encode(), "", True) for text in texts]
+def documents(texts: list[str]) -> list[TextChunk]:
+    return [TextChunk(text.encode(), "", True) for text in texts]
 
 
 def used() -> list[list[bytes]]:

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
-from tinyllama.prepare.readers import Source
+from tinyllama.prepare.readers import DocumentReader
 
 TEXTS = ["one\ntwo", "", "  grüß 漢字 🦙  ", "</s> <s>\x00\r\n", "x" * 300_000]
 
@@ -34,7 +34,7 @@ def compress(ending: str, payload: bytes) -> bytes:
 
 
 def read(path: Path, **fields) -> list[str]:
-    return list(Source(path, Fields(**fields)))
+    return list(DocumentReader(path, Fields(**fields)))
 
 
 def fault(path: Path, **fields) -> str:
@@ -50,14 +50,14 @@ def fault(path: Path, **fields) -> str:
 def test_jsonl_gives_the_texts_and_the_hash_of_the_raw_bytes(tmp_path, ending):
     path = tmp_path / f"a{ending}"
     path.write_bytes(compress(ending, jsonl(TEXTS)))
-    source = Source(path, Fields())
-    assert list(source) == TEXTS
-    assert source.size == path.stat().st_size
-    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
-    assert source.dropped == {}
-    assert source.repaired == 0
-    assert list(source) == TEXTS  # a second reading starts anew
-    assert source.size == path.stat().st_size
+    reader = DocumentReader(path, Fields())
+    assert list(reader) == TEXTS
+    assert reader.size == path.stat().st_size
+    assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    assert reader.dropped == {}
+    assert reader.repaired == 0
+    assert list(reader) == TEXTS  # a second reading starts anew
+    assert reader.size == path.stat().st_size
 
 
 @pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
@@ -67,9 +67,9 @@ def test_nothing_in_a_file_is_no_document(tmp_path, ending):
         pq.write_table(pa.table({"text": pa.array([], pa.string())}), path)
     else:
         path.write_bytes(compress(ending, b""))
-    source = Source(path, Fields())
-    assert list(source) == []
-    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    reader = DocumentReader(path, Fields())
+    assert list(reader) == []
+    assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
 
 
 def test_blank_lines_are_no_documents_and_the_last_line_needs_no_newline(tmp_path):
@@ -200,9 +200,9 @@ def test_lone_surrogates_become_replacement_characters_and_are_counted(tmp_path)
         '{"text": "�"}',
     ]
     path.write_text("\n".join(lines), encoding="utf-8")
-    source = Source(path, Fields())
-    assert list(source) == ["a�b��", "🦙", "end�", "�"]
-    assert source.repaired == 2
+    reader = DocumentReader(path, Fields())
+    assert list(reader) == ["a�b��", "🦙", "end�", "�"]
+    assert reader.repaired == 2
 
 
 def test_slimpajama_leaves_out_a_set_and_counts_it(tmp_path):
@@ -210,9 +210,9 @@ def test_slimpajama_leaves_out_a_set_and_counts_it(tmp_path):
     path = tmp_path / "a.jsonl.zst"
     rows = [json.dumps({"text": str(i), "meta": {"redpajama_set_name": name}}) for i, name in enumerate(sets)]
     path.write_bytes(zstandard.compress("\n".join(rows).encode()))
-    source = Source(path, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
-    assert list(source) == ["0", "2"]
-    assert source.dropped == {"RedPajamaGithub": 2}
+    reader = DocumentReader(path, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
+    assert list(reader) == ["0", "2"]
+    assert reader.dropped == {"RedPajamaGithub": 2}
     assert read(path) == ["0", "1", "2", "3"]
 
 
@@ -229,10 +229,10 @@ def test_parquet_over_row_groups(tmp_path, kind):
     texts = TEXTS * 40
     table = pa.table({"content": pa.array(texts, kind), "id": list(range(len(texts)))})
     pq.write_table(table, path, row_group_size=90)
-    source = Source(path, Fields(text_key="content"))
-    assert list(source) == texts
-    assert source.size == path.stat().st_size
-    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    reader = DocumentReader(path, Fields(text_key="content"))
+    assert list(reader) == texts
+    assert reader.size == path.stat().st_size
+    assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
 
 
 def test_parquet_faults(tmp_path):
@@ -261,9 +261,9 @@ def test_truncated_parquet(tmp_path):
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("one\r\ntwo\n漢".encode())
-    source = Source(path, Fields())
-    assert list(source) == ["one\r\ntwo\n漢"]
-    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    reader = DocumentReader(path, Fields())
+    assert list(reader) == ["one\r\ntwo\n漢"]
+    assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
     path.write_bytes(b"one\ntwo\nthr\xff")
     assert "line 3: not UTF-8" in fault(path)
 
@@ -286,11 +286,11 @@ def test_memory_does_not_grow_with_the_file(tmp_path):
     code = (
         "import resource, sys\n"
         "from pathlib import Path\n"
-        "from tinyllama.prepare.readers import Source\n"
+        "from tinyllama.prepare.readers import DocumentReader\n"
         "from tinyllama.prepare.inputs import Fields\n"
         "import pyarrow.parquet, zstandard\n"
         "before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss\n"
-        "assert sum(1 for _ in Source(Path(sys.argv[1]), Fields())) == 10_000\n"
+        "assert sum(1 for _ in DocumentReader(Path(sys.argv[1]), Fields())) == 10_000\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)"
     )
     for path in (zst, parquet):

@@ -360,7 +360,7 @@ def test_what_killed_workers_had_fetched_is_removed(tmp_path, tokenizer_file, mo
 def test_memory_filesystem(tokenizer_file):
     import fsspec
 
-    from tinyllama.prepare.readers import Source
+    from tinyllama.prepare.readers import DocumentReader
 
     fs = fsspec.filesystem("memory")
     fs.pipe("/corpus/python/a.jsonl", b'{"text": "one"}\n')
@@ -369,7 +369,7 @@ def test_memory_filesystem(tokenizer_file):
     assert [one.name for one in inputs] == ["go/b.jsonl", "python/a.jsonl"]
     assert [one.name for one in find_inputs("memory://corpus", ENDINGS, ["go"])] == ["go/b.jsonl"]
     with inputs[0].fetched() as path:
-        assert list(Source(path, TEXT)) == ["two"]
+        assert list(DocumentReader(path, TEXT)) == ["two"]
     fs.rm("/corpus/go/b.jsonl")
     with pytest.raises(InputError, match="memory://.*b.jsonl: cannot be fetched"), inputs[0].fetched():
         pass

@@ -8,6 +8,7 @@ import pytest
 
 from tinyllama.data.packed import ShardWriter
 from tinyllama.prepare import encode, prepare
+from tinyllama.prepare.encode import TokenChunk
 from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
 from tinyllama.tokenizer import Tokenizer
 
@@ -25,7 +26,7 @@ DOCUMENTS = [
 def stream():
     for parts, sizes, subset in DOCUMENTS:
         for number, (ids, size) in enumerate(zip(parts, sizes, strict=True)):
-            yield np.array(ids, dtype=np.uint32), size, subset, number == len(parts) - 1
+            yield TokenChunk(np.array(ids, dtype=np.uint32), size, subset, number == len(parts) - 1)
 
 
 @pytest.mark.parametrize("flush", [1, 4, 5, 12, 1 << 16])
@@ -52,7 +53,7 @@ def test_bos_and_eos_are_the_documents_not_its_parts(tmp_path, monkeypatch, flus
 def test_documents_of_no_subset_are_their_folders(tmp_path, name, folder):
     recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", None, 2, Fields(), {})
     with ShardWriter(tmp_path, "x", 100) as writer:
-        document = (np.array([5, 6], dtype=np.uint32), 7, "", True)
+        document = TokenChunk(np.array([5, 6], dtype=np.uint32), 7, "", True)
         assert prepare._write(writer, [document], recipe, Input("", name, 0)) == {
             folder: {"documents": 1, "tokens": 3, "bytes": 7}
         }

@@ -12,7 +12,7 @@ import zstandard
 from pyarrow import parquet
 
 from tinyllama.prepare.inputs import Fields
-from tinyllama.prepare.readers import Source
+from tinyllama.prepare.readers import DocumentReader
 
 ROOT = Path(__file__).parents[2]
 NOT_TAKEN = ["idlelib", "lib2to3", "pydoc_data", "site-packages", "test", "tests", "turtledemo"]
@@ -185,11 +185,11 @@ def test_another_python_or_library_makes_another_corpus(tmp_path, script):
 
 def test_the_github_subset_is_there_to_be_left_out(corpus):
     path = corpus / "slimpajama" / "train" / TRAIN[0]
-    source = Source(path, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
-    read = list(source)
+    reader = DocumentReader(path, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
+    read = list(reader)
     shard = rows(corpus, f"train/{TRAIN[0]}")
-    assert source.dropped == {"RedPajamaGithub": sum(name == "RedPajamaGithub" for name, _ in shard)}
-    assert source.dropped["RedPajamaGithub"] > 0
+    assert reader.dropped == {"RedPajamaGithub": sum(name == "RedPajamaGithub" for name, _ in shard)}
+    assert reader.dropped["RedPajamaGithub"] > 0
     assert read == [text for name, text in shard if name != "RedPajamaGithub"]
 
 

@@ -15,17 +15,17 @@ import zstandard
 from tinyllama import InputError
 from tinyllama.prepare import readers
 from tinyllama.prepare.inputs import Fields
-from tinyllama.prepare.readers import Source
+from tinyllama.prepare.readers import DocumentReader
 
 LLAMA = "\U0001f999"  # two \u escapes in ASCII JSON, four bytes of UTF-8
 
 
 @pytest.fixture
 def short(monkeypatch):
-    """A document is long from 64 bytes on, a string of a line from 50, and comes in pieces of 10 bytes."""
+    """A document is long from 64 bytes on, a string of a line from 50, and comes in chunks of 10 bytes."""
     monkeypatch.setattr(readers, "LONG", 64)
     monkeypatch.setattr(readers, "_BUFFER", 50)
-    monkeypatch.setattr(readers, "_PIECE", 10)
+    monkeypatch.setattr(readers, "_CHUNK", 10)
 
 
 def write_arrow(path: Path, batches: list[pa.RecordBatch]) -> Path:
@@ -35,14 +35,14 @@ def write_arrow(path: Path, batches: list[pa.RecordBatch]) -> Path:
     return path
 
 
-def documents(source: Source, most: int = 1 << 21) -> list[tuple[str, str]]:
-    """Text and subset of each document; every piece must be UTF-8, of the document's subset, and of ``most`` bytes."""
+def documents(reader: DocumentReader, most: int = 1 << 21) -> list[tuple[str, str]]:
+    """Text and subset of each document; every chunk must be UTF-8, of the document's subset, and of ``most`` bytes."""
     found, parts, subsets = [], [], set()
-    for text, subset, last in source.pieces():
+    for text, subset, is_last in reader.chunks():
         assert len(text) <= most
         parts.append(text.decode())
         subsets.add(subset)
-        if last:
+        if is_last:
             found.append(("".join(parts), *subsets))
             parts, subsets = [], set()
     assert parts == []
@@ -55,8 +55,8 @@ TEXTS = [
     "",
     'quotes " and \\ and "\\" ' * 20,
     "\n\t\0" * 100,
-    "é" + LLAMA * 700,  # more escapes than a piece takes, and pairs that an odd number of them does not end at
-    "a" + "漢" * 750_000,  # more bytes than a piece takes
+    "é" + LLAMA * 700,  # more escapes than a chunk takes, and pairs that an odd number of them does not end at
+    "a" + "漢" * 750_000,  # more bytes than a chunk takes
     "y" * 63,
 ]
 
@@ -77,15 +77,15 @@ def test_lines_of_any_length(tmp_path, short, ending, ascii_only):
     payload = "\n".join(json.dumps(row, ensure_ascii=ascii_only) for row in rows).encode()
     path = tmp_path / f"a{ending}"
     path.write_bytes(zstandard.compress(payload) if ending.endswith("zst") else payload)
-    source = Source(path, Fields(subsets=True))
+    reader = DocumentReader(path, Fields(subsets=True))
     expected = [(text, f"set {number % 2}") for number, text in enumerate(TEXTS)]
-    assert documents(source) == expected
-    assert (source.repaired, source.size) == (0, path.stat().st_size)
-    source = Source(path, Fields(subsets=True, leave_out=("set 1",)))
-    assert documents(source) == expected[::2]
-    assert source.dropped == {"set 1": 4}
+    assert documents(reader) == expected
+    assert (reader.repaired, reader.size) == (0, path.stat().st_size)
+    reader = DocumentReader(path, Fields(subsets=True, leave_out=("set 1",)))
+    assert documents(reader) == expected[::2]
+    assert reader.dropped == {"set 1": 4}
     with pytest.raises(InputError, match="line 1: no key 'content', only"):
-        list(Source(path, Fields("content")))
+        list(DocumentReader(path, Fields("content")))
 
 
 def test_lone_surrogates_in_a_long_document_are_one_repair(tmp_path, short):
@@ -96,28 +96,28 @@ def test_lone_surrogates_in_a_long_document_are_one_repair(tmp_path, short):
         r'{"text": "' + r"a\\ud83e\\\ud83e" * 20 + '"}',
     ]
     (tmp_path / "a.jsonl").write_text("\n".join(lines))
-    source = Source(tmp_path / "a.jsonl", Fields())
-    assert list(source) == [(LLAMA + "\ufffd ") * 600, "plain " * 20, "\ufffd", "a\\ud83e\\\ufffd" * 20]
-    assert source.repaired == 3
+    reader = DocumentReader(tmp_path / "a.jsonl", Fields())
+    assert list(reader) == [(LLAMA + "\ufffd ") * 600, "plain " * 20, "\ufffd", "a\\ud83e\\\ufffd" * 20]
+    assert reader.repaired == 3
 
 
 def test_a_nested_text_is_not_the_documents(tmp_path):
     path = tmp_path / "a.jsonl"
     path.write_text('{"meta": {"text": "no"}, "text": "yes", "more": [{"text": "no"}]}\n')
-    assert list(Source(path, Fields())) == ["yes"]
+    assert list(DocumentReader(path, Fields())) == ["yes"]
     path.write_text('{"meta": {"text": "no"}}\n')
     with pytest.raises(InputError, match=r"line 1: no key 'text', only \['meta'\]"):
-        list(Source(path, Fields()))
+        list(DocumentReader(path, Fields()))
 
 
 def test_without_orjson(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "orjson", None)
     path = tmp_path / "a.jsonl"
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS) + '{"text": "\\ud800"}\n{"text"')
-    source = Source(path, Fields())
-    found = iter(source)
+    reader = DocumentReader(path, Fields())
+    found = iter(reader)
     assert [next(found) for _ in range(len(TEXTS) + 1)] == [*TEXTS, "\ufffd"]
-    assert source.repaired == 1
+    assert reader.repaired == 1
     with pytest.raises(InputError, match=f"line {len(TEXTS) + 2}: not valid JSON"):
         next(found)
 
@@ -135,10 +135,10 @@ def test_tables_with_rows_of_any_length(tmp_path, short, ending, kind):
         write_arrow(path, pa.table(columns).to_batches(max_chunksize=33))
     else:
         pq.write_table(pa.table(columns), path, row_group_size=33)
-    source = Source(path, Fields("content"))
-    assert documents(source, most=63) == [(text, "") for text in texts]
-    assert source.size == path.stat().st_size
-    assert source.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
+    reader = DocumentReader(path, Fields("content"))
+    assert documents(reader, most=63) == [(text, "") for text in texts]
+    assert reader.size == path.stat().st_size
+    assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
 
 
 def test_faults_of_arrow_files(tmp_path):
@@ -146,7 +146,7 @@ def test_faults_of_arrow_files(tmp_path):
 
     def fault(key: str) -> str:
         with pytest.raises(InputError) as info:
-            list(Source(path, Fields(key)))
+            list(DocumentReader(path, Fields(key)))
         return str(info.value)
 
     columns = [{"a": ["x", "y"], "id": [1, 2], "b": [b"x", b"y"]}, {"a": ["z", None], "id": [3, 4], "b": [b"", b""]}]
@@ -167,20 +167,20 @@ def test_a_row_that_is_not_utf8(tmp_path, short, size):
     column = pa.StringArray.from_buffers(2, pa.py_buffer(ends), pa.py_buffer(payload))
     pq.write_table(pa.table({"text": column}), tmp_path / "a.parquet")
     with pytest.raises(InputError, match="row 2: not UTF-8"):
-        list(Source(tmp_path / "a.parquet", Fields()))
+        list(DocumentReader(tmp_path / "a.parquet", Fields()))
 
 
 def test_a_text_file_longer_than_what_is_read_at_once(tmp_path, short):
     path = tmp_path / "a.txt"
     for text in ("x" * 63 + "漢字\r\n" * 40, "é" * 64, "x" * 64, "x" * 128):
         path.write_bytes(text.encode())
-        assert documents(Source(path, Fields()), most=66) == [(text, "")]  # what a character began with goes on
+        assert documents(DocumentReader(path, Fields()), most=66) == [(text, "")]  # what a character began with goes on
     path.write_bytes(b"one\n" * 50 + b"two\xff\n")
     with pytest.raises(InputError, match="line 51: not UTF-8"):
-        list(Source(path, Fields()))
+        list(DocumentReader(path, Fields()))
     path.write_bytes(("one\n" * 50 + "é").encode()[:-1])  # half a character at the end
     with pytest.raises(InputError, match="line 51: not UTF-8"):
-        list(Source(path, Fields()))
+        list(DocumentReader(path, Fields()))
 
 
 @pytest.mark.parametrize("seed", [0, 7])
@@ -192,16 +192,16 @@ def test_a_fraction_is_drawn_document_by_document(tmp_path, seed):
         draws = random.Random(f"{seed} {name}")
         kept = [text for text in texts if draws.random() < 0.3]
         for path in (tmp_path / "a.jsonl", tmp_path / "a.parquet"):
-            source = Source(path, Fields(fraction=0.3, seed=seed), name)
+            reader = DocumentReader(path, Fields(fraction=0.3, seed=seed), name)
             for _ in range(2):  # reading again draws again
-                assert list(source) == kept
-                assert source.dropped == {"fraction": 200 - len(kept)}
+                assert list(reader) == kept
+                assert reader.dropped == {"fraction": 200 - len(kept)}
     (tmp_path / "a.txt").write_text("text")
     for name in map(str, range(20)):
-        source = Source(tmp_path / "a.txt", Fields(fraction=0.5, seed=seed), name)
+        reader = DocumentReader(tmp_path / "a.txt", Fields(fraction=0.5, seed=seed), name)
         wanted = random.Random(f"{seed} {name}").random() < 0.5
-        assert list(source) == ["text"] * wanted
-        assert source.dropped == {"fraction": 1 - wanted}
+        assert list(reader) == ["text"] * wanted
+        assert reader.dropped == {"fraction": 1 - wanted}
 
 
 def test_what_is_left_out_takes_part_in_the_draws(tmp_path):
@@ -209,6 +209,6 @@ def test_what_is_left_out_takes_part_in_the_draws(tmp_path):
     (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     draws = random.Random("3 a.jsonl")
     kept = [n for n in range(100) if draws.random() < 0.4]
-    source = Source(tmp_path / "a.jsonl", Fields("text", True, ("set 0",), 0.4, 3), "a.jsonl")
-    assert documents(source) == [(str(n), "set 1") for n in kept if n % 2]
-    assert source.dropped == {"set 0": sum(n % 2 == 0 for n in kept), "fraction": 100 - len(kept)}
+    reader = DocumentReader(tmp_path / "a.jsonl", Fields("text", True, ("set 0",), 0.4, 3), "a.jsonl")
+    assert documents(reader) == [(str(n), "set 1") for n in kept if n % 2]
+    assert reader.dropped == {"set 0": sum(n % 2 == 0 for n in kept), "fraction": 100 - len(kept)}

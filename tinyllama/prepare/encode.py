@@ -12,12 +12,12 @@ others than those of the whole.
 import importlib.metadata
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 
 from tinyllama import InputError
-from tinyllama.prepare.readers import Piece
+from tinyllama.prepare.readers import TextChunk
 from tinyllama.tokenizer import Tokenizer
 
 Choice = Literal["auto", "fast", "sentencepiece"]
@@ -58,6 +58,19 @@ GUARDS = (
 )
 
 
+class TokenChunk(NamedTuple):
+    """The tokens of a document, or of a part of a long one."""
+
+    ids: np.ndarray
+    """(n,), without bos and eos"""
+    num_bytes: int
+    """of the text"""
+    subset: str
+    """the subset that the document belongs to; "" where none is named"""
+    is_last: bool
+    """the document ends here"""
+
+
 class Mismatch(RuntimeError):
     """The fast encoder gave other ids than the reference: a defect, and a shard that must not be written."""
 
@@ -96,23 +109,20 @@ class Encoder:
             self._encode = self._make()
         self._encoded = self._texts = 0
 
-    def stream(self, pieces: Iterable[Piece]) -> Iterator[tuple[np.ndarray, int, str, bool]]:
-        """Of each document, or of each part of a long one: ids, bytes of text, subset, whether the document ends there.
-
-        Raises Mismatch.
-        """
+    def stream(self, chunks: Iterable[TextChunk]) -> Iterator[TokenChunk]:
+        """Encode each document, a long one in parts of its own cutting; raises Mismatch."""
         rest, goes_on = bytearray(), False  # of a long document: what is not encoded yet, whether some of it is
-        for text, subset, last in pieces:
-            if last and not rest and len(text) <= CUT:
-                yield self._checked(text), len(text), subset, True
+        for text, subset, is_last in chunks:
+            if is_last and not rest and len(text) <= CUT:
+                yield TokenChunk(self._checked(text), len(text), subset, is_last=True)
                 continue
             rest += text
             while place := self._place(rest):
-                yield self._checked(bytes(rest[:place]), goes_on), place, subset, False
+                yield TokenChunk(self._checked(bytes(rest[:place]), goes_on), place, subset, is_last=False)
                 del rest[:place]
                 goes_on = True
-            if last:
-                yield self._checked(bytes(rest), goes_on), len(rest), subset, True
+            if is_last:
+                yield TokenChunk(self._checked(bytes(rest), goes_on), len(rest), subset, is_last=True)
                 rest, goes_on = bytearray(), False
 
     def _place(self, text: bytearray) -> int:

@@ -19,10 +19,10 @@ from tinyllama import InputError, atomic
 from tinyllama.data import packed
 from tinyllama.data.metadata import MANIFEST, read_shard_info
 from tinyllama.prepare import progress
-from tinyllama.prepare.encode import Choice, Encoder
+from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
 from tinyllama.prepare.inputs import Fields, Input
 from tinyllama.prepare.progress import Info
-from tinyllama.prepare.readers import Source
+from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import Work, cores, over_workers
 from tinyllama.throughput import duration
 from tinyllama.tokenizer import Tokenizer
@@ -251,23 +251,23 @@ def _packer(recipe: _Recipe) -> Work:
     def pack(one: Input) -> Info:
         encoder.renew()
         with one.fetched() as path:
-            source = Source(path, recipe.fields, one.name)
+            reader = DocumentReader(path, recipe.fields, one.name)
             with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
-                subsets = _write(writer, encoder.stream(source.pieces()), recipe, one)
+                subsets = _write(writer, encoder.stream(reader.chunks()), recipe, one)
                 return writer.finish(
                     **recipe.policy,
                     encoded_by=encoder.name,
-                    source={"name": one.name, "bytes": source.size, "blake2b": source.blake2b},
+                    source={"name": one.name, "bytes": reader.size, "blake2b": reader.blake2b},
                     subsets=subsets,
-                    dropped=source.dropped,
-                    repaired=source.repaired,
+                    dropped=reader.dropped,
+                    repaired=reader.repaired,
                 )
 
     return pack
 
 
 def _write(
-    writer: packed.ShardWriter, stream: Iterable[tuple[np.ndarray, int, str, bool]], recipe: _Recipe, one: Input
+    writer: packed.ShardWriter, chunks: Iterable[TokenChunk], recipe: _Recipe, one: Input
 ) -> dict[str, dict[str, int]]:
     """Write the documents, many at a time; returns documents, tokens and bytes of text of each subset."""
     begin, end = ([] if i is None else [np.array([i], np.uint32)] for i in (recipe.bos_id, recipe.eos_id))
@@ -276,15 +276,15 @@ def _write(
     parts: list[np.ndarray] = []
     ends: list[int] = []
     size, begun = 0, False
-    for ids, num_bytes, subset, last in stream:
-        new = [*(() if begun else begin), ids, *(end if last else ())]
+    for ids, num_bytes, subset, is_last in chunks:
+        new = [*(() if begun else begin), ids, *(end if is_last else ())]
         tokens = sum(map(len, new))
         parts += new
         size += tokens
-        begun = not last
+        begun = not is_last
         documents, all_tokens, all_bytes = figures.get(subset, (0, 0, 0))
-        figures[subset] = [documents + last, all_tokens + tokens, all_bytes + num_bytes]
-        if last:
+        figures[subset] = [documents + is_last, all_tokens + tokens, all_bytes + num_bytes]
+        if is_last:
             ends.append(size)
         if size >= _FLUSH:
             writer.append(np.concatenate(parts), ends)

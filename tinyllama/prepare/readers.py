@@ -15,14 +15,14 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.streams import Hashed, decompressed
 
-LONG = 1 << 24  # bytes of a document that are read whole; a longer one comes in pieces
-_PIECE = 1 << 21  # bytes
+LONG = 1 << 24  # bytes of a document that are read whole; a longer one comes in chunks
+_CHUNK = 1 << 21  # bytes
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _BUFFER = 1 << 20  # bytes of text at a time
 _ROWS = 64  # of a table at a time
@@ -30,21 +30,29 @@ _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KE
 _SURROGATE = re.compile("[\ud800-\udfff]")
 _JSON_STRING = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
 # what may be parsed alone: whole characters, whole escapes, both halves of a surrogate pair
-_JSON_PIECE = re.compile(
+_JSON_PART = re.compile(
     rb"(?:[^\\]{1,4096}(?![\x80-\xbf])|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]){1,512}", re.DOTALL
 )
 
-Piece = tuple[bytes, str, bool]
-"""UTF-8 of a document or of a part of it, the subset it belongs to ("" where none is named), whether it ends there"""
+
+class TextChunk(NamedTuple):
+    """A document, or a part of a long one."""
+
+    text: bytes
+    """UTF-8, whole characters"""
+    subset: str
+    """the subset that the document belongs to; "" where none is named"""
+    is_last: bool
+    """the document ends here"""
 
 
 @dataclass
-class Source:
-    """One input file: ``pieces``, or iterating, gives its documents; after that the attributes say what was read.
+class DocumentReader:
+    """Reads one raw file: ``chunks``, or iterating, yields its documents; after that the attributes say what was read.
 
     A lone surrogate (half of a pair like ``\\ud83e\\udd99``; JSON can write it, no encoder takes it) becomes U+FFFD
     and the document is counted as repaired. Everything else that is wrong raises InputError with the file, the line or
-    row and the remedy: a git-lfs pointer, a truncated or damaged file, bytes that are not UTF-8, a line that is not a
+    row and the hint: a git-lfs pointer, a truncated or damaged file, bytes that are not UTF-8, a line that is not a
     JSON object, a text that is missing or no string. Blank lines are skipped; an empty text is a document.
     """
 
@@ -64,14 +72,14 @@ class Source:
     def __iter__(self) -> Iterator[str]:
         """The text of each document, in the order of the file."""
         parts: list[bytes] = []
-        for text, _, last in self.pieces():
-            parts.append(text)
-            if last:
+        for chunk in self.chunks():
+            parts.append(chunk.text)
+            if chunk.is_last:
                 yield b"".join(parts).decode()
                 parts.clear()
 
-    def pieces(self) -> Iterator[Piece]:
-        """The documents in the order of the file; one longer than ``LONG`` comes in pieces."""
+    def chunks(self) -> Iterator[TextChunk]:
+        """Yield the documents in the order of the file; one longer than ``LONG`` comes in several chunks."""
         self.dropped = dict.fromkeys(self.fields.leave_out, 0)
         if self.fields.fraction < 1:
             self.dropped["fraction"] = 0
@@ -80,9 +88,9 @@ class Source:
         try:
             with Hashed(self.path) as file:
                 if file.starts_with(_LFS_POINTER):
-                    raise self._fault("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
+                    raise self._error("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
                 if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
-                    raise self._fault("has no bytes, which is no compressed file", "download it again")
+                    raise self._error("has no bytes, which is no compressed file", "download it again")
                 if self.path.suffix in (".parquet", ".arrow"):
                     yield from self._rows()
                 elif self.path.suffix == ".txt":
@@ -95,7 +103,7 @@ class Source:
                     pass
                 self.size, self.blake2b = file.size, file.hash.hexdigest()
         except OSError as error:
-            raise self._fault(f"cannot be read ({error.strerror})") from None
+            raise self._error(f"cannot be read ({error.strerror})") from None
 
     def _unwanted(self) -> bool:
         """Whether the next document is none of the fraction that is kept."""
@@ -113,11 +121,11 @@ class Source:
                         line += more
                 yield line
         except EOFError:
-            raise self._fault("ends in the middle of its compressed data", "download it again") from None
+            raise self._error("ends in the middle of its compressed data", "download it again") from None
         except (OSError, zlib.error) as error:
-            raise self._fault(f"cannot be read ({error})", "download it again") from None
+            raise self._error(f"cannot be read ({error})", "download it again") from None
 
-    def _records(self, stream: Any) -> Iterator[Piece]:
+    def _records(self, stream: Any) -> Iterator[TextChunk]:
         text_key = self.fields.text_key
         for number, line in enumerate(self._lines(stream), 1):
             if line.isspace() or self._unwanted():
@@ -126,25 +134,25 @@ class Source:
             long: dict[str, tuple[int, int]] = {}
             record = self._loads(_without_long_strings(line, long) if isinstance(line, bytearray) else line, where)
             if not isinstance(record, dict):
-                raise self._fault(f"{where} not a JSON object")
+                raise self._error(f"{where} not a JSON object")
             if text_key not in record:
-                raise self._fault(f"{where} no key {text_key!r}, only {list(record)[:10]}", _NAME_THE_KEY)
+                raise self._error(f"{where} no key {text_key!r}, only {list(record)[:10]}", _NAME_THE_KEY)
             subset = self._subset(record, where) if self.fields.subsets else ""
             if subset in self.fields.leave_out:
                 self.dropped[subset] += 1
                 continue
             text = record[text_key]
             if not isinstance(text, str):
-                raise self._fault(f"{where} {text_key!r} is {type(text).__name__}, not a string")
+                raise self._error(f"{where} {text_key!r} is {type(text).__name__}, not a string")
             if not long or text not in long:  # a text takes time to hash
-                yield self._utf8(text), subset, True
+                yield TextChunk(self._utf8(text), subset, is_last=True)
                 continue
             repaired = self.repaired
-            for piece in _JSON_PIECE.finditer(line, *long[text]):
-                text = self._loads(b'"' + piece[0] + b'"', where)
-                yield self._utf8(text), subset, False
-            self.repaired = min(self.repaired, repaired + 1)  # a document, however many pieces
-            yield b"", subset, True
+            for part in _JSON_PART.finditer(line, *long[text]):
+                text = self._loads(b'"' + part[0] + b'"', where)
+                yield TextChunk(self._utf8(text), subset, is_last=False)
+            self.repaired = min(self.repaired, repaired + 1)  # a document, however many chunks
+            yield TextChunk(b"", subset, is_last=True)
 
     def _loads(self, line: bytes | bytearray, where: str) -> Any:
         # what orjson refuses, lone surrogates above all, json may take; and it says better what is wrong
@@ -155,9 +163,9 @@ class Source:
         try:
             return json.loads(line.decode())
         except UnicodeDecodeError:
-            raise self._fault(f"{where} not UTF-8") from None
+            raise self._error(f"{where} not UTF-8") from None
         except (ValueError, RecursionError) as error:
-            raise self._fault(f"{where} not valid JSON ({error})") from None
+            raise self._error(f"{where} not valid JSON ({error})") from None
 
     def _utf8(self, text: str) -> bytes:
         try:
@@ -170,12 +178,12 @@ class Source:
         meta = record.get("meta")
         subset = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
         if not isinstance(subset, str):
-            raise self._fault(
+            raise self._error(
                 f"{where} no meta.redpajama_set_name, so not SlimPajama", "use prepare_text.py for other data"
             )
         return subset
 
-    def _rows(self) -> Iterator[Piece]:
+    def _rows(self) -> Iterator[TextChunk]:
         import pyarrow
 
         row = 0
@@ -187,17 +195,17 @@ class Source:
                         continue
                     buffer = value.as_buffer()
                     if buffer is None:
-                        raise self._fault(f"row {row}: {self.fields.text_key!r} is null, not a string")
+                        raise self._error(f"row {row}: {self.fields.text_key!r} is null, not a string")
                     try:
                         yield from _cut(memoryview(buffer))
                     except UnicodeDecodeError:
-                        raise self._fault(f"row {row}: not UTF-8") from None
+                        raise self._error(f"row {row}: not UTF-8") from None
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0]
             kind = self.path.suffix.removeprefix(".")
-            raise self._fault(f"not a readable {kind} file ({reason})", "download it again") from None
+            raise self._error(f"not a readable {kind} file ({reason})", "download it again") from None
 
-    def _whole(self, file: io.RawIOBase) -> Iterator[Piece]:
+    def _whole(self, file: io.RawIOBase) -> Iterator[TextChunk]:
         if self._unwanted():
             return
         decoder, line, size = codecs.getincrementaldecoder("utf-8")(), 1, 0
@@ -207,17 +215,17 @@ class Source:
                 text = decoder.decode(chunk, final=not chunk).encode()
             except UnicodeDecodeError as error:
                 line += error.object.count(b"\n", 0, error.start)
-                raise self._fault(f"line {line}: not UTF-8", "convert it to UTF-8 or remove it") from None
+                raise self._error(f"line {line}: not UTF-8", "convert it to UTF-8 or remove it") from None
             line += text.count(b"\n")
             size += len(text)
             if not chunk:
                 break
-            yield text, "", False
+            yield TextChunk(text, "", is_last=False)
         if size:
-            yield b"", "", True
+            yield TextChunk(b"", "", is_last=True)
 
-    def _fault(self, what: str, remedy: str = "repair or remove it") -> InputError:
-        return InputError(f"{self.path}: {what}: {remedy}")
+    def _error(self, what: str, hint: str = "repair or remove it") -> InputError:
+        return InputError(f"{self.path}: {what}: {hint}")
 
 
 def _without_long_strings(line: bytearray, found: dict[str, tuple[int, int]]) -> bytes:
@@ -234,19 +242,19 @@ def _without_long_strings(line: bytearray, found: dict[str, tuple[int, int]]) ->
     return b"".join([*parts, line[done:]])
 
 
-def _cut(text: memoryview) -> Iterator[Piece]:
+def _cut(text: memoryview) -> Iterator[TextChunk]:
     """A document of a table; the reader behind wants UTF-8 and pyarrow does not see to it."""
     if len(text) < LONG:
-        yield _checked(bytes(text)), "", True
+        yield TextChunk(_checked(bytes(text)), "", is_last=True)
         return
     start = 0
     while start < len(text):
-        end = start + _PIECE
+        end = start + _CHUNK
         while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
             end += 1
-        yield _checked(bytes(text[start:end])), "", False
+        yield TextChunk(_checked(bytes(text[start:end])), "", is_last=False)
         start = end
-    yield b"", "", True
+    yield TextChunk(b"", "", is_last=True)
 
 
 def _checked(text: bytes) -> bytes:
@@ -255,37 +263,37 @@ def _checked(text: bytes) -> bytes:
     return text
 
 
-def _parquet(source: Source) -> Iterator[Any]:
+def _parquet(reader: DocumentReader) -> Iterator[Any]:
     """The text column in batches."""
     from pyarrow import parquet
 
-    file = parquet.ParquetFile(source.path, buffer_size=_BUFFER, pre_buffer=False)
-    _check_column(source, file.schema_arrow)
-    for batch in file.iter_batches(_ROWS, columns=[source.fields.text_key], use_threads=False):
+    file = parquet.ParquetFile(reader.path, buffer_size=_BUFFER, pre_buffer=False)
+    _check_column(reader, file.schema_arrow)
+    for batch in file.iter_batches(_ROWS, columns=[reader.fields.text_key], use_threads=False):
         yield _strings(batch.column(0))
 
 
-def _arrow(source: Source) -> Iterator[Any]:
+def _arrow(reader: DocumentReader) -> Iterator[Any]:
     """The text column in batches."""
     import pyarrow
 
-    with pyarrow.memory_map(str(source.path)) as file:
+    with pyarrow.memory_map(str(reader.path)) as file:
         batches = pyarrow.ipc.open_stream(file)
-        _check_column(source, batches.schema)
+        _check_column(reader, batches.schema)
         for batch in batches:
-            yield _strings(batch.column(source.fields.text_key))
+            yield _strings(batch.column(reader.fields.text_key))
 
 
-def _check_column(source: Source, schema: Any) -> None:
+def _check_column(reader: DocumentReader, schema: Any) -> None:
     import pyarrow
 
-    text_key = source.fields.text_key
+    text_key = reader.fields.text_key
     if text_key not in schema.names:
-        raise source._fault(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
+        raise reader._error(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
     kind = schema.field(text_key).type
     kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
     if str(kind) not in ("string", "large_string", "string_view"):
-        raise source._fault(f"column {text_key!r} holds {kind}, not strings", _NAME_THE_KEY)
+        raise reader._error(f"column {text_key!r} holds {kind}, not strings", _NAME_THE_KEY)
 
 
 def _strings(column: Any) -> Any:

@@ -7,16 +7,16 @@ from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
-from tinyllama.prepare.readers import Source
+from tinyllama.prepare.readers import DocumentReader
 
 MAX_LINES = 300_000  # of a large corpus; more lines change little and take minutes
 
 
-def train(sources: list[str], vocab_size: int) -> bytes:
+def train(paths: list[str], vocab_size: int) -> bytes:
     """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many."""
     import sentencepiece
 
-    text = sample(lines(sources), MAX_LINES)
+    text = sample(lines(paths), MAX_LINES)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -42,13 +42,13 @@ def train(sources: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def lines(sources: list[str]) -> Iterator[str]:
-    """Every line of every document of ``sources``."""
-    for source in sources:
-        path, _, key = source.partition(":")
+def lines(paths: list[str]) -> Iterator[str]:
+    """Yield every line of every document at ``paths``, each PATH[:KEY]."""
+    for one_path in paths:
+        path, _, key = one_path.partition(":")
         for one in find_inputs(Path(path), ENDINGS):
             with one.fetched() as file:
-                for text in Source(file, Fields(text_key=key or "text")):
+                for text in DocumentReader(file, Fields(text_key=key or "text")):
                     yield from text.splitlines()
 
 
