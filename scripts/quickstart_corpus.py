@@ -49,7 +49,7 @@ def held_out(text: str) -> bool:
 
 @contextlib.contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """An error of the disk becomes the user's, with the remedy."""
+    """Turn an error of the disk into an InputError with a hint."""
     try:
         yield
     except OSError as error:

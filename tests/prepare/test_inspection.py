@@ -16,7 +16,7 @@ from tinyllama.prepare import inspection
 from tinyllama.prepare.inspection import inspect_packed
 
 ROOT = Path(__file__).parents[2]
-REMEDY = "rerun the prepare command"
+HINT = "rerun the prepare command"
 
 
 @pytest.fixture
@@ -223,7 +223,7 @@ def test_verify_sees_one_bit(folder, place):
     path.write_bytes(changed)
     with pytest.raises(InputError) as error:
         inspect_packed(folder, verify=True)
-    assert error.value.args == (f"{path} is not what was written, its hash differs: delete b.json and {REMEDY}",)
+    assert error.value.args == (f"{path} is not what was written, its hash differs: delete b.json and {HINT}",)
 
 
 @pytest.mark.parametrize("ends", [[3, 4, 4], [2, 5], [3, 3], [-1, 4], [[3], [4]], [4], []], ids=str)
@@ -241,7 +241,7 @@ def test_every_fault_of_a_folder_at_once(folder):
         inspect_packed(folder, verify=True)
     index, content = ".idx.npy is missing or does not fit its .bin", ".bin is not what was written, its hash differs"
     found = [("a", index), ("a", content), ("b", index)]
-    assert error.value.args == tuple(f"{folder / name}{what}: delete {name}.json and {REMEDY}" for name, what in found)
+    assert error.value.args == tuple(f"{folder / name}{what}: delete {name}.json and {HINT}" for name, what in found)
 
 
 def test_shares_and_text(tokenizer_file, tmp_path):

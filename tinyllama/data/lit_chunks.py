@@ -18,24 +18,24 @@ EDGE = 4096  # bytes hashed at each end of a file: all of 2 TB would take an hou
 
 
 def scan(folder: Path) -> dict[str, Any]:
-    """What a PackedDataset needs of a folder of ``*.bin`` chunk files, in order of name: files, ends, dtype, header.
+    """Return the arguments of a PackedDataset for a folder of ``*.bin`` chunk files, in order of name.
 
-    Raises InputError, one fault a file, when a header or a size is wrong or the dtypes differ.
+    Raises InputError, one error a file, when a header or a size is wrong or the dtypes differ.
     """
     names = sorted(name for name in os.listdir(folder) if name.endswith(".bin"))
     if not names:
         raise InputError(f"{folder} holds no packed data: give the --output of a prepare command")
     fingerprint = hashlib.blake2b(digest_size=32)
     headers: list[tuple[str, np.dtype, int]] = []
-    faults: list[str] = []
+    errors: list[str] = []
     for name in names:
         with open(folder / name, "rb") as file:
             head = file.read(EDGE)
             size = file.seek(0, os.SEEK_END)
             file.seek(max(0, size - EDGE))
             tail = file.read()
-        if fault := _fault(head, size):
-            faults.append(f"{folder / name} {fault}")
+        if error := _find_error(head, size):
+            errors.append(f"{folder / name} {error}")
             continue
         _, _, code, count = HEADER.unpack_from(head)
         headers.append((name, np.dtype(DTYPES[code]), count))
@@ -43,12 +43,12 @@ def scan(folder: Path) -> dict[str, Any]:
             fingerprint.update(hashlib.blake2b(part).digest())
     for name, dtype, _ in headers:
         if dtype != headers[0][1]:
-            faults.append(
+            errors.append(
                 f"{folder / name} holds {dtype} tokens but {headers[0][0]} {headers[0][1]}: "
                 "put each dtype into a folder of its own"
             )
-    if faults:
-        raise InputError(*faults)
+    if errors:
+        raise InputError(*errors)
     return {
         "fingerprint": fingerprint.hexdigest(),
         "dtype": headers[0][1],
@@ -58,7 +58,7 @@ def scan(folder: Path) -> dict[str, Any]:
     }
 
 
-def _fault(head: bytes, size: int) -> str | None:
+def _find_error(head: bytes, size: int) -> str | None:
     if size < HEADER.size or not head.startswith(MAGIC):
         return f"is not a chunk file, it does not start with {MAGIC.decode()}: move it out of the folder"
     _, version, code, count = HEADER.unpack_from(head)

@@ -14,7 +14,7 @@ from tinyllama import InputError
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
-REMEDY = "rerun the prepare command"
+HINT = "rerun the prepare command"
 DIGEST_SIZE = 32  # bytes of every blake2b here
 DTYPES: dict[str, np.dtype] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 
@@ -36,39 +36,39 @@ _MANIFEST = {
 
 
 def read_shard_info(directory: Path, name: str, more: dict[str, Any] | None = None) -> dict[str, Any] | None:
-    """What NAME.json says, or None when the shard is not done; raises InputError when the shard is damaged.
+    """Return the content of NAME.json, or None when the shard is not done; raises InputError when the shard is damaged.
 
     ``more`` are keys it must have besides those of every shard, and what they hold.
     """
     directory = Path(directory)
-    remedy = f"delete {name}.json and {REMEDY}"
+    hint = f"delete {name}.json and {HINT}"
     try:
-        info = _read_json(directory / f"{name}.json", _SHARD | (more or {}), remedy)
+        info = _read_json(directory / f"{name}.json", _SHARD | (more or {}), hint)
     except FileNotFoundError:
         return None
-    check_size(directory / f"{name}.bin", info["tokens"] * DTYPES[info["dtype"]].itemsize, remedy)
+    check_size(directory / f"{name}.bin", info["tokens"] * DTYPES[info["dtype"]].itemsize, hint)
     if not (directory / f"{name}.idx.npy").exists():
-        raise InputError(f"{directory / name}.idx.npy is missing: {remedy}")
+        raise InputError(f"{directory / name}.idx.npy is missing: {hint}")
     return info
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What manifest.json says; raises InputError when it is damaged."""
-    return _read_json(directory / MANIFEST, _MANIFEST, REMEDY, subsets={})
+    """Return the content of manifest.json; raises InputError when it is damaged."""
+    return _read_json(directory / MANIFEST, _MANIFEST, HINT, subsets={})
 
 
 def fingerprint(dtype: str, shards: list[dict[str, Any]]) -> str:
-    """Names the token stream: dtype, and length and hash of each shard in order."""
+    """Return the hash that names the token stream: of dtype, and length and hash of each shard in order."""
     stream = {"dtype": dtype, "shards": [[shard["tokens"], shard["blake2b"]] for shard in shards]}
     return hashlib.blake2b(to_json(stream), digest_size=DIGEST_SIZE).hexdigest()
 
 
 def to_json(value: dict[str, Any], indent: int | None = None) -> bytes:
-    """The same value, the same bytes."""
+    """Return ``value`` as JSON: the same value, the same bytes."""
     return json.dumps(value, sort_keys=True, indent=indent).encode()
 
 
-def _read_json(path: Path, kind: dict[str, Any], remedy: str, **absent: Any) -> dict[str, Any]:
+def _read_json(path: Path, kind: dict[str, Any], hint: str, **absent: Any) -> dict[str, Any]:
     """A NAME.json or manifest.json, with ``absent`` for keys it lacks; InputError when damaged or of another format."""
     try:
         value = absent | json.loads(path.read_bytes())
@@ -76,13 +76,13 @@ def _read_json(path: Path, kind: dict[str, Any], remedy: str, **absent: Any) -> 
     except FileNotFoundError:
         raise
     except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error!r}): {remedy}") from None
+        raise InputError(f"{path} is damaged ({error!r}): {hint}") from None
     if version != FORMAT_VERSION or str(dtype) not in DTYPES:
         raise InputError(
             f"{path}: format version {version} with {dtype} tokens is not known here: use the TinyLlama that wrote it"
         )
     if (wrong := _misfit(value, kind)) is not None:
-        raise InputError(f"{path} is damaged ({wrong.lstrip('.')} is missing or of a wrong type): {remedy}")
+        raise InputError(f"{path} is damaged ({wrong.lstrip('.')} is missing or of a wrong type): {hint}")
     return value
 
 
@@ -105,13 +105,13 @@ def _misfit(value: Any, kind: Any) -> str | None:
     return None
 
 
-def check_size(path: Path, expected: int, remedy: str) -> None:
+def check_size(path: Path, expected: int, hint: str) -> None:
     """Raise InputError unless the file is there with that many bytes."""
     try:
         size = os.stat(path).st_size
     except FileNotFoundError:
-        raise InputError(f"{path} is missing: {remedy}") from None
+        raise InputError(f"{path} is missing: {hint}") from None
     except OSError as error:
-        raise InputError(f"{path} cannot be read ({error.strerror}): {remedy}") from None
+        raise InputError(f"{path} cannot be read ({error.strerror}): {hint}") from None
     if size != expected:
-        raise InputError(f"{path} has {size} bytes, not the {expected} it was written with: {remedy}")
+        raise InputError(f"{path} has {size} bytes, not the {expected} it was written with: {hint}")

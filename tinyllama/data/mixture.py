@@ -51,23 +51,23 @@ class Mixture:
         final_weights: Sequence[float | None] | None = None,
         ramp: int = 0,
     ):
-        faults = [] if weights else ["data.sources is empty: give at least one path and weight"]
+        errors = [] if weights else ["data.sources is empty: give at least one path and weight"]
         final = [w if f is None else f for w, f in zip(weights, final_weights or [None] * len(weights), strict=True)]
         for k, (weight, last) in enumerate(zip(weights, final, strict=True)):
             if not (math.isfinite(weight + last) and min(weight, last) >= 0 and max(weight, last) > 0):
-                faults.append(
+                errors.append(
                     f"data.sources[{k}].weight is {weight}: give a finite number above 0 or remove the source"
                 )
-        if faults:
-            raise InputError(*faults)
+        if errors:
+            raise InputError(*errors)
 
         self._weights = _integers(weights)
         self._num_blocks = np.array(num_blocks, dtype=np.int64)
         self._window_key = _digest("window", seed)
         self._source_keys = np.array([_digest("source", seed, name) for name in fingerprints], dtype=np.uint64)
-        facts = (ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
+        values = (ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
         changes = (_integers(final), ramp) if ramp else ()
-        self.fingerprint = _blake2b("mixture", *facts, *changes).hex()
+        self.fingerprint = _blake2b("mixture", *values, *changes).hex()
         # draws before each window of the ramp and before the first after it, where the shares are the last ones
         self._ramp_starts = _ramp_starts(self._weights, _integers(final), ramp)
         self._weights = _integers(final) if ramp else self._weights
@@ -215,9 +215,9 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _blake2b(*facts: object) -> bytes:
-    return hashlib.blake2b(json.dumps(facts).encode(), digest_size=16).digest()
+def _blake2b(*values: object) -> bytes:
+    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).digest()
 
 
-def _digest(*facts: object) -> int:
-    return int.from_bytes(_blake2b(*facts)[:8], "little")
+def _digest(*values: object) -> int:
+    return int.from_bytes(_blake2b(*values)[:8], "little")

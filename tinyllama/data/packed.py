@@ -1,9 +1,9 @@
 """Packed tokens on disk, both ways: shards of raw little-endian tokens, a manifest, and reading across them.
 
 A dataset is one flat folder. Each shard is three files: ``NAME.bin`` (tokens, uint16 when the vocabulary is smaller
-than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard), ``NAME.json`` (facts).
-Every file appears whole or not at all, ``NAME.json`` last: a shard that has it is done. ``manifest.json`` lists the
-shards by name; the token stream is their concatenation in that order, and nothing in it is padding.
+than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard) and ``NAME.json``, its
+metadata. Every file appears complete or not at all, ``NAME.json`` last: a shard that has it is done. ``manifest.json``
+lists the shards by name; the token stream is their concatenation in that order, and nothing in it is padding.
 """
 
 import functools
@@ -26,8 +26,8 @@ from tinyllama.data.metadata import (
     DIGEST_SIZE,
     DTYPES,
     FORMAT_VERSION,
+    HINT,
     MANIFEST,
-    REMEDY,
     check_size,
     fingerprint,
     read_manifest,
@@ -86,10 +86,10 @@ class ShardWriter:
         if ids.size:
             self.max_token = max(self.max_token, int(ids.max()))
 
-    def finish(self, **facts: Any) -> dict[str, Any]:
-        """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``facts``.
+    def finish(self, **metadata: Any) -> dict[str, Any]:
+        """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``metadata``.
 
-        ``facts`` must be the same for every run on the same input: no times, hosts or process numbers.
+        ``metadata`` must be the same for every run on the same input: no times, hosts or process numbers.
         ``max_token`` is -1 in a shard without tokens.
         """
         info = dict(
@@ -101,7 +101,7 @@ class ShardWriter:
             documents=len(self._ends),
             max_token=self.max_token,
             blake2b=self._blake2b.hexdigest(),
-            **facts,
+            **metadata,
         )
         index = io.BytesIO()
         np.save(index, np.array(self._ends, dtype="<u8"))
@@ -116,8 +116,8 @@ class ShardWriter:
         return info
 
 
-def write_manifest(directory: Path, names: list[str], **facts: Any) -> dict[str, Any]:
-    """Write and return manifest.json of these shards, sorted by name, and of ``facts``.
+def write_manifest(directory: Path, names: list[str], **metadata: Any) -> dict[str, Any]:
+    """Write and return manifest.json of these shards, sorted by name, and of ``metadata``.
 
     Raises InputError when there is none, when one is not done or damaged, or when two differ in tokenizer, encoder,
     dtype or bos/eos policy. ``fingerprint`` names the token stream.
@@ -146,7 +146,7 @@ def write_manifest(directory: Path, names: list[str], **facts: Any) -> dict[str,
         documents=sum(shard["documents"] for shard in shards),
         max_token=max(shard["max_token"] for shard in shards),
         shards=shards,
-        **facts,
+        **metadata,
     )
     atomic.write(Path(directory) / MANIFEST, to_json(manifest, indent=1))
     return manifest
@@ -253,47 +253,47 @@ def vocabulary_error(where: str | Path, token: int, position: int, vocab_size: i
 
 
 def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_size: int) -> None:
-    """Raise InputError, with every fault, unless a model of these sizes can read all ``datasets``.
+    """Raise InputError, with every error, unless a model of these sizes can read all ``datasets``.
 
     They must come from one tokenizer of ``vocab_size`` pieces, with bos and eos set alike (upstream's chunks say
     neither), and hold a block each.
     """
-    faults = []
+    errors = []
     for dataset in datasets:
         if dataset.vocab_size not in (None, vocab_size):
-            faults.append(
+            errors.append(
                 f"{dataset.path} was made with a vocabulary of {dataset.vocab_size} and model.vocab_size is "
                 f"{vocab_size}: set --model.vocab_size {dataset.vocab_size} or prepare the folder again"
             )
         if not dataset.num_blocks(block_size):
-            faults.append(
+            errors.append(
                 f"{dataset.path} holds {dataset.tokens:,} tokens and a block takes {block_size + 1:,}: "
                 "give it more text or lower model.block_size"
             )
     tokenizers = {d.tokenizer_sha256: str(d.path) for d in datasets if d.tokenizer_sha256 is not None}
     if len(tokenizers) > 1:
-        faults.append(f"{' and '.join(tokenizers.values())} were made with different tokenizers: prepare them with one")
+        errors.append(f"{' and '.join(tokenizers.values())} were made with different tokenizers: prepare them with one")
     policies = {(d.bos, d.eos, d.bos_id, d.eos_id): d for d in datasets if d.bos is not None}
     if len(policies) > 1:
         (bos, eos, *_), one = next(iter(policies.items()))
         other = list(policies.values())[1]
-        faults.append(
+        errors.append(
             f"{one.path} was prepared with bos {bos}, eos {eos} (ids {one.bos_id}, {one.eos_id}) and {other.path} with "
             f"bos {other.bos}, eos {other.eos} (ids {other.bos_id}, {other.eos_id}): prepare them alike"
         )
-    if faults:
-        raise InputError(*faults)
+    if errors:
+        raise InputError(*errors)
 
 
 def _open_manifest(path: Path) -> PackedDataset:
     manifest = read_manifest(path)
     shards, dtype = manifest["shards"], DTYPES[manifest["dtype"]]
     if manifest["fingerprint"] != fingerprint(manifest["dtype"], shards):
-        raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {REMEDY}")
+        raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {HINT}")
     files = [f"{shard['name']}.bin" for shard in shards]
     ends = list(accumulate(shard["tokens"] for shard in shards))
     for file, shard in zip(files, shards, strict=True):
-        check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {REMEDY}")
+        check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {HINT}")
     keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "max_token", "bos", "eos", "bos_id", "eos_id")
     documents = sum(shard["documents"] for shard in shards)
     stated = {key: manifest[key] for key in keys}

@@ -1,4 +1,4 @@
-"""Text to token ids at speed: exactly those of the tokenizer's own library, which stays the judge while it runs.
+"""Text to token ids at speed: exactly those of the tokenizer's own library, which stays the reference while it runs.
 
 gigatoken is ten times as fast and young. So it is tried on ``GUARDS`` before anything is written, and one document in
 ``SAMPLED`` is encoded by both. The tokens being the same, a dataset does not say which one made them; its shards do.
@@ -27,34 +27,41 @@ SAMPLED = 1000  # documents (or parts of long ones), of which one is encoded by 
 CUT = 1 << 20  # bytes; a document of more is cut at the first place behind so many where that changes no id
 WINDOW = 1 << 16  # bytes in which such a place is looked for
 _RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of words in one only grows
-_PROSE = "It's the first of 1,024 tests: don't split “quotes”, naïve words or 3.14159 wrongly…"
+# texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
-    *(
-        "",
-        " ",
-        "  ",
-        "\n",
-        "\t",
-        "\r\n",
-        "\0",
-        "\ufffd",
-        "\ufeff",
-        "\u2581",
-        " \u2581 a\u2581b\u2581",
-        " " * 1000 + "x",
-    ),
-    *("<s>", "</s>", "<unk>", "<0x0A>", "a</s>b <s> <unk><0x0A> [INST] <|endoftext|>", "a  b   c\n\n\td  \n"),
-    *("line one\r\nline two\r\n", "def f(x):\n\t\treturn x  # tab\n    y = [1, 22, 333]\n", "0123456789 ١٢٣ ²", _PROSE),
-    *("e\u0301 is not \u00e9, \u212b \ufb01 \u00a0 \u3000 \u200b x", "漢字かな交じり文、한국어 ภาษาไทย", "Ω≈ç√∫˜µ≤≥÷"),
-    *("\U0001f642\U0001f1eb\U0001f1f7 \U0001f468\u200d\U0001f469\u200d\U0001f467", "\U0010ffff\ud7ff\ue000\x7f\x1b[0m"),
-    *(
-        "x" * 3000,
-        "word " * 500,
-        "=" * 80 + "-" * 77 + "#" * 3 + "\n" * 9,
-        "aaabababbbaab" * 30,
-        " " * 1000 + "x",
-        "https://a.b/c?d=e&f=%20g",
-    ),
+    "",
+    " ",
+    "  ",
+    "\n",
+    "\t",
+    "\r\n",
+    "\0",
+    "\ufffd",
+    "\ufeff",
+    "\u2581",
+    " \u2581 a\u2581b\u2581",
+    " " * 1000 + "x",
+    "<s>",
+    "</s>",
+    "<unk>",
+    "<0x0A>",
+    "a</s>b <s> <unk><0x0A> [INST] <|endoftext|>",
+    "a  b   c\n\n\td  \n",
+    "line one\r\nline two\r\n",
+    "def f(x):\n\t\treturn x  # tab\n    y = [1, 22, 333]\n",
+    "0123456789 ١٢٣ ²",
+    "It's the first of 1,024 tests: don't split “quotes”, naïve words or 3.14159 wrongly…",
+    "e\u0301 is not \u00e9, \u212b \ufb01 \u00a0 \u3000 \u200b x",
+    "漢字かな交じり文、한국어 ภาษาไทย",
+    "Ω≈ç√∫˜µ≤≥÷",
+    "\U0001f642\U0001f1eb\U0001f1f7 \U0001f468\u200d\U0001f469\u200d\U0001f467",
+    "\U0010ffff\ud7ff\ue000\x7f\x1b[0m",
+    "x" * 3000,
+    "word " * 500,
+    "=" * 80 + "-" * 77 + "#" * 3 + "\n" * 9,
+    "aaabababbbaab" * 30,
+    " " * 1000 + "x",
+    "https://a.b/c?d=e&f=%20g",
 )
 
 
@@ -72,13 +79,13 @@ class TokenChunk(NamedTuple):
 
 
 class Mismatch(RuntimeError):
-    """The fast encoder gave other ids than the reference: a defect, and a shard that must not be written."""
+    """The fast encoder returned other ids than the reference: a defect, and a shard that must not be written."""
 
 
 class Encoder:
     """Documents to ids, uint32 or int32 arrays without bos and eos.
 
-    Raises InputError when ``choice`` is ``fast`` and gigatoken is missing or does not give this tokenizer's ids.
+    Raises InputError when ``choice`` is ``fast`` and gigatoken is missing or does not return this tokenizer's ids.
     """
 
     name: str
@@ -100,8 +107,8 @@ class Encoder:
                 if choice == "fast":
                     raise
                 self.fell_back = str(error)
-        self._cuts, mark = _cuts(tokenizer)
-        self._mark, self._dropped = mark.encode(), len(tokenizer.encode(mark))  # what a part that goes on begins with
+        self._cuts, prefix = _cuts(tokenizer)
+        self._prefix, self._dropped = prefix.encode(), len(tokenizer.encode(prefix))  # put before a part that continues
 
     def renew(self) -> None:
         """Forget what encoding has cached; before each shard, so that a shard's memory and time are its own."""
@@ -142,7 +149,7 @@ class Encoder:
             self._encode, self._encoded = self._make(), 0
         self._encoded += len(text)
         if goes_on:
-            text = self._mark + text
+            text = self._prefix + text
         ids = self._encode(text)
         if self._make and self._texts % SAMPLED == 0 and not np.array_equal(ids, self._reference(text)):
             raise Mismatch(
@@ -154,7 +161,7 @@ class Encoder:
 
 
 def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
-    """What makes fast encoders, and one of them; raises InputError when they do not give the ids of ``tokenizer``."""
+    """Return a function that makes fast encoders, and one of them; InputError unless their ids are ``tokenizer``'s."""
     try:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
@@ -176,28 +183,30 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
 
 
 def _cuts(tokenizer: Tokenizer) -> tuple[re.Pattern[bytes] | None, str]:
-    """What ends where a document may be cut without changing an id, and a mark to put before the part behind the cut.
+    """Return a pattern whose matches end at cut points, and a character to put before the part behind a cut.
 
-    Two characters that stand side by side in no piece are never joined: one can cut between them. A mark is a character
-    in no piece but its own: one can cut before it, and the blank that encoding puts before every text stays before it.
-    Other characters are looked at only if they are pieces themselves: the rest may be normalized into those, or be
-    unknown together with their neighbours. (None, ""): nowhere that this knows of.
+    At a cut point a document may be cut without changing an id.
+
+    Two characters that stand side by side in no piece are never joined: one can cut between them. A separator is a
+    character in no piece but its own: one can cut before it, and the blank that encoding puts before every text stays
+    before it. Other characters are looked at only if they are pieces themselves: the rest may be normalized into those,
+    or be unknown together with their neighbours. (None, ""): nowhere that this knows of.
     """
     pieces = set(tokenizer.pieces() or ())
     pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
     paired, ids = set("".join(pairs)), tokenizer.encode
 
-    def is_mark(one: str) -> bool:
+    def is_separator(one: str) -> bool:
         alone, rest = ids(one)[1:], ids(f"{one}  b")[len(ids(one)) :]  # [0]: the blank
         return bool(alone) and ids(f"a{one}{one}  b") == [*ids("a"), *alone, *alone, *rest]
 
-    marks = [one for one in "\n\t0123456789" if pieces and one not in paired and is_mark(one)]
-    if not marks:
+    separators = [one for one in "\n\t0123456789" if pieces and one not in paired and is_separator(one)]
+    if not separators:
         return None, ""
-    ways = [f"(?=[{''.join(marks)}])"]
+    ways = [f"(?=[{''.join(separators)}])"]
     letters = [one for one in map(chr, range(0x21, 0x7F)) if one in pieces]
     for one in letters:
         followers = [" " if other == "\u2581" else other for other in ["\u2581", *letters] if one + other not in pairs]
         if followers:
             ways.append(f"{re.escape(one)}(?=[{re.escape(''.join(followers))}])")
-    return re.compile("|".join(ways).encode()), marks[0]
+    return re.compile("|".join(ways).encode()), separators[0]

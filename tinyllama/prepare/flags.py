@@ -13,7 +13,7 @@ from tinyllama.prepare.workers import cores
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add them."""
+    """Add the shared flags to ``parser``."""
     parser.add_argument("--source", required=True, help="where the raw files are: a path or an fsspec URL (s3://...)")
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model or tokenizer.json")
     parser.add_argument("--output", type=_folder, required=True, help="folder of the packed dataset")
@@ -36,7 +36,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def options(args: argparse.Namespace) -> Options:
-    """What ``prepare`` takes, of the flags."""
+    """Return the options of ``prepare`` that the flags ask for."""
     if os.path.realpath(args.output) == os.path.realpath(args.source):
         raise InputError(f"--output {args.output} is the --source: give a folder of its own")
     return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})

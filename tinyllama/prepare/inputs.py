@@ -86,16 +86,16 @@ def find_inputs(source: str | Path, endings: tuple[str, ...], folders: Iterable[
     """
     find = _find_remote if "://" in str(source) else _find_local
     inputs: dict[str, Input] = {}
-    faults = []
+    errors = []
     for one in sorted(find(str(source), endings, set(folders)), key=lambda one: one.path):
         if _NOT_UTF8.search(one.path):
-            faults.append(f"{one.path!r}: its name is not UTF-8: rename it")
+            errors.append(f"{one.path!r}: its name is not UTF-8: rename it")
         elif one.size < 0:
-            faults.append(f"{one.path}: cannot be opened (a link to nothing, or no permission): repair or remove it")
+            errors.append(f"{one.path}: cannot be opened (a link to nothing, or no permission): repair or remove it")
         elif (other := inputs.setdefault(one.shard, one)) is not one:
-            faults.append(f"{one.path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
-    if faults:
-        raise InputError(*faults)
+            errors.append(f"{one.path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
+    if errors:
+        raise InputError(*errors)
     return [inputs[shard] for shard in sorted(inputs)]
 
 
@@ -197,10 +197,10 @@ def _with_ending(name: str, source: str, endings: tuple[str, ...]) -> str:
 
 
 def _nothing(folder: object, endings: tuple[str, ...]) -> InputError:
-    remedy = "check where they are" + ", rename files of plain text to .txt or put them into a .jsonl" * (
+    hint = "check where they are" + ", rename files of plain text to .txt or put them into a .jsonl" * (
         ".txt" in endings
     )
-    return InputError(f"{folder}: no file ending in {' or '.join(endings)} in or below it: {remedy}")
+    return InputError(f"{folder}: no file ending in {' or '.join(endings)} in or below it: {hint}")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:

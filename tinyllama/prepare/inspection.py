@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama import InputError
-from tinyllama.data.metadata import DIGEST_SIZE, REMEDY, read_manifest
+from tinyllama.data.metadata import DIGEST_SIZE, HINT, read_manifest
 from tinyllama.data.packed import PackedDataset, first_outside, open_packed, vocabulary_error
 from tinyllama.prepare.workers import cores
 from tinyllama.tokenizer import Tokenizer
@@ -26,7 +26,7 @@ def inspect_packed(path: str | Path, verify: bool = False, tokenizer: Tokenizer 
     """Figures of a packed folder by name; with ``verify``, every shard is hashed again and compared with the manifest.
 
     Lengths are in tokens and count bos and eos. With ``tokenizer``, also the beginning of the stream as text, and the
-    most frequent tokens as pieces. Raises InputError when the folder is not whole, with one fault for each damaged
+    most frequent tokens as pieces. Raises InputError when the folder is not whole, with one error for each damaged
     shard, and when ``verify`` has no hashes to compare with.
     """
     dataset = open_packed(path)
@@ -44,8 +44,8 @@ def inspect_packed(path: str | Path, verify: bool = False, tokenizer: Tokenizer 
     manifest = read_manifest(dataset.path)
     with ThreadPoolExecutor(cores()) as threads:  # reading and hashing let go of the interpreter
         checked = list(threads.map(lambda shard: _check(dataset.path, shard, verify), manifest["shards"]))
-    if faults := [fault for _, _, found in checked for fault in found]:
-        raise InputError(*faults)
+    if errors := [error for _, _, found in checked for error in found]:
+        raise InputError(*errors)
     histogram = sum((counted for counted, _, _ in checked), np.zeros(64, dtype=np.int64))
     figures |= {
         "documents": dataset.documents,
@@ -77,13 +77,13 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
             number = bisect_right(dataset.ends, start + wrong)
             file = dataset.path / dataset.files[number]
             position = start + wrong - (dataset.ends[number - 1] if number else 0)
-            hint = f"delete {file.stem}.json and {REMEDY}"
+            hint = f"delete {file.stem}.json and {HINT}"
             raise vocabulary_error(file, part[wrong], position, dataset.vocab_size, hint)
     ids, counts = np.unique(np.concatenate(parts), return_counts=True)
     order = np.argsort(-counts, kind="stable")[:10]
-    said = [f"{tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids[order].tolist()]
+    names = [f"{tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids[order].tolist()]
     shares = counts[order] / counts.sum()
-    figures = {"most_frequent": ", ".join(f"{name} {share:.1%}" for name, share in zip(said, shares, strict=True))}
+    figures = {"most_frequent": ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))}
     for name, token in (("bos", dataset.bos_id), ("eos", dataset.eos_id)):
         pairs = sum(int(((part[:-1] == token) & (part[1:] == token)).sum()) for part in parts)
         figures[f"{name} behind {name}"] = f"{pairs:,} times in {sum(map(len, parts)):,} tokens"
@@ -94,17 +94,17 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
 
 def _check(folder: Path, shard: dict[str, Any], verify: bool) -> tuple[np.ndarray, int, list[str]]:
     """Documents (64,) of 0, 1, 2-3, 4-7 ... tokens in a shard, the longest one's length, and what is damaged."""
-    faults = []
+    errors = []
     lengths = np.zeros(0, dtype=np.int64)
     ends = _document_ends(folder, shard)
     if ends is None:
-        faults.append(_fault(folder, shard, ".idx.npy is missing or does not fit its .bin"))
+        errors.append(_error(folder, shard, ".idx.npy is missing or does not fit its .bin"))
     else:
         lengths = np.diff(ends, prepend=0)
     if verify and _hash(folder / f"{shard['name']}.bin") != shard["blake2b"]:
-        faults.append(_fault(folder, shard, ".bin is not what was written, its hash differs"))
+        errors.append(_error(folder, shard, ".bin is not what was written, its hash differs"))
     powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
-    return np.bincount(powers, minlength=64), int(lengths.max(initial=0)), faults
+    return np.bincount(powers, minlength=64), int(lengths.max(initial=0)), errors
 
 
 def _document_ends(folder: Path, shard: dict[str, Any]) -> np.ndarray | None:
@@ -124,5 +124,5 @@ def _hash(path: Path) -> str:
         return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
 
 
-def _fault(folder: Path, shard: dict[str, Any], what: str) -> str:
-    return f"{folder / shard['name']}{what}: delete {shard['name']}.json and {REMEDY}"
+def _error(folder: Path, shard: dict[str, Any], what: str) -> str:
+    return f"{folder / shard['name']}{what}: delete {shard['name']}.json and {HINT}"

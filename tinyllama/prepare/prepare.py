@@ -2,7 +2,7 @@
 
 The bytes in the output folder depend on the inputs, the tokenizer and the settings alone: not on the number of workers,
 on the order in which they finish, or on how often the run was killed and started again. ``.bin``, ``.idx.npy`` and the
-manifest do not depend on the encoder either; ``NAME.json`` says which one it was, so that a fault found in one later
+manifest do not depend on the encoder either; ``NAME.json`` says which one it was, so that an error found in one later
 can be traced to its shards.
 """
 
@@ -29,7 +29,7 @@ from tinyllama.tokenizer import Tokenizer
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 _BAD = ".bad"  # NAME.bad says why an input could not be packed
-_FACTS = {  # of NAME.json, besides those of every shard
+_METADATA = {  # of NAME.json, besides those of every shard
     "source": {"name": str, "bytes": int},
     "subsets": {str: {"documents": int, "tokens": int, "bytes": int}},
     "dropped": {str: int},
@@ -72,7 +72,7 @@ class _Recipe:
     bos_id: int | None
     eos_id: int | None
     fields: Fields
-    policy: Info  # facts of every shard: one that says otherwise is of another dataset
+    policy: Info  # metadata of every shard: one that says otherwise is of another dataset
     slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
 
 
@@ -83,7 +83,7 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     its NAME.json agrees with the name and size of its input; an input that changed is packed again.
 
     Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
-    with ``finish`` when a shard is missing, and, after all other inputs are packed, with one fault for each bad input
+    with ``finish`` when a shard is missing, and, after all other inputs are packed, with one error for each bad input
     when there are more of them than may be skipped. Raises RuntimeError, after all others are packed too, naming each
     input whose worker died twice or whose ids the fast encoder got wrong.
     """
@@ -91,7 +91,7 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
         return _prepare(inputs, fields, options)
     except ConnectionError:  # of a pipe, ours to a worker or the one that is read by `head`
         raise
-    except OSError as error:  # the output's: those of the inputs and of the tokenizer are faults of theirs
+    except OSError as error:  # the output's: those of the inputs and of the tokenizer are reported as InputErrors
         where = error.filename2 or error.filename or options.output
         raise InputError(
             f"cannot write {where} ({error.strerror}): make room (what is done is kept) or give another --output"
@@ -107,7 +107,7 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     todo = [one for one in mine if one.shard not in infos]
     bad = {}
     if options.finish:
-        bad = {one.shard: fault for one in todo if (fault := _read_bad(output, one))}
+        bad = {one.shard: error for one in todo if (error := _read_bad(output, one))}
         if missing := [one.shard for one in todo if one.shard not in bad]:
             raise InputError(
                 f"{output}: {len(missing)} of {len(mine)} shards are missing ({_some(missing)}): "
@@ -127,13 +127,13 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     if task is None:
         if not any(info["documents"] for info in infos.values()):
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
-        facts = {
+        metadata = {
             "subsets": progress.subsets_of(infos.values()),
             "dropped": progress.dropped_of(infos.values()),
             "repaired": sum(info["repaired"] for info in infos.values()),
             "skipped": sorted(bad),
         }
-        packed.write_manifest(output, list(infos), **facts)
+        packed.write_manifest(output, list(infos), **metadata)
         for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
             if marker.name.removesuffix(_BAD) not in bad:
                 marker.unlink(missing_ok=True)
@@ -172,7 +172,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
 
 
 def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
-    """What is known of those shards of ``mine`` that are done."""
+    """Return the metadata of those shards of ``mine`` that are done."""
     output = recipe.output
     try:
         files = os.listdir(output)
@@ -181,14 +181,14 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
     except OSError as error:
         raise InputError(f"{output}: {error.strerror}: give another --output") from None
     shards = {file.rpartition(".")[0] for file in files if file.endswith((".bin", ".json")) and file != MANIFEST}
-    if strangers := shards - {one.shard for one in inputs}:
+    if unknown := shards - {one.shard for one in inputs}:
         raise InputError(
-            f"{output}: {len(strangers)} shards belong to no input ({_some(sorted(strangers))}): "
+            f"{output}: {len(unknown)} shards belong to no input ({_some(sorted(unknown))}): "
             "remove them or use another --output"
         )
     infos = {}
     for one in mine:
-        info = read_shard_info(output, one.shard, _FACTS)
+        info = read_shard_info(output, one.shard, _METADATA)
         if info is None:
             continue
         for key, value in recipe.policy.items():
@@ -211,7 +211,7 @@ def _remove_stale(output: Path, shards: set[str] | None) -> None:
 
 
 def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dict[str, Info], dict[str, str]]:
-    """The facts of each shard that was made, and the fault of each input that is bad."""
+    """Pack the inputs; return the metadata of each shard that was made, and the error of each bad input."""
     recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / MANIFEST).unlink(missing_ok=True)  # it must not list a shard that is about to change
     infos: dict[str, Info] = {}

@@ -1,4 +1,4 @@
-"""What a preparation tells: its progress while it runs, and a table of what came of it."""
+"""Print the progress of a preparation, and format a table of its result."""
 
 import sys
 import time
@@ -28,7 +28,7 @@ class Progress:
             self._bar = tqdm(total=self._bytes, unit="B", unit_scale=True, dynamic_ncols=True)
 
     def add(self, one: Input, outcome: Info | Exception) -> None:
-        """Tell that ``one`` has ended."""
+        """Count ``one`` as ended and show the progress."""
         self._done += 1
         self._left -= one.size
         if not isinstance(outcome, Exception):
@@ -39,9 +39,9 @@ class Progress:
             self._bar.set_postfix_str(f"{self._done:,}/{self._shards:,} shards, {self._tokens:,} tokens, {rate}")
             self._bar.update(one.size)
             return
-        said = "not packed" if isinstance(outcome, Exception) else counts([outcome])
+        result = "not packed" if isinstance(outcome, Exception) else counts([outcome])
         left = f"{duration(seconds * self._left / (self._bytes - self._left or 1))} left"
-        print(f"[{self._done}/{self._shards}] {one.name}: {said}; {rate}, {left}", file=sys.stderr, flush=True)
+        print(f"[{self._done}/{self._shards}] {one.name}: {result}; {rate}, {left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""

@@ -19,7 +19,7 @@ from tinyllama.prepare.inputs import Input
 
 Work = Callable[[Input], Any]
 
-_HOPELESS = 3  # inputs lost, and none done: it is not the inputs
+_MAX_LOST = 3  # inputs lost while none is done: then the inputs are not the cause
 
 
 class WorkerDied(RuntimeError):
@@ -42,23 +42,23 @@ def over_workers(
     lost = done = 0
     context = multiprocessing.get_context("spawn")
 
-    def give(pipe: Any) -> None:
+    def assign(pipe: Any) -> None:
         if queue:
             busy[pipe] = queue.pop()
             with contextlib.suppress(OSError):  # a worker that is dead already: its pipe is at its end
                 pipe.send(busy[pipe])
 
-    def hire() -> None:
+    def start_worker() -> None:
         ours, theirs = context.Pipe()
         processes[ours] = context.Process(target=_work, args=(theirs, setup, recipe), daemon=True)
         with huge_pages():
             processes[ours].start()
         theirs.close()
-        give(ours)
+        assign(ours)
 
     try:
         for _ in range(min(workers, len(queue))):
-            hire()
+            start_worker()
         while busy:
             ready: Any = wait(list(busy))
             for pipe in ready:
@@ -71,22 +71,22 @@ def over_workers(
                     if one.shard not in died:
                         died.add(one.shard)
                         queue.append(one)
-                        hire()
+                        start_worker()
                         continue
                     outcome = WorkerDied(
                         f"{one.path}: its worker died twice (exit code {dead.exitcode}; -9: killed, perhaps for want "
                         "of memory, then give fewer --workers): run the command again, what is done is kept"
                     )
                     lost += 1
-                    if lost == _HOPELESS and not done:
+                    if lost == _MAX_LOST and not done:
                         raise outcome from None
                     if queue:
-                        hire()
+                        start_worker()
                 else:
                     if isinstance(outcome, OSError):
                         raise outcome
                     done += 1
-                    give(pipe)
+                    assign(pipe)
                 yield one, outcome
     finally:
         for process in processes.values():
