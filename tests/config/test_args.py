@@ -8,6 +8,7 @@ import pytest
 
 from tinyllama import InputError
 from tinyllama.config.args import DataArgs, LogArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs, check
+from tinyllama.config.bounds import bounds
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run, gradient_accumulation, total_steps
@@ -40,9 +41,9 @@ def test_all_faults_are_reported_together() -> None:
         "model.name",
         "data.sources",
         "one",
+        "optim.beta2",
         "train.micro_batch_size",
         "optim.min_lr",
-        "optim.beta2",
     ]
     assert "optim.min_lr 0.001 is greater than optim.lr 0.0001: lower it" in caught.value.args
 
@@ -162,6 +163,7 @@ def test_every_default() -> None:
     assert dataclasses.asdict(Source("x")) == {"path": "x", "weight": 1.0, "final_weight": None}
 
 
+GROUPS = [name for name, value in DEFAULTS.items() if isinstance(value, dict)]
 BOUNDED = (
     *("train.max_steps", "train.max_tokens", "train.max_epochs", "train.global_batch_size", "train.micro_batch_size"),
     *("train.skip_spikes", "train.max_skips", "train.max_time", "train.start_timeout", "train.timeout"),
@@ -186,6 +188,11 @@ def faults(args: PretrainArgs) -> tuple[str, ...]:
     except InputError as error:
         return error.args
     return ()
+
+
+@pytest.mark.parametrize("cls", [ModelConfig, Source, *(type(getattr(PretrainArgs(), key)) for key in GROUPS)])
+def test_every_number_has_a_bound(cls: type) -> None:
+    assert [name for name, _, bound in bounds(cls) if bound is None] == []
 
 
 @pytest.mark.parametrize("key", BOUNDED)

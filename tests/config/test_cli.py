@@ -124,6 +124,7 @@ def test_flags_that_are_unknown(tmp_path: Path) -> None:
         "unknown flag --beta1; did you mean optim.beta1?",
         "unknown flag --qqqq; --help lists the keys",
     )
+    assert faults("--optim", "{lr: 3}") == ("--optim is a group: give its settings one by one, as in --optim.lr",)
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
     assert faults(f"--config={path}") == (f"cannot read the config {path}: it is not text; give --config a YAML file",)
@@ -182,7 +183,7 @@ def test_a_path_that_cannot_be_used_is_the_users_to_mend(name: int, capsys: pyte
         with pytest.raises(SystemExit) as end:
             cli.run(fail)
         assert end.value.code == 2
-        said = f"error: cannot use {path} ({os.strerror(name)}): mend that, or give another path\n"
+        said = f"error: cannot use {path} ({os.strerror(name)}): fix it or choose another path\n"
         assert capsys.readouterr().err == said
 
 
@@ -241,7 +242,7 @@ def test_print_config_can_be_read_back(tmp_path: Path, yaml_file: str, capsys: p
         (
             "open('/proc/version/x')",
             2,
-            "error: cannot use /proc/version/x (Not a directory): mend that, or give another path\n",
+            "error: cannot use /proc/version/x (Not a directory): fix it or choose another path\n",
         ),
         ("raise InputError('a is wrong: mend it', 'b too')", 2, "error: a is wrong: mend it\nerror: b too\n"),
     ],

@@ -13,20 +13,24 @@ import re
 import select
 import signal
 import sys
+import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import fields, is_dataclass
+from dataclasses import MISSING, fields, is_dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
 import yaml
 
 from tinyllama import InputError
+from tinyllama.config.fields import field_doc
 
 Config = TypeVar("Config")
 
 
-# what another path mends, or more room or rights for this one
+# errors the user can fix: a bad path, a full disk, missing permission
 UNUSABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
@@ -65,7 +69,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if error.errno not in UNUSABLE:
             raise
         path = error.filename or "a file that was being written"
-        print(f"error: cannot use {path} ({error.strerror}): mend that, or give another path", file=sys.stderr)
+        print(f"error: cannot use {path} ({error.strerror}): fix it or choose another path", file=sys.stderr)
         sys.exit(2)
 
 
@@ -111,10 +115,9 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     argv = list(sys.argv[1:] if argv is None else argv)
     keys = dict(_keys(cls))
     _refuse_unknown(cls, argv, keys)
-    jsonargparse.set_parsing_settings(docstring_parse_attribute_docstrings=True)
     parser = jsonargparse.ArgumentParser(description=cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags given after it win")
-    parser.add_class_arguments(cls, None)
+    _add_settings(parser, cls)
     lists = {f"--{key}" for key, kind in keys.items() if typing.get_origin(kind) is list}
     try:
         return _build(cls, parser.parse_args(_emptied_first(_given_true(argv, keys), lists)))
@@ -122,14 +125,34 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
         raise InputError(_one_line(error.message, keys)) from error
 
 
+def _add_settings(parser: Any, cls: type, prefix: str = "") -> None:
+    """Add a flag for each field, whose help is the string under it and whose type leaves out the bounds."""
+    group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
+    kinds = _kinds(cls)
+    for field in fields(cls):
+        kind, key = kinds[field.name], f"{prefix}{field.name}"
+        if is_dataclass(kind):
+            _add_settings(parser, kind, f"{key}.")  # type: ignore[arg-type]
+        else:
+            default = field.default if field.default_factory is MISSING else field.default_factory()
+            group.add_argument(f"--{key}", type=kind, default=default, help=field_doc(cls, field).replace("%", "%%"))
+
+
 def dump(config: Mapping[str, Any]) -> str:
     """``config`` as YAML, in the order of its keys."""
     return yaml.safe_dump(config, sort_keys=False)
 
 
+def _kinds(cls: type) -> dict[str, Any]:
+    """Return the types of the fields without their bounds, unions as ``int | None``."""
+    kinds = typing.get_type_hints(cls).items()
+    unions = (typing.Union, types.UnionType)
+    return {k: reduce(or_, typing.get_args(v)) if typing.get_origin(v) in unions else v for k, v in kinds}
+
+
 def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """The dotted keys of ``cls`` and what they hold, those of the items of its lists too."""
-    for name, kind in typing.get_type_hints(cls).items():
+    for name, kind in _kinds(cls).items():
         yield prefix + name, kind
         for inner in (kind, *typing.get_args(kind)):
             if is_dataclass(inner):
@@ -154,6 +177,9 @@ def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> 
         key, value = match.groups()
         if key == "config":
             files.append(value if value is not None else "".join(argv[i + 1 : i + 2]))
+        elif is_dataclass(keys.get(key)):
+            inside = next(k for k in keys if k.startswith(f"{key}."))
+            faults.append(f"--{key} is a group: give its settings one by one, as in --{inside}")
         elif key not in keys and key.removesuffix(".help") not in {*keys, "help", "print_config"}:
             faults.append(f"unknown flag --{key}; {_nearest(key, keys)}")
     for file in files:

@@ -1,66 +1,62 @@
-"""What a model is: its sizes, by name, and how many parameters they make."""
+"""Sizes of a model, by name, and the number of parameters they make."""
 
-import dataclasses
 import difflib
-import math
 from dataclasses import dataclass
 from typing import Any
 
 from tinyllama import InputError
+from tinyllama.config.bounds import Factor, Size, bound_errors
 
 LOGITS_CHUNK = 8192  # tokens whose logits the chunked loss holds at once: 0.5 GB in bf16 with 32,000 pieces
-MOST = 10**13  # parameters that are taken for a slip of the hand
+MOST_PARAMETERS = 10**13  # more are a typing error
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The sizes of one Llama-architecture decoder. Field names are nanoGPT's and LitGPT's."""
+    """Sizes of one Llama-architecture decoder. Field names are nanoGPT's and LitGPT's."""
 
     name: str
     """name of this size, free text"""
-    block_size: int = 2048
+    block_size: Size = 2048
     """context length, tokens"""
-    vocab_size: int = 32000
+    vocab_size: Size = 32000
     """pieces of the tokenizer"""
-    padding_multiple: int = 64
+    padding_multiple: Size = 64
     """the embedding and output matrices have vocab_size rows, rounded up to a multiple of this"""
-    n_layer: int = 22
+    n_layer: Size = 22
     """transformer blocks"""
-    n_head: int = 32
+    n_head: Size = 32
     """query heads"""
-    n_query_groups: int = 4
+    n_query_groups: Size = 4
     """key-value heads; each serves n_head / n_query_groups query heads (arXiv:2305.13245)"""
-    n_embd: int = 2048
+    n_embd: Size = 2048
     """width of the residual stream"""
-    intermediate_size: int = 5632
-    """width of the SwiGLU product"""
-    norm_eps: float = 1e-5
+    intermediate_size: Size = 5632
+    """width of the SwiGLU MLP"""
+    norm_eps: Factor = 1e-5
     """RMSNorm's epsilon"""
-    rope_base: int = 10000
+    rope_base: Size = 10000
     """RoPE's base (arXiv:2104.09864)"""
-    rope_condense_ratio: float = 1
+    rope_condense_ratio: Factor = 1
     """RoPE sees positions divided by this, so that a longer context keeps the angles of a shorter one"""
     tie_embeddings: bool = False
     """the output matrix is the embedding"""
 
     def __post_init__(self) -> None:
-        sizes = {k: v for k, v in dataclasses.asdict(self).items() if k not in ("name", "tie_embeddings")}
-        faults = [f"model.{k} is {v}: it must be greater than 0" for k, v in sizes.items() if not 0 < v < math.inf]
-        whole = [field.name for field in dataclasses.fields(self) if field.type in (int, "int")]
-        faults += [f"model.{k} is {sizes[k]}: it must be a whole number" for k in whole if type(sizes[k]) is not int]
-        if not faults:
+        errors = list(bound_errors(self, "model."))
+        if not errors:
             if self.n_embd % self.n_head:
-                faults.append(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}")
+                errors.append(f"model.n_embd {self.n_embd} is not a multiple of model.n_head {self.n_head}")
             elif self.head_size % 2:
-                faults.append(f"model.n_embd / model.n_head is {self.head_size}: RoPE needs an even head size")
+                errors.append(f"model.n_embd / model.n_head is {self.head_size}: RoPE needs an even head size")
             if self.n_head % self.n_query_groups:
-                faults.append(f"model.n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
-            if self.num_params() > MOST:
-                faults.append(
+                errors.append(f"model.n_head {self.n_head} is not a multiple of n_query_groups {self.n_query_groups}")
+            if self.num_params() > MOST_PARAMETERS:
+                errors.append(
                     f"the model's sizes make {self.num_params():,} parameters: lower the one that is too large"
                 )
-        if faults:
-            raise InputError(*faults)
+        if errors:
+            raise InputError(*errors)
 
     @property
     def head_size(self) -> int:
@@ -78,7 +74,7 @@ class ModelConfig:
         return (self.n_head + 2 * self.n_query_groups) * self.head_size
 
     def num_params(self, embedding: bool = True) -> int:
-        """Parameters of the model; without ``embedding``, those that take part in matrix products."""
+        """Count the model's parameters; without ``embedding``, only those that take part in matmuls."""
         attention = self.n_embd * self.qkv_size + self.n_embd * self.n_embd
         mlp = 3 * self.n_embd * self.intermediate_size
         blocks = self.n_layer * (attention + mlp + 2 * self.n_embd)
@@ -115,7 +111,7 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def named_config(name: str, **changes: Any) -> ModelConfig:
-    """The named size, with ``changes`` to its fields; raises InputError for a name that is not known."""
+    """Return the named size with ``changes`` to its fields; raises InputError for an unknown name."""
     if name not in NAMED_CONFIGS:
         close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(NAMED_CONFIGS)}"
