@@ -1,4 +1,4 @@
-"""The command line: flags over YAML over defaults, and every fault of the user's as one ``error:`` line.
+"""The command line: flags over YAML over deerrors, and every error of the user as one ``error:`` line.
 
 The only file that knows jsonargparse.
 """
@@ -40,9 +40,8 @@ UNUSABLE = {
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit with what it returns (None is 0).
 
-    An InputError prints its faults and exits 2, and so does a path that cannot be used, where nobody has said it
-    better. Ctrl-C is a line and 130, and output that nobody reads any more 141, as shells have it. A letter that
-    stdout's encoding lacks is printed as its number.
+    An InputError prints its errors and exits with 2, and so does a path that cannot be used. Ctrl-C prints a line and
+    exits with 130; a closed stdout exits with 141, as in shells. Letters that stdout's encoding lacks are escaped.
     """
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
@@ -51,8 +50,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.stdout.flush()
         sys.exit(code)
     except InputError as error:
-        for fault in error.args:
-            print(f"error: {fault}", file=sys.stderr)
+        for line in error.args:
+            print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -79,19 +78,19 @@ class _Parser(argparse.ArgumentParser):
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """A parser for a script whose docstring is ``doc``; a wrong command line raises InputError."""
+    """Build a parser for a script whose docstring is ``doc``; a wrong command line raises InputError."""
     return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
 def add_fields(parser: argparse.ArgumentParser, prefix: str, cls: type) -> None:
-    """A flag ``--prefix.name`` for each field of the dataclass ``cls``; ``given`` reads them."""
+    """Add a flag ``--prefix.name`` for each field of the dataclass ``cls``; ``given`` reads them."""
     for name, kind in typing.get_type_hints(cls).items():
         (plain,) = {*(typing.get_args(kind) or (kind,))} - {type(None)}
         parser.add_argument(f"--{prefix}.{name}", type=_truth if plain is bool else plain, default=argparse.SUPPRESS)
 
 
 def given(args: argparse.Namespace, prefix: str, cls: type[Config]) -> Config | None:
-    """``cls`` from the flags of ``add_fields``; None when there was none."""
+    """Make a ``cls`` of the flags of ``add_fields``; returns None when none was given."""
     values = {
         key.removeprefix(f"{prefix}."): value for key, value in vars(args).items() if key.startswith(f"{prefix}.")
     }
@@ -139,7 +138,7 @@ def _add_settings(parser: Any, cls: type, prefix: str = "") -> None:
 
 
 def dump(config: Mapping[str, Any]) -> str:
-    """``config`` as YAML, in the order of its keys."""
+    """Format ``config`` as YAML, in the order of its keys."""
     return yaml.safe_dump(config, sort_keys=False)
 
 
@@ -151,7 +150,7 @@ def _kinds(cls: type) -> dict[str, Any]:
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """The dotted keys of ``cls`` and what they hold, those of the items of its lists too."""
+    """Yield the dotted keys of ``cls`` with their types, those of the items of its lists too."""
     for name, kind in _kinds(cls).items():
         yield prefix + name, kind
         for inner in (kind, *typing.get_args(kind)):
@@ -168,7 +167,7 @@ def _nearest(key: str, keys: Mapping[str, Any]) -> str:
 
 def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> None:
     """Raise InputError for keys that ``cls`` does not have, in flags and in the YAML files they name."""
-    faults = []
+    errors = []
     files = []
     for i, word in enumerate(argv):
         match = re.match(r"--([\w.]+)\+?(?:=(.*))?$", word, re.DOTALL)
@@ -179,9 +178,9 @@ def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> 
             files.append(value if value is not None else "".join(argv[i + 1 : i + 2]))
         elif is_dataclass(keys.get(key)):
             inside = next(k for k in keys if k.startswith(f"{key}."))
-            faults.append(f"--{key} is a group: give its settings one by one, as in --{inside}")
+            errors.append(f"--{key} is a group: give its settings one by one, as in --{inside}")
         elif key not in keys and key.removesuffix(".help") not in {*keys, "help", "print_config"}:
-            faults.append(f"unknown flag --{key}; {_nearest(key, keys)}")
+            errors.append(f"unknown flag --{key}; {_nearest(key, keys)}")
     for file in files:
         try:
             content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
@@ -190,9 +189,9 @@ def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> 
             raise InputError(f"cannot read the config {file}: {reason}; give --config a YAML file") from error
         except (yaml.YAMLError, RecursionError) as error:
             raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-        faults += [f"{file}: {fault}" for fault in _faults(content, cls, keys)]
-    if faults:
-        raise InputError(*faults)
+        errors += [f"{file}: {error}" for error in _key_errors(content, cls, keys)]
+    if errors:
+        raise InputError(*errors)
 
 
 class _Loader(yaml.SafeLoader):
@@ -206,8 +205,8 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _faults(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """What is wrong with the keys of a YAML file's ``content``, read as ``cls``."""
+def _key_errors(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
+    """Yield an error for each wrong key in a YAML file's ``content``, read as ``cls``."""
     if not isinstance(content, Mapping):
         yield f"{prefix.rstrip('.') or 'it'} is not a group of keys but {content!r}; --help lists the keys"
         return
@@ -220,12 +219,12 @@ def _faults(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") 
         elif kind is None:
             yield f"unknown key {prefix}{name}; {_nearest(f'{prefix}{name}', keys)}"
         elif is_dataclass(kind):
-            yield from _faults(value, kind, keys, f"{prefix}{name}.")  # type: ignore[arg-type]
+            yield from _key_errors(value, kind, keys, f"{prefix}{name}.")  # type: ignore[arg-type]
         elif value is None and type(None) not in typing.get_args(kind):
             yield f"{prefix}{name} is null: give a value, or leave it out for its default"
         elif typing.get_origin(kind) is list and isinstance(value, list):
             for item in value:
-                yield from _faults(item, typing.get_args(kind)[0], keys, f"{prefix}{name}.")
+                yield from _key_errors(item, typing.get_args(kind)[0], keys, f"{prefix}{name}.")
 
 
 def _emptied_first(argv: Sequence[str], lists: set[str]) -> list[str]:
@@ -247,7 +246,7 @@ def _given_true(argv: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
 
 
 def _one_line(message: str, keys: Mapping[str, Any]) -> str:
-    """What jsonargparse says on many lines of types, in the words of the user."""
+    """Shorten jsonargparse's many lines of types to one line in the words of the user."""
     value = re.search(r"Given value: (.*)", message)
     key = re.search(r'key "([\w.]+)"', message)
     if key and value and key[1] in keys:
@@ -261,7 +260,7 @@ def _one_line(message: str, keys: Mapping[str, Any]) -> str:
 
 
 def _build(cls: type[Config], values: Any) -> Config:
-    """``cls`` from jsonargparse's namespaces; not by its ``instantiate``, which has changed its name."""
+    """Make a ``cls`` of jsonargparse's namespaces; not by its ``instantiate``, which has changed its name."""
 
     def value(kind: Any, given: Any) -> Any:
         if is_dataclass(kind):
