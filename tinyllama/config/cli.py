@@ -117,9 +117,8 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     parser = jsonargparse.ArgumentParser(description=cls.__doc__, exit_on_error=False)
     parser.add_argument("--config", action="config", help="YAML file; flags given after it win")
     _add_settings(parser, cls)
-    lists = {f"--{key}" for key, kind in keys.items() if typing.get_origin(kind) is list}
     try:
-        return _build(cls, parser.parse_args(_emptied_first(_given_true(argv, keys), lists)))
+        return _build(cls, parser.parse_args(_explicit(argv, keys)))
     except argparse.ArgumentError as error:
         raise InputError(_one_line(error.message, keys)) from error
 
@@ -227,22 +226,20 @@ def _key_errors(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = 
                 yield from _key_errors(item, typing.get_args(kind)[0], keys, f"{prefix}{name}.")
 
 
-def _emptied_first(argv: Sequence[str], lists: set[str]) -> list[str]:
-    """``argv`` with each list emptied before it is given, for jsonargparse merges lists of one length item by item."""
+def _explicit(argv: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
+    """Return ``argv`` as jsonargparse must see it: lists replace the earlier ones, and ``--dry_run`` alone is true.
+
+    Jsonargparse would merge lists of one length item by item, so each is emptied before it is given.
+    """
     words: list[str] = []
-    for word in argv:
+    for word, after in itertools.pairwise([*argv, ""]):
         flag = word.partition("=")[0]
-        words += [f"{flag}=[]", word] if flag in lists else [word]
+        kind = keys.get(flag.removeprefix("--")) if flag.startswith("--") else None
+        if typing.get_origin(kind) is list:
+            words.append(f"{flag}=[]")
+        is_alone = word == flag and (not after or after.startswith("--"))
+        words.append(f"{word}=true" if kind is bool and is_alone else word)
     return words
-
-
-def _given_true(argv: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
-    """``argv`` with a value for each flag that is one by its name alone: ``--dry_run`` is ``--dry_run=true``."""
-    switches = {f"--{key}" for key, kind in keys.items() if kind is bool}
-    bare = [
-        word in switches and (not after or after.startswith("--")) for word, after in itertools.pairwise([*argv, ""])
-    ]
-    return [f"{word}=true" if alone else word for word, alone in zip(argv, bare, strict=True)]
 
 
 def _one_line(message: str, keys: Mapping[str, Any]) -> str:
