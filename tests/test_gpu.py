@@ -16,7 +16,6 @@ import yaml
 from tinyllama.checkpoint.reader import load_weights
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig, named_config
-from tinyllama.eval.generate import generate
 from tinyllama.model import GPT, OPS, Block, init_weights
 from tinyllama.monitor.metrics import read_metrics
 from tinyllama.ops import choice

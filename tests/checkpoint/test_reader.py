@@ -111,7 +111,7 @@ def test_damaged_tensors_are_one_line(saved: Path, tmp_path: Path) -> None:
     step_dir = copy(saved, tmp_path / "step-00000007", 7)
     file = step_dir / "__0_0.distcp"
     file.write_bytes(bytes(file.stat().st_size))  # what a crash can leave: whole, and zeros
-    assert reader.fault(step_dir) is None
+    assert reader.problem(step_dir) is None
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         run = Run.build(sharded=False)
@@ -162,7 +162,7 @@ def test_metadata_that_an_older_python_pickled_is_read(saved: Path, tmp_path: Pa
         AsGetattr(file).dump(ours)
     assert b"getattr" in (step_dir / ".metadata").read_bytes()
     assert reader._Reader(step_dir).read_metadata().state_dict_metadata == ours.state_dict_metadata
-    assert reader.fault(step_dir) is None
+    assert reader.problem(step_dir) is None
 
 
 class Attribute:
@@ -185,7 +185,7 @@ class Attribute:
 def test_getattr_reaches_nothing_else(saved: Path, tmp_path: Path, owner: object, name: object) -> None:
     step_dir = copy(saved, tmp_path / "step-00000007", 7)
     (step_dir / ".metadata").write_bytes(pickle.dumps(Attribute(owner, name)))
-    assert "it names getattr(" in (reader.fault(step_dir) or "")
+    assert "it names getattr(" in (reader.problem(step_dir) or "")
 
 
 def test_changes_are_named(tmp_path: Path) -> None:
@@ -220,7 +220,7 @@ def test_numbers_that_an_older_checkpoint_lacks_are_those_of_a_start(saved: Path
     for name in ("validated", "skipped", "skipped_in_a_row", "recent"):
         del state[name]
     (step_dir / "state.json").write_text(json.dumps(state))
-    assert reader.fault(step_dir) is None
+    assert reader.problem(step_dir) is None
     dist.init_process_group("gloo", store=dist.FileStore(str(tmp_path / "store"), 1), rank=0, world_size=1)
     try:
         run = Run.build(sharded=False)
@@ -236,10 +236,10 @@ def test_each_number_of_a_checkpoint_must_be_one(name: str, saved: Path, tmp_pat
     state = reader.read_state(step_dir)
     for number in (True, "7", None, -2, 2**62, 7.0):
         (step_dir / "state.json").write_text(json.dumps(state | {name: number}))
-        assert reader.fault(step_dir) is not None, number
+        assert reader.problem(step_dir) is not None, number
     for number in (-1, 0, 2**62 - 1):
         (step_dir / "state.json").write_text(json.dumps(state | {name: number}))
-        assert (reader.fault(step_dir) is None) == (name != "step"), number
+        assert (reader.problem(step_dir) is None) == (name != "step"), number
 
 
 def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -273,4 +273,4 @@ def test_a_pickle_may_name_nothing_but_metadata(what: Callable[..., object], sav
     said = f"it names {what.__module__}.{what.__qualname__}"
     with pytest.raises(InputError, match=said):
         reader.load_weights(step_dir)
-    assert said in (reader.fault(step_dir) or "")
+    assert said in (reader.problem(step_dir) or "")

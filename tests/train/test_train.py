@@ -203,7 +203,7 @@ def test_a_disk_that_fills_up(world, config_file: Path, tmp_path: Path, small_di
         assert "GB are free" in others[0]
         assert steps == ["step-00000010"]
         (small_disk / "ballast").unlink()
-    assert reader.fault(out / "checkpoints" / "step-00000010") is None
+    assert reader.problem(out / "checkpoints" / "step-00000010") is None
     world(2).train("--config", config_file, "--out_dir", out)
     assert column(out, "loss")[-1] == column(straight, "loss")[-1]
 

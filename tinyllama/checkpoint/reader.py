@@ -95,7 +95,7 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
     """Return the complete step directory of the largest step, and why each larger one was passed over."""
     passed_over: list[str] = []
     for _, path in reversed(names.step_dirs(checkpoints)):
-        why = fault(path)
+        why = problem(path)
         if why is None:
             return path, passed_over
         passed_over.append(f"{path} is no complete checkpoint ({why})")
@@ -107,7 +107,7 @@ def resolve(path: str | Path) -> Path:
     path = Path(path)
     is_step = names.step_of(path) is not None
     if is_step and path.is_dir():
-        if why := fault(path):
+        if why := problem(path):
             raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
         return path
     if is_step and path.parent.is_dir():
@@ -147,7 +147,7 @@ def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     return named
 
 
-def fault(step_dir: Path) -> str | None:
+def problem(step_dir: Path) -> str | None:
     """Return why ``step_dir`` cannot be loaded; None when every file is there in full."""
     try:
         saved = read_state(step_dir)

@@ -179,7 +179,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
     Whatever is not a complete step by our naming is left alone.
     """
     found = [(step, path) for step, path in names.step_dirs(folder) if _is_ours(path) and not path.is_symlink()]
-    complete = [(step, path) for step, path in reversed(found) if reader.fault(path) is None]
+    complete = [(step, path) for step, path in reversed(found) if reader.problem(path) is None]
     for step, path in complete[max(keep_last, 1) :]:
         if keep_every is None or step % keep_every:
             with contextlib.suppress(OSError):  # the save has succeeded, and the next one tries this again

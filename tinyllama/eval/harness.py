@@ -232,7 +232,7 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     while True:
         over = _is_over(run)  # checked before listing the steps, so that the last one is not missed
         for step, path in step_dirs(run / "checkpoints"):
-            if step not in seen and reader.fault(path) is None:
+            if step not in seen and reader.problem(path) is None:
                 seen.add(step)
                 yield path
         if over:
