@@ -12,6 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from models import generate
 
 from tinyllama.checkpoint.reader import load_weights
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
