@@ -63,7 +63,7 @@ def test_permute_reaches_every_order_of_four():
 
 
 @given(weights=weights, seed=st.integers(0, 2**63), data=st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_every_block_once_per_source_epoch(weights, seed, data):
     num_blocks = data.draw(st.lists(st.integers(1, 700), min_size=len(weights), max_size=len(weights)))
     source, epoch, block = mixture(num_blocks, weights, seed).locate(np.arange(5000))
@@ -78,7 +78,7 @@ def test_every_block_once_per_source_epoch(weights, seed, data):
 
 
 @given(weights=weights, start=st.integers(0, 2**40))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_shares_hold_over_any_ten_thousand_samples(weights, start):
     source, _, _ = mixture([10**9] * len(weights), weights).locate(np.arange(start, start + 10_000))
     counts = np.bincount(source, minlength=len(weights))
@@ -87,7 +87,7 @@ def test_shares_hold_over_any_ten_thousand_samples(weights, start):
 
 
 @given(weights=weights, window=st.integers(0, 2**30))
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 def test_quotas_of_a_window_are_exact(weights, window):
     mix = mixture([10**9] * len(weights), weights)
     drawn = np.array(mix.drawn(window * WINDOW), dtype=object)
@@ -123,7 +123,7 @@ def test_one_source_and_tiny_weights():
 
 
 @given(weights=weights, queries=samples, data=st.data())
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_locate_does_not_depend_on_the_query(weights, queries, data):
     mix = mixture([11 + k for k in range(len(weights))], weights)
     order = data.draw(st.permutations(range(len(queries))))
@@ -147,7 +147,7 @@ def test_locate_of_nothing_is_empty():
 
 
 @given(weights=weights, end=st.integers(0, 5000))
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 def test_drawn_counts_what_locate_gave(weights, end):
     mix = mixture([7] * len(weights), weights)
     source, _, _ = mix.locate(np.arange(end))

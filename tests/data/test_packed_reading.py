@@ -39,7 +39,7 @@ def shared(tmp_path_factory):
     return tmp_path_factory.mktemp("shared")
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data(), lengths=st.lists(st.integers(0, 9), min_size=1, max_size=6).filter(any))
 def test_reads_are_slices_of_the_concatenation(shared, data, lengths):
     rng = np.random.default_rng(len(lengths))

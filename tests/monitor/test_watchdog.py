@@ -108,7 +108,7 @@ def diagnoses(said: str) -> list[str]:
 def test_a_sleeping_rank_is_named_while_the_other_waits_in_a_collective(start, tmp_path: Path) -> None:
     code = """
 connect()
-with watch(timeout=2) as watchdog:
+with watch(timeout=5) as watchdog:
     for step in range(5):
         watchdog.beat(step, "step")
         if step == 3 and rank == 1:
@@ -119,13 +119,13 @@ with watch(timeout=2) as watchdog:
     world = start(code, 2)
     since = float(world.line())
     codes, said = world.end()
-    assert time.monotonic() - since > 2
+    assert time.monotonic() - since > 5
     assert codes == [1, 1]
     (line,) = diagnoses(said)
     assert line.startswith(f"watchdog: did not arrive: rank 1 ({HOST}, pid {world.pids[1]}; step after step 3, in ")
     assert f"{tmp_path.name}/loop.py:" in line
     assert line.endswith(" lost_in_thought)")
-    assert "watchdog: rank 0: no progress for 2 s, step after step 3" in said
+    assert "watchdog: rank 0: no progress for 5 s, step after step 3" in said
     for rank, place, waiting in ((0, "in all_reduce", True), (1, "in lost_in_thought", False)):
         assert place in said
         assert place in (tmp_path / "heartbeat" / f"rank-0000{rank}.stacks.txt").read_text()

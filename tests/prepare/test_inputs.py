@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama import InputError
@@ -85,7 +85,6 @@ def test_text_key(tmp_path):
     assert "line 1: no key 'text', only ['content', 'other']" in fault(path)
 
 
-@settings(deadline=None)
 @given(
     st.lists(st.binary(max_size=50), max_size=6),
     st.integers(1, 7),
