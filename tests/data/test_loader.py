@@ -40,9 +40,17 @@ def two(tmp_path_factory):
     return [pack(folder / "a", numbers(BLOCKS), 3), pack(folder / "b", numbers(11, first=10_000), 2)]
 
 
+class Located(Mixture):
+    """A mixture that fails when it is asked for nothing: a loader that finds no samples would look for ever."""
+
+    def locate(self, samples):
+        assert len(samples)
+        return super().locate(samples)
+
+
 def loader(datasets, weights=(0.693584, 0.306416), num_blocks=None, **changes):
     num_blocks = num_blocks or [dataset.num_blocks(T) for dataset in datasets]
-    mixture = Mixture(num_blocks, weights[: len(datasets)], 0, [dataset.fingerprint for dataset in datasets])
+    mixture = Located(num_blocks, weights[: len(datasets)], 0, [dataset.fingerprint for dataset in datasets])
     sizes = {"global_batch_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 1, "start_sample": 0}
     return Loader(datasets, mixture, block_size=T, **{"vocab_size": VOCAB, **sizes, **changes})
 
@@ -119,7 +127,7 @@ def test_two_sources_keep_their_shares_and_epochs(two):
         assert sorted(second[start : start + 11]) == [10_000 + 4 * block for block in range(11)]
 
 
-@pytest.mark.parametrize("skipped", [1, 5, 1023, 1024])  # 8,192 samples, 1,024 steps, are located at once
+@pytest.mark.parametrize("skipped", [1, 5, 127, 128, 1024])  # 1,024 samples, 128 steps, are located at once
 def test_starting_at_a_step_equals_skipping_to_it(two, skipped):
     with loader(two) as batches:
         expected = list(itertools.islice(batches, skipped * 4, skipped * 4 + 10))
@@ -155,7 +163,7 @@ def test_ids_above_65535_beside_a_uint16_source(tmp_path, wide_first):
     assert sorted(rows(validation_batches(datasets, max_samples=None, **sizes)).values()) == blocks
 
 
-@pytest.mark.parametrize("size", [3008, 8208])  # 8,192 samples, or one step, are located at once
+@pytest.mark.parametrize("size", [48, 3008, 8208, 20_000])  # 1,024 samples of a rank are located at once
 def test_batches_of_thousands_of_samples(two, size):
     world, steps = 2, 3
     mixture = Mixture([BLOCKS, 11], [2, 1], 0, [dataset.fingerprint for dataset in two])
@@ -166,7 +174,9 @@ def test_batches_of_thousands_of_samples(two, size):
         batches = loader(two, weights=(2, 1), **sizes)
         taken = []
         while len(taken) < steps * size // world // 8:
-            taken += batches._ready.get(timeout=60)  # rather than wait for ever for a thread that finds no steps
+            read = batches._ready.get(timeout=60)  # rather than wait for ever for a thread that finds no samples
+            assert not isinstance(read, BaseException), read
+            taken += read
         batches.close()
         tokens = torch.cat([batch.tokens for batch in taken]).to(torch.int64)[: steps * size // world]
         assert tokens[:, 0].tolist() == first[:, rank].ravel().tolist()
@@ -296,7 +306,7 @@ def test_a_gpu_gets_what_a_cpu_gets(two, tmp_path):
 
 
 def test_memory_does_not_grow_with_the_batches(two):
-    batches_a_round, rounds = 500, 4
+    batches_a_round, rounds = 1024, 4  # 2,048 samples, of which 1,024 are located at once: as often in each round
     with loader(two) as batches:
         tracemalloc.start()
         held = []
