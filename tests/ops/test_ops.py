@@ -422,6 +422,45 @@ def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     assert float8.problem(CPU) == "it needs a CUDA GPU of compute capability 8.9 or more: use bf16 or fp32"
 
 
+@pytest.fixture
+def deterministic(monkeypatch):
+    monkeypatch.setenv("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it, matmuls on a GPU are refused
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+def test_with_deterministic_algorithms_cudnn_is_passed_over_by_auto_and_refused_by_name(deterministic, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: False)
+    cuda = torch.device("cuda")
+    chosen = choice.resolve({}, CONFIG, cuda, precision="bf16")
+    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked")
+    with pytest.raises(InputError) as error:
+        choice.resolve({"attention": "sdpa_cudnn"}, CONFIG, cuda, precision="bf16")
+    assert error.value.args == (
+        "ops.attention sdpa_cudnn cannot be used: its backward pass is not deterministic, which "
+        "torch.use_deterministic_algorithms demands: choose another, or auto",
+    )
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert choice.resolve({}, CONFIG, cuda, precision="bf16")["attention"] == "sdpa_cudnn"
+    monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: True)
+    torch.use_deterministic_algorithms(True)
+    assert choice.resolve({}, CONFIG, cuda, precision="bf16")["attention"] == "flash_attn_4"
+    unable = [name for name, backend in attention.BACKENDS.items() if backend.problem(cuda)]
+    assert unable == ["sdpa_cudnn"]
+
+
+@pytest.mark.parametrize("device", [gpu])
+@pytest.mark.parametrize("backend", attention.BACKENDS)
+def test_with_deterministic_algorithms_gradients_repeat_bit_for_bit(backend, device, deterministic):
+    call = usable("attention", backend, device)
+    inputs = [normal(4, heads, 1024, 64, dtype=torch.bfloat16, device=device) for heads in (32, 4, 4)]
+    first = forward_backward(call, *inputs)
+    for _ in range(5):
+        assert all(map(torch.equal, forward_backward(call, *inputs), first))
+
+
 def test_a_backend_says_which_library_it_is():
     noted = Backend(call=print, package="numpy", notes=lambda: "slow")
     assert noted.version() == f"numpy {importlib.metadata.version('numpy')}"

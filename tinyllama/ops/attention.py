@@ -130,7 +130,7 @@ _fused = functools.partial(Backend, cuda=True, half=True, capability=(8, 0), mul
 BACKENDS = {
     "reference": Backend(reference),
     "sdpa": Backend(sdpa),
-    "sdpa_cudnn": _fused(functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION)),
+    "sdpa_cudnn": _fused(functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), deterministic=False),
     "sdpa_flash": _fused(functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)),
     "flex": Backend(flex, cuda=True, capability=(8, 0)),
     "flash_attn": _fused(flash_attn, module="flash_attn.flash_attn_interface", package="flash-attn"),

@@ -24,6 +24,8 @@ class Backend:
     """least compute capability of that GPU"""
     multiple: int = 1
     """number that must divide the model's sizes"""
+    deterministic: bool = True
+    """whether its gradients repeat bit for bit under torch.use_deterministic_algorithms"""
     module: str | None = None
     """module it imports"""
     package: str | None = None
@@ -44,6 +46,11 @@ class Backend:
             return f"it needs compute capability {self.capability}, this GPU has {found}: choose another, or auto"
         if self.half and dtype.itemsize > 2:
             return "it computes in 16 bits: choose another, auto, or train.precision bf16"
+        if not self.deterministic and torch.get_deterministic_debug_mode() == 2:  # 2 is error, 1 only warns
+            return (
+                "its backward pass is not deterministic, which torch.use_deterministic_algorithms demands: "
+                "choose another, or auto"
+            )
         for key, size in sizes.items():
             if size % self.multiple:
                 return f"it takes multiples of {self.multiple}, the model's {key} is {size}: choose another, or auto"

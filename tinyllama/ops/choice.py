@@ -42,7 +42,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
         "cross_entropy": ("chunked",),
     },
     "hopper": {
-        "attention": ("flash_attn_4", "sdpa_cudnn"),
+        "attention": ("flash_attn_4", "sdpa_cudnn", "sdpa_flash"),
         "rms_norm": ("quack", "reference"),
         "swiglu": ("quack", "reference"),
         "cross_entropy": ("chunked",),
