@@ -51,11 +51,6 @@ TABLE = [
     Private(f"{DCP}.metadata._MEM_FORMAT_ENCODING", READER, UNPICKLE),
     Private("torch.serialization._get_layout", READER, UNPICKLE),
     Private(
-        f"{DCP}.staging.DefaultStager._state_dict_stager",
-        ("tinyllama/checkpoint/writer.py",),
-        "DefaultStager.stage of torch 2.11 and 2.12 frees its memory and cannot be used again",
-    ),
-    Private(
         "torch.distributed.distributed_c10d._pg_map",
         ("tinyllama/train/collectives.py",),
         "no public function lists the process groups whose timeout must change",

@@ -6,11 +6,12 @@ random generators: the initial weights and the order of the data are functions o
 numbers. writer.py writes them.
 """
 
+import dataclasses
+import functools
 import json
 import pickle
 import warnings
 from collections.abc import Callable
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -18,12 +19,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import (
-    _MEM_FORMAT_ENCODING,
-    Metadata,
-    StorageMeta,
-    TensorStorageMetadata,
-)
+from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
 
 from tinyllama import InputError
 from tinyllama.checkpoint import names
@@ -54,26 +50,38 @@ METADATA_CLASSES = {
 
 def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
     """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them; return its numbers."""
-    hint = "move it out of its folder, and the run goes on from the step before"
     materialize_optimizer_state(optimizer)
+    hint = "move it out of its folder, and the run goes on from the step before"
     _load(tensors(model, optimizer), _Reader(step_dir), hint)
     saved = read_state(step_dir)
-    return TrainState(**{field.name: saved[field.name] for field in fields(TrainState) if field.name in saved})
+    fields = [field.name for field in dataclasses.fields(TrainState)]
+    return TrainState(**{name: saved[name] for name in fields if name in saved})
 
 
 def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
-    """The model's full tensors by name, on the CPU, as saved (fp32); needs no process group."""
-    reader = _Reader(step_dir)
-    return _read(reader, _weights(reader))
+    """Return the model's full tensors by name, on the CPU, as saved (fp32); needs no process group."""
+    entries, read = open_weights(step_dir)
+    return {name: read(name) for name in entries}
 
 
-def open_weights(
-    step_dir: Path,
-) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
+def open_weights(step_dir: Path) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
     """Return the metadata of the model's tensors by name, and a reader of one in full; needs no process group."""
     reader = _Reader(step_dir)
-    weights = _weights(reader)
-    return weights, lambda name: _read(reader, {name: weights[name]})[name]
+    entries = {
+        name.removeprefix("model."): entry
+        for name, entry in reader.metadata.state_dict_metadata.items()
+        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
+    }
+
+    def read(name: str) -> torch.Tensor:
+        entry = entries[name]
+        full = torch.empty(entry.size, dtype=entry.properties.dtype)
+        with warnings.catch_warnings():  # DCP warns that there is no process group, which is intended
+            warnings.simplefilter("ignore", UserWarning)
+            _load({f"model.{name}": full}, reader, "give another step of its run", no_dist=True)
+        return full
+
+    return entries, read
 
 
 def read_state(step_dir: Path) -> dict[str, Any]:
@@ -105,20 +113,18 @@ def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
 def resolve(path: str | Path) -> Path:
     """Return the step directory at ``path``, or the newest complete one of the run there; raises InputError if none."""
     path = Path(path)
-    is_step = names.step_of(path) is not None
-    if is_step and path.is_dir():
-        if why := problem(path):
-            raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
-        return path
-    if is_step and path.parent.is_dir():
+    if names.step_of(path) is None:
+        step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        if step_dir is None:
+            hint = "give a step directory (step-00005000) or a run's out_dir"
+            raise InputError(f"{path} holds no complete checkpoint: {hint}")
+        return step_dir
+    if not path.is_dir():
         there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
         raise InputError(f"{path} is not there; the steps of its run that are: {there}")
-    step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
-    if step_dir is None:
-        raise InputError(
-            f"{path} holds no complete checkpoint: give a step directory (step-00005000) or a run's out_dir"
-        )
-    return step_dir
+    if why := problem(path):
+        raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
+    return path
 
 
 def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
@@ -152,14 +158,13 @@ def problem(step_dir: Path) -> str | None:
     try:
         saved = read_state(step_dir)
         read_model_config(step_dir)
-        metadata = _Reader(step_dir).read_metadata()
         if saved["step"] != names.step_of(step_dir):
             return f"its state.json is of step {saved['step']}"
-        for field in fields(TrainState):
+        for field in dataclasses.fields(TrainState):
             number = saved.get(field.name, field.default)
             if field.name != "recent" and not (type(number) is int and -1 <= number < 2**62):
                 return f"its state.json says {field.name} {number!r}"
-        for entry in metadata.storage_data.values():
+        for entry in _Reader(step_dir).metadata.storage_data.values():
             file = step_dir / entry.relative_path
             if not file.is_file() or file.stat().st_size < entry.offset + entry.length:
                 return f"{file.name} is missing or cut short"
@@ -170,23 +175,6 @@ def problem(step_dir: Path) -> str | None:
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
         return " ".join(str(error).split())
     return None
-
-
-def _weights(reader: "_Reader") -> dict[str, TensorStorageMetadata]:
-    """What there is of the model's tensors, by their names in the model."""
-    return {
-        name.removeprefix("model."): entry
-        for name, entry in reader.read_metadata().state_dict_metadata.items()
-        if name.startswith("model.") and isinstance(entry, TensorStorageMetadata)
-    }
-
-
-def _read(reader: "_Reader", weights: dict[str, TensorStorageMetadata]) -> dict[str, torch.Tensor]:
-    full = {f"model.{name}": torch.empty(entry.size, dtype=entry.properties.dtype) for name, entry in weights.items()}
-    with warnings.catch_warnings():  # it warns that there is no process group, which is what we want
-        warnings.simplefilter("ignore", UserWarning)
-        _load(full, reader, "give another step of its run", no_dist=True)
-    return {name.removeprefix("model."): tensor for name, tensor in full.items()}
 
 
 def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist: bool = False) -> None:
@@ -218,12 +206,15 @@ def _memory_format(cls: Any, name: Any) -> _MEM_FORMAT_ENCODING:
 
 
 class _Reader(dcp.FileSystemReader):
-    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+    @functools.cached_property
+    def metadata(self) -> Metadata:
+        """What .metadata holds, read once."""
         path = Path(self.path) / ".metadata"
         try:
             with path.open("rb") as file:
-                metadata = _Unpickler(file).load()
+                return _Unpickler(file).load()
         except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
             raise InputError(f"{path} is not the metadata of a checkpoint of ours: {error}") from error
-        metadata.storage_meta = StorageMeta(load_id=self.load_id)
-        return metadata
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
+        return dataclasses.replace(self.metadata, storage_meta=StorageMeta(load_id=self.load_id))

@@ -18,8 +18,11 @@ def write_stopped(out_dir: Path, reason: dict[str, Any]) -> None:
     atomic.write(stopped_file(out_dir), (json.dumps(reason) + "\n").encode())
 
 
-def refuse_stopped(out_dir: Path) -> None:
-    """Raise InputError with the reason in STOPPED, if the file exists."""
+def to_resume(out_dir: Path, how: str) -> Path | None:
+    """Return the step directory that ``train.resume`` calls for; None for a fresh start.
+
+    Raises InputError when what is in ``out_dir`` allows neither.
+    """
     stopped = stopped_file(out_dir)
     if stopped.exists():
         why = stopped.read_text(encoding="utf-8", errors="replace").strip()
@@ -27,14 +30,6 @@ def refuse_stopped(out_dir: Path) -> None:
             f"{stopped} says why this run ended: {why}; to go on, delete the file, and give "
             "--train.on_nonfinite skip, a lower optim.lr, or a branch from an older step"
         )
-
-
-def to_resume(out_dir: Path, how: str) -> Path | None:
-    """Return the step directory that ``train.resume`` calls for; None for a fresh start.
-
-    Raises InputError when what is in ``out_dir`` allows neither.
-    """
-    refuse_stopped(out_dir)
     latest, passed_over = newest(out_dir / "checkpoints")
     if how == "auto":
         for problem in passed_over:
@@ -54,7 +49,7 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
     """Raise InputError that names every value that is not what it was when ``step_dir`` was saved."""
     if not any(saved.values()):  # what convert_hf_checkpoint.py writes
         raise InputError(f"{step_dir} holds weights and no run to resume: give it as train.init_from")
-    then, today = dict(_leaves(saved)), dict(_leaves(now))
+    then, today = _leaves(saved), _leaves(now)
     changes = [
         f"{key} was {then.get(key, 'absent')} and is {today.get(key, 'absent')}"
         for key in {**then, **today}
@@ -68,17 +63,17 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
 
 def changed(step_dir: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
     """Return the settings that have changed since ``step_dir`` was saved: [then, now] by key."""
-    then, today = (dict(_leaves(settings, lists=False)) for settings in (read_settings(step_dir), now))
+    then, today = (_leaves(settings, lists=False) for settings in (read_settings(step_dir), now))
     keys = [key for key in today if key in then and key not in ("out_dir", "train.resume")]
     return {key: [then[key], today[key]] for key in keys if then[key] != today[key]}
 
 
-def _leaves(tree: Any, prefix: str = "", lists: bool = True) -> Any:
-    """The keys of ``tree`` and what they hold; without ``lists``, a list is held whole."""
-    items = tree.items() if isinstance(tree, dict) else enumerate(tree) if lists and isinstance(tree, list) else None
-    if items is None:
-        yield prefix, tree
-        return
-    for key, value in items:
-        inner = f"{prefix}[{key}]" if isinstance(tree, list) else f"{prefix}.{key}".lstrip(".")
-        yield from _leaves(value, inner, lists)
+def _leaves(tree: Any, prefix: str = "", lists: bool = True) -> dict[str, Any]:
+    """Return the values in ``tree`` by dotted keys; without ``lists``, a list is one value."""
+    if isinstance(tree, dict):
+        children = {f"{prefix}.{key}".lstrip("."): child for key, child in tree.items()}
+    elif isinstance(tree, list) and lists:
+        children = {f"{prefix}[{i}]": child for i, child in enumerate(tree)}
+    else:
+        return {prefix: tree}
+    return {key: value for name, child in children.items() for key, value in _leaves(child, name, lists).items()}

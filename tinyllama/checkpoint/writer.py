@@ -12,7 +12,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,7 +21,7 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 
 from tinyllama import __version__, atomic
@@ -36,37 +36,35 @@ class CheckpointError(RuntimeError):
     """A step could not be saved. Every rank raises it, the checkpoints before are untouched, and saving can go on."""
 
 
+@dataclass
 class Checkpointer:
-    """Saves steps of one run into ``folder``, at most one at a time. Every rank makes one, in the same order.
+    """Saves steps of one run, at most one at a time. Every rank makes one, in the same order.
 
-    ``config`` is the run's resolved YAML; ``facts`` go into state.json beside the numbers of a TrainState. After each
-    save all complete steps are removed but the newest ``keep_last`` (None: keep all) and the multiples of
-    ``keep_every``. The run must hold its lock (train/lock.py): temporary directories of an earlier run are removed.
+    The run must hold its lock (train/lock.py): temporary directories of an earlier run are removed.
     """
 
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        config: str,
-        facts: dict[str, Any],
-        keep_last: int | None,
-        keep_every: int | None,
-        asynchronous: bool,
-    ) -> None:
-        self._folder = folder
-        self._config = config
-        self._facts = facts
-        self._keep_last = keep_last
-        self._keep_every = keep_every
-        self._asynchronous = asynchronous
+    folder: Path
+    _: KW_ONLY
+    config: str
+    """the run's resolved YAML"""
+    facts: dict[str, Any]
+    """what state.json holds beside the numbers of a TrainState"""
+    keep_last: int | None
+    """newest complete steps that a save does not remove; None: all"""
+    keep_every: int | None
+    """multiples of this are never removed"""
+    asynchronous: bool
+    """write while training goes on"""
+
+    def __post_init__(self) -> None:
         # the collectives of a save run in a thread of their own and must not mix with those of a training step
         self.group = dist.new_group(backend="gloo")
         self._is_writer = dist.get_rank() == 0
-        self._stager = _Stager()
+        # copies are complete when it returns, and a GPU's are made into pinned memory that is allocated once
+        self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._in_flight: tuple[Path, Future] | None = None
-        if self._is_writer and folder.is_dir():
-            for path in folder.iterdir():
+        if self._is_writer and self.folder.is_dir():
+            for path in self.folder.iterdir():
                 if path.suffix == ".tmp" and _is_ours(path.with_suffix("")):
                     shutil.rmtree(path, ignore_errors=True)
 
@@ -84,14 +82,14 @@ class Checkpointer:
             self.wait()
         except CheckpointError as error:
             failed = error
-        final = names.step_dir(self._folder, state.step)
+        final = names.step_dir(self.folder, state.step)
         reader.materialize_optimizer_state(optimizer)  # of an optimizer that has taken no step yet
         tensors = reader.tensors(model, optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
         self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
         writer = _Writer(_unfinished(final), functools.partial(self._publish, final, self._files(state)))
         published = None
-        if self._asynchronous and not wait:
+        if self.asynchronous and not wait:
             future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, async_stager=self._stager)
             self._in_flight = final, cast(Future, future)
         else:
@@ -124,9 +122,9 @@ class Checkpointer:
         if self._is_writer:
             unfinished = _unfinished(final)
             try:
-                self._folder.mkdir(parents=True, exist_ok=True)
+                self.folder.mkdir(parents=True, exist_ok=True)
                 shutil.rmtree(unfinished, ignore_errors=True)
-                free = shutil.disk_usage(self._folder).free
+                free = shutil.disk_usage(self.folder).free
                 if free < num_bytes:
                     problem = f"it takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are free"
                 else:
@@ -141,9 +139,9 @@ class Checkpointer:
     def _files(self, state: TrainState) -> dict[str, bytes]:
         """What makes the tensors a checkpoint, by file name; made now, for ``state`` goes on."""
         versions = {"tinyllama": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        content = {"format_version": reader.FORMAT_VERSION, **asdict(state), **self._facts}
+        content = {"format_version": reader.FORMAT_VERSION, **asdict(state), **self.facts}
         content |= {"world_size": dist.get_world_size(), "versions": versions}
-        return {"config.yaml": self._config.encode(), "state.json": json.dumps(content, indent=2).encode()}
+        return {"config.yaml": self.config.encode(), "state.json": json.dumps(content, indent=2).encode()}
 
     def _publish(self, final: Path, files: dict[str, bytes]) -> None:
         """Rank 0, when every rank's files have reached the disk."""
@@ -153,9 +151,9 @@ class Checkpointer:
         if final.exists():  # broken, or the run would have gone on from it
             final.rename(final.with_name(f"{final.name}.broken-{secrets.token_hex(4)}"))
         unfinished.rename(final)
-        atomic.sync(self._folder)
-        if self._keep_last is not None:
-            prune(self._folder, self._keep_last, self._keep_every)
+        atomic.sync(self.folder)
+        if self.keep_last is not None:
+            prune(self.folder, self.keep_last, self.keep_every)
 
     @contextlib.contextmanager
     def _all_or_nothing(self, final: Path) -> Iterator[None]:
@@ -195,28 +193,6 @@ def _is_ours(path: Path) -> bool:
 
 def _unfinished(final: Path) -> Path:
     return final.with_name(f"{final.name}.tmp")
-
-
-class _Stager(DefaultStager):
-    """Copies to memory that is taken once, pinned where there is a GPU; the copies are made when stage() returns."""
-
-    def __init__(self) -> None:
-        self._cuda = torch.cuda.is_available()
-        super().__init__(
-            StagingOptions(
-                use_pinned_memory=self._cuda,
-                use_shared_memory=False,
-                use_async_staging=False,  # the next step changes what is copied
-                use_non_blocking_copy=self._cuda,
-            )
-        )
-
-    def stage(self, state_dict: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
-        # as DefaultStager's, which in torch 2.11 and 2.12 then gives the memory back and cannot be used again
-        staged: dict[str, Any] = self._state_dict_stager.stage(state_dict, non_blocking=self._cuda)
-        if self._cuda:
-            torch.cuda.synchronize()
-        return staged
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -51,11 +51,9 @@ class Guard:
         self, args: TrainArgs, optimizer: torch.optim.Optimizer, state: TrainState, copies: int, device: torch.device
     ) -> None:
         self._args = args
-        self._sigmas = args.skip_spikes
         self._optimizer = optimizer
         self._state = state
         self._copies = copies
-        self._world_size = dist.get_world_size()
         # losses and gradient norms of the last steps not skipped, the newest last
         self._seen = torch.full((2, WINDOW), torch.nan, device=device)
         if state.recent:
@@ -69,7 +67,7 @@ class Guard:
         Collective: one all-reduce carries the loss, the norm, and a flag for each rank that is not finite.
         """
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
-        report = torch.zeros(2 + self._world_size, device=loss_sum.device)
+        report = torch.zeros(2 + dist.get_world_size(), device=loss_sum.device)
         report[0] = loss_sum / num_tokens
         report[1] = squares / self._copies
         report[2 + dist.get_rank()] = ~(loss_sum.isfinite() & squares.isfinite())
@@ -77,8 +75,9 @@ class Guard:
         pair = torch.stack((report[0], report[1].sqrt()))
         finite = pair.isfinite().all()
         skip = ~finite
-        if self._sigmas is not None:
-            skip = skip | self._spikes(pair, self._sigmas)
+        if self._args.skip_spikes is not None:
+            mean, std = self._seen.mean(1), self._seen.std(1)  # NaN, and no spike, until the window is full
+            skip = skip | (pair > mean + self._args.skip_spikes * std).any()
             self._seen = torch.where(skip, self._seen, torch.cat((self._seen[:, 1:], pair[:, None]), dim=1))
         self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         result = torch.cat((pair, torch.stack((finite, skip)), report[2:]))
@@ -107,7 +106,7 @@ class Guard:
                 self._state.skipped_in_a_row += 1
             else:
                 self._state.skipped_in_a_row = 0
-                if self._sigmas is not None:
+                if self._args.skip_spikes is not None:
                     self._state.recent = [*self._state.recent, [loss, norm]][-WINDOW:]
             end = self._state.samples - (self._state.step - step) * self._args.global_batch_size
             samples = end - self._args.global_batch_size, end - 1
@@ -115,7 +114,3 @@ class Guard:
             fatal = fatal or (not finite and self._args.on_nonfinite == "stop")
             found.append(StepResult(step, samples, loss, norm, bool(finite), bool(skipped), fatal, ranks))
         return found
-
-    def _spikes(self, pair: Tensor, sigmas: float) -> Tensor:
-        mean, std = self._seen.mean(1), self._seen.std(1)  # NaN, and greater than nothing, until the window is full
-        return (pair > mean + sigmas * std).any()
