@@ -79,7 +79,7 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
         *["2,16" + "," * 10, '2,"16' + "," * 9, "2," + "," * 9, "2,16,1e" + "," * 8, ""],
     ):
         (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
-        assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["inf"], cells
+        assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [float("inf")], cells
         with RunLog(run, 2, speaks=True) as log:
             assert rows(run) == [{"step": "1", "tokens": "8", "loss": "inf", "val_loss": "7.5"}]
             log.end(TrainState(step=2, tokens=16), None)
@@ -234,9 +234,9 @@ def test_a_row_whose_last_digits_are_missing_is_no_row(run: Run) -> None:
     last = len(whole.rstrip())  # what may be missing behind it is the line's end
     for cut in range(end, last + 1):
         file.write_bytes(whole[:cut])
-        assert [row["step"] for row in read_metrics(file)] == ["11"], whole[end:cut]
+        assert [row["step"] for row in read_metrics(file)] == [11], whole[end:cut]
     file.write_bytes(whole)
-    assert [row["tokens"] for row in read_metrics(file)] == ["352", "384"]
+    assert [row["tokens"] for row in read_metrics(file)] == [352, 384]
     file.write_bytes(whole[:-3])
     with RunLog(run, 12, speaks=True) as log:
         assert [row["step"] for row in rows(run)] == ["11"]
@@ -305,18 +305,15 @@ def test_a_full_disk_costs_a_row_and_leaves_no_half_of_it(
     log.row({"step": 1, "tokens": 32, "loss": 7.0})
     file, before = run.out_dir / "metrics.csv", (run.out_dir / "metrics.csv").read_bytes()
 
-    class Full(csv.DictWriter):
-        def writerow(self, row: Any) -> Any:
-            with file.open("a") as half:
-                half.write("2,64,6.")
-            raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as full:
-        full.setattr(csv, "DictWriter", Full)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 7, hard))  # of the next row, there is room for a part
+    try:
         log.row({"step": 2, "tokens": 64, "loss": 6.0})
         assert file.read_bytes() == before
         log.row({"step": 2, "tokens": 64, "loss": 6.0})
         assert file.read_bytes() == before
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     log.row({"step": 3, "tokens": 96, "loss": 5.0})
     assert [row["step"] for row in rows(run)] == ["1", "3"]
     assert "loss 6.0000" in capsys.readouterr().out
@@ -346,9 +343,9 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
     if not fatal:
         assert not (run.out_dir / "STOPPED").exists()
         return
-    facts = {"step": 6, "samples": 48, "reason": "not finite on rank [1]: step 6, samples 40 to 47"}
-    assert json.loads((run.out_dir / "STOPPED").read_text()) == facts
-    assert {key: events[2][key] for key in facts} == facts
+    reason = {"step": 6, "samples": 48, "reason": "not finite on rank [1]: step 6, samples 40 to 47"}
+    assert json.loads((run.out_dir / "STOPPED").read_text()) == reason
+    assert {key: events[2][key] for key in reason} == reason
     assert said[2] == f"stopped for good, see {run.out_dir / 'STOPPED'}"
 
 
@@ -369,12 +366,12 @@ def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: py
     assert abs(events[0]["time"] - time.time()) < 600
 
 
-def test_a_stop_that_was_asked_for_says_that_it_goes_on(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(run, None, speaks=True) as log:
         log.end(TrainState(step=4, tokens=128), "SIGTERM")
     said = capsys.readouterr().out
-    assert said.endswith("stopped by SIGTERM at step 4; the same command goes on from there\n")
-    assert "# goes on from there" in said
+    assert said.endswith("stopped by SIGTERM at step 4; the same command resumes from there\n")
+    assert "# resumes from there" in said
     assert not (run.out_dir / "STOPPED").exists()
 
 
@@ -394,9 +391,9 @@ def test_memory_is_told_in_units_of_a_thousand_million_bytes(monkeypatch: pytest
 
 
 def test_the_mean_speed_weighs_rows_by_their_tokens() -> None:
-    spoken = [{"tokens": "100", "tokens_per_second": "10"}, {"tokens": "200", "tokens_per_second": "40"}]
+    spoken = [{"tokens": 100, "tokens_per_second": 10.0}, {"tokens": 200, "tokens_per_second": 40.0}]
     assert mean_speed(spoken) == 200 / 12.5
-    silent = [{"tokens": "300", "tokens_per_second": ""}, {"tokens": "400", "tokens_per_second": 50.0}]
+    silent = [{"tokens": 300, "tokens_per_second": None}, {"tokens": 400, "tokens_per_second": 50.0}]
     assert mean_speed([*spoken, *silent]) == 300 / 14.5  # of the tokens from 200 to 300 nobody knows the time
     assert mean_speed(silent[:1]) == 0
     assert mean_speed([]) == 0

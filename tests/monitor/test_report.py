@@ -99,7 +99,7 @@ def test_a_long_curve_keeps_its_extremes_and_its_validations() -> None:
 
 
 def test_the_picture_in_the_terminal() -> None:
-    falling = [{"tokens": str(i), "loss": str(10 - i)} for i in range(11)]
+    falling: list[dict[str, Any]] = [{"tokens": i, "loss": 10 - i} for i in range(11)]
     lines = report.picture(falling, width=10, height=4)
     assert lines == [
         "  10.000 │⠙⢦⡀⠀⠀⠀⠀⠀⠀⠀",
@@ -323,8 +323,8 @@ def test_smoothing_remembers_a_two_hundredth_of_the_run() -> None:
 
 
 def test_the_picture_shows_validations_apart_and_leaves_out_what_is_infinite() -> None:
-    rows = [{"tokens": "0", "val_loss": "10"}, {"tokens": "10", "loss": "", "val_loss": "0"}]
-    rows += [{"tokens": "5", "loss": "inf"}]
+    rows: list[dict[str, Any]] = [{"tokens": 0, "val_loss": 10.0}, {"tokens": 10, "loss": None, "val_loss": 0.0}]
+    rows += [{"tokens": 5, "loss": math.inf}]
     assert report.picture(rows, width=4, height=2) == [
         "  10.000 │⠁⠀⠀⠀",
         "    loss │⠀⠀⠀⢀",  # two points, no line between them
@@ -374,8 +374,8 @@ def shown(browser: Any, plot: str) -> list[dict[str, Any]]:
 
 
 def curve(run: Path, x: str, y: str) -> tuple[list[float], list[float]]:
-    rows = [row for row in read_metrics(run / "metrics.csv") if row[y]]
-    return [float(row[x]) for row in rows], [float(row[y]) for row in rows]
+    rows = [row for row in read_metrics(run / "metrics.csv") if row[y] is not None]
+    return [row[x] for row in rows], [row[y] for row in rows]
 
 
 @pytest.mark.browser

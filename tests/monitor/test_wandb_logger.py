@@ -103,7 +103,7 @@ def test_three_interruptions_leave_one_history(run: Run) -> None:
     for after, last in ((None, 5), (2, 3), (2, 7), (6, 9)):
         with RunLog(run, after, speaks=True) as log:
             log_steps(log, (after or 0) + 1, last)
-            ids.add(log.facts()["wandb_id"])
+            ids.add(log.metadata()["wandb_id"])
     expected = [(step, 10.0 - step) for step in range(1, 9)]  # 9 may still get a value
     assert settled(run.out_dir, expected) == expected
     assert set(history(run.out_dir)) == ids
@@ -144,7 +144,7 @@ def test_a_failing_wandb_stops_nothing(
     with RunLog(run, None, speaks=True) as log:
         log_steps(log, 1, 5)
     assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
-    assert capsys.readouterr().out.count("wandb is off from here, metrics.csv goes on: ") == 1
+    assert capsys.readouterr().out.count("wandb is off from here, metrics.csv continues: ") == 1
 
 
 class Wandb:
@@ -190,7 +190,7 @@ def test_what_wandb_is_told_of_the_run(run: Run, wandb: Wandb, mode: str, monkey
     log = dataclasses.replace(run.args.log, wandb=mode, wandb_project="llamas", wandb_entity="herd")
     run = dataclasses.replace(run, args=dataclasses.replace(run.args, log=log))
     with RunLog(run, None, speaks=True) as told:
-        run_id = told.facts()["wandb_id"]
+        run_id = told.metadata()["wandb_id"]
     (settings,) = wandb.started
     patience = settings.pop("settings")
     assert patience.pop("console") == "off"
@@ -246,14 +246,14 @@ def test_the_id_is_that_of_the_folder_or_of_its_checkpoint(
     saved = shutil.copytree(step_dir, run.out_dir / "checkpoints" / step_dir.name)
     (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"wandb_id": "ofthestep"}))
     run = dataclasses.replace(run, resume=saved)
-    assert RunLog(run, 12, speaks=True).facts() == {"wandb_id": "ofthestep"}
+    assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthestep"}
     for damaged in ("", '{"id": "of', "[1]", "3"):  # written while the machine died
         (run.out_dir / "wandb.json").write_text(damaged)
-        assert RunLog(run, 12, speaks=True).facts() == {"wandb_id": "ofthestep"}
+        assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthestep"}
     (run.out_dir / "wandb.json").write_text('{"id": "ofthefolder", "step": 12}')
-    assert RunLog(run, 12, speaks=True).facts() == {"wandb_id": "ofthefolder"}
+    assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthefolder"}
     branch = dataclasses.replace(run, args=dataclasses.replace(run.args, out_dir=str(tmp_path / "branch")))
-    found = RunLog(branch, 12, speaks=True).facts()["wandb_id"]
+    found = RunLog(branch, 12, speaks=True).metadata()["wandb_id"]
     assert found not in ("ofthestep", "ofthefolder")
     assert len(found) == 8
 
@@ -267,4 +267,4 @@ def test_a_history_that_cannot_be_remembered_costs_wandb_and_not_the_run(
         (run.out_dir / "wandb.json").mkdir()
         log_steps(log, 3, 5)
     assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
-    assert capsys.readouterr().out.count("wandb is off from here, metrics.csv goes on: FileExistsError: ") == 1
+    assert capsys.readouterr().out.count("wandb is off from here, metrics.csv continues: FileExistsError: ") == 1

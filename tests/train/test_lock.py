@@ -3,15 +3,18 @@
 import errno
 import json
 import os
+import shutil
 import socket
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 from processes import Process
+from runs import beating
 
 from tinyllama import InputError
 from tinyllama.train import lock
@@ -22,14 +25,22 @@ OTHER = {"host": "node7", "pid": 1, "job_id": None, "restarts": 0, "token": "the
 
 
 @pytest.fixture(autouse=True)
-def no_slurm(monkeypatch: pytest.MonkeyPatch) -> None:
+def no_slurm_and_a_quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "STALE", 300.0)  # only a heartbeat ends the wait
 
 
-def leave(out_dir: Path, age: float = 0, **facts: Any) -> Path:
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files that nobody touches: the wait has nothing to see."""
+    monkeypatch.setattr(lock, "STALE", 0.1)
+
+
+def leave(out_dir: Path, age: float = 0, **changes: Any) -> Path:
     """The file of another owner whose last heartbeat was ``age`` seconds ago."""
     path = out_dir / "OWNER.json"
-    path.write_text(json.dumps(OTHER | facts))
+    path.write_text(json.dumps(OTHER | changes))
     beat = path.stat().st_mtime - age
     os.utime(path, (beat, beat))
     return path
@@ -45,15 +56,15 @@ def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
     out_dir = tmp_path / "out" / "run"
     with RunLock(out_dir, "77"):
         (file,) = out_dir.iterdir()
-        facts = json.loads(file.read_text())
+        owner = json.loads(file.read_text())
         assert file.name == "OWNER.json"
-        assert {**facts, "token": ""} == {"host": HERE, "pid": os.getpid(), "job_id": "77", "restarts": 0, "token": ""}
+        assert {**owner, "token": ""} == {"host": HERE, "pid": os.getpid(), "job_id": "77", "restarts": 0, "token": ""}
         with pytest.raises(InputError) as error, RunLock(out_dir, "78"):
             pass
         assert [path.name for path in out_dir.iterdir()] == ["OWNER.json"]
-        assert json.loads(file.read_text()) == facts
-    who = f"pid {os.getpid()} on {HERE}, job 77; heartbeat 0 s ago"
-    assert str(error.value).startswith(f"{out_dir} belongs to another run ({who}): stop that or give another out_dir")
+        assert json.loads(file.read_text()) == owner
+    who = f"pid {os.getpid()} on {HERE}, job 77"
+    assert str(error.value) == f"{out_dir} belongs to another run ({who}): stop that or give another out_dir"
     assert list(out_dir.iterdir()) == []
 
 
@@ -67,8 +78,8 @@ def test_the_file_says_how_often_the_job_was_requeued(restarts: int, tmp_path: P
 
 def test_requeues_say_nothing_of_runs_outside_slurm(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
-    leave(tmp_path, job_id=None)
-    with pytest.raises(InputError, match="belongs to another run"):
+    path = leave(tmp_path, job_id=None)
+    with beating(path), pytest.raises(InputError, match="belongs to another run"):
         RunLock(tmp_path, None).__enter__()
 
 
@@ -77,12 +88,14 @@ def test_another_users_process_is_alive(tmp_path: Path, monkeypatch) -> None:
         raise PermissionError(errno.EPERM, "Operation not permitted")
 
     monkeypatch.setattr(os, "kill", not_ours)
-    leave(tmp_path, host=HERE)
-    with pytest.raises(InputError, match="belongs to another run"):
+    path = leave(tmp_path, host=HERE)
+    with beating(path), pytest.raises(InputError, match="belongs to another run"):
         RunLock(tmp_path, None).__enter__()
 
 
-def test_a_heart_beats_several_times_before_its_owner_is_taken_for_gone() -> None:
+def test_a_heart_beats_several_times_before_its_owner_is_taken_for_gone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    assert lock.STALE == 60
     assert 0 < lock.BEAT <= lock.STALE / 4
 
 
@@ -124,7 +137,8 @@ def test_of_two_that_find_the_same_stale_file_the_slower_gives_the_quicker_its_f
         return False
 
     monkeypatch.setattr(lock, "_alive", looking)
-    with pytest.raises(InputError, match="belongs to another run .pid 1 on node7"):
+    beats = beating(tmp_path / "OWNER.json")
+    with beats, pytest.raises(InputError, match="belongs to another run .pid 1 on node7"):
         RunLock(tmp_path, None).__enter__()
     assert [path.read_text() for path in tmp_path.iterdir()] == texts
 
@@ -136,31 +150,31 @@ def test_a_stale_file_that_a_quicker_one_has_removed_is_no_fault(tmp_path: Path,
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert capsys.readouterr().out == ""
     path.touch()
-    read = lock._read
-    monkeypatch.setattr(lock, "_read", lambda path: path.unlink() or read(path))
-    assert RunLock(tmp_path, None)._clear() is None
+    look = lock._look
+    monkeypatch.setattr(lock, "_look", lambda path: path.unlink() or look(path))
+    assert RunLock(tmp_path, None)._evict() is None
     assert list(tmp_path.iterdir()) == []
 
 
 def test_a_file_that_is_given_back_does_not_replace_a_third_runs(tmp_path: Path, monkeypatch) -> None:
     leave(tmp_path, host=HERE, pid=dead_pid())
     monkeypatch.setattr(lock, "_alive", lambda pid: not rival(tmp_path))
-    read = lock._read
+    look = lock._look
 
-    def reading(path: Path) -> str:
-        text = read(path)
+    def looking(path: Path) -> Any:
+        seen = look(path)
         if path.suffix == ".tmp":  # the second's file, taken away by mistake: a third run sees that none is there
             rival(tmp_path, "third")
-        return text
+        return seen
 
-    monkeypatch.setattr(lock, "_read", reading)
-    with pytest.raises(InputError, match="belongs to another run"):
+    monkeypatch.setattr(lock, "_look", looking)
+    with beating(tmp_path / "OWNER.json"), pytest.raises(InputError, match="belongs to another run"):
         RunLock(tmp_path, None).__enter__()
     assert [json.loads(path.read_text())["token"] for path in tmp_path.iterdir()] == ["third"]
 
 
 def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path: Path, monkeypatch) -> None:
-    def full(facts: Any) -> str:
+    def full(owner: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
     monkeypatch.setattr(lock.json, "dumps", full)
@@ -176,34 +190,44 @@ def test_an_exception_gives_the_folder_back(tmp_path: Path) -> None:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "fresh, on another host": ({"age": 50}, {}),
-    "fresh, alive on this host": ({"host": HERE, "pid": os.getppid()}, {}),
+    "on another host": ({"age": 50}, {}),
+    "on this host": ({"host": HERE, "pid": os.getppid()}, {}),
     "the same job, not requeued": ({"job_id": "5", "restarts": 1}, {"SLURM_RESTART_COUNT": "1"}),
     "another job, requeued": ({"job_id": "6"}, {"SLURM_RESTART_COUNT": "1"}),
     "outside Slurm": ({"job_id": None}, {"SLURM_RESTART_COUNT": "1"}),
-    "beats in our future": ({"age": -3600}, {}),
     "a pid that is nobody's here, on another host": ({"pid": dead_pid()}, {}),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED)
-def test_a_live_owner_is_left_alone(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    facts, env = REFUSED[case]
+def test_a_live_owner_is_left_alone(case: str, tmp_path: Path, monkeypatch, capsys) -> None:
+    changes, env = REFUSED[case]
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    text = leave(tmp_path, **facts).read_text()
-    job = facts.get("job_id") or ""
-    with pytest.raises(InputError, match=f"belongs to another run .pid .*{job}; heartbeat [0-9]+ s ago"):
+    path = leave(tmp_path, **changes)
+    text = path.read_text()
+    job = changes.get("job_id") or ""
+    with beating(path), pytest.raises(InputError, match=f"belongs to another run .pid .*{job}.: stop that or give"):
         RunLock(tmp_path, "5").__enter__()
     assert [path.read_text() for path in tmp_path.iterdir()] == [text]
+    assert capsys.readouterr().out.startswith(f"{tmp_path} is locked by pid ")
+
+
+@pytest.mark.parametrize("times", [[9e9, 9e9 + 1], [5.0, 4.0, 3.0], [1e9, 4e9, 7.0]], ids=["future", "back", "jumps"])
+def test_a_heart_that_beats_is_alive_whatever_the_clocks_say(times: list[float], tmp_path: Path) -> None:
+    path = leave(tmp_path, age=1e6)
+    with beating(path, times), pytest.raises(InputError, match="belongs to another run"):
+        RunLock(tmp_path, "5").__enter__()
 
 
 TAKEN: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
-    "silent": ({"age": 70}, {}, "pid 1 on node7: silent for 70 s"),
+    "silent": ({"age": 70}, {}, "pid 1 on node7: silent for 0 s"),
+    "silent since a moment": ({}, {}, "pid 1 on node7: silent for 0 s"),
+    "silent since a time that is in our future": ({"age": -3600}, {}, "pid 1 on node7: silent for 0 s"),
     "silent, though its pid is alive": (
         {"age": 70, "host": HERE, "pid": os.getppid()},
         {},
-        f"pid {os.getppid()} on {HERE}: silent for 70 s",
+        f"pid {os.getppid()} on {HERE}: silent for 0 s",
     ),
     "dead on this host": ({"host": HERE, "pid": dead_pid()}, {}, "it is not running any more"),
     "requeued": (
@@ -216,16 +240,35 @@ TAKEN: dict[str, tuple[dict[str, Any], dict[str, str], str]] = {
 
 @pytest.mark.parametrize("case", TAKEN)
 def test_an_owner_that_is_gone_is_followed(case: str, tmp_path: Path, monkeypatch, capsys) -> None:
-    facts, env, why = TAKEN[case]
+    changes, env, why = TAKEN[case]
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    path = leave(tmp_path, **facts)
+    if "silent" in case:  # no other has to be waited for
+        monkeypatch.setattr(lock, "STALE", 0.1)
+    path = leave(tmp_path, **changes)
     with RunLock(tmp_path, "5"):
         assert json.loads(path.read_text())["pid"] == os.getpid()
-        said = capsys.readouterr().out
+        *waits, said = capsys.readouterr().out.splitlines()
+        assert len(waits) == ("silent" in case)
         assert said.startswith(f"took over {tmp_path} from pid ")
-        assert said.endswith(f"{why}\n")
+        assert said.endswith(why)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_owner_that_dies_while_it_is_watched_is_followed(tmp_path: Path) -> None:
+    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE) as process:
+        path = leave(tmp_path, host=HERE, pid=process.pid)
+        threading.Timer(0.1, process.communicate).start()
+        with RunLock(tmp_path, None):
+            assert json.loads(path.read_text())["pid"] == os.getpid()
+
+
+def test_an_owner_that_ends_while_it_is_watched_is_followed(tmp_path: Path, capsys) -> None:
+    path = leave(tmp_path)
+    threading.Timer(0.1, path.unlink).start()
+    with RunLock(tmp_path, None):
+        assert json.loads(path.read_text())["pid"] == os.getpid()
+    assert "took over" not in capsys.readouterr().out
 
 
 UNREADABLE = [b"", b"{", b"[1]", b"\xff\xfe\0", b"[" * 100_000, json.dumps({"host": HERE}).encode()]
@@ -234,19 +277,43 @@ UNREADABLE += [json.dumps(OTHER | {"job_id": "5", "restarts": "x"}).encode()]
 
 
 @pytest.mark.parametrize("content", UNREADABLE)
-def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(content: bytes, tmp_path: Path) -> None:
+def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(
+    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     path = tmp_path / "OWNER.json"
     path.write_bytes(content)
-    with pytest.raises(InputError, match="belongs to another run .pid . on ."):
+    with beating(path), pytest.raises(InputError, match="belongs to another run .pid . on ."):
         RunLock(tmp_path, "5").__enter__()
-    beat = path.stat().st_mtime - 70
-    os.utime(path, (beat, beat))
+    monkeypatch.setattr(lock, "STALE", 0.1)
     with RunLock(tmp_path, None):
         assert json.loads(path.read_text())["host"] == HERE
 
 
-def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path, monkeypatch) -> None:
-    monkeypatch.setattr(lock, "BEAT", 0.05)
+@pytest.mark.parametrize("kind", ["dangling link", "link", "link to itself", "folder"])
+def test_what_is_no_file_in_the_place_of_the_file_is_named(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "OWNER.json"
+    if kind == "folder":
+        path.mkdir()
+    else:
+        path.symlink_to({"link": "file", "link to itself": "OWNER.json"}.get(kind, "nowhere"))
+        (tmp_path / "file").touch()
+    with pytest.raises(InputError, match=r"cannot write .*OWNER.json: .*: give an out_dir that can be"):
+        RunLock(tmp_path, None).__enter__()
+    assert path.is_symlink() or path.is_dir()
+
+
+def test_a_pipe_and_a_huge_file_hold_nobody_up(tmp_path: Path, impatient: None) -> None:
+    path = tmp_path / "OWNER.json"
+    os.mkfifo(path)
+    with RunLock(tmp_path, None):
+        assert json.loads(path.read_text())["host"] == HERE
+    with path.open("wb") as file:
+        file.truncate(10**12)
+    with RunLock(tmp_path, None):
+        assert json.loads(path.read_text())["host"] == HERE
+
+
+def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path) -> None:
     path = tmp_path / "OWNER.json"
 
     def soon(true: Any) -> None:
@@ -287,15 +354,16 @@ def start(out_dir: Path, at: float = 0) -> Process:
     return Process(sys.executable, "-c", RUN, out_dir, at)
 
 
-def verdict(run: Process) -> str:
+def outcome(run: Process) -> str:
     """Whether the run holds the folder or was refused."""
-    line = run.line()
-    return run.line() if line.startswith("took over") else line
+    while (line := run.line()).startswith("took over") or " is locked by " in line:
+        pass
+    return line
 
 
 def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
     run = start(tmp_path)
-    assert verdict(run) == "holds\n"
+    assert outcome(run) == "holds\n"
     new = tmp_path / "new"
     new.write_text(json.dumps(OTHER))
     new.replace(tmp_path / "OWNER.json")
@@ -304,14 +372,69 @@ def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_pa
     assert json.loads((tmp_path / "OWNER.json").read_text()) == OTHER
 
 
+@pytest.mark.parametrize("how", ["moved", "replaced"])
+def test_a_run_whose_folder_is_gone_ends_itself_and_writes_nothing(how: str, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    run = start(out_dir)
+    assert outcome(run) == "holds\n"
+    (tmp_path / "new").mkdir()
+    out_dir.rename(tmp_path / "moved")
+    if how == "replaced":
+        (tmp_path / "new").rename(out_dir)
+    code, _, said = run.end()
+    assert (code, said) == (1, f"error: {out_dir} was unmounted or replaced: mount it, and start this run again\n")
+    assert how == "replaced" or not out_dir.exists()
+    assert how != "replaced" or list(out_dir.iterdir()) == []
+
+
+MOUNTED = """
+import subprocess, sys
+from pathlib import Path
+folder, code = Path(sys.argv[1]), sys.argv[2]
+if subprocess.run(["mount", "-t", "tmpfs", "none", folder]).returncode:
+    print("no mounts here", flush=True)
+    sys.exit()
+run = subprocess.Popen([sys.executable, "-c", code, folder / "run", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+print(run.stdout.readline().decode(), end="", flush=True)
+subprocess.run(["umount", folder], check=True)
+print(run.wait(), flush=True)
+"""
+
+
+def test_an_unmounted_folder_ends_the_run(tmp_path: Path) -> None:
+    """In a namespace of its own, where every user may mount."""
+    unshare = shutil.which("unshare")
+    if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True).returncode:
+        pytest.skip("no namespaces for users here")
+    process = Process(unshare, "-Urm", sys.executable, "-c", MOUNTED, tmp_path, RUN)
+    if (line := process.line()) == "no mounts here\n":
+        pytest.skip("no mounts for users here")
+    assert line == "holds\n"
+    code, rest, said = process.end()
+    assert (code, rest) == (0, "1\n")
+    assert said.endswith(f"error: {tmp_path}/run was unmounted or replaced: mount it, and start this run again\n")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_system_that_is_mounted_again_is_the_same_folder(tmp_path: Path) -> None:
+    """A remount may give other numbers to the same files, and so may some file systems without one."""
+    with RunLock(tmp_path / "run", None) as held:
+        assert not lock.is_lost(tmp_path / "run/OWNER.json", held._folder)
+        shutil.copytree(tmp_path / "run", tmp_path / "copy")
+        assert not lock.is_lost(tmp_path / "copy/OWNER.json", held._folder)
+        (tmp_path / "copy/OWNER.json").unlink()
+        assert lock.is_lost(tmp_path / "copy/OWNER.json", held._folder)
+        assert lock.is_lost(tmp_path / "none/OWNER.json", held._folder)
+
+
 @pytest.mark.slow
 def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None:
     first = start(tmp_path)
-    assert verdict(first) == "holds\n"
+    assert outcome(first) == "holds\n"
     first.kill()
     at = time.time() + 0.5
     rivals = [start(tmp_path, at) for _ in range(5)]
-    said = [verdict(rival) for rival in rivals]
+    said = [outcome(rival) for rival in rivals]
     (winner,) = [rival for rival, line in zip(rivals, said, strict=True) if line == "holds\n"]
     assert sum("belongs to another run" in line for line in said) == 4
     assert json.loads((tmp_path / "OWNER.json").read_text())["pid"] == winner.pid

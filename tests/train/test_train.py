@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from runs import branch, column, metrics, tensors
+from runs import beating, branch, column, metrics, tensors
 
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
@@ -129,7 +129,7 @@ def test_a_signal_to_one_rank_stops_all_and_loses_nothing(
     assert [answer["result"] for answer in answers] == [75, 75]
     assert metrics(stopped)[-1]["step"] == str(step)
     by = "SIGINT" if phase == "ctrl-c" else "SIGUSR1"
-    assert f"stopped by {by} at step {step}; the same command goes on from there" in answers[0]["said"]
+    assert f"stopped by {by} at step {step}; the same command resumes from there" in answers[0]["said"]
     assert (step_dir(stopped / "checkpoints", step) / ".metadata").exists()
     world(2).train("--config", config_file, "--out_dir", stopped)
     for name in ("step", "loss", "val_loss", "grad_norm"):
@@ -171,9 +171,9 @@ def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Pat
     assert re.fullmatch(rf"tokens   {int(metrics(out)[-1]['tokens']):,} in all; [\d,]+ tokens/s on average", summary[2])
     assert summary[3].startswith("time     since this start: training ")
     assert summary[4] == f"saved    {out}/checkpoints/step-00000007"
-    assert re.fullmatch(r"next     torchrun \.\.\. .*rank\.py'?    # goes on from there", summary[5])
+    assert re.fullmatch(r"next     torchrun \.\.\. .*rank\.py'?    # resumes from there", summary[5])
     assert summary[7].split() == ["python", "scripts/report.py", str(out)]
-    assert summary[8] == "stopped by SIGUSR1 at step 7; the same command goes on from there"
+    assert summary[8] == "stopped by SIGUSR1 at step 7; the same command resumes from there"
     event = json.loads((out / "events.jsonl").read_text().splitlines()[-1])
     assert (event["event"], event["by"], event["step"]) == ("stop", "SIGUSR1", 7)
     assert answers[1]["said"] == ""
@@ -335,9 +335,11 @@ def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: 
     out = tmp_path / "run"
     out.mkdir()
     (out / "OWNER.json").write_text(json.dumps({"host": "node7", "pid": 1, "job_id": "5", "restarts": 0}))
-    for answer in world(2)("train", "--config", config_file, "--out_dir", out):
+    with beating(out / "OWNER.json"):
+        answers = world(2)("train", "--config", config_file, "--out_dir", out)
+    for answer in answers:
         (fault,) = answer["faults"]
-        assert fault.startswith(f"{out} belongs to another run (pid 1 on node7, job 5; heartbeat ")
+        assert fault.startswith(f"{out} belongs to another run (pid 1 on node7, job 5): stop that or give ")
     assert [path.name for path in out.iterdir()] == ["OWNER.json"]
 
 

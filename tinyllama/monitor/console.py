@@ -5,7 +5,6 @@ import shlex
 import shutil
 import sys
 from collections.abc import Iterator
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -39,60 +38,53 @@ STYLES = {"start": "bold", "validation": "cyan", "checkpoint": "green", "skip": 
 
 
 class Console:
-    """Speaks for one run of ``max_steps`` steps that stands at ``step``; use it as a context, which ends the bar."""
+    """Show a run of ``max_steps`` steps that stands at ``step``; in a terminal, with a bar from start to stop."""
 
     def __init__(self, max_steps: int, step: int) -> None:
+        self.step = step
         self._max_steps = max_steps
-        self._step = step
-        self._last = ""
+        self._numbers = ""
         self._seconds_left: float | None = None
         self._live = None
         if in_terminal():
             self._live = Live(get_renderable=self._render, refresh_per_second=4, console=Terminal(highlight=False))
 
-    def __enter__(self) -> "Console":
+    def start(self) -> None:
+        """Show the bar, if there is one."""
         if self._live:
             self._live.start()
-        return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def stop(self) -> None:
+        """Leave the bar as it is now."""
         if self._live:
             self._live.stop()
 
     def line(self, text: str, kind: str = "") -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._live:
             self._live.console.print(Text(text, STYLES.get(kind, "")), soft_wrap=True)
         else:
             print(text, flush=True)
 
     def metrics(self, row: Row, seconds_left: float | None) -> None:
-        """A training row: under the bar, or a line."""
-        self._seconds_left = seconds_left
-        self._last = "  ".join(numbers(row))
-        self.advance(int(row["step"] or 0))
+        """Show a row of training: under the bar, or as a line."""
+        self.step, self._seconds_left, self._numbers = int(row["step"] or 0), seconds_left, "  ".join(numbers(row))
         if not self._live:
             self.line(console_line(row, self._max_steps, seconds_left))
 
-    def advance(self, step: int) -> None:
-        """Move the bar."""
-        self._step = step
-
     def _render(self) -> RenderableType:
-        counter = f"step {self._step:,}/{self._max_steps:,}  {self._step / self._max_steps:.1%}"
+        counter = f"step {self.step:,}/{self._max_steps:,}  {self.step / self._max_steps:.1%}"
         if self._seconds_left is not None:
             counter += f"  {duration(self._seconds_left)} left"
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(ratio=1)
         head.add_column(no_wrap=True)
-        head.add_row(ProgressBar(self._max_steps, self._step), counter)
-        return Group(head, Text(self._last, "dim"))
+        head.add_row(ProgressBar(self._max_steps, self.step), counter)
+        return Group(head, Text(self._numbers, "dim"))
 
 
 def in_terminal() -> bool:
-    """Whether stdout is one that can move its cursor."""
+    """Return whether stdout is a terminal that can move its cursor."""
     return sys.stdout.isatty() and not Terminal().is_dumb_terminal
 
 
@@ -110,13 +102,13 @@ def show_summary(title: str, summary: Summary) -> None:
 
 
 def numbers(row: Row) -> list[str]:
-    """What ``row`` says, a phrase a number."""
+    """Return the values of ``row`` in words, a phrase each."""
     parts = [text.format(row[name]) for name, text in FORMATS.items() if row.get(name) is not None]
     return [*parts, f"skipped {row['skipped']}"] if row.get("skipped") else parts
 
 
 def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
-    """One line for ``row`` of a run of ``max_steps`` steps."""
+    """Format ``row`` of a run of ``max_steps`` steps as a line."""
     parts = [f"step {row['step']:>{len(str(max_steps))}.0f}/{max_steps}", *numbers(row)]
     return "  ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
 
@@ -160,10 +152,8 @@ def _checkpoint_policy(run: Run) -> str:
     kept = "all" if policy.keep_last is None else f"the newest {policy.keep_last}"
     if policy.keep_last is not None and policy.keep_every is not None:
         kept += f" and every {policy.keep_every:,}th step"
-    folder = run.out_dir.absolute()
-    while not folder.exists():
-        folder = folder.parent
-    free = shutil.disk_usage(folder).free / 1e9
+    out_dir = run.out_dir.absolute()
+    free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free / 1e9
     how = "in the background" if policy.asynchronous else "while training waits"
     return (
         f"every {policy.interval:,} steps, on a signal and at the end, {how}; {kept} kept; {gigabytes:,.3g} GB each, "
@@ -173,19 +163,18 @@ def _checkpoint_policy(run: Run) -> str:
 
 def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState) -> Summary:
     """Summarize the run from ``rows`` of metrics.csv: its losses, where the time went, and what to do next."""
-    losses = [(float(row["val_loss"]), int(row["step"])) for row in rows if row.get("val_loss")]
+    losses = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
     if losses:
         (last, at), (best, best_at) = losses[-1], min(losses)
         yield "val_loss", f"{last:.4f} at step {at:,}, best {best:.4f} at step {best_at:,}"
-    trained = [row for row in rows if row.get("loss")]
-    if trained:
-        yield "loss", f"{float(trained[-1]['loss']):.4f} at step {int(trained[-1]['step']):,}"
+    if trained := [row for row in rows if row.get("loss") is not None]:
+        yield "loss", f"{trained[-1]['loss']:.4f} at step {trained[-1]['step']:,}"
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
     saved = step_dir(run.out_dir / "checkpoints", state.step)
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
     if state.step < run.max_steps:
-        yield "next", f"{same_command()}    # goes on from there"
+        yield "next", f"{same_command()}    # resumes from there"
     else:
         hf = run.out_dir / "hf"
         yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER --verify"
@@ -204,11 +193,11 @@ def same_command() -> str:
 
 
 def mean_speed(rows: list[dict[str, Any]]) -> float:
-    """Tokens per second of training over all ``rows`` that tell a speed, each weighed by its tokens."""
-    tokens, seconds, before = 0.0, 0.0, 0
+    """Return the tokens per second of all ``rows`` that have a speed, each weighed by its tokens."""
+    tokens = seconds = before = 0.0
     for row in rows:
-        if (speed := float(row.get("tokens_per_second") or 0)) > 0:
-            done = int(row["tokens"]) - before
-            tokens, seconds = tokens + done, seconds + done / speed
-        before = int(row["tokens"])
+        if (speed := row.get("tokens_per_second") or 0) > 0:
+            tokens += row["tokens"] - before
+            seconds += (row["tokens"] - before) / speed
+        before = row["tokens"]
     return tokens / seconds if seconds else 0.0

@@ -10,7 +10,6 @@ import time
 from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 import torch
@@ -18,23 +17,12 @@ import torch
 from tinyllama import InputError, atomic
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.monitor.console import Console, Row, console_line, end_summary, show_summary
+from tinyllama.monitor.console import FORMATS, Console, Row, console_line, end_summary, show_summary
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.run import Run
 
-COLUMNS = (
-    "step",
-    "tokens",
-    "loss",
-    "val_loss",
-    "lr",
-    "grad_norm",
-    "tokens_per_second",
-    "mfu",
-    "max_memory_gb",
-    "skipped",
-)
+COLUMNS = ("step", "tokens", *FORMATS, "skipped")
 """Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
 token), learning rate, gradient norm before clipping, tokens a second over the whole world, model FLOPs utilization
 (0 to 1), peak memory of rank 0 (GB: of the GPU, else of the process), steps skipped so far. Then, for each source, a
@@ -45,7 +33,7 @@ class RunLog:
     """Rank 0's log; that of other ranks does nothing. Use it as a context, which closes what it opened."""
 
     def __init__(self, run: Run, step: int | None, speaks: bool) -> None:
-        """Go on after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
+        """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
 
         Raises InputError when metrics.csv cannot be read or written.
         """
@@ -59,22 +47,16 @@ class RunLog:
         self._console = Console(run.max_steps, step or 0)
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
         self._sources = source_columns([source.path for source in run.args.data.sources])
-        self._columns = [*COLUMNS, *self._sources]
         try:
             run.out_dir.mkdir(parents=True, exist_ok=True)
-            rows = [] if step is None else [row for row in read_metrics(self._metrics) if int(row["step"]) <= step]
-            text = io.StringIO(newline="")
-            writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
-            writer.writeheader()
-            writer.writerows(rows[:-1])
-            self._last_at = len(text.getvalue().encode())
-            writer.writerows(rows[-1:])
-            atomic.write(self._metrics, text.getvalue().encode())  # with the last row: a kill from here on loses none
+            rows = [] if step is None else [row for row in read_metrics(self._metrics) if row["step"] <= step]
+            table = self._csv(rows, header=True)
+            atomic.write(self._metrics, table)
         except OSError as error:
             raise InputError(f"cannot rewrite {self._metrics} ({error.strerror}): move it away or make room") from None
         self._last: dict[str, Any] = rows[-1] if rows else {}
-        losses = [float(row["val_loss"]) for row in rows if row.get("val_loss")]
-        self._best = min(losses, default=float("inf"))
+        self._last_at = table.rfind(b"\n", 0, -1) + 1
+        self._best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=float("inf"))
         if run.args.log.wandb != "off":
             self._tracker = Tracker(run, self._console.line)
             for row in rows[:-1]:  # those it missed, if any
@@ -82,18 +64,16 @@ class RunLog:
 
     def __enter__(self) -> "RunLog":
         if self._speaks:
-            self._console.__enter__()
+            self._console.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         if self._speaks:
-            self._console.__exit__(kind, error, trace)
+            self._console.stop()
         if self._tracker:
             self._tracker.finish()
 
-    def facts(self) -> dict[str, Any]:
+    def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint must record for a run that resumes from it."""
         return {"wandb_id": self._tracker.id} if self._tracker else {}
 
@@ -101,10 +81,9 @@ class RunLog:
         """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and show it."""
         if not self._speaks:
             return
-        drawn = self._run.mixture.drawn(int(row["tokens"] or 0) // self._run.config.block_size)
-        self._append(
-            row | {name: n * self._run.config.block_size for name, n in zip(self._sources, drawn, strict=True)}
-        )
+        block_size = self._run.config.block_size
+        drawn = self._run.mixture.drawn(int(row["tokens"] or 0) // block_size)
+        self._append(row | {name: n * block_size for name, n in zip(self._sources, drawn, strict=True)})
         val_loss = row.get("val_loss")
         if val_loss is None:
             self._console.metrics(row, seconds_left)
@@ -124,34 +103,34 @@ class RunLog:
             text = f"checkpoint of step {step}: training waited {seconds:.1f} s for it"
             self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
 
-    def stop(self, **facts: Any) -> None:
+    def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""
         if self._speaks:
-            resume.write_stopped(self._run.out_dir, facts)
-        self.event("stop", f"stopped for good, see {resume.stopped_file(self._run.out_dir)}", **facts)
+            resume.write_stopped(self._run.out_dir, details)
+        self.event("stop", f"stopped for good, see {resume.stopped_file(self._run.out_dir)}", **details)
 
-    def end(self, state: TrainState, asked: str | None) -> None:
-        """The last step is done, or something ``asked`` for a stop: log it, after the end summary."""
+    def end(self, state: TrainState, stopped_by: str | None) -> None:
+        """Log the end, after its summary: the last step is done, or a signal or setting has stopped the run."""
         if not self._speaks:
             return
-        if self._tracker and not asked:
+        if self._tracker and not stopped_by:
             self._tracker.send(self._last)
-        self._console.__exit__(None, None, None)
+        self._console.stop()
         self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
         summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state)
-        show_summary("stopped" if asked else "done", summary)
-        facts = {"step": state.step, "seconds": self._seconds}
-        if asked:
-            text = f"stopped by {asked} at step {state.step}; the same command goes on from there"
-            self.event("stop", text, by=asked, **facts)
+        show_summary("stopped" if stopped_by else "done", summary)
+        details = {"step": state.step, "seconds": self._seconds}
+        if stopped_by:
+            text = f"stopped by {stopped_by} at step {state.step}; the same command resumes from there"
+            self.event("stop", text, by=stopped_by, **details)
         else:
-            self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **facts)
+            self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **details)
 
     def record_skips(self, results: list[StepResult]) -> bool:
         """Log skipped steps. If one ends the run, write STOPPED and return True."""
         for result in results:
             if self._speaks:
-                self._console.advance(result.step)
+                self._console.step = result.step
             if not result.skipped:
                 continue
             first, last = result.samples
@@ -164,16 +143,16 @@ class RunLog:
                 return True
         return False
 
-    def event(self, name: str, text: str, **facts: Any) -> None:
-        """Append an event with its facts to events.jsonl, and show ``text``."""
+    def event(self, name: str, text: str, **details: Any) -> None:
+        """Append an event with its details to events.jsonl, and show ``text``."""
         if self._speaks:
             # what cannot be written is shown all the same
             with contextlib.suppress(OSError), self._events.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), "event": name, **facts}) + "\n")
+                file.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
             self._console.line(text, name)
 
     def _append(self, row: dict[str, Any]) -> None:
-        again = bool(self._last) and int(self._last["step"]) == int(row["step"])
+        again = bool(self._last) and self._last["step"] == row["step"]
         if again:
             row = self._last | row
         elif self._last and self._tracker:
@@ -182,24 +161,39 @@ class RunLog:
             end = self._last_at if again else self._metrics.stat().st_size
             os.truncate(self._metrics, end)
             try:
-                with self._metrics.open("a", encoding="utf-8", newline="") as file:
-                    csv.DictWriter(file, self._columns, extrasaction="ignore").writerow(row)
+                with self._metrics.open("ab") as file:
+                    file.write(self._csv([row]))
                 self._last_at, self._last = end, row
             except OSError:  # a full disk is for the checkpoint to report, and may pass
                 os.truncate(self._metrics, end)
 
+    def _csv(self, rows: list[dict[str, Any]], header: bool = False) -> bytes:
+        text = io.StringIO(newline="")
+        writer = csv.DictWriter(text, [*COLUMNS, *self._sources], extrasaction="ignore")
+        if header:
+            writer.writeheader()
+        writer.writerows(rows)
+        return text.getvalue().encode()
 
-def read_metrics(file: Path) -> list[dict[str, str]]:
-    """The rows of a metrics.csv; [] if there is no file.
+
+def read_metrics(file: Path) -> list[dict[str, Any]]:
+    """Read the rows of a metrics.csv, numbers as such and empty cells as None; [] if there is no file.
 
     A row that is, or was when killed, being written is left out, and so is one that was damaged.
     """
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return [row for row in whole_rows(text[: text.rfind("\n") + 1]) if _is_of_a_step(row)]
+    rows = []
+    for cells in complete_rows(text[: text.rfind("\n") + 1]):
+        numbers = [name for name in cells if name in COLUMNS or name.startswith("tokens_")]
+        with contextlib.suppress(ValueError):
+            row = cells | {name: _number(cells[name]) for name in numbers}
+            if isinstance(row.get("step"), int) and isinstance(row.get("tokens"), int):
+                rows.append(row)
+    return rows
 
 
-def whole_rows(text: str) -> Iterator[dict[str, str]]:
-    """The rows of a CSV that have a cell for each column; a row is a line, so damage to one costs no other."""
+def complete_rows(text: str) -> Iterator[dict[str, Any]]:
+    """Yield the rows of a CSV that have a cell for each column; a row is a line, so damage to one costs no other."""
     columns: list[str] | None = None
     for line in text.splitlines():
         try:
@@ -212,19 +206,14 @@ def whole_rows(text: str) -> Iterator[dict[str, str]]:
             yield dict(zip(columns, cells, strict=True))
 
 
-def _is_of_a_step(row: dict[str, str]) -> bool:
-    """Whether ``row`` counts its steps and tokens, and has a number or nothing in every other column of a run's."""
-    try:
-        for name, cell in row.items():
-            if name in COLUMNS or name.startswith("tokens_"):
-                float(cell or 0)
-        return all(0 <= int(row[name]) < 2**63 for name in ("step", "tokens"))
-    except (KeyError, ValueError):
-        return False
+def _number(cell: str) -> float | None:
+    """Return what is in ``cell``: a count as an int, any other number as a float, None for nothing."""
+    number = float(cell) if cell else None
+    return int(cell) if number is not None and cell.isdigit() and number < 2**63 else number
 
 
 def source_columns(paths: list[str]) -> list[str]:
-    """A column's name for each source: of its folder, with a number where folders share their name."""
+    """Return a column's name for each source: its folder's, with a number where folders share their name."""
     names: list[str] = []
     for path in paths:
         name = f"tokens_{Path(path).name}"
@@ -233,7 +222,7 @@ def source_columns(paths: list[str]) -> list[str]:
 
 
 def max_memory_gb(device: torch.device) -> float:
-    """Peak memory so far, GB: of the GPU, else of this process."""
+    """Return the peak memory so far in GB: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9

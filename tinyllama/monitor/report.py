@@ -1,9 +1,11 @@
-"""One self-contained page from what runs wrote: report.html, which draws with plotly.js and needs no network.
+"""Write report.html from what runs have written: one self-contained page, which draws with plotly.js, offline.
 
 Everything is read from ``out_dir``: metrics.csv, events.jsonl, config.yaml and, where it is there, eval.csv. The page
 itself, with its drawing, is report_page.html; here its data are read, smoothed and thinned out.
 """
 
+import contextlib
+import html
 import importlib.resources
 import itertools
 import json
@@ -18,14 +20,14 @@ import yaml
 from tinyllama import InputError, __version__, atomic
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import mean_speed
-from tinyllama.monitor.metrics import read_metrics, whole_rows
+from tinyllama.monitor.metrics import complete_rows, read_metrics
 from tinyllama.throughput import duration
 
 BUCKETS = 1000
 """Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
 runs of one page share them."""
 
-Facts = dict[str, Any]
+Row = dict[str, Any]
 
 
 def write(out_dirs: list[Path], output: Path) -> None:
@@ -43,7 +45,7 @@ def write(out_dirs: list[Path], output: Path) -> None:
     page = (importlib.resources.files("tinyllama.monitor") / "report_page.html").read_text("utf-8")
     text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script
     title = f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]
-    for mark, content in {"TITLE": _escaped(title), "VERSION": __version__, "DATA": text}.items():
+    for mark, content in {"TITLE": html.escape(title), "VERSION": __version__, "DATA": text}.items():
         page = page.replace(f"@{mark}@", content)
     try:
         atomic.write(output, page.replace("@PLOTLY@", get_plotlyjs()).encode())
@@ -52,22 +54,22 @@ def write(out_dirs: list[Path], output: Path) -> None:
 
 
 def short(names: list[str], most: int = 24) -> list[str]:
-    """``names`` for a legend: if one is longer than ``most``, without what all begin and end with, but a word."""
+    """Shorten names for a legend: if one is longer than ``most``, all lose the words that they share at both ends."""
     if max(map(len, names)) <= most or len(set(names)) < 2:
         return names
 
-    def but_a_word(common: str) -> int:
-        return max(common.rstrip("_-").rfind(mark) for mark in "_-") + 1
+    def shared(names: list[str]) -> int:  # but for the last word of it
+        common = os.path.commonprefix(names).rstrip("_-")
+        return max(common.rfind(mark) for mark in "_-") + 1
 
-    begin = but_a_word(os.path.commonprefix(names))
-    end = but_a_word(os.path.commonprefix([name[begin:][::-1] for name in names]))
-    cut = [name[begin : len(name) - end] for name in names]
-    return ["…" * (begin > 0) + name + "…" * (end > 0) for name in cut]
+    begin = shared(names)
+    end = shared([name[begin:][::-1] for name in names])
+    return ["…" * (begin > 0) + name[begin : len(name) - end] + "…" * (end > 0) for name in names]
 
 
-def read_run(out_dir: Path, buckets: int = BUCKETS) -> Facts:
-    """All that the page shows of the run in ``out_dir``."""
-    rows = [_numbers(row) for row in read_metrics(out_dir / "metrics.csv")]
+def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
+    """Read all that the page shows of the run in ``out_dir``."""
+    rows = [{name: _finite(cell) for name, cell in row.items()} for row in read_metrics(out_dir / "metrics.csv")]
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
@@ -81,73 +83,67 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> Facts:
     events = read_events(out_dir / "events.jsonl", tokens_per_step)
     smooth(rows)
     thinned = thin(rows, buckets)
-    sources = [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"]
     return {
         "name": out_dir.resolve().name,
         "summary": {"state": state(events, out_dir / "metrics.csv")} | summary(rows, events, model),
         "columns": {name: [row.get(name) for row in thinned] for name in [*rows[0], "smooth"]},
-        "sources": sources,
+        "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
         "events": events,
         "evaluations": _table(out_dir / "eval.csv"),
     }
 
 
-def state(events: list[Facts], metrics: Path) -> str:
-    """Whether the run has ended, as far as its folder tells."""
+def state(events: list[Row], metrics: Path) -> str:
+    """Say whether the run has ended, as far as its folder tells."""
     ends = {"stop": "stopped", "done": "done"}
     if events and events[-1]["kind"] in ends:
         return ends[events[-1]["kind"]]
     return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(metrics.stat().st_mtime))}"
 
 
-def summary(rows: list[Facts], events: list[Facts], model: ModelConfig) -> dict[str, str]:
-    """The run in a few words, by what they speak of."""
-    trained = [row for row in rows if row.get("loss") is not None]
-    validated = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
-    facts = {"model": f"{model.name}, {model.num_params():,} parameters"}
-    facts["progress"] = f"step {rows[-1]['step']:,.0f}, {rows[-1]['tokens']:,.0f} tokens"
-    if validated:
+def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str, str]:
+    """Summarize the run in a phrase for each thing that its files tell about."""
+    found = {"model": f"{model.name}, {model.num_params():,} parameters"}
+    found["progress"] = f"step {rows[-1]['step']:,.0f}, {rows[-1]['tokens']:,.0f} tokens"
+    if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
         best, at = min(validated)
-        facts["validation loss"] = f"{validated[-1][0]:.4f} (best {best:.4f} at step {at:,.0f})"
-    if trained:
-        facts["training loss"] = f"{trained[-1]['loss']:.4f}"
-        facts["speed"] = f"{mean_speed(trained):,.0f} tokens/s"
+        found["validation loss"] = f"{validated[-1][0]:.4f} (best {best:.4f} at step {at:,.0f})"
+    if trained := [row for row in rows if row.get("loss") is not None]:
+        found["training loss"] = f"{trained[-1]['loss']:.4f}"
+        found["speed"] = f"{mean_speed(trained):,.0f} tokens/s"
         if mfu := [row["mfu"] for row in trained if row.get("mfu") is not None]:
-            facts["speed"] += f", MFU {sum(mfu) / len(mfu):.1%}"
-        facts["peak memory"] = f"{max(row.get('max_memory_gb') or 0 for row in trained):.2f} GB"
-    kinds = [event["kind"] for event in events]
-    facts["events"] = ", ".join(
-        f"{kinds.count(kind)} {kind}{'' if kinds.count(kind) == 1 else 's'}"
-        for kind in ("restart", "checkpoint", "skip")
-    )
+            found["speed"] += f", MFU {sum(mfu) / len(mfu):.1%}"
+        found["peak memory"] = f"{max(row.get('max_memory_gb') or 0 for row in trained):.2f} GB"
+    counts = [(kind, sum(event["kind"] == kind for event in events)) for kind in ("restart", "checkpoint", "skip")]
+    found["events"] = ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts)
     if len(events) > 1:
-        facts["life"] = duration(events[-1]["time"] - events[0]["time"])
-    return facts
+        found["life"] = duration(events[-1]["time"] - events[0]["time"])
+    return found
 
 
-def read_events(file: Path, tokens_per_step: int) -> list[Facts]:
-    """The events of a run's life: kind, step and tokens it had come to, time (s since 1970), and details in a line."""
-    events = []
-    step = 0
-    started = False
+def read_events(file: Path, tokens_per_step: int) -> list[Row]:
+    """Read the events of a run: their kind, step and its tokens, time (s since 1970), and details in a line."""
+    events: list[Row] = []
+    step, kinds = 0, {"start": "start"}
     for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
         try:
-            facts = json.loads(line)
-            kind, at, found = str(facts.pop("event")), float(facts.pop("time")), facts.pop("step", None)
+            event = json.loads(line)
+            kind, at, found = str(event.pop("event")), float(event.pop("time")), event.pop("step", None)
             found = step if found is None else int(found)
-            details = ", ".join(f"{key} {value}" for key, value in facts.items() if value not in (None, [], {}))
         except (ValueError, KeyError, AttributeError, TypeError, OverflowError, RecursionError):
             continue  # it was being written when the process was killed, or was damaged
         if not (0 <= at < 1e12 and 0 <= found < 2**63):  # no date, no step
             continue
         step = found
+        details = ", ".join(f"{key} {value}" for key, value in event.items() if value not in (None, [], {}))
+        event = {"kind": kinds.get(kind, kind), "step": step, "tokens": step * tokens_per_step}
+        events.append(event | {"time": at, "details": details})
         if kind == "start":
-            kind, started = "restart" if started else "start", True
-        events.append({"kind": kind, "step": step, "tokens": step * tokens_per_step, "time": at, "details": details})
+            kinds["start"] = "restart"  # any later one
     return events
 
 
-def smooth(rows: list[Facts]) -> None:
+def smooth(rows: list[Row]) -> None:
     """Add ``smooth``, the exponential mean of the training loss so far, to each row that has a loss.
 
     Its memory is a two-hundredth of the run's rows, but two at least; the start is not pulled towards 0.
@@ -160,27 +156,24 @@ def smooth(rows: list[Facts]) -> None:
         row["smooth"] = total / weight
 
 
-def thin(rows: list[Facts], buckets: int = BUCKETS) -> list[Facts]:
-    """``rows``, or of a long run those with the lowest and highest loss in each stretch and those with a validation."""
+def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
+    """Return ``rows``, or of a long run the lowest and highest loss of each bucket and all that have a validation."""
     if len(rows) <= 2 * buckets:
         return rows
     size = -(-len(rows) // buckets)
-    kept = {0, len(rows) - 1}
+    kept = {0, len(rows) - 1} | {i for i, row in enumerate(rows) if row.get("val_loss") is not None}
     for first in range(0, len(rows), size):
-        stretch = range(first, min(first + size, len(rows)))
-        with_loss = [i for i in stretch if rows[i].get("loss") is not None]
-        if with_loss:
-            kept |= {min(with_loss, key=lambda i: rows[i]["loss"]), max(with_loss, key=lambda i: rows[i]["loss"])}
-        kept |= {i for i in stretch if rows[i].get("val_loss") is not None}
+        bucket = range(first, min(first + size, len(rows)))
+        if losses := [(rows[i]["loss"], i) for i in bucket if rows[i].get("loss") is not None]:
+            kept |= {min(losses)[1], max(losses)[1]}
     return [rows[i] for i in sorted(kept)]
 
 
-def picture(rows: list[dict[str, str]], width: int = 68, height: int = 12) -> list[str]:
-    """The loss over the tokens, for a terminal: lines of braille dots with the axes' ends; training and validation."""
+def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
+    """Draw training and validation loss over the tokens for a terminal: lines of braille dots, labelled at the ends."""
     points: list[tuple[float, float]] = []
     for name in ("loss", "val_loss"):
-        cells = [(float(row["tokens"]), float(row[name])) for row in rows if row.get(name)]
-        series = [(x, y) for x, y in cells if math.isfinite(y)]
+        series = [(row["tokens"], row[name]) for row in rows if _finite(row.get(name)) is not None]
         points += series
         for (x0, y0), (x1, y1) in itertools.pairwise(series if name == "loss" else []):  # joined by a line
             points += [(x0 + (x1 - x0) * k / width, y0 + (y1 - y0) * k / width) for k in range(width)]
@@ -193,34 +186,22 @@ def picture(rows: list[dict[str, str]], width: int = 68, height: int = 12) -> li
         column, row = round(x / right * (2 * width - 1)), round((high - y) / span * (4 * height - 1))
         dot = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))[column % 2][row % 4]
         dots[row // 4][column // 2] |= dot
-    labels = {0: f"{high:.3f}", height - 1: f"{low:.3f}"}
+    labels = {0: f"{high:.3f}", height - 1: f"{low:.3f}", height // 2: "loss"}
     lines = [f"{labels.get(i, ''):>8} │" + "".join(chr(0x2800 + c) for c in row) for i, row in enumerate(dots)]
-    lines[height // 2] = f"{'loss':>8} │" + lines[height // 2][10:]
     return [*lines, " " * 8 + " └" + "─" * width, " " * 10 + f"0{f'{right:,.0f} tokens':>{width - 1}}"]
 
 
-def _numbers(row: dict[str, str]) -> Facts:
-    """A row's cells as numbers; None for none, and for one that JSON has no number for."""
-    numbers: Facts = {}
-    for name, cell in row.items():
-        try:
-            numbers[name] = float(cell) if cell and math.isfinite(float(cell)) else None
-        except (TypeError, ValueError):
-            numbers[name] = None
-    return numbers
+def _finite(value: Any) -> Any:
+    """Return ``value``, but None for text and for numbers that JSON does not have."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def _table(file: Any) -> list[Facts]:
-    """The rows of a CSV of evaluations with their numbers as such; [] where there is none."""
-    if not file.is_file():
-        return []
+def _table(file: Any) -> list[Row]:
+    """Read the rows of a CSV of evaluations, ``tokens`` and ``value`` as numbers; [] if there is no file."""
     rows = []
-    for row in whole_rows(file.read_text("utf-8", "replace")):
-        numbers = _numbers({name: row.get(name, "") for name in ("tokens", "value")})
-        if None not in numbers.values():  # else it was damaged
-            rows.append(row | numbers)
+    for row in complete_rows(file.read_text("utf-8", "replace")) if file.is_file() else []:
+        with contextlib.suppress(KeyError, ValueError):
+            numbers = {name: float(row[name]) for name in ("tokens", "value")}
+            if all(map(math.isfinite, numbers.values())):  # else it was damaged
+                rows.append(row | numbers)
     return rows
-
-
-def _escaped(text: str) -> str:
-    return text.replace("&", "&amp;").replace("<", "&lt;")

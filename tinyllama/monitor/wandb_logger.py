@@ -18,7 +18,7 @@ INIT_TIMEOUT, FINISH_TIMEOUT = 60, 15
 
 
 class Tracker:
-    """Sends rows to the wandb run of ``run``; ``say`` hears, once, why it had to give up."""
+    """Send rows to the wandb run of ``run``; ``say`` hears, once, why it had to give up."""
 
     def __init__(self, run: Run, say: Callable[[str], None]) -> None:
         self._say = say
@@ -75,11 +75,11 @@ class Tracker:
         except Exception as error:  # whatever it is, it must not cost the run
             self._run = None
             reason = next(iter(str(error).splitlines()), "")
-            self._say(f"wandb is off from here, metrics.csv goes on: {type(error).__name__}: {reason}")
+            self._say(f"wandb is off from here, metrics.csv continues: {type(error).__name__}: {reason}")
 
 
 def saved_id(run: Run) -> str | None:
-    """The id in the checkpoint that ``run`` goes on from; a branch off another folder's checkpoint has its own."""
+    """Return the id in the checkpoint that ``run`` resumes from; a branch off another folder's has its own."""
     if run.resume is None or run.out_dir.resolve() not in run.resume.resolve().parents:
         return None
     return reader.read_state(run.resume).get("wandb_id")

@@ -36,7 +36,7 @@ DIAGNOSIS = "verdict.txt"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank's file holds."""
+    """What a rank's file says."""
 
     rank: int
     host: str
@@ -56,7 +56,7 @@ class Heartbeat:
     """whether it waited for other ranks there"""
 
     def age(self) -> float:
-        """Seconds since it was written, by this machine's clock."""
+        """Return the seconds since it was written, by this machine's clock."""
         return (datetime.now(UTC) - datetime.fromisoformat(self.time)).total_seconds()
 
     def __str__(self) -> str:
@@ -65,18 +65,17 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Watches this rank's training loop, from ``with`` to its end; one at a time in a process.
+    """Watch this rank's training loop, from ``with`` to its end; one at a time in a process.
 
-    Two threads of its own, for the main one may hang in a collective, and the file system may hang as well: one only
+    The main thread may hang in a collective, and the file system may hang as well, so there are two more: one only
     writes heartbeats, the other only looks at the clock. Neither runs while C code holds the interpreter's lock, so
-    the second keeps faulthandler's timer ahead of it: that is a thread in C, which needs no lock to print the stacks
-    and exit. It prints to stderr, as writing a file could hang with the rest; the other ranks know its rank by a
-    heartbeat that has stopped, as they do a process that was stopped or has died.
+    the second keeps resetting faulthandler's timer, a thread in C that needs no lock to print the stacks and exit. It
+    prints to stderr, as writing a file could hang too; the other ranks notice that its heartbeat has stopped.
     """
 
     def __init__(self, out_dir: Path, *, rank: int, world_size: int, first_timeout: float, timeout: float) -> None:
-        """Seconds without a beat that are a stall: ``timeout`` in the steps after the first one, where the ranks run
-        evenly; ``first_timeout`` until then and in every other phase."""
+        """Call it a stall after ``timeout`` seconds without a beat in the steps after the first one, where ranks run
+        evenly, and after ``first_timeout`` until then and in every other phase."""
         self._folder = out_dir / "heartbeat"
         self._name = f"rank-{rank:05d}"
         self._rank, self._world_size = rank, world_size
@@ -115,7 +114,7 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def beat(self, step: int, phase: Phase) -> None:
-        """Say that ``phase`` begins or goes on after ``step`` optimizer steps; costs a microsecond.
+        """Say that ``phase`` begins or continues after ``step`` optimizer steps; costs a microsecond.
 
         All ranks must give the same beats, since the one that gave fewer is held to be behind.
         """
@@ -166,33 +165,31 @@ class Watchdog:
                     faulthandler.dump_traceback(file)
                 _dump_nccl(self._folder / f"nccl_rank_{self._rank}")
             deadline = time.monotonic() + self._grace
-            said = 0
-            while said < self._world_size and time.monotonic() < deadline:
+            stalled = 0
+            while stalled < self._world_size and time.monotonic() < deadline:
                 time.sleep(self._interval / 5)
-                said = sum(beat.stalled_at is not None for beat in read(self._folder, self._world_size))
-            named = f"{diagnosis(self._folder, self._world_size, limit)}\n".encode()
-            if self._is_first(named):
-                os.write(STDERR, b"watchdog: " + named)
-            else:
-                time.sleep(self._grace / 5)  # the launcher ends all ranks when the first one goes
+                stalled = sum(beat.stalled_at is not None for beat in read(self._folder, self._world_size))
+            self._name_once(f"{diagnosis(self._folder, self._world_size, limit)}\n".encode())
         except BaseException:
             os.write(STDERR, traceback.format_exc().encode())
         finally:
             os._exit(1)  # sys.exit would end this thread only
 
-    def _is_first(self, named: bytes) -> bool:
-        """Whether no other rank has spoken: one that was stopped and wakes up later would tell another story."""
-        with contextlib.suppress(OSError):  # two that speak, as no file can be written, are better than none
-            try:
-                with (self._folder / DIAGNOSIS).open("xb") as file:
-                    file.write(named)
-            except FileExistsError:
-                return False
-        return True
+    def _name_once(self, line: bytes) -> None:
+        """Print ``line`` unless another rank has: one that was stopped and wakes up later would tell another story."""
+        try:
+            with (self._folder / DIAGNOSIS).open("xb") as file:
+                file.write(line)
+        except FileExistsError:
+            time.sleep(self._grace / 5)  # the launcher ends all ranks when the first one exits
+            return
+        except OSError:
+            pass  # no file can be written, and two that speak are better than none
+        os.write(STDERR, b"watchdog: " + line)
 
 
 def read(folder: Path, world_size: int) -> list[Heartbeat]:
-    """The heartbeats of the ranks that have one."""
+    """Read the heartbeats of the ranks that have one."""
     paths = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
     return [Heartbeat(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.exists()]
 
@@ -221,7 +218,7 @@ def diagnosis(folder: Path, world_size: int, limit: float) -> str:
 
 
 def _place(frame: FrameType | None) -> tuple[str, bool]:
-    """The innermost line of our own code with what it calls, and whether that is a wait for other ranks."""
+    """Return the innermost line of our own code with what it calls, and whether that waits for other ranks."""
     foreign = (f"{sysconfig.get_path('stdlib')}/", "/site-packages/", "/dist-packages/", "<frozen")
     called, waiting = "", False
     while frame is not None:

@@ -1,8 +1,8 @@
 """The run lock: refuse a second process that would write to the folder of a run.
 
-A requeued job can overlap the one it replaces. The lock's file, OWNER.json, says who holds it; its time of
-modification is the heartbeat, and is compared only with the time that the same file system gives to a new file: clocks
-may differ.
+A requeued job can overlap the one it replaces. OWNER.json says who holds the lock, and its holder touches the file
+every few seconds. Clocks may differ and jump, so they are not asked: a holder whose file changes while we watch is
+alive, and one whose file does not is gone.
 """
 
 import contextlib
@@ -10,12 +10,11 @@ import json
 import os
 import secrets
 import socket
-import sys
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
-from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
@@ -23,14 +22,15 @@ from tinyllama import InputError, atomic
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # a holder that was silent for as many seconds is gone
+LONGEST = 65_536  # bytes of a file that are read; ours has some hundred
 
 
 class RunLock:
     """Hold the lock on ``out_dir`` while in the context; for rank 0 only.
 
-    ``job_id`` is the Slurm job's, None outside one. Raises InputError when another process holds it: one whose
-    heartbeat is fresh and, if it was on this host, whose pid is alive; but the same job, requeued since, takes over.
-    Taking over is said, and the one before ends itself, with status 1, should it still be there.
+    ``job_id`` is the Slurm job's, None outside one. Entering waits for up to STALE seconds to see whether another
+    holder is alive and raises InputError if it is. One on this host whose pid is not running, and one of the same job,
+    requeued since, are not waited for. The holder before ends itself, with status 1, should it still be there.
     """
 
     def __init__(self, out_dir: Path, job_id: str | None) -> None:
@@ -50,7 +50,8 @@ class RunLock:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             before = None
             while not self._create():
-                before = self._clear()
+                before = self._evict()
+            self._folder = self._path.parent.stat()
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror}: give an out_dir that can be") from None
         if before is not None:
@@ -58,13 +59,11 @@ class RunLock:
         self._heart.start()
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self._ended.set()
         self._heart.join()
         with contextlib.suppress(OSError):  # the run is over; what is left of its file grows stale
-            if self._holder() == self._me:
+            if _look(self._path).holder == self._me:
                 self._path.unlink()
 
     def _create(self) -> bool:
@@ -81,62 +80,57 @@ class RunLock:
             raise
         return True
 
-    def _clear(self) -> str | None:
+    def _evict(self) -> str | None:
         """Remove the file of a holder that is gone and return who it was and why; raises InputError if it is alive."""
         try:
-            age, text = self._age(), _read(self._path)
+            seen = _look(self._path)
+            why = self._why_gone(seen) or self._watch(seen)
         except FileNotFoundError:
             return None
-        other = _parse(text)
-        on_host = f"pid {other.get('pid', '?')} on {other.get('host', '?')}"
-        who = f"{on_host}, job {other['job_id']}" if other.get("job_id") else on_host
-        job_id, restarts = self._me["job_id"], self._me["restarts"]
-        if job_id is not None and job_id == other.get("job_id") and restarts > other.get("restarts", 0):
-            why = "this job was requeued since"
-        elif other.get("host") == self._me["host"] and not _alive(other["pid"]):
-            why = "it is not running any more"
-        elif age > STALE:
-            why = f"silent for {age:.0f} s"
-        else:
-            raise InputError(
-                f"{self._path.parent} belongs to another run ({who}; heartbeat {max(age, 0):.0f} s ago): stop that or "
-                f"give another out_dir; one that is gone is taken for it after {STALE:.0f} s"
-            )
-        # of two that find the same file stale, the one that renames it goes on; the other finds none, or a new owner's
+        # of two that find the same file stale, the one that renames it continues; the other finds none, or a new one
         tombstone = atomic.temporary(self._path)
         with contextlib.suppress(FileNotFoundError):
             self._path.rename(tombstone)
             try:
-                if _read(tombstone) == text:
-                    return f"{who}: {why}"
+                if _look(tombstone) == seen:
+                    return f"{seen}: {why}"
                 with contextlib.suppress(FileExistsError):  # another was quicker by a moment: this is its file
                     os.link(tombstone, self._path)
             finally:
                 tombstone.unlink()
         return None
 
-    def _age(self) -> float:
-        """Seconds since the last heartbeat, by the clock of the file system."""
-        now = atomic.temporary(self._path)
-        try:
-            now.touch()
-            with self._path.open("rb") as file:  # opened, for NFS may remember an older time of a file not opened
-                return now.stat().st_mtime - os.fstat(file.fileno()).st_mtime
-        finally:
-            now.unlink(missing_ok=True)
+    def _why_gone(self, seen: "_Look") -> str | None:
+        """Return what shows that the holder is gone, without a wait; None if nothing does."""
+        job_id, holder = self._me["job_id"], seen.holder
+        if job_id is not None and job_id == holder.get("job_id") and self._me["restarts"] > holder["restarts"]:
+            return "this job was requeued since"
+        if holder.get("host") == self._me["host"] and not _alive(holder["pid"]):
+            return "it is not running any more"
+        return None
 
-    def _holder(self) -> dict[str, Any]:
-        return _parse(_read(self._path))
+    def _watch(self, seen: "_Look") -> str:
+        """Wait until the holder is gone and return why; raises InputError at its next heartbeat."""
+        out_dir, deadline = self._path.parent, time.monotonic() + STALE
+        print(f"{out_dir} is locked by {seen}: waiting {STALE:.0f} s for a sign of life", flush=True)
+        while time.monotonic() < deadline:
+            time.sleep(BEAT / 20)
+            if _look(self._path) != seen:
+                raise InputError(f"{out_dir} belongs to another run ({seen}): stop that or give another out_dir")
+            if why := self._why_gone(seen):
+                return why
+        return f"silent for {STALE:.0f} s"
 
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # of a file server that does not answer now
+                if is_lost(self._path, self._folder):
+                    end_process(f"{self._path.parent} was unmounted or replaced: mount it, and start this run again")
                 self._create()  # if somebody removed it: we are alive
-                if self._holder() not in ({}, self._me):  # {}: another has begun to write there, or a disk failed
-                    what = f"another run has taken over {self._path.parent}: this one ends"
-                    print(f"error: {what}", file=sys.stderr, flush=True)
-                    os._exit(1)  # at once: two that write there would spoil it
-                os.utime(self._path)  # the file server's time, not ours
+                # {}: another has begun to write there, or a disk failed
+                if _look(self._path).holder not in ({}, self._me):
+                    end_process(f"another run has taken over {self._path.parent}: this one ends")
+                os.utime(self._path)
 
 
 @contextlib.contextmanager
@@ -155,19 +149,49 @@ def run_lock(out_dir: Path, job_id: str | None) -> Iterator[None]:
         yield
 
 
-def _read(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")
+def is_lost(file: Path, folder: os.stat_result) -> bool:
+    """Return whether the folder that ``file`` was written to, once ``folder``, is no longer the one of that path.
 
-
-def _parse(text: str) -> dict[str, Any]:
-    """Return what a lock's file says; {} when it has not been written to its end, or was damaged."""
+    A file system that is mounted again may number its files anew, so the file itself is proof, too.
+    """
     try:
-        facts = json.loads(text)
+        return not os.path.samestat(file.parent.stat(), folder) and not file.exists()
+    except FileNotFoundError:
+        return True
+
+
+def end_process(reason: str) -> NoReturn:
+    """End this process at once, from any thread: what it would still write would do harm."""
+    # not by print: a thread that is stuck in one holds the lock of sys.stderr
+    os.write(2, f"error: {reason}\n".encode(errors="backslashreplace"))
+    os._exit(1)
+
+
+class _Look(NamedTuple):
+    """What there was to see of a lock's file at a moment; a heartbeat changes ``touched``."""
+
+    holder: dict[str, Any]
+    """what the file says; {} if it has not been written to its end, or was damaged"""
+    text: bytes
+    inode: int
+    touched: int
+
+    def __str__(self) -> str:
+        job = f", job {self.holder['job_id']}" if self.holder.get("job_id") else ""
+        return f"pid {self.holder.get('pid', '?')} on {self.holder.get('host', '?')}{job}"
+
+
+def _look(path: Path) -> _Look:
+    # opened before its time is read, as NFS may remember an older one; and no link is followed, no pipe waited for
+    with os.fdopen(os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK), "rb") as file:
+        status, text = os.fstat(file.fileno()), file.read(LONGEST)
+    try:
+        holder = json.loads(text)
         kinds = {"host": str, "pid": int, "restarts": int}
-        whole = all(isinstance(facts[name], kind) for name, kind in kinds.items()) and 0 < facts["pid"] < 2**31
+        complete = all(isinstance(holder[name], kind) for name, kind in kinds.items()) and 0 < holder["pid"] < 2**31
     except (ValueError, TypeError, KeyError, RecursionError):
-        return {}
-    return facts if whole else {}
+        complete = False
+    return _Look(holder if complete else {}, text, status.st_ino, status.st_mtime_ns)
 
 
 def _alive(pid: int) -> bool:
