@@ -12,7 +12,7 @@ import difflib
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.prepare import flags
-from tinyllama.prepare.inputs import Fields, find_inputs
+from tinyllama.prepare.inputs import find_inputs
 from tinyllama.prepare.prepare import prepare
 
 SUBSETS = [
@@ -33,7 +33,7 @@ def main() -> None:
         nearest = ", ".join(difflib.get_close_matches(name, SUBSETS, 1, 0))
         raise InputError(f"--exclude {name}: SlimPajama has no such subset; did you mean {nearest}?")
     inputs = find_inputs(f"{args.source.rstrip('/')}/{args.split}", (".jsonl.zst",))
-    fields = Fields(subsets=True, leave_out=exclude, fraction=args.fraction, seed=args.seed)
+    fields = flags.fields(args, subsets=True, leave_out=exclude)
     print(prepare(inputs, fields, flags.options(args)))
 
 

@@ -8,7 +8,7 @@ tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with -
 
 from tinyllama.config import cli
 from tinyllama.prepare import flags
-from tinyllama.prepare.inputs import Fields, find_inputs
+from tinyllama.prepare.inputs import find_inputs
 from tinyllama.prepare.prepare import prepare
 
 
@@ -19,8 +19,7 @@ def main() -> None:
     parser.add_argument("--languages", default=".", help="folders of --source, with commas (default: every one)")
     args = parser.parse_args()
     inputs = find_inputs(args.source, (".parquet",), filter(None, args.languages.split(",")))
-    fields = Fields(text_key="content", fraction=args.fraction, seed=args.seed)
-    print(prepare(inputs, fields, flags.options(args)))
+    print(prepare(inputs, flags.fields(args, text_key="content"), flags.options(args)))
 
 
 if __name__ == "__main__":

@@ -8,7 +8,7 @@ PATH is a file or a folder: .jsonl, .jsonl.gz and .jsonl.zst hold a document a l
 
 from tinyllama.config import cli
 from tinyllama.prepare import flags
-from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
+from tinyllama.prepare.inputs import ENDINGS, find_inputs
 from tinyllama.prepare.prepare import prepare
 
 
@@ -19,8 +19,7 @@ def main() -> None:
     parser.add_argument("--text_key", default="text", help="key or column that holds the text (default: text)")
     args = parser.parse_args()
     inputs = find_inputs(args.source, ENDINGS)
-    fields = Fields(text_key=args.text_key, fraction=args.fraction, seed=args.seed)
-    print(prepare(inputs, fields, flags.options(args)))
+    print(prepare(inputs, flags.fields(args, text_key=args.text_key), flags.options(args)))
 
 
 if __name__ == "__main__":

@@ -12,7 +12,8 @@ import zstandard
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.prepare import workers
-from tinyllama.prepare.flags import add_arguments, options
+from tinyllama.prepare.flags import add_arguments, fields, options
+from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.prepare import Options
 from tinyllama.tokenizer import Tokenizer
 
@@ -42,6 +43,14 @@ def test_what_no_flag_gives():
     add_arguments(parser)
     args = parser.parse_args(REQUIRED)
     assert (args.fraction, args.seed, args.source) == (1.0, 0, "in")
+    assert fields(args) == Fields()
+
+
+def test_fields():
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    args = parser.parse_args([*REQUIRED, "--fraction", "0.5", "--seed", "7", "--longest_document", "3"])
+    assert fields(args, text_key="content") == Fields("content", fraction=0.5, seed=7, longest=3 * 2**20)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """Documents longer than what is read at once, and fractions: what a reader gives, computed without it."""
 
+import gzip
 import hashlib
 import json
 import random
@@ -22,10 +23,8 @@ LLAMA = "\U0001f999"  # two \u escapes in ASCII JSON, four bytes of UTF-8
 
 @pytest.fixture
 def short(monkeypatch):
-    """A document is long from 64 bytes on, a string of a line from 50, and comes in chunks of 10 bytes."""
-    monkeypatch.setattr(readers, "LONG", 64)
-    monkeypatch.setattr(readers, "_BUFFER", 50)
-    monkeypatch.setattr(readers, "_CHUNK", 10)
+    """64 bytes are read at a time."""
+    monkeypatch.setattr(readers, "BUFFER", 64)
 
 
 def write_arrow(path: Path, batches: list[pa.RecordBatch]) -> Path:
@@ -35,7 +34,7 @@ def write_arrow(path: Path, batches: list[pa.RecordBatch]) -> Path:
     return path
 
 
-def documents(reader: DocumentReader, most: int = 1 << 21) -> list[tuple[str, str]]:
+def documents(reader: DocumentReader, most: int = 1 << 25) -> list[tuple[str, str]]:
     """Text and subset of each document; every chunk must be UTF-8, of the document's subset, and of ``most`` bytes."""
     found, parts, subsets = [], [], set()
     for text, subset, is_last in reader.chunks():
@@ -88,6 +87,32 @@ def test_lines_of_any_length(tmp_path, short, ending, ascii_only):
         list(DocumentReader(path, Fields("content")))
 
 
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+def test_a_line_that_is_too_long(tmp_path, ending):
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress}.get(ending[6:], bytes)
+    path = tmp_path / f"a{ending}"
+    lines = [json.dumps({"text": "x" * size}).encode() for size in (10, 20, 30)]
+    for end in (b"", b"\n"):  # an end of a line counts
+        path.write_bytes(compress(b"\n\n".join(lines) + end))
+        longest = len(lines[2]) + len(end)
+        assert [len(text) for text in DocumentReader(path, Fields(longest=longest))] == [10, 20, 30]
+        with pytest.raises(InputError) as info:
+            list(DocumentReader(path, Fields(longest=longest - 1)))
+        said = f"{path}: line 5: longer than {longest - 1} bytes: remove or split it, or raise --longest_document"
+        assert str(info.value).startswith(said)
+    found = iter(DocumentReader(path, Fields(longest=len(lines[1]) + 1)))
+    assert [len(next(found)) for _ in range(2)] == [10, 20]  # what is before it was read
+
+
+@pytest.mark.parametrize("ending", [".arrow", ".parquet"])
+def test_a_row_that_is_too_long(tmp_path, ending):
+    path, table = tmp_path / f"a{ending}", pa.table({"text": ["é" * 5, "é" * 10], "id": ["i" * 99] * 2})
+    write_arrow(path, table.to_batches()) if ending == ".arrow" else pq.write_table(table, path)
+    assert [len(text) for text in DocumentReader(path, Fields(longest=20))] == [5, 10]
+    with pytest.raises(InputError, match="row 2: longer than 19 bytes: remove or split it, or raise --longest_docum"):
+        list(DocumentReader(path, Fields(longest=19)))
+
+
 def test_lone_surrogates_in_a_long_document_are_one_repair(tmp_path, short):
     lines = [
         r'{"text": "' + r"\ud83e\udd99\ud83e " * 600 + '"}',
@@ -136,7 +161,7 @@ def test_tables_with_rows_of_any_length(tmp_path, short, ending, kind):
     else:
         pq.write_table(pa.table(columns), path, row_group_size=33)
     reader = DocumentReader(path, Fields("content"))
-    assert documents(reader, most=63) == [(text, "") for text in texts]
+    assert documents(reader) == [(text, "") for text in texts]
     assert reader.size == path.stat().st_size
     assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
 

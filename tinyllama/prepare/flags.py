@@ -3,11 +3,13 @@
 import argparse
 import os
 import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 from tinyllama import InputError
 from tinyllama.prepare.encode import Choice
+from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.prepare import Options
 from tinyllama.prepare.workers import cores
 
@@ -25,10 +27,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--fraction", type=_fraction, default=1.0, help="share of the documents to keep (default: 1)")
     parser.add_argument("--seed", type=int, default=0, help="which documents a fraction is (default: 0)")
     parser.add_argument(
-        "--skip_bad_files", type=_files, default=0, metavar="N", help="leave out up to N files that cannot be read"
+        "--longest_document",
+        type=_at_least(1, "megabytes"),
+        default=32,
+        metavar="MB",
+        help="a longer line or row is an error; a worker may take eight times as much memory (default: 32)",
     )
     parser.add_argument(
-        "--workers", type=_count, default=cores(), help="processes; default: one for each core this process may use"
+        "--skip_bad_files",
+        type=_at_least(0, "files"),
+        default=0,
+        metavar="N",
+        help="leave out up to N files that cannot be read",
+    )
+    parser.add_argument(
+        "--workers",
+        type=_at_least(1, "processes"),
+        default=cores(),
+        help="processes; default: one for each core this process may use",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--task", type=_task, metavar="I/N", help="only task I (0..N-1) of N: an array job; no manifest")
@@ -40,6 +56,11 @@ def options(args: argparse.Namespace) -> Options:
     if os.path.realpath(args.output) == os.path.realpath(args.source):
         raise InputError(f"--output {args.output} is the --source: give a folder of its own")
     return Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+
+
+def fields(args: argparse.Namespace, **more: Any) -> Fields:
+    """Return the fields of the documents that the flags ask for, and ``more`` of them."""
+    return Fields(fraction=args.fraction, seed=args.seed, longest=args.longest_document << 20, **more)
 
 
 def _folder(text: str) -> Path:
@@ -58,16 +79,13 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of processes: give 1 or more")
-    return int(text)
+def _at_least(least: int, what: str) -> Callable[[str], int]:
+    def parse(text: str) -> int:
+        if not text.isdecimal() or int(text) < least:
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: give {least} or more")
+        return int(text)
 
-
-def _files(text: str) -> int:
-    if not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number of files: give 0 or more")
-    return int(text)
+    return parse
 
 
 def _task(text: str) -> tuple[int, int]:

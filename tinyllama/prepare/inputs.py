@@ -36,6 +36,8 @@ class Fields:
     """share of the documents that is kept, each by a draw of its own"""
     seed: int = 0
     """of those draws, together with the input's name"""
+    longest: int = 32 << 20
+    """bytes of a JSON line or of a row's text; a longer one is an error (a ``.txt`` is read in parts, however long)"""
 
 
 @dataclass(frozen=True)

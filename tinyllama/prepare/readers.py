@@ -8,6 +8,7 @@ byte).
 import codecs
 import contextlib
 import io
+import itertools
 import json
 import random
 import re
@@ -19,20 +20,12 @@ from typing import Any, NamedTuple
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import Fields
-from tinyllama.prepare.streams import Hashed, decompressed
+from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
 
-LONG = 1 << 24  # bytes of a document that are read whole; a longer one comes in chunks
-_CHUNK = 1 << 21  # bytes
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_BUFFER = 1 << 20  # bytes of text at a time
 _ROWS = 64  # of a table at a time
 _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
-_JSON_STRING = re.compile(rb'"([^"\\]*+(?:\\.[^"\\]*+)*+)"', re.DOTALL)
-# what may be parsed alone: whole characters, whole escapes, both halves of a surrogate pair
-_JSON_PART = re.compile(
-    rb"(?:[^\\]{1,4096}(?![\x80-\xbf])|\\u[dD][89abAB]..\\u[dD][c-fC-F]..|\\u....|\\[^u]){1,512}", re.DOTALL
-)
 
 
 class TextChunk(NamedTuple):
@@ -52,8 +45,8 @@ class DocumentReader:
 
     A lone surrogate (half of a pair like ``\\ud83e\\udd99``; JSON can write it, no encoder takes it) becomes U+FFFD
     and the document is counted as repaired. Everything else that is wrong raises InputError with the file, the line or
-    row and the hint: a git-lfs pointer, a truncated or damaged file, bytes that are not UTF-8, a line that is not a
-    JSON object, a text that is missing or no string. Blank lines are skipped; an empty text is a document.
+    row and the hint: a git-lfs pointer, a truncated or damaged file, bytes that are not UTF-8, a line that is too long
+    or not a JSON object, a text that is missing or no string. Blank lines are skipped; an empty text is a document.
     """
 
     path: Path
@@ -79,29 +72,28 @@ class DocumentReader:
                 parts.clear()
 
     def chunks(self) -> Iterator[TextChunk]:
-        """Yield the documents in the order of the file; one longer than ``LONG`` comes in several chunks."""
+        """Yield the documents in the order of the file; that of a large ``.txt`` comes in several chunks."""
         self.dropped = dict.fromkeys(self.fields.leave_out, 0)
         if self.fields.fraction < 1:
             self.dropped["fraction"] = 0
         self._draws = random.Random(f"{self.fields.seed} {self.name}")  # random() of a text seed is the same everywhere
         self.repaired = 0
+        suffix = self.path.suffix
         try:
-            with Hashed(self.path) as file:
-                if file.starts_with(_LFS_POINTER):
+            raw = Hashed(self.path)
+            with io.BufferedReader(raw, BUFFER) as file:
+                head = file.peek()
+                if head.startswith(_LFS_POINTER):
                     raise self._error("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
-                if self.path.suffix in (".gz", ".zst") and self.path.stat().st_size == 0:
+                if not head and suffix in (".gz", ".zst"):
                     raise self._error("has no bytes, which is no compressed file", "download it again")
-                if self.path.suffix in (".parquet", ".arrow"):
+                if suffix in (".parquet", ".arrow"):
                     yield from self._rows()
-                elif self.path.suffix == ".txt":
-                    yield from self._whole(file)
                 else:
-                    # it closes the file when it goes: not before the hash
-                    stream = decompressed(file, self.path.suffix)
-                    yield from self._records(stream)
-                while file.read(_BUFFER):  # pyarrow opens a file itself, and the hash is of every byte
+                    yield from self._whole(file) if suffix == ".txt" else self._records(file)
+                while file.read(BUFFER):  # pyarrow opens a file itself, and the hash is of every byte
                     pass
-                self.size, self.blake2b = file.size, file.hash.hexdigest()
+                self.size, self.blake2b = raw.size, raw.hash.hexdigest()
         except OSError as error:
             raise self._error(f"cannot be read ({error.strerror})") from None
 
@@ -112,27 +104,29 @@ class DocumentReader:
             self.dropped["fraction"] += 1
         return unwanted
 
-    def _lines(self, stream: Any) -> Iterator[bytes | bytearray]:
+    def _lines(self, file: io.BufferedReader) -> Iterator[tuple[str, bytes]]:
+        """Each line that is not blank, and how errors name it."""
+        stream, longest = decompressed(file, self.path.suffix), self.fields.longest
         try:
-            while line := stream.readline(LONG):
-                if len(line) == LONG:
-                    line = bytearray(line)  # grows in place: a long line is never in memory twice
-                    while not line.endswith(b"\n") and (more := stream.readline(LONG)):
-                        line += more
-                yield line
+            for number in itertools.count(1):
+                line = stream.readline(longest + 1)
+                if len(line) > longest:
+                    raise self._too_long(f"line {number}:")
+                if not line:
+                    return
+                if not line.isspace():
+                    yield f"line {number}:", line
         except EOFError:
             raise self._error("ends in the middle of its compressed data", "download it again") from None
         except (OSError, zlib.error) as error:
             raise self._error(f"cannot be read ({error})", "download it again") from None
 
-    def _records(self, stream: Any) -> Iterator[TextChunk]:
+    def _records(self, file: io.BufferedReader) -> Iterator[TextChunk]:
         text_key = self.fields.text_key
-        for number, line in enumerate(self._lines(stream), 1):
-            if line.isspace() or self._unwanted():
+        for where, line in self._lines(file):
+            if self._unwanted():
                 continue
-            where = f"line {number}:"
-            long: dict[str, tuple[int, int]] = {}
-            record = self._loads(_without_long_strings(line, long) if isinstance(line, bytearray) else line, where)
+            record = self._loads(line, where)
             if not isinstance(record, dict):
                 raise self._error(f"{where} not a JSON object")
             if text_key not in record:
@@ -144,17 +138,9 @@ class DocumentReader:
             text = record[text_key]
             if not isinstance(text, str):
                 raise self._error(f"{where} {text_key!r} is {type(text).__name__}, not a string")
-            if not long or text not in long:  # a text takes time to hash
-                yield TextChunk(self._utf8(text), subset, is_last=True)
-                continue
-            repaired = self.repaired
-            for part in _JSON_PART.finditer(line, *long[text]):
-                text = self._loads(b'"' + part[0] + b'"', where)
-                yield TextChunk(self._utf8(text), subset, is_last=False)
-            self.repaired = min(self.repaired, repaired + 1)  # a document, however many chunks
-            yield TextChunk(b"", subset, is_last=True)
+            yield TextChunk(self._utf8(text), subset, is_last=True)
 
-    def _loads(self, line: bytes | bytearray, where: str) -> Any:
+    def _loads(self, line: bytes, where: str) -> Any:
         # what orjson refuses, lone surrogates above all, json may take; and it says better what is wrong
         with contextlib.suppress(ImportError, ValueError):  # without orjson json gives the same, at half the speed
             import orjson
@@ -188,7 +174,7 @@ class DocumentReader:
 
         row = 0
         try:
-            for column in _parquet(self) if self.path.suffix == ".parquet" else _arrow(self):
+            for column in self._columns():
                 for value in column:
                     row += 1
                     if self._unwanted():
@@ -196,21 +182,48 @@ class DocumentReader:
                     buffer = value.as_buffer()
                     if buffer is None:
                         raise self._error(f"row {row}: {self.fields.text_key!r} is null, not a string")
+                    if buffer.size > self.fields.longest:
+                        raise self._too_long(f"row {row}:")
+                    text = buffer.to_pybytes()
                     try:
-                        yield from _cut(memoryview(buffer))
+                        text.isascii() or text.decode()  # pyarrow does not see to it
                     except UnicodeDecodeError:
                         raise self._error(f"row {row}: not UTF-8") from None
+                    yield TextChunk(text, "", is_last=True)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0]
             kind = self.path.suffix.removeprefix(".")
             raise self._error(f"not a readable {kind} file ({reason})", "download it again") from None
 
-    def _whole(self, file: io.RawIOBase) -> Iterator[TextChunk]:
+    def _columns(self) -> Iterator[Any]:
+        """The text column of a table, some rows at a time."""
+        import pyarrow
+        from pyarrow import parquet
+
+        text_key = self.fields.text_key
+        if self.path.suffix == ".parquet":
+            table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
+            schema, batches = table.schema_arrow, table.iter_batches(_ROWS, columns=[text_key], use_threads=False)
+        else:
+            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path)))
+            schema = batches.schema
+        if text_key not in schema.names:
+            raise self._error(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
+        kind = schema.field(text_key).type
+        encoded = pyarrow.types.is_dictionary(kind)
+        kind = kind.value_type if encoded else kind
+        if str(kind) not in ("string", "large_string", "string_view"):
+            raise self._error(f"column {text_key!r} holds {kind}, not strings", _NAME_THE_KEY)
+        for batch in batches:
+            column = batch.column(text_key)
+            yield column.dictionary_decode() if encoded else column
+
+    def _whole(self, file: io.BufferedReader) -> Iterator[TextChunk]:
         if self._unwanted():
             return
         decoder, line, size = codecs.getincrementaldecoder("utf-8")(), 1, 0
         while True:
-            chunk = file.read(LONG) or b""
+            chunk = file.read(BUFFER)
             try:
                 text = decoder.decode(chunk, final=not chunk).encode()
             except UnicodeDecodeError as error:
@@ -224,79 +237,9 @@ class DocumentReader:
         if size:
             yield TextChunk(b"", "", is_last=True)
 
+    def _too_long(self, where: str) -> InputError:
+        hint = "remove or split it, or raise --longest_document of the prepare command"
+        return self._error(f"{where} longer than {self.fields.longest:,} bytes", hint)
+
     def _error(self, what: str, hint: str = "repair or remove it") -> InputError:
         return InputError(f"{self.path}: {what}: {hint}")
-
-
-def _without_long_strings(line: bytearray, found: dict[str, tuple[int, int]]) -> bytes:
-    """``line`` with a stand-in for each string of 1 MB and more, whose places are put into ``found``."""
-    parts: list[bytes | bytearray] = []
-    done = 0
-    for string in _JSON_STRING.finditer(line):
-        start, end = string.span(1)
-        if end - start >= _BUFFER:
-            name = f"\0{len(found)}"
-            found[name] = start, end
-            parts += [line[done:start], b"\\u0000", name[1:].encode()]
-            done = end
-    return b"".join([*parts, line[done:]])
-
-
-def _cut(text: memoryview) -> Iterator[TextChunk]:
-    """A document of a table; the reader behind wants UTF-8 and pyarrow does not see to it."""
-    if len(text) < LONG:
-        yield TextChunk(_checked(bytes(text)), "", is_last=True)
-        return
-    start = 0
-    while start < len(text):
-        end = start + _CHUNK
-        while end < len(text) and text[end] & 0xC0 == 0x80:  # inside a character
-            end += 1
-        yield TextChunk(_checked(bytes(text[start:end])), "", is_last=False)
-        start = end
-    yield TextChunk(b"", "", is_last=True)
-
-
-def _checked(text: bytes) -> bytes:
-    if not text.isascii():
-        text.decode()
-    return text
-
-
-def _parquet(reader: DocumentReader) -> Iterator[Any]:
-    """The text column in batches."""
-    from pyarrow import parquet
-
-    file = parquet.ParquetFile(reader.path, buffer_size=_BUFFER, pre_buffer=False)
-    _check_column(reader, file.schema_arrow)
-    for batch in file.iter_batches(_ROWS, columns=[reader.fields.text_key], use_threads=False):
-        yield _strings(batch.column(0))
-
-
-def _arrow(reader: DocumentReader) -> Iterator[Any]:
-    """The text column in batches."""
-    import pyarrow
-
-    with pyarrow.memory_map(str(reader.path)) as file:
-        batches = pyarrow.ipc.open_stream(file)
-        _check_column(reader, batches.schema)
-        for batch in batches:
-            yield _strings(batch.column(reader.fields.text_key))
-
-
-def _check_column(reader: DocumentReader, schema: Any) -> None:
-    import pyarrow
-
-    text_key = reader.fields.text_key
-    if text_key not in schema.names:
-        raise reader._error(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
-    kind = schema.field(text_key).type
-    kind = kind.value_type if pyarrow.types.is_dictionary(kind) else kind
-    if str(kind) not in ("string", "large_string", "string_view"):
-        raise reader._error(f"column {text_key!r} holds {kind}, not strings", _NAME_THE_KEY)
-
-
-def _strings(column: Any) -> Any:
-    import pyarrow
-
-    return column.dictionary_decode() if pyarrow.types.is_dictionary(column.type) else column

@@ -36,62 +36,54 @@ def over_workers(
     first OSError of a worker, which the others would meet too.
     """
     queue = sorted(todo, key=lambda one: one.size)
-    processes: dict[Any, SpawnProcess] = {}  # by our end of the pipe
-    busy: dict[Any, Input] = {}
+    idle: dict[Any, SpawnProcess] = {}  # by our end of the pipe
+    busy: dict[Any, tuple[SpawnProcess, Input]] = {}
     died: set[str] = set()  # shards whose worker died once
     lost = done = 0
-    context = multiprocessing.get_context("spawn")
-
-    def assign(pipe: Any) -> None:
-        if queue:
-            busy[pipe] = queue.pop()
-            with contextlib.suppress(OSError):  # a worker that is dead already: its pipe is at its end
-                pipe.send(busy[pipe])
-
-    def start_worker() -> None:
-        ours, theirs = context.Pipe()
-        processes[ours] = context.Process(target=_work, args=(theirs, setup, recipe), daemon=True)
-        with huge_pages():
-            processes[ours].start()
-        theirs.close()
-        assign(ours)
-
     try:
-        for _ in range(min(workers, len(queue))):
-            start_worker()
-        while busy:
+        while queue or busy:
+            while queue and len(busy) < workers:
+                pipe, process = idle.popitem() if idle else _start(setup, recipe)
+                busy[pipe] = process, queue.pop()
+                with contextlib.suppress(OSError):  # a worker that is dead already: its pipe is at its end
+                    pipe.send(busy[pipe][1])
             ready: Any = wait(list(busy))
             for pipe in ready:
-                one = busy.pop(pipe)
+                process, one = busy.pop(pipe)
                 try:
                     outcome = pipe.recv()
                 except (EOFError, OSError):
-                    dead = processes.pop(pipe)
-                    dead.join()
+                    process.join()
                     if one.shard not in died:
                         died.add(one.shard)
                         queue.append(one)
-                        start_worker()
                         continue
                     outcome = WorkerDied(
-                        f"{one.path}: its worker died twice (exit code {dead.exitcode}; -9: killed, perhaps for want "
-                        "of memory, then give fewer --workers): run the command again, what is done is kept"
+                        f"{one.path}: its worker died twice (exit code {process.exitcode}; -9: killed, perhaps for "
+                        "want of memory, then give fewer --workers): run the command again, what is done is kept"
                     )
                     lost += 1
-                    if lost == _MAX_LOST and not done:
-                        raise outcome from None
-                    if queue:
-                        start_worker()
                 else:
-                    if isinstance(outcome, OSError):
-                        raise outcome
-                    done += 1
-                    assign(pipe)
+                    idle[pipe] = process
+                    done += not isinstance(outcome, OSError)
+                if isinstance(outcome, OSError) or (lost == _MAX_LOST and not done):
+                    raise outcome
                 yield one, outcome
     finally:
-        for process in processes.values():
+        for process in [*idle.values(), *(process for process, _ in busy.values())]:
             process.kill()
             process.join()
+
+
+def _start(setup: Callable[[Any], Work], recipe: Any) -> tuple[Any, SpawnProcess]:
+    """Start a worker; returns our end of its pipe, and the process."""
+    context = multiprocessing.get_context("spawn")
+    ours, theirs = context.Pipe()
+    process = context.Process(target=_work, args=(theirs, setup, recipe), daemon=True)
+    with huge_pages():
+        process.start()
+    theirs.close()
+    return ours, process
 
 
 @contextlib.contextmanager
