@@ -30,25 +30,32 @@ INFOS = [
 
 
 def test_subsets_and_what_was_left_out_over_all_shards():
-    assert progress.subsets_of(INFOS) == {
-        "Book": {"documents": 1, "tokens": 200, "bytes": 900},
-        "C4": {"documents": 1002, "tokens": 6000, "bytes": 25000},
+    found = progress.total(INFOS)
+    assert found == {
+        "documents": 1003,
+        "tokens": 6200,
+        "repaired": 1034,
+        "dropped": {"RedPajamaGithub": 7, "fraction": 2005},
+        "subsets": {
+            "Book": {"documents": 1, "tokens": 200, "bytes": 900},
+            "C4": {"documents": 1002, "tokens": 6000, "bytes": 25000},
+        },
     }
-    assert list(progress.subsets_of(INFOS)) == ["Book", "C4"]
-    assert progress.dropped_of(INFOS) == {"RedPajamaGithub": 7, "fraction": 2005}
-    assert list(progress.dropped_of(INFOS[::-1])) == ["RedPajamaGithub", "fraction"]
-    assert (progress.subsets_of([]), progress.dropped_of([])) == ({}, {})
+    assert list(found["subsets"]) == ["Book", "C4"]
+    assert list(progress.total(INFOS[::-1])["dropped"]) == ["RedPajamaGithub", "fraction"]
+    nothing = {"documents": 0, "tokens": 0, "repaired": 0, "dropped": {}, "subsets": {}}
+    assert progress.total([]) == nothing
 
 
 def test_counts_in_words():
     noted = "7 of RedPajamaGithub left out, 2,005 not of the fraction, 1,034 with lone surrogates replaced"
-    assert progress.counts(INFOS) == f"1,003 documents ({noted}), 6,200 tokens"
+    assert progress.counts(progress.total(INFOS)) == f"1,003 documents ({noted}), 6,200 tokens"
     plain = INFOS[0] | {"dropped": {}, "repaired": 0}
-    assert progress.counts([plain]) == "3 documents, 1,200 tokens"
+    assert progress.counts(plain) == "3 documents, 1,200 tokens"
 
 
 def test_table():
-    rows = [line.split() for line in progress.table(INFOS).splitlines()]
+    rows = [line.split() for line in progress.table(progress.total(INFOS)).splitlines()]
     assert rows == [
         ["subset", "documents", "tokens", "bytes"],
         ["Book", "1", "200", "900"],
@@ -57,7 +64,7 @@ def test_table():
         ["of", "RedPajamaGithub", "left", "out", "7"],
         ["not", "of", "the", "fraction", "2,005"],
     ]
-    lines = progress.table(INFOS).splitlines()
+    lines = progress.table(progress.total(INFOS)).splitlines()
     name = len("of RedPajamaGithub left out")  # the longest
     assert [len(line) for line in lines] == [name + 3 * 22] * 4 + [name + 22] * 2
     assert lines[3].startswith("all ")

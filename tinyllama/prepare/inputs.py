@@ -9,7 +9,7 @@ import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -154,36 +154,26 @@ def _find_remote(source: str, endings: tuple[str, ...], folders: set[str]) -> It
 def _folder() -> Iterator[Path]:
     """A folder of this process in ``$TMPDIR``; those of processes that were killed are removed."""
     for left in Path(tempfile.gettempdir()).glob(f"{_FETCHED}*"):
-        _remove(left, _hold(left))
-    held = None
-    while held is None:  # None: another process has just taken it for one that was left
-        folder = Path(tempfile.mkdtemp(prefix=_FETCHED))
-        held = _hold(folder)
-    try:
-        yield folder
-    finally:
-        _remove(folder, held)
+        with suppress(OSError), _held(left):  # not while its process lives
+            shutil.rmtree(left, ignore_errors=True)
+    new = Path(tempfile.mkdtemp(prefix=f"new-{_FETCHED}"))  # which no other process takes for one that was left
+    with _held(new):
+        folder = new.rename(new.with_name(new.name.removeprefix("new-")))
+        try:
+            yield folder
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
 
 
-def _hold(folder: Path) -> int | None:
-    """A handle by which no other process can hold ``folder`` until this one dies; None: one does, or it is gone."""
-    try:
-        handle = os.open(folder, os.O_RDONLY)
-    except OSError:
-        return None
+@contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """Hold ``folder``, as one process at a time can until it dies; OSError: another does, or it is gone."""
+    handle = os.open(folder, os.O_RDONLY)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        os.stat(folder)
-    except OSError:
+        yield
+    finally:
         os.close(handle)
-        return None
-    return handle
-
-
-def _remove(folder: Path, held: int | None) -> None:
-    if held is not None:
-        shutil.rmtree(folder, ignore_errors=True)
-        os.close(held)
 
 
 def _wanted(names: list[str], endings: tuple[str, ...]) -> list[str]:

@@ -105,10 +105,12 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     mine = inputs if task is None else inputs[task[0] :: task[1]]
     infos = _done(inputs, mine, recipe)
     todo = [one for one in mine if one.shard not in infos]
-    bad = {}
+    made: dict[str, Info] = {}
+    bad: dict[str, str] = {}
     if options.finish:
-        bad = {one.shard: error for one in todo if (error := _read_bad(output, one))}
-        if missing := [one.shard for one in todo if one.shard not in bad]:
+        markers = {one.shard: output / f"{one.shard}{_BAD}" for one in todo}
+        bad = {shard: marker.read_text(encoding="utf-8") for shard, marker in markers.items() if marker.exists()}
+        if missing := sorted(markers.keys() - bad.keys()):
             raise InputError(
                 f"{output}: {len(missing)} of {len(mine)} shards are missing ({_some(missing)}): "
                 "run the tasks that make them first"
@@ -121,27 +123,22 @@ def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
             made, bad = _pack_all(todo, recipe, options.workers)
         finally:
             _remove_stale(output, stale)  # of workers that died meanwhile or were stopped
-        infos |= made
+    infos |= made
     if len(bad) > options.skip_bad_files:
         raise InputError(*(bad[shard] for shard in sorted(bad)))
+    total = progress.total(infos.values())
     if task is None:
-        if not any(info["documents"] for info in infos.values()):
+        if not total["documents"]:
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
-        metadata = {
-            "subsets": progress.subsets_of(infos.values()),
-            "dropped": progress.dropped_of(infos.values()),
-            "repaired": sum(info["repaired"] for info in infos.values()),
-            "skipped": sorted(bad),
-        }
-        packed.write_manifest(output, list(infos), **metadata)
+        figures = {key: total[key] for key in ("subsets", "dropped", "repaired")}
+        packed.write_manifest(output, list(infos), **figures, skipped=sorted(bad))
         for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
             if marker.name.removesuffix(_BAD) not in bad:
                 marker.unlink(missing_ok=True)
-    lines = [progress.table(infos.values())] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
-    new = len(todo) - len(bad) if todo else 0
-    lines += [recipe.slow] * bool(new and recipe.slow)
+    lines = [progress.table(total)] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
+    lines += [recipe.slow] * bool(made and recipe.slow)
     took = duration(time.monotonic() - started)
-    lines.append(f"{output}: {len(infos):,} shards ({new:,} new), {progress.counts(infos.values())}, {took}")
+    lines.append(f"{output}: {len(infos):,} shards ({len(made):,} new), {progress.counts(total)}, {took}")
     return "\n".join(lines)
 
 
@@ -235,13 +232,6 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
     if failed:
         raise RuntimeError("\n".join(str(text) for text in [*failed.values(), *bad.values()]))
     return infos, bad
-
-
-def _read_bad(output: Path, one: Input) -> str:
-    try:
-        return (output / f"{one.shard}{_BAD}").read_text(encoding="utf-8")
-    except FileNotFoundError:
-        return ""
 
 
 def _packer(recipe: _Recipe) -> Work:

@@ -39,7 +39,7 @@ class Progress:
             self._bar.set_postfix_str(f"{self._done:,}/{self._shards:,} shards, {self._tokens:,} tokens, {rate}")
             self._bar.update(one.size)
             return
-        result = "not packed" if isinstance(outcome, Exception) else counts([outcome])
+        result = "not packed" if isinstance(outcome, Exception) else counts(outcome)
         left = f"{duration(seconds * self._left / (self._bytes - self._left or 1))} left"
         print(f"[{self._done}/{self._shards}] {one.name}: {result}; {rate}, {left}", file=sys.stderr, flush=True)
 
@@ -49,46 +49,39 @@ class Progress:
             self._bar.close()
 
 
-def subsets_of(infos: Collection[Info]) -> dict[str, dict[str, int]]:
-    """Documents, tokens and bytes of text of each subset, over all shards."""
-    total: dict[str, Counter[str]] = {}
+def total(infos: Collection[Info]) -> Info:
+    """Sum the figures of shards: documents, tokens, what was repaired, left out for each reason, and in each subset."""
+    dropped: Counter[str] = Counter()
+    subsets: dict[str, Counter[str]] = {}
     for info in infos:
+        dropped.update(info["dropped"])
         for subset, figures in info["subsets"].items():
-            total.setdefault(subset, Counter()).update(figures)
-    return {subset: dict(total[subset]) for subset in sorted(total)}
+            subsets.setdefault(subset, Counter()).update(figures)
+    return {key: sum(info[key] for info in infos) for key in ("documents", "tokens", "repaired")} | {
+        "dropped": dict(sorted(dropped.items())),
+        "subsets": {subset: dict(subsets[subset]) for subset in sorted(subsets)},
+    }
 
 
-def dropped_of(infos: Collection[Info]) -> dict[str, int]:
-    """Documents left out for each reason, over all shards."""
-    total: Counter[str] = Counter()
-    for info in infos:
-        total.update(info["dropped"])
-    return dict(sorted(total.items()))
-
-
-def counts(infos: Collection[Info]) -> str:
-    """Documents and tokens of shards in words, and what was done to some of them."""
-    repaired = sum(info["repaired"] for info in infos)
-    notes = [f"{count:,} {_why(reason)}" for reason, count in dropped_of(infos).items()]
-    notes += [f"{repaired:,} with lone surrogates replaced"] * bool(repaired)
-    documents, tokens = (sum(info[key] for info in infos) for key in ("documents", "tokens"))
+def counts(info: Info) -> str:
+    """Documents and tokens in words, and what was done to some of them."""
+    notes = [f"{count:,} {_why(reason)}" for reason, count in info["dropped"].items()]
+    if info["repaired"]:
+        notes.append(f"{info['repaired']:,} with lone surrogates replaced")
     noted = f" ({', '.join(notes)})" if notes else ""
-    return f"{documents:,} documents{noted}, {tokens:,} tokens"
+    return f"{info['documents']:,} documents{noted}, {info['tokens']:,} tokens"
 
 
-def table(infos: Collection[Info]) -> str:
+def table(info: Info) -> str:
     """Documents, tokens and bytes of each subset and of all; below them, what was left out and why."""
-    subsets = subsets_of(infos)
     keys = ("documents", "tokens", "bytes")
-    total = {key: sum(figures[key] for figures in subsets.values()) for key in keys}
-    rows = [(name, figures) for name, figures in subsets.items()] + [("all", total)]
-    dropped = [(f"{_why(reason)}", {"documents": count}) for reason, count in dropped_of(infos).items()]
-    width = max(len(name) for name, _ in [("subset", {}), *rows, *dropped])
+    everything = {key: sum(figures[key] for figures in info["subsets"].values()) for key in keys}
+    dropped = {_why(reason): {"documents": count} for reason, count in info["dropped"].items()}
+    rows = [*info["subsets"].items(), ("all", everything), *dropped.items()]
+    width = max(len(name) for name, _ in [("subset", {}), *rows])
     lines = [f"{'subset':{width}}" + "".join(f"{key:>22}" for key in keys)]
-    lines += [
-        f"{name:{width}}" + "".join(f"{figures[key]:>22,}" if key in figures else "" for key in keys)
-        for name, figures in rows + dropped
-    ]
+    for name, figures in rows:
+        lines.append(f"{name:{width}}" + "".join(f"{figures[key]:>22,}" for key in keys if key in figures))
     return "\n".join(lines)
 
 

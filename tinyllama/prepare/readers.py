@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import Fields
@@ -104,7 +104,7 @@ class DocumentReader:
             self.dropped["fraction"] += 1
         return unwanted
 
-    def _lines(self, file: io.BufferedReader) -> Iterator[tuple[str, bytes]]:
+    def _lines(self, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
         """Each line that is not blank, and how errors name it."""
         stream, longest = decompressed(file, self.path.suffix), self.fields.longest
         try:
@@ -121,7 +121,7 @@ class DocumentReader:
         except (OSError, zlib.error) as error:
             raise self._error(f"cannot be read ({error})", "download it again") from None
 
-    def _records(self, file: io.BufferedReader) -> Iterator[TextChunk]:
+    def _records(self, file: BinaryIO) -> Iterator[TextChunk]:
         text_key = self.fields.text_key
         for where, line in self._lines(file):
             if self._unwanted():
@@ -218,7 +218,7 @@ class DocumentReader:
             column = batch.column(text_key)
             yield column.dictionary_decode() if encoded else column
 
-    def _whole(self, file: io.BufferedReader) -> Iterator[TextChunk]:
+    def _whole(self, file: BinaryIO) -> Iterator[TextChunk]:
         if self._unwanted():
             return
         decoder, line, size = codecs.getincrementaldecoder("utf-8")(), 1, 0

@@ -4,7 +4,7 @@ import gzip
 import hashlib
 import io
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 BUFFER = 1 << 20  # bytes at a time
 _ZSTD_PIECE = 1 << 11  # bytes of zstandard decompressed at a time: of every four, 128 kB can come
@@ -25,7 +25,7 @@ class Hashed(io.FileIO):
         return count
 
 
-def decompressed(file: io.BufferedReader, suffix: str) -> Any:
+def decompressed(file: BinaryIO, suffix: str) -> Any:
     """The text of a file of JSON lines: EOFError or OSError where it is cut short or damaged."""
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
@@ -38,7 +38,7 @@ class _Zstd(io.RawIOBase):
     zstandard's own reader ends there without a word.
     """
 
-    def __init__(self, file: io.BufferedReader) -> None:
+    def __init__(self, file: BinaryIO) -> None:
         import zstandard
 
         self._error = zstandard.ZstdError
