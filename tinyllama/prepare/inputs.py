@@ -8,7 +8,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Container, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,68 +86,72 @@ def find_inputs(source: str | Path, endings: tuple[str, ...], folders: Iterable[
     InputError for a folder that is missing or has no such file, for a file that cannot be reached, and for two inputs
     that would make shards of one name.
     """
-    find = _find_remote if "://" in str(source) else _find_local
+    source = str(source)
+    listed = _list_remote if "://" in source else _list_local
     inputs: dict[str, Input] = {}
     errors = []
-    for one in sorted(find(str(source), endings, set(folders)), key=lambda one: one.path):
-        if _NOT_UTF8.search(one.path):
-            errors.append(f"{one.path!r}: its name is not UTF-8: rename it")
-        elif one.size < 0:
-            errors.append(f"{one.path}: cannot be opened (a link to nothing, or no permission): repair or remove it")
-        elif (other := inputs.setdefault(one.shard, one)) is not one:
-            errors.append(f"{one.path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
+    for folder in sorted(set(folders)):
+        top, files = listed(source, folder)
+        found = [path for path in files if path.endswith(endings) and not _is_cache(path, files)]
+        if not found:
+            raise _nothing(source, folder, files, endings)
+        for path in sorted(found):
+            one = Input(path, path.removeprefix(top).lstrip("/"), files[path])
+            if _NOT_UTF8.search(path):
+                errors.append(f"{path!r}: its name is not UTF-8: rename it")
+            elif one.size < 0:
+                errors.append(f"{path}: cannot be opened (a link to nothing, or no permission): repair or remove it")
+            elif (other := inputs.setdefault(one.shard, one)) is not one:
+                errors.append(f"{path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
     if errors:
         raise InputError(*errors)
     return [inputs[shard] for shard in sorted(inputs)]
 
 
-def _find_local(source: str, endings: tuple[str, ...], folders: set[str]) -> Iterator[Input]:
+def _list_local(source: str, folder: str) -> tuple[str, dict[str, int]]:
+    """The folder that names are relative to, and the files by path with their sizes, -1 where one cannot be opened."""
+
     def stop(error: OSError) -> NoReturn:
         raise InputError(f"{error.filename}: cannot be listed ({error.strerror}): check where the source files are")
 
     top = Path(source)
     if top.is_file():
-        yield Input(str(top), _with_ending(top.name, source, endings), top.stat().st_size)
-        return
-    for folder in sorted(folders):
-        walk = os.walk(top / folder, onerror=stop, followlinks=True)
-        found = [Path(where, name) for where, _, names in walk for name in _wanted(names, endings)]
-        if not found:
-            raise _nothing(top / folder, endings)
-        for file in found:
-            try:
-                size = file.stat().st_size
-            except OSError:
-                size = -1
-            yield Input(str(file), file.relative_to(top).as_posix(), size)
+        return str(top.parent), {str(top): top.stat().st_size}
+    walk = os.walk(top / folder, onerror=stop, followlinks=True)
+    paths = [os.path.join(where, name) for where, _, names in walk for name in names]
+    return str(top), {path: _size(path) for path in paths}
 
 
-def _find_remote(source: str, endings: tuple[str, ...], folders: set[str]) -> Iterator[Input]:
+def _size(path: str) -> int:
+    try:
+        return os.stat(path).st_size
+    except OSError:
+        return -1
+
+
+def _list_remote(source: str, folder: str) -> tuple[str, dict[str, int]]:
     fs, top = _filesystem(source)
-    top = top.rstrip("/")
-    for folder in sorted(folders):
-        root = top if folder == "." else f"{top}/{folder}"
-        try:
-            if fs.isfile(root):
-                name = _with_ending(root.rpartition("/")[2], source, endings)
-                yield Input(source, name, fs.size(root))
-                return
-            listed = fs.find(root, detail=True)
-        except InputError:
-            raise
-        except Exception as error:  # each filesystem has types of its own
-            raise InputError(
-                f"{source}: cannot be listed ({_reason(error)}): check the address and the rights"
-            ) from None
-        names: dict[str, list[str]] = {}
-        for path in listed:
-            where, _, name = path.rpartition("/")
-            names.setdefault(where, []).append(name)
-        found = [f"{where}/{name}" for where in names for name in _wanted(names[where], endings)]
-        if not found:
-            raise _nothing(fs.unstrip_protocol(root), endings)
-        for path in found:
-            yield Input(fs.unstrip_protocol(path), path.removeprefix(f"{top}/"), listed[path]["size"])
+    try:
+        if fs.isfile(top):
+            return source.rpartition("/")[0], {source: fs.size(top)}
+        files = fs.find(top if folder == "." else f"{top.rstrip('/')}/{folder}", detail=True)
+    except Exception as error:  # each filesystem has types of its own
+        raise InputError(f"{source}: cannot be listed ({_reason(error)}): check the address and the rights") from None
+    return fs.unstrip_protocol(top), {fs.unstrip_protocol(path): info["size"] for path, info in files.items()}
+
+
+def _is_cache(path: str, files: Container[str]) -> bool:
+    """Whether ``datasets`` left this file of its cache beside those of a dataset that it saved."""
+    folder, name = os.path.split(path)
+    return name.startswith("cache-") and f"{folder}/{_DATASETS_STATE}" in files
+
+
+def _nothing(source: str, folder: str, files: Collection[str], endings: tuple[str, ...]) -> InputError:
+    if list(files) == [source]:
+        return InputError(f"{source}: ends in none of {', '.join(endings)}: rename or convert it")
+    where = source if folder == "." else f"{source.rstrip('/')}/{folder}"
+    text = ", rename files of plain text to .txt or put them into a .jsonl" if ".txt" in endings else ""
+    return InputError(f"{where}: no file ending in {' or '.join(endings)} in or below it: check where they are{text}")
 
 
 @contextmanager
@@ -174,25 +178,6 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _wanted(names: list[str], endings: tuple[str, ...]) -> list[str]:
-    """Of the names in one folder; ``datasets`` leaves files of its cache beside those of a dataset it saved."""
-    cached = "cache-" if _DATASETS_STATE in names else "\0"
-    return [name for name in names if name.endswith(endings) and not name.startswith(cached)]
-
-
-def _with_ending(name: str, source: str, endings: tuple[str, ...]) -> str:
-    if not name.endswith(endings):
-        raise InputError(f"{source}: ends in none of {', '.join(endings)}: rename or convert it")
-    return name
-
-
-def _nothing(folder: object, endings: tuple[str, ...]) -> InputError:
-    hint = "check where they are" + ", rename files of plain text to .txt or put them into a .jsonl" * (
-        ".txt" in endings
-    )
-    return InputError(f"{folder}: no file ending in {' or '.join(endings)} in or below it: {hint}")
 
 
 def _filesystem(url: str) -> tuple[Any, str]:
