@@ -33,8 +33,8 @@ def stream():
 @pytest.mark.parametrize(("bos", "eos"), [([1], [2]), ([], [2]), ([1], []), ([], [])])
 def test_bos_and_eos_are_the_documents_not_its_parts(tmp_path, monkeypatch, flush, bos, eos):
     monkeypatch.setattr(prepare, "_FLUSH", flush)
-    ids = {"bos_id": bos[0] if bos else None, "eos_id": eos[0] if eos else None}
-    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", fields=Fields(), policy={}, **ids)
+    policy = FACTS | {"bos": bool(bos), "eos": bool(eos)}
+    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", Fields(), policy)
     with ShardWriter(tmp_path, "x", 100) as writer:
         subsets = prepare._write(writer, stream(), recipe, Input("", "go/sub/x.jsonl", 0))
         info = writer.finish(**FACTS)
@@ -51,7 +51,7 @@ def test_bos_and_eos_are_the_documents_not_its_parts(tmp_path, monkeypatch, flus
 
 @pytest.mark.parametrize(("name", "folder"), [("go/sub/x.jsonl", "go"), ("x.jsonl", ".")])
 def test_documents_of_no_subset_are_their_folders(tmp_path, name, folder):
-    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", None, 2, Fields(), {})
+    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", Fields(), FACTS | {"bos": False})
     with ShardWriter(tmp_path, "x", 100) as writer:
         document = TokenChunk(np.array([5, 6], dtype=np.uint32), 7, "", True)
         assert prepare._write(writer, [document], recipe, Input("", name, 0)) == {
@@ -65,7 +65,7 @@ def test_a_long_document_is_one_document(tmp_path, tokenizer_file, monkeypatch):
     texts = ["the little llama walked along the river, " * 20, "a day", "1984\n" * 200]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = Tokenizer(tokenizer_file)
-    recipe = prepare._Recipe(tmp_path, tokenizer_file, "sentencepiece", 1, 2, Fields(), FACTS)
+    recipe = prepare._Recipe(tmp_path, tokenizer_file, "sentencepiece", Fields(), FACTS)
     info = prepare._packer(recipe)(*find_inputs(tmp_path, ENDINGS))
     documents = [[1, *tokenizer.encode(text), 2] for text in texts]
     assert np.fromfile(tmp_path / "a.jsonl.bin", "<u2").tolist() == sum(documents, [])

@@ -7,7 +7,6 @@ import itertools
 import queue
 import threading
 from collections.abc import Iterable, Iterator, Sequence
-from types import TracebackType
 from typing import NamedTuple, Self
 
 import numpy as np
@@ -85,9 +84,7 @@ class Loader:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
+    def __exit__(self, *error: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -186,8 +183,7 @@ def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[
     their own, while the batch before is used. Rows that only fill a batch up have targets IGNORE_INDEX throughout.
     """
     if device.type != "cuda":
-        for batch in batches:
-            yield _widened(batch, device)
+        yield from (_widened(batch, device) for batch in batches)
         return
     side = torch.cuda.Stream(device)
     ahead: tuple[Tensor, Tensor] | None = None

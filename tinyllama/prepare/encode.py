@@ -30,21 +30,9 @@ _RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of word
 # texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
     "",
-    " ",
-    "  ",
-    "\n",
-    "\t",
-    "\r\n",
-    "\0",
-    "\ufffd",
-    "\ufeff",
-    "\u2581",
+    *" \n\t\0\ufffd\ufeff\u2581",  # each by itself
+    *("  ", "\r\n", "<s>", "</s>", "<unk>", "<0x0A>"),
     " \u2581 a\u2581b\u2581",
-    " " * 1000 + "x",
-    "<s>",
-    "</s>",
-    "<unk>",
-    "<0x0A>",
     "a</s>b <s> <unk><0x0A> [INST] <|endoftext|>",
     "a  b   c\n\n\td  \n",
     "line one\r\nline two\r\n",
@@ -56,11 +44,8 @@ GUARDS = (
     "Ω≈ç√∫˜µ≤≥÷",
     "\U0001f642\U0001f1eb\U0001f1f7 \U0001f468\u200d\U0001f469\u200d\U0001f467",
     "\U0010ffff\ud7ff\ue000\x7f\x1b[0m",
-    "x" * 3000,
-    "word " * 500,
+    *("x" * 3000, "word " * 500, "aaabababbbaab" * 30, " " * 1000 + "x"),
     "=" * 80 + "-" * 77 + "#" * 3 + "\n" * 9,
-    "aaabababbbaab" * 30,
-    " " * 1000 + "x",
     "https://a.b/c?d=e&f=%20g",
 )
 

@@ -95,15 +95,17 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
 def _check(folder: Path, shard: dict[str, Any], verify: bool) -> tuple[np.ndarray, int, list[str]]:
     """Documents (64,) of 0, 1, 2-3, 4-7 ... tokens in a shard, the longest one's length, and what is damaged."""
     errors = []
-    lengths = np.zeros(0, dtype=np.int64)
     ends = _document_ends(folder, shard)
     if ends is None:
-        errors.append(_error(folder, shard, ".idx.npy is missing or does not fit its .bin"))
-    else:
-        lengths = np.diff(ends, prepend=0)
-    if verify and _hash(folder / f"{shard['name']}.bin") != shard["blake2b"]:
-        errors.append(_error(folder, shard, ".bin is not what was written, its hash differs"))
+        errors.append(".idx.npy is missing or does not fit its .bin")
+    if verify:
+        with open(folder / f"{shard['name']}.bin", "rb") as file:
+            found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE))
+        if found.hexdigest() != shard["blake2b"]:
+            errors.append(".bin is not what was written, its hash differs")
+    lengths = np.diff(ends if ends is not None else [], prepend=0)
     powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
+    errors = [f"{folder / shard['name']}{error}: delete {shard['name']}.json and {HINT}" for error in errors]
     return np.bincount(powers, minlength=64), int(lengths.max(initial=0)), errors
 
 
@@ -117,12 +119,3 @@ def _document_ends(folder: Path, shard: dict[str, Any]) -> np.ndarray | None:
         return None
     whole = ends.shape == (shard["documents"],) and ends.max(initial=0) == shard["tokens"]
     return ends if whole and (np.diff(ends, prepend=0) >= 0).all() else None
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
-
-
-def _error(folder: Path, shard: dict[str, Any], what: str) -> str:
-    return f"{folder / shard['name']}{what}: delete {shard['name']}.json and {HINT}"

@@ -6,6 +6,7 @@ manifest do not depend on the encoder either; ``NAME.json`` says which one it wa
 can be traced to its shards.
 """
 
+import contextlib
 import os
 import re
 import time
@@ -69,8 +70,6 @@ class _Recipe:
     output: Path
     tokenizer: Path
     encoder: Choice
-    bos_id: int | None
-    eos_id: int | None
     fields: Fields
     policy: Info  # metadata of every shard: one that says otherwise is of another dataset
     slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
@@ -164,8 +163,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
         "seed": fields.seed if fields.fraction < 1 else None,
     }
     chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
-    bos_id, eos_id = used.bos_id if options.bos else None, used.eos_id if options.eos else None
-    return _Recipe(options.output, used.path, chosen, bos_id, eos_id, fields, policy, slow)
+    return _Recipe(options.output, used.path, chosen, fields, policy, slow)
 
 
 def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
@@ -214,8 +212,7 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
     infos: dict[str, Info] = {}
     bad: dict[str, str] = {}
     failed: dict[str, str] = {}
-    bar = progress.Progress(todo)
-    try:
+    with contextlib.closing(progress.Progress(todo)) as bar:
         for one, outcome in over_workers(todo, _packer, recipe, workers):
             marker = recipe.output / f"{one.shard}{_BAD}"
             if isinstance(outcome, InputError):
@@ -227,10 +224,8 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
                 infos[one.shard] = outcome
                 marker.unlink(missing_ok=True)
             bar.add(one, outcome)
-    finally:
-        bar.close()
     if failed:
-        raise RuntimeError("\n".join(str(text) for text in [*failed.values(), *bad.values()]))
+        raise RuntimeError("\n".join([*failed.values(), *bad.values()]))
     return infos, bad
 
 
@@ -260,7 +255,8 @@ def _write(
     writer: packed.ShardWriter, chunks: Iterable[TokenChunk], recipe: _Recipe, one: Input
 ) -> dict[str, dict[str, int]]:
     """Write the documents, many at a time; returns documents, tokens and bytes of text of each subset."""
-    begin, end = ([] if i is None else [np.array([i], np.uint32)] for i in (recipe.bos_id, recipe.eos_id))
+    policy = recipe.policy
+    begin, end = ([np.array([policy[f"{name}_id"]], np.uint32)] if policy[name] else [] for name in ("bos", "eos"))
     folder = one.name.partition("/")[0] if "/" in one.name else "."  # StarCoder's languages; SlimPajama says itself
     figures: dict[str, list[int]] = {}
     parts: list[np.ndarray] = []
