@@ -23,7 +23,8 @@ from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_ROWS = 64  # of a table at a time
+_ROWS = 4  # of a parquet file at a time: each may be of the longest, and more at a time are no faster
+_RATIO = 500  # text does not compress better; what does is a bomb
 _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -203,6 +204,7 @@ class DocumentReader:
         text_key = self.fields.text_key
         if self.path.suffix == ".parquet":
             table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
+            self._check_ratio(table.metadata)
             schema, batches = table.schema_arrow, table.iter_batches(_ROWS, columns=[text_key], use_threads=False)
         else:
             batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path)))
@@ -217,6 +219,16 @@ class DocumentReader:
         for batch in batches:
             column = batch.column(text_key)
             yield column.dictionary_decode() if encoded else column
+
+    def _check_ratio(self, metadata: Any) -> None:
+        """Refuse what would not fit into memory: a page is decompressed whole."""
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            for column in map(group.column, range(group.num_columns)):
+                size = column.total_uncompressed_size
+                if size > self.fields.longest and size > _RATIO * column.total_compressed_size:
+                    what = f"row group {number + 1}: column {column.path_in_schema!r} is {size:,} bytes in "
+                    raise self._error(f"{what}{column.total_compressed_size:,} compressed ones, which is no text")
 
     def _whole(self, file: BinaryIO) -> Iterator[TextChunk]:
         if self._unwanted():
