@@ -264,6 +264,14 @@ def test_unreadable_is_one_line_with_the_remedy(tmp_path, name, content):
     assert "\n" not in str(error.value)
 
 
+def test_a_tiktoken_file_is_named_as_such(tmp_path):
+    path = tmp_path / "tokenizer.model"  # what Llama 3's is called
+    path.write_bytes(b"IQ== 0\nIg== 1\nIHRoZQ== 279\n")
+    with pytest.raises(InputError) as error:
+        Tokenizer(path)
+    assert str(error.value) == f"{path} is a tiktoken file: give the tokenizer.json of the same model"
+
+
 def test_json_truncation_and_padding_are_ignored(tmp_path):
     model = train(tmp_path / "tokenizer.model")
     path = write_hf_json(

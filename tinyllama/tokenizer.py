@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,8 @@ class Tokenizer:
             processor = sentencepiece.SentencePieceProcessor(model_proto=payload)
         except RuntimeError:
             processor = None
+        if re.match(rb"[\w+/]+=* \d+\r?\n", payload):
+            raise InputError(f"{self.path} is a tiktoken file: give the tokenizer.json of the same model")
         if not payload or processor is None:  # sentencepiece takes an empty file for a model without pieces
             raise self._unreadable("a sentencepiece model")
         self.encoder, self.encoder_version = "sentencepiece", sentencepiece.__version__

@@ -185,6 +185,36 @@ def test_faults_of_arrow_files(tmp_path):
     assert "not a readable arrow file" in fault("a")
 
 
+def test_an_arrow_file_cut_short_anywhere(tmp_path):
+    path = tmp_path / "a.arrow"
+    table = pa.table({"text": ["one", "two", "three"]})
+    write_arrow(path, table.to_batches(max_chunksize=1))
+    whole = path.read_bytes()
+    assert list(DocumentReader(path, Fields())) == ["one", "two", "three"]
+    for size in range(len(whole)):  # among them the ends of batches, where pyarrow says nothing
+        path.write_bytes(whole[:size])
+        with pytest.raises(InputError) as info:
+            list(DocumentReader(path, Fields()))
+        assert str(info.value).startswith(f"{path}: ")
+        assert str(info.value).endswith(": download it again")
+
+
+@pytest.mark.parametrize("error", [RuntimeError("two\nlines"), ValueError("two lines"), KeyError("two lines")])
+def test_whatever_reading_raises_is_the_files_error(tmp_path, monkeypatch, error):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": ["one"]}), path)
+
+    def fail(*arguments, **options):
+        raise error
+
+    monkeypatch.setattr(pq, "ParquetFile", fail)
+    with pytest.raises(InputError) as info:
+        list(DocumentReader(path, Fields()))
+    assert str(info.value).replace("'", "") == (
+        f"{path}: cannot be read ({type(error).__name__}: two lines): repair or remove it"
+    )
+
+
 @pytest.mark.parametrize("size", [3, 300])
 def test_a_row_that_is_not_utf8(tmp_path, short, size):
     payload = b"ab" + b"x" * size + b"\xff"

@@ -4,11 +4,14 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pyarrow
 import pytest
 import zstandard
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from tinyllama import InputError
@@ -209,3 +212,39 @@ def test_a_vocabulary_that_the_text_cannot_fill_is_an_error(raw, tmp_path, vocab
     assert done.returncode == 2
     assert re.fullmatch(rf"error: --vocab_size {vocab_size} cannot be trained.*{says}.*\n", done.stderr)
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("line", "parts"),
+    [
+        ("abcd efgh", ["abcd", "efgh"]),
+        ("ab cd efgh", ["ab cd", "efgh"]),  # as much as there is room for
+        ("abcdefgh ijk", ["abcdefgh", "ijk"]),  # the blank itself needs no room
+        ("abcdefghijk", ["abcdefgh", "ijk"]),
+        ("漢字かな交じり", ["漢字", "かな", "交じ", "り"]),
+        ("abc🦙🦙", ["abc🦙", "🦙"]),
+        ("   abcdefghij", ["  ", "abcdefgh", "ij"]),
+        ("abcdefgh", ["abcdefgh"]),
+        ("", [""]),
+    ],
+)
+def test_a_long_line_is_cut_at_a_blank_or_a_letter(line, parts):
+    long = Counter()
+    assert list(train_tokenizer.bounded(["x", line], 8, long)) == ["x", *parts]
+    assert long["lines"] == (len(line.encode()) > 8)
+
+
+@given(st.text("ab é漢🦙\0"), st.integers(4, 9))
+def test_nothing_is_lost_of_a_long_line_but_blanks(line, size):
+    parts = list(train_tokenizer.bounded([line], size, Counter()))
+    assert max(len(part.encode()) for part in parts) <= size
+    assert "".join(parts).replace(" ", "") == line.replace(" ", "")
+    assert line.count(" ") - sum(part.count(" ") for part in parts) <= len(parts) - 1
+
+
+def test_text_of_long_lines_has_its_letters_in_the_vocabulary(tmp_path, capsys):
+    greek = "μῆνιν ἄειδε θεὰ Πηληϊάδεω Ἀχιλῆος "
+    (tmp_path / "a.txt").write_text(greek * 2000 + "\n" + "a short line\n" * 50)
+    pieces = "".join(pieces_of(train_tokenizer.train([str(tmp_path / "a.txt")], 320)))
+    assert set(greek) - {" "} <= set(pieces)
+    assert capsys.readouterr().err == "1 lines of more than 4,192 bytes were cut for sentencepiece\n"

@@ -24,6 +24,7 @@ from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROWS = 4  # of a parquet file at a time: each may be of the longest, and more at a time are no faster
+_ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
 _RATIO = 500  # text does not compress better; what does is a bomb
 _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
@@ -95,8 +96,14 @@ class DocumentReader:
                 while file.read(BUFFER):  # pyarrow opens a file itself, and the hash is of every byte
                     pass
                 self.size, self.blake2b = raw.size, raw.hash.hexdigest()
+        except InputError:
+            raise
         except OSError as error:
-            raise self._error(f"cannot be read ({error.strerror})") from None
+            raise self._error(f"cannot be read ({error.strerror or error})") from None
+        except MemoryError:  # the machine's
+            raise
+        except Exception as error:  # of a library that this file is too much for
+            raise self._error(f"cannot be read ({type(error).__name__}: {error})".replace("\n", " ")) from error
 
     def _unwanted(self) -> bool:
         """Whether the next document is none of the fraction that is kept."""
@@ -207,8 +214,11 @@ class DocumentReader:
             self._check_ratio(table.metadata)
             schema, batches = table.schema_arrow, table.iter_batches(_ROWS, columns=[text_key], use_threads=False)
         else:
-            batches = pyarrow.ipc.open_stream(pyarrow.memory_map(str(self.path)))
+            source = pyarrow.memory_map(str(self.path))
+            batches = pyarrow.ipc.open_stream(source)
             schema = batches.schema
+            if source.read_at(len(_ARROW_END), max(0, source.size() - len(_ARROW_END))) != _ARROW_END:
+                raise self._error("is cut short, it has no end mark", "download it again")
         if text_key not in schema.names:
             raise self._error(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
         kind = schema.field(text_key).type

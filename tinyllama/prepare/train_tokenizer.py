@@ -2,6 +2,8 @@
 
 import io
 import random
+import sys
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -10,13 +12,20 @@ from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
 from tinyllama.prepare.readers import DocumentReader
 
 MAX_LINES = 300_000  # of a large corpus; more lines change little and take minutes
+MAX_BYTES = 4192  # of a line: sentencepiece drops longer ones, without a word
 
 
 def train(paths: list[str], vocab_size: int) -> bytes:
-    """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many."""
+    """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many.
+
+    Lines too long for sentencepiece are cut, and their number is printed.
+    """
     import sentencepiece
 
-    text = sample(lines(paths), MAX_LINES)
+    long: Counter[str] = Counter()
+    text = sample(bounded(lines(paths), MAX_BYTES, long), MAX_LINES)
+    if long["lines"]:
+        print(f"{long['lines']:,} lines of more than {MAX_BYTES:,} bytes were cut for sentencepiece", file=sys.stderr)
     model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
@@ -50,6 +59,27 @@ def lines(paths: list[str]) -> Iterator[str]:
             with one.fetched() as file:
                 for text in DocumentReader(file, Fields(text_key=key or "text")):
                     yield from text.splitlines()
+
+
+def bounded(lines: Iterable[str], size: int, long: Counter[str]) -> Iterator[str]:
+    """Yield ``lines``, those of more than ``size`` bytes cut at a blank, or where there is none behind a letter.
+
+    The blank is left out: sentencepiece puts one before every line. ``long`` counts what was cut.
+    """
+    for line in lines:
+        text = line.encode()
+        long["lines"] += len(text) > size
+        start = 0
+        while len(text) - start > size:
+            end = text.rfind(b" ", start + 1, start + size + 1)
+            blank = end > 0
+            if not blank:
+                end = start + size
+                while text[end] & 0xC0 == 0x80:  # inside a letter
+                    end -= 1
+            yield text[start:end].decode()
+            start = end + blank
+        yield text[start:].decode()
 
 
 def sample(lines: Iterable[str], count: int) -> list[str]:
