@@ -366,6 +366,21 @@ def dtypes(argv: list[str]) -> dict[str, list[str]]:
     return {name: sorted(found) for name, found in seen.items()}
 
 
+def release_groups() -> None:
+    """Destroy every process group but the default one: a run keeps its own until its process ends, and we run many.
+
+    Their sockets close when the last reference goes, which may be in a run's frozen garbage. Looking through all of
+    that takes a second, so it waits until there are many.
+    """
+    if dist.is_initialized():
+        for group in set(dist.distributed_c10d._pg_map) - {dist.group.WORLD}:
+            dist.destroy_process_group(group)
+    if len(os.listdir("/proc/self/fd")) > 100:  # a process may have 256 where the limit is low
+        gc.unfreeze()
+        gc.collect()
+        gc.freeze()
+
+
 def main() -> None:
     """Answer commands until stdin ends."""
     for line in sys.stdin:
@@ -380,6 +395,7 @@ def main() -> None:
         except BaseException:
             answer["defect"] = traceback.format_exc()
         answer["said"] = said.getvalue()
+        release_groups()
         print(json.dumps(answer), flush=True)
 
 
