@@ -253,6 +253,8 @@ def main() -> int:
     runs += [peer for peer in args.peers.split(",") if peer]
     if unknown := [run for run in runs if run.partition(":")[0] not in RUNS]:
         raise InputError(f"{unknown[0]} is not known: choose {', '.join(RUNS)}")
+    if args.budget and DEVICE.type != "cuda":
+        raise InputError("--budget needs a CUDA GPU, whose kernels it counts: leave it out")
     if args.here:
         if args.memory_cap_gib and DEVICE.type == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory

@@ -1,6 +1,7 @@
 import time
 
 import pytest
+import torch
 
 from tinyllama.config.model import named_config
 from tinyllama.throughput import Meter, duration, flops_per_token, peak_flops
@@ -101,3 +102,9 @@ def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) 
 )
 def test_a_duration_has_two_units(seconds: float, text: str) -> None:
     assert duration(seconds) == text
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU has kernels to count")
+def test_kernels_are_not_counted_without_a_gpu(script) -> None:
+    code, _, said = script("benchmark_step", "--budget")
+    assert (code, said) == (2, "error: --budget needs a CUDA GPU, whose kernels it counts: leave it out\n")
