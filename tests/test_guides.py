@@ -1,4 +1,4 @@
-"""What the guides say: every command in a block of bash is run, at a small size, and every link leads somewhere."""
+"""What the guides say: every command, in a block or in the text, is run at a small size; every link leads somewhere."""
 
 import json
 import os
@@ -13,15 +13,9 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[1]
-GUIDES = [
-    "README.md",
-    "pretrain/README.md",
-    "scripts/README.md",
-    "configs/README.md",
-    "docs/benchmarks.md",
-    "CONTRIBUTING.md",
-    "CHANGELOG.md",
-]
+FIRST = ["pretrain/README.md", "scripts/README.md", "configs/README.md"]  # each uses what those before it have made
+FOUND = sorted(str(path.relative_to(ROOT)) for folder in (".", "[!.]*") for path in ROOT.glob(f"{folder}/*.md"))
+GUIDES = [*FIRST, *(guide for guide in FOUND if guide not in FIRST)]
 RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 SMALL = (
@@ -31,34 +25,88 @@ SMALL = (
     "--checkpoint.interval 2 --eval.interval 2 --eval.max_samples 4 --log.interval 1"
 )
 # what stands in a guide, and what is run in its place
-SIZES = [
+INSTEAD = [
+    # what is started otherwise here
     (r"^srun --nodes 2 --ntasks-per-node 8 python ", "torchrun --nproc-per-node 2 "),
     (r"^torchrun (--nnodes 2 )?--nproc-per-node \d+ (--rdzv\S+ \S+ )*", "torchrun --nproc-per-node 2 "),
-    (r"step-00005000", "step-00000002"),
     (r"^sbatch scripts/slurm/pretrain.sbatch ", "bash -n scripts/slurm/pretrain.sbatch && python pretrain/train.py "),
-    (r"^sbatch (scripts/slurm/acceptance.sbatch) .*", r"bash -n \1"),  # tests/slurm runs it
+    (r"^sbatch (\S+/acceptance.sbatch) (.*)", r"bash -n \1 && python pretrain/train.py \2 --dry_run"),
+    (r"^(scripts/)?(\w+\.py )", r"python scripts/\2"),
+    (r"^\.venv/bin/", ""),
+    (r"^pre-commit ", "python -m pre_commit "),
+    # what takes minutes, and is run by .ci/run or on a GPU: that it exists
+    (r"^make (.*)", r"make --dry-run MAKE=true \1"),
+    (r"^\.ci/run$", "bash -n .ci/run"),
+    (r"^pytest (.*)", r"pytest --collect-only --quiet \1"),
+    (r"(-m gpu)$", r"\1 tests/test_gpu.py"),  # to import every test takes half a minute
+    (r"^python -m venv$", "python -m venv --without-pip out/venv"),
+    # the names of what is given
+    (r"step-00005000", "step-00000002"),
+    (r"\bRUN\b", "out/tinyllama_1.1b"),
+    (r"\bDIR\b", "data/slimpajama"),
+    (r"--tokenizer FILE", "--tokenizer tokenizer.model"),
+    (r"\bTEXTS\b", "my_texts"),
+    (r"--benchmark FILE", "--config configs/pretrain/tinyllama_1.1b.yaml --gpus 8 --gpu h200 --benchmark steps.jsonl"),
+    # sizes
     (r"(pretrain/train\.py .*)", rf"\1 {SMALL}"),
     (r"(scripts/train_tokenizer\.py .*)", r"\1 --vocab_size 400"),  # there is one, which is left as it is
     (r"(scripts/generate\.py .*)", r"\1 --max_new_tokens 2"),
+    (r"(scripts/benchmark_checkpoint\.py)", r"\1 --model quickstart --rounds 1"),
+    (r"(scripts/benchmark_data\.py .*)--megabytes 58", r"\1--megabytes 1 --rounds 1"),
+    (r"(scripts/benchmark_step\.py)", r"\1 --model quickstart --tokens 1024 --micro_batch_size 2 --steps 1"),
+    # what needs a GPU, or packages that are not ours
+    (r":train\.precision=float8| --peers litgpt,hf| --budget", ""),
+    (r"(scripts/benchmark_ops\.py)", r"\1 --operation rms_norm --micro_batch_size 1 || [ $? = 2 ]"),
+    (r"--tasks commonsense", "--perplexity data/slimpajama_validation"),
     (r"scripts/doctor\.py(.*)", r"scripts/doctor.py\1 || [ $? = 1 ]"),  # it may find something
 ]
-# these need a network or a real Slurm
-NOT_RUN = ("pip install ", "hf download ", "scancel ")
+RUN = re.compile(r"(python|torchrun|bash -n|make --dry-run|pytest --collect-only|grep|tail) .*")
+# what is not run, and why
+NOT_RUN = {
+    r"pip install( .*)?": "from the network; .ci/run installs the package and its extras",
+    r"apt install .*": "changes the machine",
+    r"hf (download .*|auth login)": "a terabyte from the network, behind an account",
+    r"wandb sync": "sends to an account",
+    r"scancel .*": "needs a job; tests/slurm signals one",
+}
+# what stands between backticks and is a message, not a command
+MESSAGES = re.compile(
+    r"nothing is wrong|train\.global_batch_size 1024 is not .*|cannot resume from .*|\.\.\. belongs to .*"
+    r"|STOPPED says .*|skipped step .*|ops\.attention flash_attn cannot .*|wandb is off .*"
+)
+
+
+def spans(guide: str) -> list[str]:
+    """What stands between single backticks, in one line each."""
+    text = re.sub(r"```.*?```", "", (ROOT / guide).read_text(), flags=re.DOTALL)
+    return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
 def commands(guide: str) -> list[str]:
-    """The commands in the guide's blocks of bash, one a line, without their comments."""
-    text = (ROOT / guide).read_text()
-    lines = [line for block in re.findall(r"```bash\n(.*?)```", text, re.DOTALL) for line in block.splitlines()]
-    joined = "\n".join(lines).replace("\\\n", " ").splitlines()
-    plain = [" ".join(re.sub(r"(^|\s)# .*|\s{2,}#.*", "", line).split()) for line in joined]
-    return [line for line in plain if line]
+    """The commands in the guide's blocks, one a line, without their comments, then those in its text.
+
+    In the text, two words or more are one, unless they are flags, a setting with its value, or a message.
+    """
+    blocks = re.findall(r"```(?:bash)?\n(.*?)```", (ROOT / guide).read_text(), re.DOTALL)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    plain = [" ".join(re.sub(r"(^|\s)# .*|\s{2,}#.*", "", line).split()) for line in lines]
+    named = [span for span in spans(guide) if re.match(r"[^-\s]\S*[^:\s] ", span) and not MESSAGES.fullmatch(span)]
+    return [line for line in plain if line] + named
 
 
-def small(command: str) -> str:
-    for pattern, instead in SIZES:
+def small(command: str) -> str | None:
+    """What is run in place of ``command``; None: it is not run."""
+    if any(re.fullmatch(pattern, command) for pattern in NOT_RUN):
+        return None
+    for pattern, instead in INSTEAD:
         command = re.sub(pattern, instead, command)
     return command
+
+
+@pytest.fixture
+def env() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    return dict(os.environ, PATH=path, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TERM="dumb")
 
 
 @pytest.fixture
@@ -68,8 +116,10 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     import pyarrow.parquet as pq
     import zstandard
 
-    for name in ("pretrain", "scripts", "configs", "tinyllama"):
+    links = ("pretrain", "scripts", "configs", "tinyllama", "tests", "Makefile", "pyproject.toml", ".ci")
+    for name in (*links, ".pre-commit-config.yaml"):
         (tmp_path / name).symlink_to(ROOT / name)
+    subprocess.run(["git", "init", "--quiet", tmp_path], check=True)
     shutil.copy(tokenizer_file, tmp_path / "tokenizer.model")
     rng = np.random.default_rng(0)
     words = ["the", "little", "llama", "walked", "along", "a", "river", "and", "others", "followed", "to", "town"]
@@ -88,6 +138,7 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     (tmp_path / "my_texts" / "mine.txt").write_text("\n".join(texts))
     shutil.copytree(tmp_path / "my_texts", tmp_path / "my_held_out")
     (tmp_path / "slurm-tinyllama-1.out").write_text("step 4/4  val_loss 5.0\n")
+    (tmp_path / "steps.jsonl").write_text('{"run": "ours", "model": "tinyllama_1.1b", "tokens_per_second": 61000}\n')
     (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):
         (tmp_path / "bin" / name).symlink_to(Path(sys.executable).parent / name)
@@ -95,31 +146,49 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
 
 
 @pytest.mark.slow
-def test_every_command_runs(workspace: Path) -> None:
-    env = dict(os.environ, PYTHONPATH=str(ROOT), HF_HUB_OFFLINE="1", OMP_NUM_THREADS="1", TERM="dumb")
-    env["PATH"] = f"{Path(sys.executable).parent}:{env['PATH']}"
+def test_every_command_runs(workspace: Path, env: dict[str, str]) -> None:
     done: set[str] = set()
-    for guide in ("pretrain/README.md", "scripts/README.md", "configs/README.md", "README.md"):
+    for guide in GUIDES:
         for command in commands(guide):
             line = small(command)
-            if line in done or line.startswith(NOT_RUN):
+            if line is None or line in done:
                 continue
             ran = subprocess.run(["bash", "-c", line], cwd=workspace, env=env, capture_output=True, text=True)
             assert ran.returncode == 0, f"{guide}: {command}\nas: {line}\n{ran.stdout}{ran.stderr}"
             done.add(line)
-    assert len(done) > 25
+    assert len(done) > 50
     assert (workspace / "out" / "tinyllama_1.1b" / "report.html").exists()
     assert (workspace / "hf" / "model.safetensors").exists()
 
 
+@pytest.mark.slow
+def test_every_script_explains_the_flags_that_the_guides_name(env: dict[str, str]) -> None:
+    scripts = [ROOT / "pretrain" / "train.py", *sorted((ROOT / "scripts").glob("*.py"))]
+    helps = ""
+    for path in scripts:
+        helps += subprocess.check_output([sys.executable, path, "--help"], cwd=ROOT, env=env, text=True)
+    for guide in [guide for guide in GUIDES if guide != "CHANGELOG.md"]:  # which names flags of the past
+        for flag in [span.split()[0] for span in spans(guide) if span.startswith("--")]:
+            assert re.search(rf"{re.escape(flag)}\b", helps) or flag == "--ntasks-per-node", f"{guide}: {flag}"
+
+
 @pytest.mark.parametrize("guide", GUIDES)
-def test_every_block_of_commands_is_one_that_is_run(guide: str) -> None:
-    fences = re.findall(r"^```(.*)$", (ROOT / guide).read_text(), re.MULTILINE)
-    allowed = {"bash", "text", ""} if guide == "README.md" else {"bash", ""}  # make's block is the quickstart's test
-    assert set(fences) <= allowed
+def test_every_command_is_one_that_is_run_or_says_why_not(guide: str) -> None:
+    assert set(re.findall(r"^```(.*)$", (ROOT / guide).read_text(), re.MULTILINE)) <= {"bash", ""}
     for command in commands(guide):
-        for script in re.findall(r"(?:pretrain|scripts)/\S+\.(?:py|sbatch|sh)", command):
-            assert (ROOT / script).exists(), command
+        line = small(command)
+        assert line is None or RUN.fullmatch(line), f"{command}: give INSTEAD or NOT_RUN of {__name__} a line for it"
+        for path in re.findall(r"(?:pretrain|scripts|tests)/\S+\.(?:py|sbatch|sh)", line or ""):
+            assert (ROOT / path).exists(), command
+
+
+def test_what_is_not_run_and_what_is_a_message_stands_in_a_guide() -> None:
+    said = [
+        *(span for guide in GUIDES for span in spans(guide)),
+        *(line for guide in GUIDES for line in commands(guide)),
+    ]
+    for pattern in [*NOT_RUN, *MESSAGES.pattern.split("|")]:
+        assert any(re.fullmatch(pattern, line) for line in said), pattern
 
 
 @pytest.mark.parametrize("guide", GUIDES)
