@@ -26,8 +26,10 @@ test-slurm: .venv/installed  ## on a real Slurm of two nodes in network namespac
 		apt-get install --yes --no-install-recommends slurmctld slurmd slurm-client munge iproute2 procps)
 	$(BIN)/pytest tests/slurm -m '$(SLURM_TESTS)' --tb short
 
-stress: .venv/installed  ## 50 kills of a run that saves all the time
-	STRESS_KILLS=50 $(BIN)/pytest tests/test_stress.py -m slow
+export STRESS_DISTURBANCES ?= 60
+export STRESS_SEED ?= 0
+stress: .venv/installed  ## a run that is killed, stopped, without room or damaged 60 times: STRESS_DISTURBANCES= STRESS_SEED=
+	$(BIN)/pytest tests/test_stress.py -m slow -s
 
 TOKENIZER := data/quickstart/tokenizer.model
 benchmark: .venv/installed  ## how fast this machine encodes, reads and trains, after make quickstart or with TOKENIZER=

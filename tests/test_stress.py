@@ -1,13 +1,14 @@
-"""Kills without end: what comes out is, bit for bit, what an undisturbed run makes. `make stress` does 50 of them."""
+"""Kills and worse, without end: what comes out is, bit for bit, what an undisturbed run makes. See `make stress`."""
 
+import collections
 import csv
 import json
 import os
-import signal
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,7 +17,9 @@ import yaml
 from checkpoint_rank import contents
 
 ROOT = Path(__file__).parents[1]
-KILLS = int(os.environ.get("STRESS_KILLS", 8))
+DISTURBANCES = int(os.environ.get("STRESS_DISTURBANCES", 8))
+SEED = int(os.environ.get("STRESS_SEED", 0))
+STEPS = 10 * DISTURBANCES + 20
 
 
 def losses(out_dir: Path) -> list[tuple[str, str]]:
@@ -24,41 +27,66 @@ def losses(out_dir: Path) -> list[tuple[str, str]]:
         return [(row["step"], row["loss"]) for row in csv.DictReader(file)]
 
 
-@pytest.mark.slow
-def test_a_run_that_is_killed_again_and_again_is_the_undisturbed_one(
-    packed_folder: Callable[..., Path], tmp_path: Path
-) -> None:
+@pytest.fixture
+def config_file(packed_folder: Callable[..., Path], tmp_path: Path) -> Path:
+    """A run that saves all the time."""
     rng = np.random.default_rng(0)
     documents = [[int(3 + (start + i) % 250) for i in range(60)] + [2] for start in rng.integers(3, 250, 100)]
-    steps = 10 * KILLS
     config = {
         "model": {"name": "quickstart", "block_size": 32, "vocab_size": 256, "n_layer": 2, "n_embd": 32}
         | {"intermediate_size": 64},
         "data": {"sources": [{"path": str(packed_folder([documents], vocab_size=256))}]},
-        "train": {"max_steps": steps, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"},
+        "train": {"max_steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
+        | {"timeout": 10},  # of the watchdog, which ends a run that has a stopped rank
         "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 5},
-        "checkpoint": {"interval": 3, "keep_last": 2},
+        "checkpoint": {"interval": 3, "keep_last": 2, "on_failure": "stop"},
         "log": {"interval": 1},
     }
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
+    return path
 
-    def run(kills: int, out_dir: Path) -> list:
-        command = [sys.executable, ROOT / "tests" / "helpers" / "stress_ranks.py", str(kills), "--config", path]
-        done = subprocess.run([*command, "--out_dir", out_dir], cwd=ROOT, capture_output=True, text=True)
-        assert done.returncode == 0, done.stderr[-4000:]
-        return [json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")]
 
-    assert run(0, tmp_path / "straight") == [[0, 0, [0, 0]]]
-    starts = run(KILLS, tmp_path / "killed")
-    assert sum(-signal.SIGKILL in codes for _, _, codes in starts) == KILLS
-    assert starts[-1][2] == [0, 0]
-    for newest, went_on, _ in starts:
-        assert went_on in (newest, None)
-    assert sum(went_on is not None for _, went_on, _ in starts) > KILLS / 2
-    last = f"checkpoints/step-{steps:08d}"
-    expected, found = (contents(tmp_path / name / last) for name in ("straight", "killed"))
+def mounts() -> list[str]:
+    """What starts a command that may mount: root's, or a user namespace; [] where there is neither."""
+    for command in (["unshare", "--mount"], ["unshare", "--user", "--map-root-user", "--mount"]):
+        if subprocess.run([*command, "true"], capture_output=True).returncode == 0:
+            return command
+    return []
+
+
+def run(disturbances: int, config_file: Path, out_dir: Path) -> list[dict[str, Any]]:
+    """What tests/helpers/stress_ranks.py says of each start."""
+    namespace = mounts()
+    driver = [sys.executable, ROOT / "tests" / "helpers" / "stress_ranks.py", *(["--mount"] if namespace else [])]
+    argv = [disturbances, SEED, "--config", config_file, "--out_dir", out_dir]
+    done = subprocess.run([*namespace, *map(str, [*driver, *argv])], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+@pytest.mark.slow
+def test_a_run_that_is_disturbed_again_and_again_is_the_undisturbed_one(config_file: Path, tmp_path: Path) -> None:
+    ((straight),) = run(0, config_file, tmp_path / "straight")
+    assert (straight["resumed"], straight["exit"]) == (0, 0)
+    starts = run(DISTURBANCES, config_file, tmp_path / "disturbed")
+    for start in starts:
+        print(json.dumps(start))
+    disturbed = [start for start in starts if start["came"]]
+    print(f"seed {SEED}:", dict(collections.Counter(start["kind"] for start in disturbed)))
+    assert len(disturbed) == DISTURBANCES
+    assert starts[-1]["exit"] == 0
+    for start, after in zip(starts, starts[1:], strict=False):
+        assert after["resumed"] in (after["newest"], None)
+        if start["damaged"]:
+            step, _ = start["damaged"]
+            assert after["newest"] < step, start
+        if start["kind"] == "stop of a rank":
+            assert "dead, stopped or stuck in C code: rank " in start["diagnosis"]
+    assert sum(start["resumed"] is not None for start in starts) > DISTURBANCES / 2
+    last = f"checkpoints/step-{STEPS:08d}"
+    expected, found = (contents(tmp_path / name / last) for name in ("straight", "disturbed"))
     assert found.keys() == expected.keys()
     for name, tensor in expected.items():
         assert torch.equal(found[name], tensor), name
-    assert losses(tmp_path / "killed") == losses(tmp_path / "straight")
+    assert losses(tmp_path / "disturbed") == losses(tmp_path / "straight")
