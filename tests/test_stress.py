@@ -19,7 +19,7 @@ from checkpoint_rank import contents
 ROOT = Path(__file__).parents[1]
 DISTURBANCES = int(os.environ.get("STRESS_DISTURBANCES", 8))
 SEED = int(os.environ.get("STRESS_SEED", 0))
-STEPS = 10 * DISTURBANCES + 20
+STEPS = 5 * DISTURBANCES + 20  # most disturbances lose steps
 
 
 def losses(out_dir: Path) -> list[tuple[str, str]]:
@@ -37,7 +37,7 @@ def config_file(packed_folder: Callable[..., Path], tmp_path: Path) -> Path:
         | {"intermediate_size": 64},
         "data": {"sources": [{"path": str(packed_folder([documents], vocab_size=256))}]},
         "train": {"max_steps": STEPS, "global_batch_size": 4, "micro_batch_size": 2, "precision": "fp32"}
-        | {"timeout": 10},  # of the watchdog, which ends a run that has a stopped rank
+        | {"timeout": 10, "start_timeout": 60},  # of the watchdog, which ends a run that has a stopped rank
         "optim": {"lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 5},
         "checkpoint": {"interval": 3, "keep_last": 2, "on_failure": "stop"},
         "log": {"interval": 1},
@@ -59,10 +59,19 @@ def run(disturbances: int, config_file: Path, out_dir: Path) -> list[dict[str, A
     """What tests/helpers/stress_ranks.py says of each start."""
     namespace = mounts()
     driver = [sys.executable, ROOT / "tests" / "helpers" / "stress_ranks.py", *(["--mount"] if namespace else [])]
-    argv = [disturbances, SEED, "--config", config_file, "--out_dir", out_dir]
-    done = subprocess.run([*namespace, *map(str, [*driver, *argv])], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-4000:]
-    return [json.loads(line) for line in done.stdout.splitlines()]
+    command = [*namespace, *driver, disturbances, SEED, "--config", config_file, "--out_dir", out_dir]
+    starts = []
+    errors = out_dir.with_name(f"{out_dir.name}.stderr")
+    with (
+        errors.open("w") as file,
+        subprocess.Popen(list(map(str, command)), cwd=ROOT, stdout=subprocess.PIPE, stderr=file, text=True) as process,
+    ):
+        assert process.stdout
+        for line in process.stdout:
+            print(line, end="", flush=True)  # make stress shows it
+            starts.append(json.loads(line))
+    assert process.returncode == 0, errors.read_text()[-4000:]
+    return starts
 
 
 @pytest.mark.slow
@@ -70,8 +79,6 @@ def test_a_run_that_is_disturbed_again_and_again_is_the_undisturbed_one(config_f
     ((straight),) = run(0, config_file, tmp_path / "straight")
     assert (straight["resumed"], straight["exit"]) == (0, 0)
     starts = run(DISTURBANCES, config_file, tmp_path / "disturbed")
-    for start in starts:
-        print(json.dumps(start))
     disturbed = [start for start in starts if start["came"]]
     print(f"seed {SEED}:", dict(collections.Counter(start["kind"] for start in disturbed)))
     assert len(disturbed) == DISTURBANCES
