@@ -29,7 +29,7 @@ def main() -> int:
     if sizes and Path(args.checkpoint).is_dir():
         raise InputError(f"{args.checkpoint} says its model's sizes itself: leave the --model flags out")
     weights = open_weights(args.checkpoint, sizes.resolve() if sizes else None).cast(args.dtype)
-    trained_with, tokenizer = weights.facts["tokenizer_sha256"], None
+    trained_with, tokenizer = weights.metadata["tokenizer_sha256"], None
     if args.tokenizer is not None:
         tokenizer = matching_tokenizer(args.tokenizer, trained_with, weights.config)
     hf_folder.write(args.output, weights, tokenizer)

@@ -38,7 +38,7 @@ def main() -> None:
 
     def score(path: Path) -> None:
         weights = open_weights(path)
-        tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], weights.config)
+        tokenizer = matching_tokenizer(args.tokenizer, weights.metadata["tokenizer_sha256"], weights.config)
         file = harness.csv_of(weights)
         harness.read_scores(file)  # fails now rather than after hours of work
         scores = []
@@ -55,8 +55,7 @@ def main() -> None:
     if not args.watch:
         score(args.checkpoint)
         return
-    names = [task.name if isinstance(task, harness.Task) else task for task in tasks]
-    names += [args.perplexity.name] if args.perplexity is not None else []
+    names = [task.name for task in tasks] + ([args.perplexity.name] if args.perplexity is not None else [])
     for step_dir in harness.watch(args.checkpoint, names, POLL_SECONDS):
         try:
             score(step_dir)

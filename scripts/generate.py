@@ -32,7 +32,7 @@ def main() -> None:
     args = parser.parse_args()
     weights = open_weights(args.checkpoint)
     config = weights.config
-    tokenizer = matching_tokenizer(args.tokenizer, weights.facts["tokenizer_sha256"], config)
+    tokenizer = matching_tokenizer(args.tokenizer, weights.metadata["tokenizer_sha256"], config)
     how = {key: getattr(args, key) for key in ("max_new_tokens", "temperature", "top_k", "top_p", "seed")}
     generate.check(config, **how)
     prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
@@ -40,16 +40,18 @@ def main() -> None:
         raise InputError("--prompt is empty: give the beginning of a text")
     model = from_weights(config, weights.cast(torch.float32).load())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
-    new = generate.Texts(tokenizer, prompts)
-    started = time.perf_counter()
+    texts = [generate.Text(tokenizer, prompt) for prompt in prompts]
+    count, started = 0, time.perf_counter()
     for step in generate.stream(model, prompts, **how, eos_id=tokenizer.eos_id):
-        pieces = new.add(step)
-        if len(prompts) == 1:
-            print(pieces[0], end="", flush=True)
+        for text, token in zip(texts, step, strict=True):
+            if token is not None:
+                count += 1
+                new = text.add(token)
+                if len(texts) == 1:
+                    print(new, end="", flush=True)
     seconds = time.perf_counter() - started
-    rest = new.rest()
-    print(rest[0] if len(prompts) == 1 else "\n\n".join(new.texts))
-    count = sum(map(len, new.ids))
+    rest = [text.rest() for text in texts]
+    print(rest[0] if len(texts) == 1 else "\n\n".join(text.text for text in texts))
     print(f"{count} tokens in {seconds:.2f} s, {count / seconds:.1f} tokens/s", file=sys.stderr)
 
 

@@ -125,7 +125,7 @@ def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> 
 
     import torch
     import torch.distributed as dist
-    from models import CONFIG, FACTS, weights
+    from models import CONFIG, METADATA, weights
 
     from tinyllama.checkpoint.state import TrainState
     from tinyllama.checkpoint.writer import Checkpointer
@@ -134,7 +134,7 @@ def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> 
     from tinyllama.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("run")
-    facts = {**FACTS, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
+    facts = {**METADATA, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
     model = from_weights(CONFIG, weights())
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()

@@ -1,8 +1,10 @@
 """Write files that appear complete or not at all, and survive a power cut."""
 
+import contextlib
 import errno
 import os
 import secrets
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -11,18 +13,25 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
-def write(path: Path, payload: bytes) -> None:
-    """Replace the content of ``path`` by ``payload``; a reader sees the old content or the complete new one."""
+@contextlib.contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Yield a temporary name beside ``path``: the file that the block writes there replaces ``path`` if it succeeds."""
     if path.exists() and not path.is_file():  # as root, replace() would overwrite a device
         raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
     partial = temporary(path)
     try:
-        partial.write_bytes(payload)
+        yield partial
         sync(partial)
         partial.replace(path)
         sync(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write(path: Path, payload: bytes) -> None:
+    """Replace the content of ``path`` by ``payload``; a reader sees the old content or the complete new one."""
+    with replacing(path) as partial:
+        partial.write_bytes(payload)
 
 
 def sync(path: Path) -> None:

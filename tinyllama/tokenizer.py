@@ -78,9 +78,8 @@ class Tokenizer:
 
     def control_pieces(self) -> list[str]:
         """Return the pieces of a sentencepiece model that no text becomes: unk, bos, eos and other controls."""
-        p, ids = self._processor, list(range(self.vocab_size))
-        flags = zip(p.is_control(ids), p.is_unknown(ids), strict=True)
-        return [piece for piece, found in zip(p.id_to_piece(ids), flags, strict=True) if any(found)]
+        p = self._processor
+        return [p.id_to_piece(i) for i in range(self.vocab_size) if p.is_control(i) or p.is_unknown(i)]
 
     def json_without_added_tokens(self) -> str:
         """Return a tokenizer.json that encodes text as this does, for libraries that read no other format.
@@ -158,10 +157,8 @@ class Tokenizer:
 
 
 def _text_pieces(processor: Any) -> list[str]:
-    ids = list(range(processor.vocab_size()))
     kinds = (processor.is_control, processor.is_byte, processor.is_unknown, processor.is_unused)
-    flags = zip(*(kind(ids) for kind in kinds), strict=True)
-    return [piece for piece, found in zip(processor.id_to_piece(ids), flags, strict=True) if not any(found)]
+    return [processor.id_to_piece(i) for i in range(processor.vocab_size()) if not any(kind(i) for kind in kinds)]
 
 
 def _bpe_of_sentencepiece(processor: Any) -> dict[str, Any]:

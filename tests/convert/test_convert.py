@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIG, FACTS, difference, from_hf, generate, given, llama, to_hf, weights
+from models import CONFIG, METADATA, difference, from_hf, generate, given, llama, to_hf, weights
 
 from tinyllama import InputError
 from tinyllama.convert import hf_folder, tokenizer_files, verify
@@ -161,7 +161,7 @@ def test_verify_sees_what_is_wrong(exported, tmp_path, tokenizer_file):
 
 
 def test_without_a_tokenizer_the_ids_are_those_of_the_data(tmp_path):
-    hf_folder.write(tmp_path / "hf", given(facts=FACTS | {"eos_id": 7, "bos_id": None}))
+    hf_folder.write(tmp_path / "hf", given(metadata=METADATA | {"eos_id": 7, "bos_id": None}))
     config = json.loads((tmp_path / "hf/config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"]) == (7, None)
     names = {"config.json", "export.json", "generation_config.json", "model.safetensors"}
@@ -172,7 +172,7 @@ def test_an_export_replaces_an_export_whole(tmp_path, tokenizer_file):
     folder = tmp_path / "hf"
     folder.mkdir()
     hf_folder.write(folder, given(), Tokenizer(tokenizer_file))
-    hf_folder.write(folder, given(weights(seed=6), facts=FACTS | {"step": 13}))
+    hf_folder.write(folder, given(weights(seed=6), metadata=METADATA | {"step": 13}))
     assert not (folder / "tokenizer.json").exists()
     assert json.loads((folder / "export.json").read_text())["step"] == 13
     assert difference(folder, weights(seed=6)) <= 1e-5

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from models import CONFIG, FACTS, given, to_hf, weights
+from models import CONFIG, METADATA, given, to_hf, weights
 from safetensors.torch import load_file
 
 from tinyllama import InputError, __version__
@@ -62,11 +62,11 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     files = ["config.json", "export.json", "generation_config.json", "model.safetensors"]
     assert read_json(tmp_path / "hf/export.json") == mark | {"files": files}
 
-    # the facts of the data give way to those of the tokenizer itself
+    # the metadata of the data give way to those of the tokenizer itself
     condensed = dataclasses.replace(CONFIG, vocab_size=448, rope_condense_ratio=4, tie_embeddings=True)
-    facts = FACTS | {"eos_id": 7, "bos_id": None, "tokenizer_sha256": "4" * 64}
+    metadata = METADATA | {"eos_id": 7, "bos_id": None, "tokenizer_sha256": "4" * 64}
     tokenizer = Tokenizer(tokenizer_file)
-    hf_folder.write(tmp_path / "more", given(config=condensed, facts=facts).cast("bfloat16"), tokenizer)
+    hf_folder.write(tmp_path / "more", given(config=condensed, metadata=metadata).cast("bfloat16"), tokenizer)
     assert read_json(tmp_path / "more/config.json") == HF_CONFIG | CONDENSED
     assert read_json(tmp_path / "more/generation_config.json") == {"bos_token_id": 1, "eos_token_id": 2}
     mark |= {"model": dataclasses.asdict(condensed), "tokenizer_sha256": tokenizer.sha256}
@@ -174,8 +174,9 @@ def test_shards_are_filled_to_the_last_byte_and_the_index_names_them(tmp_path):
         assert found == {key: raw(expected[key]) for key in header}
         sizes.append(sum(map(len, found.values())))
         places |= dict.fromkeys(header, name)
-    # the embedding is larger than a shard; norms and one query-key-value; that of the next layer with proj; ...
-    assert sizes == [114688, 25088, 40960, 41472, 49152, 49152, 24832, 114688]
+    # the embedding is larger than a shard; norms with queries and keys; values with proj; each matrix of the MLP in
+    # turn; the output matrix is larger, too, and the last norm is left
+    assert sizes == [114688, 45568, 37376, 49152, 49152, 49152, 114688, 256]
     assert places.keys() == expected.keys()
     index = {"metadata": {"total_size": sum(sizes)}, "weight_map": places}
     assert read_json(tmp_path / "hf/model.safetensors.index.json") == index

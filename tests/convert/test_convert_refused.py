@@ -103,7 +103,7 @@ REFUSED = {
     "a number for a name": (binned({1: torch.ones(1)}), "is no state dict"),
     "a tensor without data": (binned({"model.norm.weight": torch.ones(64, device="meta")}), "is no state dict"),
     "a sparse tensor": (binned({"model.norm.weight": torch.ones(64).to_sparse()}), "is no state dict"),
-    "whole numbers": (int8_norm, "has model.norm.weight in I8: give float32, bfloat16 or float16"),
+    "whole numbers": (int8_norm, "has model.norm.weight in torch.int8: give float32, bfloat16 or float16"),
     "a shard that is not there": (absent_shard, "hf/passwd is missing, which model.safetensors.index.json names"),
     "a broken mark": (
         lambda path: (hf(path) / "export.json").write_text('{"files": [], "model": 5}'),

@@ -1,4 +1,4 @@
-"""Tensors and facts as they are read: nothing rounded, dropped, taken for another or shared."""
+"""Tensors and metadata as they are read: nothing rounded, dropped, taken for another or shared."""
 
 import dataclasses
 import json
@@ -6,7 +6,7 @@ import json
 import pytest
 import torch
 import torch.distributed.checkpoint as dcp
-from models import CONFIG, FACTS, difference, given, to_hf, weights
+from models import CONFIG, METADATA, difference, given, to_hf, weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.distributed.checkpoint.metadata import StorageMeta
@@ -146,9 +146,9 @@ def test_the_output_matrix_is_there_unless_it_is_the_embedding(tmp_path):
 
 
 def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
-    facts = {"step": 12, "tokens": 3456, "tokenizer_sha256": SHA256, "eos_id": 7, "bos_id": 5}
-    hf_folder.write(tmp_path / "hf", given(facts=facts))
-    assert open_weights(tmp_path / "hf").facts == facts
+    metadata = {"step": 12, "tokens": 3456, "tokenizer_sha256": SHA256, "eos_id": 7, "bos_id": 5}
+    hf_folder.write(tmp_path / "hf", given(metadata=metadata))
+    assert open_weights(tmp_path / "hf").metadata == metadata
     step_dir = native.write(tmp_path / "ours", open_weights(tmp_path / "hf"))
     state = reader.read_state(step_dir)
     assert state.pop("versions").keys() == {"tinyllama", "torch"}
@@ -157,7 +157,7 @@ def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
         **{"format_version": 1, "step": 0, "samples": 0, "tokens": 0, "converted_from": str(tmp_path / "hf")},
         **{"tokenizer_sha256": SHA256, "eos_id": 7, "bos_id": 5},
     }
-    assert open_weights(step_dir).facts == facts | {"step": 0, "tokens": 0}
+    assert open_weights(step_dir).metadata == metadata | {"step": 0, "tokens": 0}
     hf_folder.write(tmp_path / "again", open_weights(step_dir))
     config = json.loads((tmp_path / "again/config.json").read_text())
     assert (config["eos_token_id"], config["bos_token_id"]) == (7, 5)
@@ -175,14 +175,14 @@ def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
 )
 def test_the_ends_of_a_document_are_those_of_config_json(changes, eos_id, bos_id, tmp_path):
     found = open_weights(write_hf(tmp_path / "hf", to_hf(weights(), CONFIG), **changes))
-    assert found.facts == {"step": 0, "tokens": 0, "tokenizer_sha256": None, "eos_id": eos_id, "bos_id": bos_id}
+    assert found.metadata == {"step": 0, "tokens": 0, "tokenizer_sha256": None, "eos_id": eos_id, "bos_id": bos_id}
 
 
 def test_what_an_upstream_file_says_and_what_is_known_of_all_of_them(tmp_path):
     found = open_weights(write_upstream(tmp_path / "lit_model.pth", weights()), CONFIG)
-    assert found.facts == {"step": 5, "tokens": None, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
+    assert found.metadata == {"step": 5, "tokens": None, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
     torch.save(weights(), tmp_path / "bare.pth")
-    assert open_weights(tmp_path / "bare.pth", CONFIG).facts["step"] == 0
+    assert open_weights(tmp_path / "bare.pth", CONFIG).metadata["step"] == 0
     with pytest.raises(InputError, match="bare.pth does not say its model's sizes"):
         open_weights(tmp_path / "bare.pth")
 
@@ -277,7 +277,7 @@ def test_a_model_of_mixed_weights_has_the_logits_of_transformers(tmp_path):
 
 
 def test_facts_of_a_checkpoint_are_those_of_its_state(step_dir):
-    facts = open_weights(step_dir).facts
+    metadata = open_weights(step_dir).metadata
     sha256 = reader.read_state(step_dir)["tokenizer_sha256"]
-    assert facts == FACTS | {"tokenizer_sha256": sha256}
+    assert metadata == METADATA | {"tokenizer_sha256": sha256}
     assert len(sha256) == 64

@@ -7,7 +7,7 @@ from models import generate
 
 from tinyllama import InputError
 from tinyllama.config.model import ModelConfig
-from tinyllama.eval.generate import Texts, check, choose, stream
+from tinyllama.eval.generate import Text, check, choose, stream
 from tinyllama.model import GPT, from_weights, init_weights
 from tinyllama.tokenizer import Tokenizer
 
@@ -147,11 +147,10 @@ def test_weights_that_are_no_numbers_are_told_of(gpt, temperature):
 def test_pieces_of_a_text_are_the_text_and_have_whole_characters(tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
     ids = tokenizer.encode("The llama says 漢字🦙 twice")
-    texts = Texts(tokenizer, [ids[:2]])
-    pieces = [texts.add([token])[0] for token in ids[2:]] + texts.rest()
-    assert "".join(pieces) == "The llama says 漢字🦙 twice" == texts.texts[0]
+    text = Text(tokenizer, ids[:2])
+    pieces = [text.add(token) for token in ids[2:]] + [text.rest()]
+    assert "".join(pieces) == "The llama says 漢字🦙 twice" == text.text
     assert not any("\ufffd" in piece for piece in pieces)
-    assert texts.ids == [ids[2:]]
 
 
 def test_no_new_tokens(gpt):

@@ -294,7 +294,7 @@ def test_the_suites_are_the_papers():
     assert left_out == ["humaneval"]
     every, left_out = harness.resolve(["problem_solving", "arc_easy", "own"], True)
     assert [task.name for task in every[:-2]] == ["mmlu", "bbh_fewshot", "humaneval", "drop"]
-    assert every[-2:] == [harness.Task("arc_easy", 0, "acc_norm"), "own"]
+    assert every[-2:] == [harness.Task("arc_easy", 0, "acc_norm"), harness.Task("own")]
     assert left_out == []
     with pytest.raises(InputError, match="task humaneval runs code"):
         harness.resolve(["humaneval"], False)
@@ -349,9 +349,11 @@ def test_a_tag_or_pattern_gives_the_scores_of_each_of_its_tasks():
         name: {"alias": name, "acc,none": share, "acc_stderr,none": "N/A"} for name, share in (("a", 0.5), ("b", 1))
     }
     found = {"results": results, "n-shot": {"a": 0, "b": 2}}
-    rows = [(score.task, score.value, score.shots) for score in harness._scores(given(), found, "some_tag")]
+    rows = [
+        (score.task, score.value, score.shots) for score in harness._scores(given(), found, harness.Task("some_tag"))
+    ]
     assert rows == [("a", 0.5, 0), ("b", 1.0, 2)]
-    assert [score.task for score in harness._scores(given(), found, "b")] == ["b"]
+    assert [score.task for score in harness._scores(given(), found, harness.Task("b"))] == ["b"]
 
 
 @pytest.mark.slow

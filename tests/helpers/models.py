@@ -23,7 +23,7 @@ CONFIG = ModelConfig(
     norm_eps=1e-4,
     rope_base=5000,
 )
-FACTS = {"step": 12, "tokens": 3456, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
+METADATA = {"step": 12, "tokens": 3456, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
 
 
 def weights(config=CONFIG, seed=5):
@@ -44,8 +44,8 @@ def from_hf(state, config):
     return {ours: layout.from_hf([state[key] for key in theirs], config) for ours, theirs in layout.keys(config)}
 
 
-def given(state=None, config=CONFIG, facts=FACTS):
-    return Weights(Path("/nowhere/memory"), config, torch.float32, facts, (state or weights(config)).__getitem__)
+def given(state=None, config=CONFIG, metadata=METADATA):
+    return Weights(Path("/nowhere/memory"), config, torch.float32, metadata, (state or weights(config)).__getitem__)
 
 
 def difference(folder, state=None, config=CONFIG):

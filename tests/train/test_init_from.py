@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
-from models import CONFIG, FACTS, given, weights
+from models import CONFIG, METADATA, given, weights
 
 from tinyllama import InputError
 from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
@@ -75,7 +75,7 @@ def test_weights_of_another_tokenizer_are_refused(make_run, step_dir: Path, hf_d
 
 
 def test_an_export_passes_its_tokenizer_on_to_the_run_that_starts_from_it(make_run, tmp_path: Path) -> None:
-    hf_folder.write(tmp_path / "hf", given(facts=FACTS | {"tokenizer_sha256": "4" * 64}))
+    hf_folder.write(tmp_path / "hf", given(metadata=METADATA | {"tokenizer_sha256": "4" * 64}))
     assert initial_weights(make_run(tmp_path / "hf", "4" * 64)) is not None
     with pytest.raises(InputError, match="was trained with another tokenizer"):
         initial_weights(make_run(tmp_path / "hf", "3" * 64))

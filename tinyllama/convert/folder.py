@@ -12,14 +12,6 @@ from tinyllama import InputError, __version__, atomic
 MARK = "export.json"  # marks a folder that a conversion wrote; it holds the source and the names of all files
 
 
-def refuse_foreign(output: Path) -> None:
-    """Raise InputError for an ``output`` that is a file or has files that no conversion wrote."""
-    if output.exists() and not output.is_dir():
-        raise InputError(f"{output} is a file: give a folder that does not exist yet")
-    if foreign := sorted({path.name for path in output.glob("*")} - set(read_mark(output).get("files", ()))):
-        raise InputError(f"{output} holds {foreign[0]}, which no export wrote: give another folder, or move it away")
-
-
 def read_mark(output: Path) -> dict[str, Any]:
     """Return the content of the mark of ``output``; empty when it has none."""
     try:
@@ -33,14 +25,19 @@ def read_mark(output: Path) -> dict[str, Any]:
 def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``output`` when the block succeeds, and is removed when it fails.
 
-    Its files are synced to the disk first, and its mark holds ``metadata``. Raises InputError as refuse_foreign does,
-    for an ``output`` that cannot be created, and for one that holds the ``source``, which would be lost.
+    Its files are synced to the disk first, and its mark holds ``metadata``. Raises InputError for an ``output`` that
+    is a file, cannot be created, has files that no conversion wrote, or holds the ``source``, which would be lost.
     """
     given, output = output, output.resolve()  # a name even for "."
     try:
         if output in (source.resolve(), *source.resolve().parents) and output.exists():
             raise InputError(f"{given} holds {source}, which is to be converted: give another folder")
-        refuse_foreign(output)
+        if output.exists() and not output.is_dir():
+            raise InputError(f"{output} is a file: give a folder that does not exist yet")
+        if foreign := sorted({path.name for path in output.glob("*")} - set(read_mark(output).get("files", ()))):
+            raise InputError(
+                f"{output} holds {foreign[0]}, which no export wrote: give another folder, or move it away"
+            )
         partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
         for stale in (partial, replaced):
             shutil.rmtree(stale, ignore_errors=True)

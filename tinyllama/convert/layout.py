@@ -28,6 +28,16 @@ KEYS: dict[str, tuple[str, ...]] = {
     "lm_head.weight": ("lm_head.weight",),
 }
 
+# transformers' name in config.json of each size, and ours
+SIZES = {
+    "hidden_size": "n_embd",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "n_layer",
+    "num_attention_heads": "n_head",
+    "num_key_value_heads": "n_query_groups",
+    "max_position_embeddings": "block_size",
+}
+
 
 def keys(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Yield each of our parameters with the one or three of transformers' that it consists of."""
@@ -47,32 +57,27 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Return the shape of each of transformers' parameters."""
     ours = shapes(config)
-    key_rows = config.n_query_groups * config.head_size
-    fused = ((config.n_embd, config.n_embd), (key_rows, config.n_embd), (key_rows, config.n_embd))
     return {
-        key: shape
+        key: tuple(part.shape)
         for name, theirs in keys(config)
-        for key, shape in zip(theirs, fused if len(theirs) == 3 else (ours[name],), strict=True)
+        for key, part in to_hf(theirs, torch.empty(ours[name], device="meta"), config).items()
     }
 
 
 def to_hf(theirs: tuple[str, ...], tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:
-    """Split one of our tensors into those of transformers, by their names."""
-    return dict(zip(theirs, _split_qkv(tensor, config) if len(theirs) == 3 else (tensor,), strict=True))
+    """Split one of our tensors into those of transformers, by their names; no two of them share memory."""
+    if len(theirs) == 1:
+        return {theirs[0]: tensor}
+    queries = config.n_head // config.n_query_groups
+    grouped = tensor.view(config.n_query_groups, queries + 2, config.head_size, config.n_embd)  # (G, nh/G + 2, hs, C)
+    parts = (part.clone().flatten(0, 2) for part in grouped.split((queries, 1, 1), dim=1))  # (nh or G * hs, C)
+    return dict(zip(theirs, parts, strict=True))
 
 
 def from_hf(parts: list[Tensor], config: ModelConfig) -> Tensor:
     """Join the one or three parts of one of our tensors."""
-    return _join_qkv(parts, config) if len(parts) == 3 else parts[0]
-
-
-def _split_qkv(fused: Tensor, config: ModelConfig) -> tuple[Tensor, ...]:
-    queries = config.n_head // config.n_query_groups
-    grouped = fused.view(config.n_query_groups, queries + 2, config.head_size, config.n_embd)  # (G, nh/G + 2, hs, C)
-    return tuple(part.flatten(0, 2) for part in grouped.split((queries, 1, 1), dim=1))  # (nh or G * hs, C)
-
-
-def _join_qkv(parts: list[Tensor], config: ModelConfig) -> Tensor:
+    if len(parts) == 1:
+        return parts[0]
     shape = (config.n_query_groups, -1, config.head_size, config.n_embd)
     return torch.cat([part.view(shape) for part in parts], dim=1).flatten(0, 2)  # (qkv_size, C)
 
@@ -87,14 +92,9 @@ def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype
         "architectures": ["LlamaForCausalLM"],
         "model_type": "llama",
         "vocab_size": config.padded_vocab_size,
-        "hidden_size": config.n_embd,
-        "intermediate_size": config.intermediate_size,
-        "num_hidden_layers": config.n_layer,
-        "num_attention_heads": config.n_head,
-        "num_key_value_heads": config.n_query_groups,
+        **{theirs: getattr(config, ours) for theirs, ours in SIZES.items()},
         "head_dim": config.head_size,
         "hidden_act": "silu",
-        "max_position_embeddings": config.block_size,
         "rms_norm_eps": config.norm_eps,
         # transformers 5 reads rope_parameters and dtype; version 4 and most other readers use the older keys
         "rope_theta": float(config.rope_base),
@@ -108,13 +108,6 @@ def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype
     }
 
 
-WHOLE = (
-    *("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads"),
-    *("num_key_value_heads", "max_position_embeddings"),
-)
-"""sizes in config.json, all positive whole numbers"""
-
-
 def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig:
     """Return our sizes for ``hf``, the content of the config.json at ``where``; ``pieces`` is the vocabulary's size.
 
@@ -122,35 +115,30 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
     as padding. Raises InputError with all problems for a model that is not a Llama or needs what our model lacks.
     """
     try:
-        heads, width, rows = hf["num_attention_heads"], hf["hidden_size"], hf["vocab_size"]
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        base = rope.get("rope_theta") or hf.get("rope_theta") or 10000
-        if wrong := [key for key in WHOLE if hf.get(key) is not None and not (type(hf[key]) is int and hf[key] > 0)]:
+        hf = {key: value for key, value in hf.items() if value is not None}
+        hf = {"num_key_value_heads": hf["num_attention_heads"], "max_position_embeddings": 2048} | hf
+        if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and hf[key] > 0)]:
             raise InputError(*(f"{where}: {key} is {hf[key]!r}: give a whole number above 0" for key in wrong))
-        problems = [f"{where}: {problem}" for problem in _unsupported(hf, rope, base, width, heads)]
+        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
+        rope_type = rope.get("rope_type") or rope.get("type") or "default"
+        base = rope.get("rope_theta") or hf.get("rope_theta") or 10000
+        problems = list(_unsupported(hf, rope_type, base, rope.get("partial_rotary_factor", 1)))
+        rows = hf["vocab_size"]
         if pieces is not None and pieces > rows:
-            problems.append(
-                f"{where}: the tokenizer beside it has {pieces} pieces, the model {rows}: take both from the same model"
-            )
+            problems.append(f"the tokenizer beside it has {pieces} pieces, the model {rows}: take both from one model")
         if problems:
-            raise InputError(*problems)
+            raise InputError(*(f"{where}: {problem}" for problem in problems))
         vocab_size, multiple = rows, 64 if rows % 64 == 0 else 1
         for power in (64, 128, 256, 512, 1024):
             if pieces is not None and -(-pieces // power) * power == rows:
                 vocab_size, multiple = pieces, power
                 break
-        sizes = {
-            "block_size": hf.get("max_position_embeddings", 2048),
+        sizes = {ours: hf[theirs] for theirs, ours in SIZES.items()} | {
             "vocab_size": vocab_size,
             "padding_multiple": multiple,
-            "n_layer": hf["num_hidden_layers"],
-            "n_head": heads,
-            "n_query_groups": hf.get("num_key_value_heads") or heads,
-            "n_embd": width,
-            "intermediate_size": hf["intermediate_size"],
             "norm_eps": hf.get("rms_norm_eps", 1e-6),
             "rope_base": int(base),
-            "rope_condense_ratio": rope["factor"] if _rope_type(rope) == "linear" else 1,
+            "rope_condense_ratio": rope["factor"] if rope_type == "linear" else 1,
             "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         }
         known = next((name for name in NAMED_CONFIGS if named_config(name) == ModelConfig(name, **sizes)), "llama")
@@ -159,19 +147,15 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         raise InputError(f"{where} is not a Llama's config.json ({error!r}): fetch the folder again") from None
 
 
-def _rope_type(rope: dict[str, Any]) -> str:
-    return rope.get("rope_type") or rope.get("type") or "default"
-
-
-def _unsupported(hf: dict[str, Any], rope: dict[str, Any], base: float, width: int, heads: int) -> Iterator[str]:
+def _unsupported(hf: dict[str, Any], rope_type: str, base: Any, rotated: Any) -> Iterator[str]:
     architectures = hf.get("architectures") or ["LlamaForCausalLM"]
     if hf.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
         what = f"{architectures[0]} (model_type {hf.get('model_type')})"
         yield f"architecture {what} is not supported: give a LlamaForCausalLM"
         return  # the other checks would only repeat that
-    if _rope_type(rope) not in ("default", "linear"):
-        yield f"RoPE type {_rope_type(rope)} is not supported: give a model with default or linear RoPE"
-    if hf.get("partial_rotary_factor", rope.get("partial_rotary_factor", 1)) != 1:
+    if rope_type not in ("default", "linear"):
+        yield f"RoPE type {rope_type} is not supported: give a model with default or linear RoPE"
+    if hf.get("partial_rotary_factor", rotated) != 1:
         yield "partial_rotary_factor is not supported: give a model that rotates whole heads"
     if not isinstance(base, int | float) or base % 1 != 0:  # inf % 1 and nan % 1 are nan
         yield f"rope_theta {base} is not a whole number: our rope_base is one"
@@ -180,5 +164,6 @@ def _unsupported(hf: dict[str, Any], rope: dict[str, Any], base: float, width: i
             yield f"{key} is not supported: give a model without"
     if hf.get("hidden_act", "silu") != "silu":
         yield f"hidden_act {hf['hidden_act']} is not supported: give a model with silu"
+    width, heads = hf["hidden_size"], hf["num_attention_heads"]
     if (hf.get("head_dim") or width // heads) * heads != width:
         yield f"head_dim {hf['head_dim']} x {heads} heads is not hidden_size {width}: not supported"

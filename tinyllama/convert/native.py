@@ -1,7 +1,7 @@
 """Write foreign weights as one of our step directories.
 
-Training, generation, evaluation and export already read step directories, at any world size and a tensor at a time. A
-model that others trained becomes a step 0 without optimizer state.
+Training, generation, evaluation and export already read step directories, at any world size. A model that others
+trained becomes a step 0 without optimizer state.
 """
 
 import json
@@ -13,14 +13,12 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.metadata import StorageMeta
-from torch.distributed.checkpoint.planner import WriteItem
 
 from tinyllama import __version__
 from tinyllama.checkpoint import names, reader
 from tinyllama.config import cli
-from tinyllama.convert import folder, layout
+from tinyllama.convert import folder
 from tinyllama.convert.weights import Weights
 
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
@@ -32,24 +30,21 @@ def write(output: Path, weights: Weights) -> Path:
     It appears completely or not at all, and replaces an earlier conversion. Raises InputError for an ``output`` that
     cannot be written or has files that no conversion wrote.
     """
-    metadata = {key: weights.facts[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
+    metadata = {key: weights.metadata[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
     state = {"format_version": reader.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **metadata}
     state |= {"converted_from": str(weights.path), "versions": {"tinyllama": __version__, "torch": torch.__version__}}
     with folder.create(output, weights.path, {"from": str(weights.path)}) as partial:
         step_dir = names.step_dir(partial, 0)
         step_dir.mkdir()
-        empty = {
-            f"model.{name}": torch.empty(shape, dtype=weights.dtype, device="meta")
-            for name, shape in layout.shapes(weights.config).items()
-        }
+        tensors = {f"model.{name}": tensor for name, tensor in weights.load().items()}
         with warnings.catch_warnings():  # DCP warns that there is no process group, which is intended
             warnings.simplefilter("ignore", UserWarning)
             try:
-                dcp.save(empty, storage_writer=_Writer(step_dir), planner=_Planner(weights), no_dist=True)
+                dcp.save(tensors, storage_writer=_Writer(step_dir, per_thread_copy_ahead=0), no_dist=True)
             except CheckpointException as error:  # it is not an Exception, and its text is a trace
                 cause = error.failures[0][0]
                 hidden = cause.__context__  # torch.save hides an OSError behind a RuntimeError
-                raise hidden if isinstance(cause, RuntimeError) and isinstance(hidden, OSError) else cause from None
+                raise hidden if isinstance(hidden, OSError) else cause from None
         (step_dir / "config.yaml").write_text(cli.dump({"model": asdict(weights.config)}), encoding="utf-8")
         (step_dir / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
         for name in TOKENIZER_FILES:
@@ -58,20 +53,6 @@ def write(output: Path, weights: Weights) -> Path:
     return names.step_dir(output, 0)
 
 
-class _Planner(DefaultSavePlanner):
-    """Plan with meta tensors, and read each tensor only when it is written."""
-
-    def __init__(self, weights: Weights) -> None:
-        super().__init__()
-        self._weights = weights
-
-    def resolve_data(self, write_item: WriteItem) -> torch.Tensor:
-        return self._weights.read(write_item.index.fqn.removeprefix("model.")).contiguous()
-
-
 class _Writer(dcp.FileSystemWriter):
-    def __init__(self, path: Path) -> None:
-        super().__init__(path, per_thread_copy_ahead=0)  # on a machine with a GPU, too, read one tensor at a time
-
     def storage_meta(self) -> StorageMeta:
         return StorageMeta()  # the default would pickle the current path into the checkpoint

@@ -1,7 +1,11 @@
-"""Write files in the safetensors format, one tensor at a time."""
+"""Write files in the safetensors format.
+
+By hand, because safetensors' own writer (0.8) makes files that only their owner may read, and hides the error of a
+full disk in one of its own.
+"""
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -10,30 +14,23 @@ import torch
 from torch import Tensor
 
 from tinyllama import InputError, __version__, atomic
-from tinyllama.convert import layout
-from tinyllama.convert.weights import SAFETENSORS_DTYPES, Weights
+from tinyllama.convert.weights import Weights
 
-NAMES = {dtype: name for name, dtype in SAFETENSORS_DTYPES.items()}
+DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
 
 
-def write(
-    path: Path,
-    shapes: Mapping[str, tuple[int, ...]],
-    dtype: torch.dtype,
-    tensors: Iterable[Tensor],
-    metadata: Mapping[str, str],
-) -> None:
-    """Write the length of a JSON header, the header, and the bytes of ``tensors``, in the order of ``shapes``."""
+def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
+    """Write the length of a JSON header, the header, and the bytes of ``tensors`` in their order."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt", **metadata}}
     end = 0
-    for key, shape in shapes.items():
-        start, end = end, end + torch.Size(shape).numel() * dtype.itemsize
-        header[key] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [start, end]}
+    for key, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[key] = {"dtype": DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)  # aligns the tensors after it
     with path.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
-        for tensor in tensors:
+        for tensor in tensors.values():
             file.write(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
 
 
@@ -45,23 +42,15 @@ def export(weights: Weights, file: Path) -> None:
     """
     if weights.path.resolve() in (file.resolve(), *file.resolve().parents):
         raise InputError(f"{file} is part of {weights.path}, which is to be exported: give another file")
-    config, shapes = weights.config, layout.shapes(weights.config)
-    metadata = {"tinyllama": __version__} | {key: str(weights.facts[key]) for key in ("step", "tokens")}
-    metadata["model"] = json.dumps(asdict(config))
-    partial = None
+    metadata = {"tinyllama": __version__, "model": json.dumps(asdict(weights.config))}
+    metadata |= {key: str(weights.metadata[key]) for key in ("step", "tokens")}
     try:
         if not file.name or (file.exists() and not file.is_file()):
             raise InputError(f"{file} is no file but a folder or a device: give a file, such as model.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial = atomic.temporary(file)
-        write(partial, shapes, weights.dtype, map(weights.read, shapes), metadata)
-        atomic.sync(partial)
-        partial.replace(file)
-        atomic.sync(file.parent)
+        with atomic.replacing(file) as partial:
+            write(partial, weights.load(), metadata)
     except OSError as error:
         raise InputError(
             f"cannot write {file} ({error.strerror}): give a file in a folder that can be written"
         ) from None
-    finally:
-        if partial is not None:
-            partial.unlink(missing_ok=True)

@@ -2,7 +2,6 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 from tinyllama import InputError
 from tinyllama.config.model import ModelConfig
@@ -40,9 +39,15 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
     unless split_special_tokens=True asks for ours: text.
     """
     import tokenizers
+    from tokenizers import decoders
 
     if tokenizer.encoder == "sentencepiece":
-        fast = _from_sentencepiece(tokenizer)
+        fast = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+        fast.decoder = decoders.Sequence(
+            [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+        )
+        controls = [tokenizers.AddedToken(piece, normalized=False) for piece in tokenizer.control_pieces()]
+        fast.add_special_tokens(controls)
         shutil.copyfile(tokenizer.path, output / "tokenizer.model")
     else:
         fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
@@ -56,10 +61,11 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
                 f"export without it, or use a BPE model with Llama's settings (normalizer identity, dummy prefix)"
             )
     fast.save(str(output / "tokenizer.json"))
-    named = {"bos_token": tokenizer.bos_id, "eos_token": tokenizer.eos_id}
+    bos, eos = (None if i is None else fast.id_to_token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is; LlamaTokenizer changes blanks
-        **{key: None if token_id is None else fast.id_to_token(token_id) for key, token_id in named.items()},
+        "bos_token": bos,
+        "eos_token": eos,
         "unk_token": getattr(fast.model, "unk_token", None),
         "add_bos_token": False,
         "add_eos_token": False,
@@ -67,16 +73,3 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
         "model_max_length": max_length,
     }
     write_json(output / "tokenizer_config.json", settings)
-
-
-def _from_sentencepiece(tokenizer: Tokenizer) -> Any:
-    """Return the tokenizers.Tokenizer of a sentencepiece model, with its control tokens and its decoder."""
-    from tokenizers import AddedToken, decoders
-    from tokenizers import Tokenizer as FastTokenizer
-
-    fast = FastTokenizer.from_str(tokenizer.json_without_added_tokens())
-    fast.decoder = decoders.Sequence(
-        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
-    fast.add_special_tokens([AddedToken(piece, normalized=False) for piece in tokenizer.control_pieces()])
-    return fast

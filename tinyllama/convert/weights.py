@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from tinyllama import InputError
@@ -21,7 +23,6 @@ from tinyllama.model import assign_full
 from tinyllama.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-SAFETENSORS_DTYPES = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 
 # older lit_gpt's names of the MLP's parameters; ours and its latest version's are swiglu.w1, w2 and w3
@@ -37,7 +38,7 @@ class Weights:
     config: ModelConfig
     dtype: torch.dtype
     """of all tensors as read"""
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """step, tokens, tokenizer_sha256, bos_id and eos_id; None where unknown"""
     read: Callable[[str], Tensor]
     """returns one full tensor by our name, on the CPU, in its own memory"""
@@ -70,18 +71,21 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
         return _open_upstream(path, config)
     if (path / "config.json").is_file():
         return _open_hf(path)
-    step_dir = reader.resolve(path)
-    entries, read = reader.open_weights(step_dir)
-    config = reader.read_model_config(step_dir)
-    _check_shapes(step_dir, config, {name: tuple(entry.size) for name, entry in entries.items()}, layout.shapes)
-    dtype = _one_dtype(step_dir, {name: entry.properties.dtype for name, entry in entries.items()})
-    return Weights(step_dir, config, dtype, _metadata(reader.read_state(step_dir)), lambda name: read(name).to(dtype))
+    return _open_step_dir(reader.resolve(path))
 
 
 def copy_into(model: nn.Module, weights: Weights) -> None:
     """Fill a model, sharded or not, on any device; a rank reads all tensors, one at a time, and keeps its shards."""
     for name, parameter in model.named_parameters():
         assign_full(parameter, weights.read(name))
+
+
+def _open_step_dir(path: Path) -> Weights:
+    entries, read = reader.open_weights(path)
+    config = reader.read_model_config(path)
+    found = {name: (entry.size, entry.properties.dtype) for name, entry in entries.items()}
+    dtype = _check(path, config, found, layout.shapes)
+    return Weights(path, config, dtype, _metadata(reader.read_state(path)), lambda name: read(name).to(dtype))
 
 
 def _open_hf(path: Path) -> Weights:
@@ -98,12 +102,11 @@ def _open_hf(path: Path) -> Weights:
     # older versions of transformers saved the RoPE table, and some save tied embeddings twice
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
     tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith(ignored)}
-    _check_shapes(path, config, {key: tensor.shape for key, tensor in tensors.items()}, layout.hf_shapes)
-    dtype = _one_dtype(path, {key: tensor.dtype for key, tensor in tensors.items()})
+    dtype = _check(path, config, _shapes_and_dtypes(tensors), layout.hf_shapes)
     parts = dict(layout.keys(config))
 
     def read(name: str) -> Tensor:
-        return layout.from_hf([tensors[key].read().to(dtype) for key in parts[name]], config)
+        return layout.from_hf([tensors[key].to(dtype, copy=True) for key in parts[name]], config)
 
     ids = {f"{end}_id": _first_id(hf.get(f"{end}_token_id")) for end in ("eos", "bos")}
     return Weights(path, config, dtype, _metadata({"step": 0, "tokens": 0} | mark | ids), read)
@@ -118,11 +121,14 @@ def _open_upstream(path: Path, config: ModelConfig) -> Weights:
             for plain, fused in PLAIN_MLP.items():
                 name = name.replace(plain, fused)
             tensors[name] = tensor
-    _check_shapes(path, config, {name: tuple(tensor.shape) for name, tensor in tensors.items()}, layout.shapes)
-    dtype = _one_dtype(path, {name: tensor.dtype for name, tensor in tensors.items()})
+    dtype = _check(path, config, _shapes_and_dtypes(tensors), layout.shapes)
     # upstream trained with Llama's tokenizer; its files lack the number of tokens
     metadata = _metadata({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
     return Weights(path, config, dtype, metadata, lambda name: tensors[name].to(dtype, copy=True))
+
+
+def _shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.Size, torch.dtype]]:
+    return {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
 
 
 def _metadata(content: Mapping[str, Any]) -> dict[str, Any]:
@@ -141,46 +147,21 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """Describe a tensor of a Hugging Face folder."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    read: Callable[[], Tensor]
-
-
-def _hf_tensors(path: Path) -> dict[str, _Stored]:
-    from safetensors import SafetensorError, safe_open
-
-    tensors: dict[str, _Stored] = {}
+def _hf_tensors(path: Path) -> dict[str, Tensor]:
+    """Map the tensors of a Hugging Face folder by name; those of safetensors are read from the disk when used."""
+    tensors: dict[str, Tensor] = {}
     for file in _hf_files(path):
         if file.suffix == ".bin":
             content = _unpickle(file)
             if not (isinstance(content, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in content.items())):
                 raise InputError(f"{file} is no state dict: give a file of plain tensors by name")
-            for key, tensor in content.items():
-                tensors[key] = _Stored(tuple(tensor.shape), tensor.dtype, tensor.clone)
-            continue
-        try:
-            opened = safe_open(file, framework="pt")
-            for key in opened.keys():  # noqa: SIM118 (it is no dict)
-                part = opened.get_slice(key)
-                if (kind := part.get_dtype()) not in SAFETENSORS_DTYPES:
-                    raise InputError(f"{file} has {key} in {kind}: give float32, bfloat16 or float16 weights")
-                read = functools.partial(_read_safetensors, file, key)
-                tensors[key] = _Stored(tuple(part.get_shape()), SAFETENSORS_DTYPES[kind], read)
-        except (SafetensorError, OSError) as error:
-            raise InputError(f"{file} cannot be read ({error}): fetch it whole (git lfs pull)") from None
+        else:
+            try:
+                content = load_file(file)
+            except (SafetensorError, OSError) as error:
+                raise InputError(f"{file} cannot be read ({error}): fetch it whole (git lfs pull)") from None
+        tensors |= content
     return tensors
-
-
-def _read_safetensors(file: Path, key: str) -> Tensor:
-    from safetensors import safe_open
-
-    # opened for each tensor, so that the mapped pages of the file do not accumulate in memory
-    with safe_open(file, framework="pt") as opened:
-        return opened.get_tensor(key)
 
 
 def _hf_files(path: Path) -> list[Path]:
@@ -210,12 +191,13 @@ def _unpickle(path: Path) -> Any:
         raise InputError(f"{path} cannot be loaded ({reason}): give a file of plain tensors, whole") from None
 
 
-def _check_shapes(
+def _check(
     path: Path,
     config: ModelConfig,
-    found: Mapping[str, tuple[int, ...]],
+    found: Mapping[str, tuple[torch.Size, torch.dtype]],
     expected_of: Callable[[ModelConfig], dict[str, tuple[int, ...]]],
-) -> None:
+) -> torch.dtype:
+    """Return the dtype that holds all tensors exactly; raises InputError unless they are those of ``config``."""
     layers = {int(number[1]) for key in found if (number := re.search(r"\.(?:h|layers)\.(\d+)\.", key))}
     if layers and config.n_layer != max(layers) + 1:  # instead of a long list of missing tensors
         raise InputError(f"{path} has {max(layers) + 1} layers, the model's sizes {config.n_layer}: give those of one")
@@ -224,20 +206,16 @@ def _check_shapes(
     problems += [f"{key} is not of such a model" for key in found if key not in expected]
     problems += [
         f"{key} has shape {list(shape)}, the model's sizes make {list(expected[key])}"
-        for key, shape in found.items()
-        if key in expected and tuple(shape) != tuple(expected[key])
+        for key, (shape, _) in found.items()
+        if key in expected and tuple(shape) != expected[key]
     ]
     if problems:
         more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
         raise InputError(f"{path}: {'; '.join(problems[:3])}{more}: give weights and sizes of one model")
-
-
-def _one_dtype(path: Path, dtypes: Mapping[str, torch.dtype]) -> torch.dtype:
-    """Return the dtype that holds all tensors exactly."""
-    for key, dtype in dtypes.items():
+    for key, (_, dtype) in found.items():
         if dtype not in DTYPES.values():
             raise InputError(f"{path} has {key} in {dtype}: give float32, bfloat16 or float16 weights")
-    return functools.reduce(torch.promote_types, dtypes.values())
+    return functools.reduce(torch.promote_types, (dtype for _, dtype in found.values()))
 
 
 def _json(path: Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """Generate text for a batch of prompts with a pre-allocated KV cache, a token per prompt at a time."""
 
+import math
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -114,52 +115,35 @@ def check(
     config: ModelConfig, max_new_tokens: int, temperature: float, top_k: int | None, top_p: float, seed: int
 ) -> None:
     """Raise InputError with all problems for flags out of range."""
-    problems = []
-    if not 1 <= max_new_tokens <= MOST_NEW_TOKENS:
-        problems.append(f"--max_new_tokens is {max_new_tokens}: give 1 to {MOST_NEW_TOKENS}")
-    if not 0 <= temperature < float("inf"):
-        problems.append(f"--temperature is {temperature}: give 0 for the likeliest token, or more to draw")
-    if top_k is not None and top_k < 1:
-        problems.append(f"--top_k is {top_k}: give 1 to the vocabulary's {config.vocab_size}")
-    if not 0 < top_p <= 1:
-        problems.append(f"--top_p is {top_p}: give a share above 0, up to 1")
-    if not 0 <= seed < 2**63:
-        problems.append(f"--seed is {seed}: give a whole number from 0, below 2^63")
-    if problems:
+    checks = {
+        f"--max_new_tokens is {max_new_tokens}: give 1 to {MOST_NEW_TOKENS}": 1 <= max_new_tokens <= MOST_NEW_TOKENS,
+        f"--temperature is {temperature}: give 0 for the likeliest token, or more to draw": 0 <= temperature < math.inf,
+        f"--top_k is {top_k}: give 1 to the vocabulary's {config.vocab_size}": top_k is None or top_k >= 1,
+        f"--top_p is {top_p}: give a share above 0, up to 1": 0 < top_p <= 1,
+        f"--seed is {seed}: give a whole number from 0, below 2^63": 0 <= seed < 2**63,
+    }
+    if problems := [problem for problem, fine in checks.items() if not fine]:
         raise InputError(*problems)
 
 
-class Texts:
-    """Decode prompts and their continuations piece by piece as the tokens arrive."""
+class Text:
+    """Decode a prompt and its continuation piece by piece as the tokens arrive."""
 
-    texts: list[str]
-    """text of each that has been returned so far"""
-    ids: list[list[int]]
-    """new tokens of each"""
-
-    def __init__(self, tokenizer: Tokenizer, prompts: Sequence[Sequence[int]]) -> None:
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer
-        self._prompts = prompts
-        self.texts = ["" for _ in prompts]
-        self.ids = [[] for _ in prompts]
+        self._ids = list(prompt)
+        self.text = ""
+        """what has been returned so far"""
 
-    def add(self, step: Sequence[int | None]) -> list[str]:
-        """Add a step of ``stream`` and return the new part of each text, without incomplete characters."""
-        for ids, token in zip(self.ids, step, strict=True):
-            if token is not None:
-                ids.append(token)
-        return self._longer(complete=False)
+    def add(self, token: int) -> str:
+        """Return the new part of the text with ``token``, without an incomplete character at its end."""
+        self._ids.append(token)
+        return self._longer(self._tokenizer.decode(self._ids).rstrip("\ufffd"))  # the first bytes of a character
 
-    def rest(self) -> list[str]:
-        """Return the rest of each text after the last token."""
-        return self._longer(complete=True)
+    def rest(self) -> str:
+        """Return the rest of the text after the last token."""
+        return self._longer(self._tokenizer.decode(self._ids))
 
-    def _longer(self, complete: bool) -> list[str]:
-        pieces = []
-        for i, (prompt, ids, given) in enumerate(zip(self._prompts, self.ids, self.texts, strict=True)):
-            text = self._tokenizer.decode([*prompt, *ids])
-            if not complete:
-                text = text.rstrip("\ufffd")  # the first bytes of a character
-            self.texts[i] = max(text, given, key=len)
-            pieces.append(self.texts[i][len(given) :])
-        return pieces
+    def _longer(self, text: str) -> str:
+        shown, self.text = self.text, max(self.text, text, key=len)
+        return self.text[len(shown) :]

@@ -1,6 +1,5 @@
 """Score a checkpoint with lm-eval, show published scores beside its own, and store the scores in eval.csv."""
 
-import contextlib
 import csv
 import importlib.resources
 import io
@@ -25,11 +24,11 @@ from tinyllama.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """Describe one of the paper's tasks, as the paper scores it."""
+    """Name a task of lm-eval, and how the paper scores it; None for what lm-eval decides."""
 
     name: str
-    shots: int
-    metric: str
+    shots: int | None = None
+    metric: str | None = None
 
 
 SUITES = {
@@ -70,31 +69,26 @@ class Score:
 COLUMNS = [field.name for field in fields(Score)]
 
 
-def resolve(names: Sequence[str], allow_code: bool) -> tuple[list[Task | str], list[str]]:
+def resolve(names: Sequence[str], allow_code: bool) -> tuple[list[Task], list[str]]:
     """Resolve ``names`` of suites and tasks to tasks, and return also the tasks left out because they execute code.
 
     Raises InputError if ``names`` has such a task itself.
     """
-    tasks: list[Task | str] = []
-    left_out = []
+    tasks: list[Task] = []
     for name in names:
         name = ALIASES.get(name, name)
         if name in EXECUTES and not allow_code:
             raise InputError(f"task {name} runs code that the model writes: give --allow_code_execution to allow it")
         known = [task for suite in SUITES.values() for task in suite if task.name == name]
-        chosen: list[Task] | list[str] = SUITES.get(name) or known or [name]
-        for task in chosen:
-            if isinstance(task, Task) and task.name in EXECUTES and not allow_code:
-                left_out.append(task.name)
-            else:
-                tasks.append(task)
-    return tasks, left_out
+        tasks += SUITES.get(name) or known or [Task(name)]
+    left_out = [] if allow_code else [task.name for task in tasks if task.name in EXECUTES]
+    return [task for task in tasks if task.name not in left_out], left_out
 
 
 def evaluate(
     weights: Weights,
     tokenizer: Tokenizer,
-    tasks: Sequence[Task | str],
+    tasks: Sequence[Task],
     include_path: Path | None = None,
     batch_size: int = 16,
     allow_code: bool = False,
@@ -110,16 +104,17 @@ def evaluate(
     except ImportError as error:
         raise InputError(f"evaluation needs {error.name}: pip install -e '.[eval]'") from None
     manager = TaskManager(include_path=str(include_path) if include_path else None)
-    names = [task.name if isinstance(task, Task) else task for task in tasks]
-    if unknown := [name for name in names if not manager.match_tasks([name])]:
+    if unknown := [task.name for task in tasks if not manager.match_tasks([task.name])]:
         raise InputError(
             f"lm-eval knows no task {', '.join(unknown)}: see lm-eval ls tasks, or give --include_path DIR"
         )
+    if allow_code:
+        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric that runs the code requires it
     scores: list[Score] = []
-    by_shots: dict[int | str, list[Task | str]] = {}  # tasks of no suite run alone, because results do not name a tag
+    groups: dict[int | str, list[Task]] = {}  # tasks of no suite run alone, because results do not name a tag
     for task in tasks:
-        by_shots.setdefault(task.shots if isinstance(task, Task) else task, []).append(task)
-    with tempfile.TemporaryDirectory() as folder, _code_allowed(allow_code):
+        groups.setdefault(task.name if task.shots is None else task.shots, []).append(task)
+    with tempfile.TemporaryDirectory() as folder:
         hf_folder.write(Path(folder) / "hf", weights, tokenizer)
         model = HFLM(
             pretrained=f"{folder}/hf",
@@ -128,12 +123,12 @@ def evaluate(
             max_length=weights.config.block_size,
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
-        for shots, group in by_shots.items():
+        for group in groups.values():
             try:
                 found = simple_evaluate(
                     model=model,
-                    tasks=manager.match_tasks([task.name if isinstance(task, Task) else task for task in group]),
-                    num_fewshot=shots if isinstance(shots, int) else None,
+                    tasks=manager.match_tasks([task.name for task in group]),
+                    num_fewshot=group[0].shots,
                     task_manager=manager,
                     log_samples=False,
                     bootstrap_iters=0,
@@ -147,28 +142,17 @@ def evaluate(
     return scores
 
 
-def _scores(weights: Weights, found: dict[str, Any], task: Task | str) -> Iterator[Score]:
+def _scores(weights: Weights, found: dict[str, Any], task: Task) -> Iterator[Score]:
     """Yield the scores of a task or group; for a tag or a pattern, those of every task in it."""
+    step, tokens = weights.metadata["step"], weights.metadata["tokens"]
     results = {**found["results"], **found.get("groups", {})}
-    asked = task.name if isinstance(task, Task) else task
-    for name in [asked] if asked in results else results:
+    for name in [task.name] if task.name in results else results:
+        shots = found.get("n-shot", {}).get(name) if task.shots is None else task.shots
         for key, value in results[name].items():
-            metric = key.partition(",")[0]  # "acc_norm,none": the second part names a filter
-            if isinstance(value, int | float) and "stderr" not in metric and "," in key:
-                if isinstance(task, Task) and metric != task.metric:
-                    continue
-                shots = task.shots if isinstance(task, Task) else found.get("n-shot", {}).get(name)
-                yield Score(weights.facts["step"], weights.facts["tokens"], name, metric, float(value), shots)
-
-
-@contextlib.contextmanager
-def _code_allowed(allowed: bool) -> Iterator[None]:
-    if allowed:
-        os.environ["HF_ALLOW_CODE_EVAL"] = "1"  # the metric that runs the code requires it
-    try:
-        yield
-    finally:
-        os.environ.pop("HF_ALLOW_CODE_EVAL", None)
+            metric, _, chosen = key.partition(",")  # "acc_norm,none": the second part names a filter
+            is_score = chosen and isinstance(value, int | float) and "stderr" not in metric
+            if is_score and task.metric in (None, metric):
+                yield Score(step, tokens, name, metric, float(value), shots)
 
 
 def csv_of(weights: Weights) -> Path:
@@ -187,9 +171,7 @@ def read_scores(path: Path) -> list[dict[str, str]]:
             for cells in filter(None, lines):
                 reason = f"its line {lines.line_num} is no row of {','.join(COLUMNS)}"
                 row = dict(zip(COLUMNS, cells, strict=True))
-                for name in ("step", "tokens"):
-                    int(row[name] or 0)
-                float(row["value"])
+                float(row["value"]), int(row["step"] or 0), int(row["tokens"] or 0)
                 rows.append(row)
             return rows
     except (OSError, csv.Error) as error:
@@ -211,15 +193,6 @@ def append(path: Path, scores: Sequence[Score]) -> None:
         raise InputError(f"cannot write {path} ({error.strerror}): the scores are only those shown above") from None
 
 
-def evaluated_steps(path: Path, names: Collection[str]) -> set[int]:
-    """Return the steps for which an eval.csv has scores of every task or dataset in ``names``."""
-    found: dict[int, set[str]] = {}
-    for row in read_scores(path):
-        if row["step"]:
-            found.setdefault(int(row["step"]), set()).add(row["task"])
-    return {step for step, tasks in found.items() if tasks.issuperset(names)}
-
-
 def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     """Yield each complete step of ``run`` that lacks scores for some of ``names``, oldest first, as it appears.
 
@@ -228,7 +201,10 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     """
     if not ((run / "checkpoints").is_dir() or (run / "events.jsonl").is_file()):
         raise InputError(f"{run} is no run: give the out_dir of one that has begun")
-    seen = evaluated_steps(run / "eval.csv", names)
+    scored: dict[str, set[str]] = {}
+    for row in read_scores(run / "eval.csv"):
+        scored.setdefault(row["step"], set()).add(row["task"])
+    seen = {int(step) for step, tasks in scored.items() if step and tasks.issuperset(names)}
     while True:
         over = _is_over(run)  # checked before listing the steps, so that the last one is not missed
         for step, path in step_dirs(run / "checkpoints"):

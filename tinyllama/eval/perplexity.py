@@ -71,7 +71,7 @@ def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     if num_bytes := count_bytes(dataset, tokenizer):
         values["bits_per_byte"] = loss / math.log(2) * dataset.tokens / num_bytes
-    step, tokens = weights.facts["step"], weights.facts["tokens"]
+    step, tokens = weights.metadata["step"], weights.metadata["tokens"]
     return [Score(step, tokens, name, metric, value, None) for metric, value in values.items()]
 
 
