@@ -133,23 +133,17 @@ class Tokenizer:
     def _special_id(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> int | None:
         config = self.path.with_name("tokenizer_config.json")
         try:
-            settings = json.loads(config.read_bytes())
-        except FileNotFoundError:
-            settings = {}
+            settings = json.loads(config.read_bytes()) if config.exists() else {}
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{config} is not JSON ({error}): repair or remove it") from None
         if not isinstance(settings, dict):
             raise InputError(f"{config} is not a JSON object: repair or remove it")
-        if key not in settings:
-            return next((vocab[token] for token in usual if token in vocab), None)
-        token = settings[key]
+        token = settings.get(key, next(filter(vocab.__contains__, usual), None))
         if isinstance(token, dict):
             token = token.get("content", token)
-        if token is None:
-            return None
-        if not isinstance(token, str) or token not in vocab:
+        if token is not None and not (isinstance(token, str) and token in vocab):
             raise InputError(f"{config}: {key} {token!r} is not in {self.path.name}: take both from the same model")
-        return vocab[token]
+        return None if token is None else vocab[token]
 
     def _unreadable(self, kind: str, error: Exception | None = None) -> InputError:
         reason = f" ({error})" if error else ""
