@@ -38,11 +38,17 @@ def main() -> None:
     prompts = [tokenizer.encode(prompt) for prompt in args.prompt]
     if not all(prompts):
         raise InputError("--prompt is empty: give the beginning of a text")
+    for number, prompt in enumerate(prompts, 1):
+        if len(prompt) > config.block_size:
+            which = f"--prompt {number}" if len(prompts) > 1 else "--prompt"
+            cut = f"the model reads only its last {config.block_size:,}, a whole context"
+            print(f"{which} has {len(prompt):,} tokens: {cut}", file=sys.stderr)
     model = from_weights(config, weights.cast(torch.float32).load())
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     texts = [generate.Text(tokenizer, prompt) for prompt in prompts]
     count, started = 0, time.perf_counter()
-    for step in generate.stream(model, prompts, **how, eos_id=tokenizer.eos_id):
+    eos_ids = {tokenizer.eos_id, *weights.metadata["eos_ids"]} - {None}
+    for step in generate.stream(model, prompts, **how, eos_ids=eos_ids):
         for text, token in zip(texts, step, strict=True):
             if token is not None:
                 count += 1

@@ -12,3 +12,15 @@ class InputError(ValueError):
 
     def __str__(self) -> str:
         return "\n".join(str(problem) for problem in self.args)
+
+
+def printable(text: object, most: int = 2000) -> str:
+    """Return ``text`` as one line that is safe to print: what is not printable is escaped, and a long one is cut.
+
+    Names, values of files and messages of other libraries may hold line ends, escape sequences of a terminal, marks
+    that reverse the direction of writing, and megabytes. The end of a line is kept, as it has the hint.
+    """
+    line = str(text)
+    if len(line) > most:
+        line = f"{line[: most * 3 // 4]} ... {len(line) - most:,} characters ... {line[-(most // 4) :]}"
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)

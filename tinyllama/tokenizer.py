@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
 
 # what tokenizers of this family call the ends of a document, where no tokenizer_config.json says so
 BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
@@ -32,6 +32,8 @@ class Tokenizer:
     """begins a document; None: the tokenizer has no such token"""
     eos_id: int | None
     """ends a document; None: the tokenizer has no such token"""
+    unk_id: int | None
+    """stands for what the vocabulary lacks; None: the tokenizer has no such token"""
     encoder: str
     """the library, sentencepiece or tokenizers"""
     encoder_version: str
@@ -105,7 +107,8 @@ class Tokenizer:
             raise self._unreadable("a sentencepiece model")
         self.encoder, self.encoder_version = "sentencepiece", sentencepiece.__version__
         self.vocab_size = processor.vocab_size()
-        self.bos_id, self.eos_id = (i if i >= 0 else None for i in (processor.bos_id(), processor.eos_id()))
+        ids = (processor.bos_id(), processor.eos_id(), processor.unk_id())
+        self.bos_id, self.eos_id, self.unk_id = (i if i >= 0 else None for i in ids)
         self._processor = processor
         self._encode, self._decode = processor.encode, processor.decode
 
@@ -114,12 +117,13 @@ class Tokenizer:
 
         try:
             whole = tokenizers.Tokenizer.from_buffer(payload)
+            content = json.loads(payload)
         except Exception as error:  # the library has one type for every error
             raise self._unreadable("a tokenizer.json", error) from None
         # Added tokens would turn a literal </s> of a text into id 2, a post-processor would add bos, and a truncation
         # that came with a fine-tuned model would cut documents: encode without them, decode with.
         removed: dict[str, object] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._bare = json.loads(payload) | removed
+        self._bare = content | removed
         bare = tokenizers.Tokenizer.from_str(json.dumps(self._bare))
         vocab = whole.get_vocab(with_added_tokens=True)
         self.encoder, self.encoder_version = "tokenizers", tokenizers.__version__
@@ -128,6 +132,7 @@ class Tokenizer:
         self.vocab_size = max(vocab.values()) + 1
         self.bos_id = self._special_id("bos_token", BOS_TOKENS, vocab)
         self.eos_id = self._special_id("eos_token", EOS_TOKENS, vocab)
+        self.unk_id = vocab.get(getattr(whole.model, "unk_token", None) or "")
         self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
 
     def _special_id(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> int | None:
@@ -142,11 +147,12 @@ class Tokenizer:
         if isinstance(token, dict):
             token = token.get("content", token)
         if token is not None and not (isinstance(token, str) and token in vocab):
-            raise InputError(f"{config}: {key} {token!r} is not in {self.path.name}: take both from the same model")
+            shown = printable(repr(token), 80)
+            raise InputError(f"{config}: {key} {shown} is not in {self.path.name}: take both from the same model")
         return None if token is None else vocab[token]
 
     def _unreadable(self, kind: str, error: Exception | None = None) -> InputError:
-        reason = f" ({error})" if error else ""
+        reason = f" ({printable(error, 200)})" if error else ""
         return InputError(f"{self.path} is not {kind}{reason}: fetch it whole (a git-lfs pointer needs git lfs pull)")
 
 

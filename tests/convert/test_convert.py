@@ -132,7 +132,7 @@ def test_greedy_text_is_that_of_transformers(exported):
     ours = from_weights(CONFIG, weights())
     for ids in ([5], [300, 7, 7, 120, 31]):
         expected = theirs.generate(torch.tensor([ids]), do_sample=False, max_new_tokens=50)[0, len(ids) :].tolist()
-        assert generate(ours, [ids], 50, eos_id=2) == [expected]
+        assert generate(ours, [ids], 50, eos_ids=[2]) == [expected]
         assert len(set(expected)) > 5
 
 
@@ -255,7 +255,7 @@ def test_the_command_goes_on_with_a_text(script, step_dir, tokenizer_file):
     args = ("--tokenizer", tokenizer_file, "--prompt", "The llama", "--max_new_tokens", 9)
     tokenizer = Tokenizer(tokenizer_file)
     ids = tokenizer.encode("The llama")
-    new = generate(from_weights(CONFIG, weights()), [ids], 9, eos_id=2)[0]
+    new = generate(from_weights(CONFIG, weights()), [ids], 9, eos_ids=[2])[0]
     code, out, err = script("generate", step_dir, *args)
     assert (code, out) == (0, tokenizer.decode(ids + new) + "\n")
     assert re.fullmatch(r"9 tokens in [\d.]+ s, [\d.]+ tokens/s\n", err)

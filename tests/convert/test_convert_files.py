@@ -1,6 +1,7 @@
 """What a conversion writes, byte by byte, and in which order it reaches the disk."""
 
 import dataclasses
+import itertools
 import json
 import os
 from pathlib import Path
@@ -57,7 +58,7 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     assert read_json(tmp_path / "hf/config.json") == HF_CONFIG
     generation = {"bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": list(range(400, 448))}
     assert read_json(tmp_path / "hf/generation_config.json") == generation
-    mark = {"tinyllama": __version__, "step": 12, "tokens": 3456, "tokenizer_sha256": None}
+    mark = {"tinyllama": __version__, "step": 12, "tokens": 3456, "bos": False, "tokenizer_sha256": None}
     mark |= {"model": dataclasses.asdict(CONFIG)}
     files = ["config.json", "export.json", "generation_config.json", "model.safetensors"]
     assert read_json(tmp_path / "hf/export.json") == mark | {"files": files}
@@ -68,13 +69,15 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
     hf_folder.write(tmp_path / "more", given(config=condensed, metadata=metadata).cast("bfloat16"), tokenizer)
     assert read_json(tmp_path / "more/config.json") == HF_CONFIG | CONDENSED
-    assert read_json(tmp_path / "more/generation_config.json") == {"bos_token_id": 1, "eos_token_id": 2}
+    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    assert read_json(tmp_path / "more/generation_config.json") == generation
     mark |= {"model": dataclasses.asdict(condensed), "tokenizer_sha256": tokenizer.sha256}
     files = sorted([*files, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
     assert read_json(tmp_path / "more/export.json") == mark | {"files": files}
     assert read_json(tmp_path / "more/tokenizer_config.json") == {
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        **{"pad_token": "<unk>", "padding_side": "left"},
         **{"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False},
         "model_max_length": 96,
     }
@@ -100,6 +103,28 @@ def test_sizes_that_a_config_json_leaves_out_are_transformers_defaults():
         rope_base=int(theirs.rope_parameters["rope_theta"]),
         tie_embeddings=theirs.tie_word_embeddings,
     )
+
+
+def test_rope_settings_are_those_that_transformers_reads():
+    """Of every mixture of the older and the newer keys, whatever they contradict."""
+    from transformers import LlamaConfig
+
+    parameters = [None, {}, {"rope_type": "default", "rope_theta": 70000.0}, {"rope_type": "linear", "factor": 3.0}]
+    parameters += [parameters[-1] | {"rope_theta": 9000.0, "partial_rotary_factor": 1.0}]
+    scaling = [None, {}, {"type": "linear", "factor": 2.5}, {"rope_type": "default"}]
+    scaling += [scaling[2] | {"rope_type": "linear", "rope_theta": 300.0}, {"type": "linear", "rope_type": "default"}]
+    absent = object()
+    tried = 0
+    for values in itertools.product([absent, *parameters], [absent, *scaling], [absent, 1e6]):
+        changes = dict(zip(("rope_parameters", "rope_scaling", "rope_theta"), values, strict=True))
+        content = {key: value for key, value in (HF_CONFIG | changes).items() if value is not absent}
+        theirs = LlamaConfig(**json.loads(json.dumps(content))).rope_parameters
+        found = layout.config_of(content, "config.json", None)
+        linear = theirs["rope_type"] == "linear"
+        expected = (theirs["rope_theta"], theirs["factor"] if linear else 1)
+        assert (found.rope_base, found.rope_condense_ratio) == expected, changes
+        tried += 1
+    assert tried == 6 * 7 * 2
 
 
 def test_rope_settings_of_older_and_newer_folders():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -146,7 +147,8 @@ def test_the_output_matrix_is_there_unless_it_is_the_embedding(tmp_path):
 
 
 def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
-    metadata = {"step": 12, "tokens": 3456, "tokenizer_sha256": SHA256, "eos_id": 7, "bos_id": 5}
+    metadata = {"step": 12, "tokens": 3456, "tokenizer_sha256": SHA256}
+    metadata |= {"eos_id": 7, "eos_ids": [7], "bos_id": 5, "bos": True}
     hf_folder.write(tmp_path / "hf", given(metadata=metadata))
     assert open_weights(tmp_path / "hf").metadata == metadata
     step_dir = native.write(tmp_path / "ours", open_weights(tmp_path / "hf"))
@@ -155,7 +157,7 @@ def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
     # a step of 0: it begins a run, however long the weights were trained
     assert state == {
         **{"format_version": 1, "step": 0, "samples": 0, "tokens": 0, "converted_from": str(tmp_path / "hf")},
-        **{"tokenizer_sha256": SHA256, "eos_id": 7, "bos_id": 5},
+        **{"tokenizer_sha256": SHA256, "eos_id": 7, "eos_ids": [7], "bos_id": 5, "bos": True},
     }
     assert open_weights(step_dir).metadata == metadata | {"step": 0, "tokens": 0}
     hf_folder.write(tmp_path / "again", open_weights(step_dir))
@@ -165,26 +167,70 @@ def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "eos_id", "bos_id"),
+    ("changes", "generation", "eos_id", "eos_ids", "bos_id"),
     [
-        ({"eos_token_id": [128001, 128009], "bos_token_id": 128000}, 128001, 128000),
-        ({"eos_token_id": 0, "bos_token_id": None}, 0, None),
-        ({"eos_token_id": -1, "bos_token_id": True}, None, None),
-        ({"eos_token_id": [], "bos_token_id": "1"}, None, None),
+        ({"eos_token_id": [400, 399], "bos_token_id": 398}, 2, 400, [400, 399, 2], 398),
+        ({"eos_token_id": 7, "bos_token_id": 5}, [9, 7, 11], 7, [7, 9, 11], 5),
+        ({"eos_token_id": 0, "bos_token_id": None}, None, 0, [0], None),
+        ({"eos_token_id": -1, "bos_token_id": True}, "2", None, [], None),
+        ({"eos_token_id": [], "bos_token_id": "1"}, [True, 10**30, {}, 3], None, [3], None),
     ],
 )
-def test_the_ends_of_a_document_are_those_of_config_json(changes, eos_id, bos_id, tmp_path):
-    found = open_weights(write_hf(tmp_path / "hf", to_hf(weights(), CONFIG), **changes))
-    assert found.metadata == {"step": 0, "tokens": 0, "tokenizer_sha256": None, "eos_id": eos_id, "bos_id": bos_id}
+def test_the_ends_of_a_text_are_those_of_both_files(changes, generation, eos_id, eos_ids, bos_id, tmp_path):
+    path = write_hf(tmp_path / "hf", to_hf(weights(), CONFIG), **changes)
+    (path / "generation_config.json").write_text(json.dumps({"eos_token_id": generation}))
+    expected = {"step": 0, "tokens": 0, "tokenizer_sha256": None, "bos": None}
+    expected |= {"eos_id": eos_id, "eos_ids": eos_ids, "bos_id": bos_id}
+    assert open_weights(path).metadata == expected
+    (path / "generation_config.json").unlink()
+    first = changes["eos_token_id"] if isinstance(changes["eos_token_id"], list) else [changes["eos_token_id"]]
+    assert open_weights(path).metadata["eos_ids"] == [i for i in first if i >= 0]
+
+
+def test_every_end_of_a_text_travels_there_and_back(tmp_path):
+    ends = {"eos_token_id": [7, 9, 11]}
+    step_dir = native.write(
+        tmp_path / "ours", open_weights(write_hf(tmp_path / "hf", to_hf(weights(), CONFIG), **ends))
+    )
+    assert open_weights(step_dir).metadata["eos_ids"] == [7, 9, 11, 2]
+    hf_folder.write(tmp_path / "again", open_weights(step_dir))
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "again" / name).read_text())["eos_token_id"] == [7, 9, 11, 2]
 
 
 def test_what_an_upstream_file_says_and_what_is_known_of_all_of_them(tmp_path):
     found = open_weights(write_upstream(tmp_path / "lit_model.pth", weights()), CONFIG)
-    assert found.metadata == {"step": 5, "tokens": None, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
+    expected = {"step": 5, "tokens": None, "tokenizer_sha256": None}
+    assert found.metadata == expected | {"eos_id": 2, "eos_ids": [2], "bos_id": 1, "bos": None}
     torch.save(weights(), tmp_path / "bare.pth")
     assert open_weights(tmp_path / "bare.pth", CONFIG).metadata["step"] == 0
     with pytest.raises(InputError, match="bare.pth does not say its model's sizes"):
         open_weights(tmp_path / "bare.pth")
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("kind", ["safetensors", "bin", "upstream"])
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda name: f"_orig_mod.{name}",
+        lambda name: f"_forward_module.{name}",
+        lambda name: f"module.{name}",
+        lambda name: f"_forward_module._orig_mod.{name}",
+        # blocks compiled, or wrapped, one by one
+        lambda name: re.sub(r"(\.\d+\.)", r"\1_orig_mod.", name),
+        lambda name: "_fsdp_wrapped_module." + re.sub(r"(\.\d+\.)", r"\1_checkpoint_wrapped_module.", name),
+    ],
+)
+def test_names_of_a_compiled_or_wrapped_model_are_those_of_the_model(wrap, kind, tmp_path):
+    state = weights()
+    wrapped = {wrap(name): tensor for name, tensor in stored(kind, state).items()}
+    found = open_weights(WRITERS[kind](tmp_path / "there", wrapped), CONFIG)
+    assert all(torch.equal(found.read(name), tensor) for name, tensor in state.items())
+    twice = wrapped | {name: tensor + 1 for name, tensor in stored(kind, state).items() if name.startswith("lm_head")}
+    if len(twice) > len(wrapped):
+        with pytest.raises(InputError, match="has parameters both with and without _orig_mod, "):
+            open_weights(WRITERS[kind](tmp_path / "twice", twice), CONFIG)
 
 
 @pytest.mark.filterwarnings("ignore")

@@ -61,17 +61,46 @@ def test_past_the_context_it_goes_on_from_the_last_half(gpt):
         if position - begin > 16:
             begin = position - 8
         assert new[i] == likeliest(gpt, (ids + new)[begin:position])
-    long = [int(i) for i in range(3, 33)]
-    assert generate(gpt, [long], 1)[0] == [likeliest(gpt, long[-8:])]
+
+
+@pytest.mark.parametrize("length", [15, 16, 17, 30, 100])
+def test_of_a_prompt_beyond_the_context_the_last_whole_context_is_read(gpt, length):
+    prompt = [(7 * i + 3) % 100 for i in range(length)]
+    new = generate(gpt, [prompt], 4)[0]
+    assert new == generate(gpt, [prompt[-16:]], 4)[0]
+    ids, begin = prompt[-16:], 0
+    for token in new:
+        begin = len(ids) - 8 if len(ids) - begin > 16 else begin
+        assert token == likeliest(gpt, ids[begin:])
+        ids.append(token)
+
+
+@pytest.mark.parametrize("lengths", [(3, 30), (30, 3, 16), (17, 16, 15), (40, 90), (1, 200)])
+def test_rows_beyond_the_context_get_what_each_gets_alone(gpt, lengths):
+    prompts = [[(11 * i + row) % 100 for i in range(length)] for row, length in enumerate(lengths)]
+    for how in ({}, {"temperature": 1.0, "top_p": 0.9, "seed": 2}):
+        assert generate(gpt, prompts, 40, **how) == [generate(gpt, [prompt], 40, **how)[0] for prompt in prompts]
 
 
 def test_each_prompt_stops_at_its_own_eos(gpt):
     prompts = [[5, 17, 80], [9, 3]]
     free = generate(gpt, prompts, 12)
     eos = free[0][4]
-    assert generate(gpt, prompts, 12, eos_id=eos) == [new[: new.index(eos) + 1] if eos in new else new for new in free]
-    steps = list(stream(gpt, [[5, 17, 80]], 12, eos_id=eos))
+    expected = [new[: new.index(eos) + 1] if eos in new else new for new in free]
+    assert generate(gpt, prompts, 12, eos_ids=[eos]) == expected
+    steps = list(stream(gpt, [[5, 17, 80]], 12, eos_ids=[eos]))
     assert steps == [[token] for token in free[0][: free[0].index(eos) + 1]]
+
+
+def test_each_of_several_eos_ids_ends_a_text(gpt):
+    prompts = [[5, 17, 80], [9, 3], [64]]
+    free = generate(gpt, prompts, 12)
+    ends = {free[0][4], free[1][2], free[2][7], 0}
+    found = generate(gpt, prompts, 12, eos_ids=ends)
+    for new, whole in zip(found, free, strict=True):
+        assert new == whole[: len(new)]
+        assert new[-1] in ends
+        assert not ends & set(new[:-1])
 
 
 def test_rows_beyond_the_vocabulary_are_never_chosen(gpt):

@@ -23,7 +23,8 @@ CONFIG = ModelConfig(
     norm_eps=1e-4,
     rope_base=5000,
 )
-METADATA = {"step": 12, "tokens": 3456, "tokenizer_sha256": None, "eos_id": 2, "bos_id": 1}
+METADATA = {"step": 12, "tokens": 3456, "tokenizer_sha256": None}
+METADATA |= {"eos_id": 2, "eos_ids": [2], "bos_id": 1, "bos": False}
 
 
 def weights(config=CONFIG, seed=5):

@@ -118,7 +118,7 @@ def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None
     order = {"version": 1, "window": 1024}
     of_data = {"seed": 3407, "order": order, "sources": sources}
     assert run.data_metadata() == {"data": of_data, "model": asdict(run.config)}
-    assert run.tokenizer_metadata() == {"tokenizer_sha256": "0" * 64, "bos_id": 1, "eos_id": 2}
+    assert run.tokenizer_metadata() == {"tokenizer_sha256": "0" * 64, "bos": False, "bos_id": 1, "eos_id": 2}
     chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
     assert recipe.setup(data(settings, validation=chunks)).tokenizer_metadata() == run.tokenizer_metadata()
     facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_metadata()["data"]

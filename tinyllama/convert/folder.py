@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyllama import InputError, __version__, atomic
+from tinyllama import InputError, __version__, atomic, printable
 
 MARK = "export.json"  # marks a folder that a conversion wrote; it holds the source and the names of all files
 
@@ -15,9 +15,9 @@ MARK = "export.json"  # marks a folder that a conversion wrote; it holds the sou
 def read_mark(output: Path) -> dict[str, Any]:
     """Return the content of the mark of ``output``; empty when it has none."""
     try:
-        mark = json.loads((output / MARK).read_text(encoding="utf-8"))
+        mark = json.loads((output / MARK).read_text(encoding="utf-8")) if (output / MARK).is_file() else {}
         return mark if isinstance(mark["files"], list) else {}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return {}
 
 
@@ -34,9 +34,10 @@ def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Pat
             raise InputError(f"{given} holds {source}, which is to be converted: give another folder")
         if output.exists() and not output.is_dir():
             raise InputError(f"{output} is a file: give a folder that does not exist yet")
-        if foreign := sorted({path.name for path in output.glob("*")} - set(read_mark(output).get("files", ()))):
+        written = read_mark(output).get("files", ())
+        if foreign := sorted(path.name for path in output.glob("*") if path.name not in written):
             raise InputError(
-                f"{output} holds {foreign[0]}, which no export wrote: give another folder, or move it away"
+                f"{output} holds {printable(foreign[0])}, which no export wrote: give another folder, or move it away"
             )
         partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
         for stale in (partial, replaced):

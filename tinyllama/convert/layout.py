@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
 from tinyllama.config.model import NAMED_CONFIGS, ModelConfig, named_config
 from tinyllama.model import GPT
 
@@ -27,6 +27,8 @@ KEYS: dict[str, tuple[str, ...]] = {
     "transformer.ln_f.weight": ("model.norm.weight",),
     "lm_head.weight": ("lm_head.weight",),
 }
+
+MOST = 10**15  # a larger number is an error: in fp32, it is no number any more
 
 # transformers' name in config.json of each size, and ours
 SIZES = {
@@ -82,7 +84,9 @@ def from_hf(parts: list[Tensor], config: ModelConfig) -> Tensor:
     return torch.cat([part.view(shape) for part in parts], dim=1).flatten(0, 2)  # (qkv_size, C)
 
 
-def hf_config(config: ModelConfig, eos_id: int | None, bos_id: int | None, dtype: torch.dtype) -> dict[str, Any]:
+def hf_config(
+    config: ModelConfig, eos_id: int | list[int] | None, bos_id: int | None, dtype: torch.dtype
+) -> dict[str, Any]:
     """Return the content of config.json; its ``vocab_size`` is the number of rows, padding included."""
     name = str(dtype).removeprefix("torch.")
     rope: dict[str, Any] = {"rope_type": "default"}
@@ -117,12 +121,19 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
     try:
         hf = {key: value for key, value in hf.items() if value is not None}
         hf = {"num_key_value_heads": hf["num_attention_heads"], "max_position_embeddings": 2048} | hf
-        if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and hf[key] > 0)]:
-            raise InputError(*(f"{where}: {key} is {hf[key]!r}: give a whole number above 0" for key in wrong))
-        rope = hf.get("rope_parameters") or hf.get("rope_scaling") or {}
-        rope_type = rope.get("rope_type") or rope.get("type") or "default"
-        base = rope.get("rope_theta") or hf.get("rope_theta") or 10000
+        if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and 0 < hf[key] < 2**31)]:
+            hint = "give a whole number above 0, below 2^31"
+            raise InputError(*(f"{where}: {key} is {printable(repr(hf[key]), 40)}: {hint}" for key in wrong))
+        # as transformers reads them: an older folder's rope_scaling replaces rope_parameters, its rope_theta included
+        rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
+        rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf} | rope
+        rope_type = rope.get("rope_type", rope.get("type", "default"))
+        base, eps = rope.get("rope_theta", 10000), hf.get("rms_norm_eps", 1e-6)
+        ratio = rope["factor"] if rope_type == "linear" else 1
         problems = list(_unsupported(hf, rope_type, base, rope.get("partial_rotary_factor", 1)))
+        for key, value in (("rms_norm_eps", eps), ("the factor of linear RoPE", ratio)):
+            if type(value) not in (int, float) or value > MOST:
+                problems.append(f"{key} is {printable(repr(value), 40)}: give a number")
         rows = hf["vocab_size"]
         if pieces is not None and pieces > rows:
             problems.append(f"the tokenizer beside it has {pieces} pieces, the model {rows}: take both from one model")
@@ -136,34 +147,35 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         sizes = {ours: hf[theirs] for theirs, ours in SIZES.items()} | {
             "vocab_size": vocab_size,
             "padding_multiple": multiple,
-            "norm_eps": hf.get("rms_norm_eps", 1e-6),
+            "norm_eps": eps,
             "rope_base": int(base),
-            "rope_condense_ratio": rope["factor"] if rope_type == "linear" else 1,
+            "rope_condense_ratio": ratio,
             "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
         }
         known = next((name for name in NAMED_CONFIGS if named_config(name) == ModelConfig(name, **sizes)), "llama")
         return ModelConfig(known, **sizes)
     except (KeyError, TypeError, AttributeError) as error:
-        raise InputError(f"{where} is not a Llama's config.json ({error!r}): fetch the folder again") from None
+        why = printable(repr(error), 200)
+        raise InputError(f"{where} is not a Llama's config.json ({why}): fetch the folder again") from None
 
 
-def _unsupported(hf: dict[str, Any], rope_type: str, base: Any, rotated: Any) -> Iterator[str]:
+def _unsupported(hf: dict[str, Any], rope_type: Any, base: Any, rotated: Any) -> Iterator[str]:
     architectures = hf.get("architectures") or ["LlamaForCausalLM"]
     if hf.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
-        what = f"{architectures[0]} (model_type {hf.get('model_type')})"
+        what = f"{printable(architectures[0], 80)} (model_type {printable(hf.get('model_type'), 80)})"
         yield f"architecture {what} is not supported: give a LlamaForCausalLM"
         return  # the other checks would only repeat that
     if rope_type not in ("default", "linear"):
-        yield f"RoPE type {rope_type} is not supported: give a model with default or linear RoPE"
-    if hf.get("partial_rotary_factor", rotated) != 1:
+        yield f"RoPE type {printable(rope_type, 80)} is not supported: give a model with default or linear RoPE"
+    if rotated != 1:
         yield "partial_rotary_factor is not supported: give a model that rotates whole heads"
-    if not isinstance(base, int | float) or base % 1 != 0:  # inf % 1 and nan % 1 are nan
-        yield f"rope_theta {base} is not a whole number: our rope_base is one"
+    if type(base) not in (int, float) or not (base <= MOST and base % 1 == 0):  # nan % 1 is nan
+        yield f"rope_theta {printable(base, 40)} is not a whole number up to {MOST:.0e}: our rope_base is one"
     for key in ("attention_bias", "mlp_bias", "quantization_config"):
         if hf.get(key):
             yield f"{key} is not supported: give a model without"
     if hf.get("hidden_act", "silu") != "silu":
-        yield f"hidden_act {hf['hidden_act']} is not supported: give a model with silu"
+        yield f"hidden_act {printable(hf['hidden_act'], 80)} is not supported: give a model with silu"
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
     if (hf.get("head_dim") or width // heads) * heads != width:
-        yield f"head_dim {hf['head_dim']} x {heads} heads is not hidden_size {width}: not supported"
+        yield f"head_dim {printable(hf['head_dim'], 40)} x {heads} heads is not hidden_size {width}: not supported"

@@ -30,7 +30,7 @@ def write(output: Path, weights: Weights) -> Path:
     It appears completely or not at all, and replaces an earlier conversion. Raises InputError for an ``output`` that
     cannot be written or has files that no conversion wrote.
     """
-    metadata = {key: weights.metadata[key] for key in ("tokenizer_sha256", "bos_id", "eos_id")}
+    metadata = {key: weights.metadata[key] for key in ("tokenizer_sha256", "bos_id", "eos_id", "eos_ids", "bos")}
     state = {"format_version": reader.FORMAT_VERSION, "step": 0, "samples": 0, "tokens": 0, **metadata}
     state |= {"converted_from": str(weights.path), "versions": {"tinyllama": __version__, "torch": torch.__version__}}
     with folder.create(output, weights.path, {"from": str(weights.path)}) as partial:

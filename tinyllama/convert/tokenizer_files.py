@@ -32,6 +32,11 @@ def matching_tokenizer(path: str | Path, trained_with: str | None, config: Model
     raise InputError(f"tokenizer {tokenizer.path} {problem}: give the file that its data was prepared with")
 
 
+def pad_id(tokenizer: Tokenizer) -> int | None:
+    """Return the id that fills up shorter texts of a batch: unk or, without one, eos or bos; a new one has no row."""
+    return next((i for i in (tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id) if i is not None), None)
+
+
 def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None:
     """Write tokenizer.json and tokenizer_config.json, and copy the .model where there is one.
 
@@ -61,12 +66,15 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
                 f"export without it, or use a BPE model with Llama's settings (normalizer identity, dummy prefix)"
             )
     fast.save(str(output / "tokenizer.json"))
-    bos, eos = (None if i is None else fast.id_to_token(i) for i in (tokenizer.bos_id, tokenizer.eos_id))
+    ids = (tokenizer.bos_id, tokenizer.eos_id, pad_id(tokenizer))
+    bos, eos, pad = (None if i is None else fast.id_to_token(i) for i in ids)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is; LlamaTokenizer changes blanks
         "bos_token": bos,
         "eos_token": eos,
         "unk_token": getattr(fast.model, "unk_token", None),
+        "pad_token": pad,
+        "padding_side": "left",  # so that a batch of prompts is continued where each of them ends
         "add_bos_token": False,
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,

@@ -2,7 +2,6 @@
 
 import functools
 import json
-import pickle
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -15,7 +14,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
 from tinyllama.checkpoint import reader
 from tinyllama.config.model import ModelConfig
 from tinyllama.convert import folder, layout
@@ -28,6 +27,11 @@ INDEXES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
 # older lit_gpt's names of the MLP's parameters; ours and its latest version's are swiglu.w1, w2 and w3
 PLAIN_MLP = {".mlp.fc_1.": ".mlp.swiglu.w1.", ".mlp.fc_2.": ".mlp.swiglu.w2.", ".mlp.proj.": ".mlp.swiglu.w3."}
 
+# what compiling or wrapping a model puts into the names of its parameters
+WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
+
+COUNTS = ("step", "tokens", "eos_id", "bos_id")
+
 
 @dataclass(frozen=True)
 class Weights:
@@ -39,7 +43,8 @@ class Weights:
     dtype: torch.dtype
     """of all tensors as read"""
     metadata: dict[str, Any]
-    """step, tokens, tokenizer_sha256, bos_id and eos_id; None where unknown"""
+    """step, tokens, tokenizer_sha256, bos_id, eos_id, and bos, whether documents begin with bos_id; None where unknown;
+    eos_ids are all that end a text, eos_id among them"""
     read: Callable[[str], Tensor]
     """returns one full tensor by our name, on the CPU, in its own memory"""
 
@@ -98,7 +103,8 @@ def _open_hf(path: Path) -> Weights:
         try:
             config = replace(config, **{key: mark["model"][key] for key in ("name", "vocab_size", "padding_multiple")})
         except (KeyError, TypeError) as error:
-            raise InputError(f"{path / folder.MARK} is not what an export writes ({error!r}): export again") from None
+            why = printable(repr(error), 200)
+            raise InputError(f"{path / folder.MARK} is not what an export writes ({why}): export again") from None
     # older versions of transformers saved the RoPE table, and some save tied embeddings twice
     ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
     tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith(ignored)}
@@ -108,7 +114,9 @@ def _open_hf(path: Path) -> Weights:
     def read(name: str) -> Tensor:
         return layout.from_hf([tensors[key].to(dtype, copy=True) for key in parts[name]], config)
 
-    ids = {f"{end}_id": _first_id(hf.get(f"{end}_token_id")) for end in ("eos", "bos")}
+    file = path / "generation_config.json"
+    ends, more = (_listed(content.get("eos_token_id")) for content in (hf, _json(file) if file.is_file() else {}))
+    ids = {"bos_id": hf.get("bos_token_id"), "eos_id": next(iter(ends), None), "eos_ids": ends + more}
     return Weights(path, config, dtype, _metadata({"step": 0, "tokens": 0} | mark | ids), read)
 
 
@@ -121,6 +129,7 @@ def _open_upstream(path: Path, config: ModelConfig) -> Weights:
             for plain, fused in PLAIN_MLP.items():
                 name = name.replace(plain, fused)
             tensors[name] = tensor
+    tensors = _unwrapped(path, tensors)
     dtype = _check(path, config, _shapes_and_dtypes(tensors), layout.shapes)
     # upstream trained with Llama's tokenizer; its files lack the number of tokens
     metadata = _metadata({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
@@ -133,14 +142,20 @@ def _shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.S
 
 def _metadata(content: Mapping[str, Any]) -> dict[str, Any]:
     """Select the metadata of Weights; values of a wrong type count as unknown."""
-    numbers = {key: content.get(key) for key in ("step", "tokens", "eos_id", "bos_id")}
-    metadata = {key: value if type(value) is int and value >= 0 else None for key, value in numbers.items()}
-    sha256 = content.get("tokenizer_sha256")
-    return metadata | {"tokenizer_sha256": sha256 if isinstance(sha256, str) else None}
+    metadata = {key: content.get(key) if _is_count(content.get(key)) else None for key in COUNTS}
+    for key, kind in (("tokenizer_sha256", str), ("bos", bool)):
+        metadata[key] = content.get(key) if isinstance(content.get(key), kind) else None
+    eos_ids = content.get("eos_ids")
+    every = [metadata["eos_id"], *(eos_ids if isinstance(eos_ids, list) else [])]
+    return metadata | {"eos_ids": list(dict.fromkeys(filter(_is_count, every)))}
 
 
-def _first_id(value: Any) -> Any:
-    return value[0] if isinstance(value, list) and value else value
+def _listed(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
 
 
 def _is_plain(value: Any) -> bool:
@@ -159,9 +174,19 @@ def _hf_tensors(path: Path) -> dict[str, Tensor]:
             try:
                 content = load_file(file)
             except (SafetensorError, OSError) as error:
-                raise InputError(f"{file} cannot be read ({error}): fetch it whole (git lfs pull)") from None
-        tensors |= content
+                raise InputError(
+                    f"{file} cannot be read ({printable(error, 200)}): fetch it whole (git lfs pull)"
+                ) from None
+        tensors |= _unwrapped(file, content)
     return tensors
+
+
+def _unwrapped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return ``tensors`` by the names they had before the model was compiled or wrapped."""
+    plain = {".".join(part for part in key.split(".") if part not in WRAPPERS): t for key, t in tensors.items()}
+    if len(plain) < len(tensors):
+        raise InputError(f"{path} has parameters both with and without {', '.join(WRAPPERS)}: give those of one model")
+    return plain
 
 
 def _hf_files(path: Path) -> list[Path]:
@@ -173,7 +198,7 @@ def _hf_files(path: Path) -> list[Path]:
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise InputError(f"{path / index} has no weight_map: fetch the folder again")
             files = [path / Path(name).name for name in sorted(set(names.values()))]
-            if missing := [str(file) for file in files if not file.is_file()]:
+            if missing := [printable(file, 300) for file in files if not file.is_file()]:
                 raise InputError(f"{missing[0]} is missing, which {index} names: fetch the folder again")
             return files
     raise InputError(f"{path} has no model.safetensors, pytorch_model.bin or an index of them: fetch the folder again")
@@ -184,8 +209,8 @@ def _unpickle(path: Path) -> Any:
     try:
         with torch.sparse.check_sparse_tensor_invariants():  # without it, torch 2.11 warns that it does not check
             return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
-    except (pickle.UnpicklingError, RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        reason = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    except Exception as error:  # a damaged or hostile pickle makes torch raise whatever there is
+        reason = printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
         if "Weights only load failed" in str(error):
             reason = "it holds more than tensors and plain values, and is not executed"
         raise InputError(f"{path} cannot be loaded ({reason}): give a file of plain tensors, whole") from None
@@ -198,14 +223,14 @@ def _check(
     expected_of: Callable[[ModelConfig], dict[str, tuple[int, ...]]],
 ) -> torch.dtype:
     """Return the dtype that holds all tensors exactly; raises InputError unless they are those of ``config``."""
-    layers = {int(number[1]) for key in found if (number := re.search(r"\.(?:h|layers)\.(\d+)\.", key))}
+    layers = {int(number[1]) for key in found if (number := re.search(r"\.(?:h|layers)\.(\d{1,9})\.", key))}
     if layers and config.n_layer != max(layers) + 1:  # instead of a long list of missing tensors
         raise InputError(f"{path} has {max(layers) + 1} layers, the model's sizes {config.n_layer}: give those of one")
     expected = expected_of(config)
     problems = [f"{key} is missing" for key in expected if key not in found]
-    problems += [f"{key} is not of such a model" for key in found if key not in expected]
+    problems += [f"{printable(key, 80)} is not of such a model" for key in found if key not in expected]
     problems += [
-        f"{key} has shape {list(shape)}, the model's sizes make {list(expected[key])}"
+        f"{key} has shape {printable(list(shape), 80)}, the model's sizes make {list(expected[key])}"
         for key, (shape, _) in found.items()
         if key in expected and tuple(shape) != expected[key]
     ]
@@ -224,6 +249,6 @@ def _json(path: Path) -> dict[str, Any]:
         if isinstance(content, dict):
             return content
         reason = "it is no object"
-    except (OSError, ValueError) as error:
-        reason = str(error)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = printable(error, 200)
     raise InputError(f"{path} cannot be read as JSON ({reason}): fetch the folder again")

@@ -1,7 +1,7 @@
 """Generate text for a batch of prompts with a pre-allocated KV cache, a token per prompt at a time."""
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -57,19 +57,20 @@ def stream(
     temperature: float = 0.0,
     top_k: int | None = None,
     top_p: float = 1.0,
-    eos_id: int | None = None,
+    eos_ids: Collection[int] = (),
     seed: int = 0,
 ) -> Iterator[list[int | None]]:
     """Yield for each step the new token of each prompt, or None for a sequence that has ended or not yet started.
 
-    A sequence gets up to ``max_new_tokens`` and ends early with ``eos_id``. Temperature 0 takes the likeliest token;
-    above 0, tokens are sampled from softmax(logits / temperature), restricted to the ``top_k`` likeliest and to the
-    fewest whose probabilities reach ``top_p``. All sequences are at the same position in a step: a longer prompt is
+    A sequence gets up to ``max_new_tokens`` and ends early with one of ``eos_ids``. Temperature 0 takes the likeliest
+    token; above 0, tokens are sampled from softmax(logits / temperature), restricted to the ``top_k`` likeliest and to
+    the fewest whose probabilities reach ``top_p``. All sequences are at the same position in a step: a longer prompt is
     still being read while a shorter one is continued. So nothing is padded, and each sequence gets the tokens that it
-    would get alone. Past block_size the model continues from the last half of the context. Raises InputError for
-    logits that are not numbers.
+    would get alone. Of a prompt longer than block_size the model reads the last block_size tokens; past that, it
+    continues from the last half of the context. Raises InputError for logits that are not numbers.
     """
     config, device = model.config, next(model.parameters()).device
+    prompts = [prompt[-config.block_size :] for prompt in prompts]
     draw = [torch.Generator().manual_seed(seed) for _ in prompts]
     lengths = [len(prompt) for prompt in prompts]
     last = max(lengths) + max_new_tokens
@@ -95,7 +96,7 @@ def stream(
             if going[i] and position >= lengths[i]:
                 token = choose(row, temperature, top_k, top_p, draw[i])
                 tokens[i, position] = token
-                going[i] = token != eos_id and position + 1 < lengths[i] + max_new_tokens
+                going[i] = token not in eos_ids and position + 1 < lengths[i] + max_new_tokens
             chosen.append(token)
         yield chosen
 

@@ -121,6 +121,7 @@ def evaluate(
             dtype="float32",
             batch_size=batch_size,
             max_length=weights.config.block_size,
+            prefix_token_id=separator(weights, tokenizer),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         for group in groups.values():
@@ -140,6 +141,17 @@ def evaluate(
             for task in group:
                 scores += _scores(weights, found, task)
     return scores
+
+
+def separator(weights: Weights, tokenizer: Tokenizer) -> int | None:
+    """Return the token before a document in the training data, on which a text's first token is conditioned.
+
+    It is eos, after the document before, unless documents are known to begin with bos.
+    """
+    ids = [weights.metadata["eos_id"], tokenizer.eos_id, weights.metadata["bos_id"], tokenizer.bos_id]
+    if weights.metadata["bos"]:
+        ids = ids[2:] + ids[:2]
+    return next((i for i in ids if i is not None), None)
 
 
 def _scores(weights: Weights, found: dict[str, Any], task: Task) -> Iterator[Score]:

@@ -83,8 +83,7 @@ class Run:
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """What a converter has to know of the tokenizer."""
-        dataset = self.sources[0]
-        return {"tokenizer_sha256": dataset.tokenizer_sha256, "bos_id": dataset.bos_id, "eos_id": dataset.eos_id}
+        return {key: getattr(self.sources[0], key) for key in ("tokenizer_sha256", "bos", "bos_id", "eos_id")}
 
 
 def check_resume(run: Run) -> None:
