@@ -181,11 +181,11 @@ class Training:
     def start(self) -> None:
         """Record where the run starts, and which settings a resumed one changes."""
         run, step = self.run, self.state.step
-        text = f"start    {run.origin} at step {step}"
+        lines = [f"start    {run.origin} at step {step}"]
         changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
         if changed:
-            text += "\nchanged  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
-        self.log.event("start", text, step=step, world_size=run.world.size, ops=run.ops, changed=changed)
+            lines += ["changed  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())]
+        self.log.event("start", *lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed)
 
     def step(self) -> None:
         """One optimizer step; nothing in it waits for the device."""

@@ -1,12 +1,14 @@
 import contextlib
 import csv
 import dataclasses
+import io
 import json
 import os
 import pty
 import re
 import resource
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -87,7 +89,7 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
     assert [row["note"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["good"]
 
 
-def test_a_file_that_is_removed_stops_nobody(run: Run) -> None:
+def test_a_file_that_is_removed_stops_nobody_and_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     with RunLog(run, None, speaks=True) as log:
         log.row({"step": 1, "tokens": 8, "loss": 7.0})
         (run.out_dir / "metrics.csv").unlink()
@@ -95,6 +97,12 @@ def test_a_file_that_is_removed_stops_nobody(run: Run) -> None:
         log.row({"step": 2, "tokens": 16, "loss": 6.0})
         log.end(TrainState(step=2, tokens=16), None)
     assert read_metrics(run.out_dir / "metrics.csv") == []
+    told = [line for line in capsys.readouterr().out.splitlines() if line.startswith("error: ")]
+    file = run.out_dir / "metrics.csv"
+    assert told == [
+        f"error: cannot write {file} (No such file or directory): it lacks the rows from step 1 on",
+        f"error: {file} lacks the last 2 rows: make room, run it again",
+    ]
 
 
 def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:
@@ -149,6 +157,32 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
     (row,) = rows(run)
     assert (row["tokens_slim"], row["tokens_star"]) == (str(768 * 2048), str(256 * 2048))
     assert source_columns(["a/x", "b/x", "c/y/", "x"]) == ["tokens_x", "tokens_x_1", "tokens_y", "tokens_x_3"]
+
+
+NAMES = [
+    *(["x_2", "x", "x"], ["x", "x", "x_1"], ["x_1", "x_1", "x_1_1"], ["per_second", "a/per_second"], ["/", ".", ""]),
+    *(["a,b", '"a"', "a\nb", "a\rb", "a\x85b", "a\u2028b", "\udcff"], ["z" * 3000, "y/" + "z" * 3000], ["x"] * 50),
+]
+
+
+@pytest.mark.parametrize("paths", NAMES)
+def test_each_source_has_a_column_of_its_own(paths: list[str], packed_folder: Any, tmp_path: Path) -> None:
+    columns = source_columns(paths)
+    assert len({*columns, *COLUMNS}) == len(paths) + len(COLUMNS)
+    assert all(name.startswith("tokens_") for name in columns)
+    folder = packed_folder([[list(range(100))]])
+    args = PretrainArgs(out_dir=str(tmp_path / "out"), data=DataArgs(sources=[Source(path) for path in paths]))
+    mixture = Mixture([5] * len(paths), [1.0] * len(paths), 0, ["x"] * len(paths))
+    sources = [open_packed(folder)] * len(paths)
+    run = Run(args, args.model.resolve(), World(1, 1, 1), sources, [], mixture, 1, 9, {}, None)
+    for step in (None, 1):
+        with RunLog(run, step, speaks=True) as log:
+            log.row({"step": (step or 0) + 1, "tokens": 1024 * 2048, "loss": 1.0, "tokens_per_second": 12.5})
+    first, second = read_metrics(run.out_dir / "metrics.csv")
+    assert list(first) == [*COLUMNS, *columns]
+    assert first["tokens_per_second"] == 12.5
+    assert sum(first[name] for name in columns) == 1024 * 2048
+    assert second == first | {"step": 2}
 
 
 def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -298,25 +332,56 @@ def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixtu
     assert endings == ["4.2500  best 4.0000", f"3.5000  {best}", "3.5000  best 3.5000"]
 
 
-def test_a_full_disk_costs_a_row_and_leaves_no_half_of_it(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    log = RunLog(run, None, speaks=True)
-    log.row({"step": 1, "tokens": 32, "loss": 7.0})
-    file, before = run.out_dir / "metrics.csv", (run.out_dir / "metrics.csv").read_bytes()
-
+@contextlib.contextmanager
+def room_until(size: int) -> Iterator[io.StringIO]:
+    """Let no file of this process grow beyond ``size`` bytes; gives what is printed meanwhile."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) + 7, hard))  # of the next row, there is room for a part
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
     try:
-        log.row({"step": 2, "tokens": 64, "loss": 6.0})
-        assert file.read_bytes() == before
-        log.row({"step": 2, "tokens": 64, "loss": 6.0})
-        assert file.read_bytes() == before
+        with contextlib.redirect_stdout(io.StringIO()) as printed:  # which pytest has in a file
+            yield printed
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_a_full_disk_delays_rows_and_leaves_no_half_of_one(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(run, None, speaks=True)
+    log.row({"step": 1, "tokens": 32, "loss": 7.0})
+    log.event("start", step=0)
+    file, events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
+    before = file.read_bytes()
+    events.write_bytes(events.read_bytes().ljust(len(before)) + b"\n")  # there is no room for an event either
+    with room_until(len(before) + 7) as printed:  # of the next row, there is room for a part
+        for row in ({"step": 2, "loss": 6.0}, {"step": 2, "val_loss": 6.5}, {"step": 3, "loss": 5.0}):
+            log.row({"tokens": 96, **row})
+            assert file.read_bytes() == before
+    said = printed.getvalue().splitlines()
+    assert "loss 6.0000" in said[1]
+    assert said[0] == f"error: cannot write {file} (File too large): it lacks the rows from step 2 on"
+    assert sum("error: " in line for line in said) == 1
+    log.row({"step": 4, "tokens": 128, "loss": 4.0})
+    assert f"{file} can be written again: it has the rows from step 2 on\n" in capsys.readouterr().out
+    log.row({"step": 4, "tokens": 128, "val_loss": 4.5})
+    log.row({"step": 5, "tokens": 160, "loss": 3.0})
+    found = [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows(run)]
+    expected = [("1", "7.0", None), ("2", "6.0", "6.5"), ("3", "5.0", None), ("4", "4.0", "4.5"), ("5", "3.0", None)]
+    assert found == expected
+    _, _, half, whole = events.read_text().splitlines()
+    assert half == '{"time'  # that it cannot be written
+    assert json.loads(whole)["event"] == "metrics_written"
+
+
+def test_a_full_disk_costs_no_row_that_was_written(run: Run) -> None:
+    """A validation that joins its row when there is room for the row only."""
+    log = RunLog(run, None, speaks=True)
+    log.row({"step": 1, "tokens": 32, "loss": 7.0})
+    size = (run.out_dir / "metrics.csv").stat().st_size
+    with room_until(size + 1):
+        log.row({"step": 1, "tokens": 32, "val_loss": 7.5})
+        log.row({"step": 2, "tokens": 64, "loss": 6.0})
     log.row({"step": 3, "tokens": 96, "loss": 5.0})
-    assert [row["step"] for row in rows(run)] == ["1", "3"]
-    assert "loss 6.0000" in capsys.readouterr().out
+    found = [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows(run)]
+    assert found == [("1", "7.0", "7.5"), ("2", "6.0", None), ("3", "5.0", None)]
 
 
 @pytest.mark.parametrize("fatal", [False, True])
@@ -373,6 +438,19 @@ def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.C
     assert said.endswith("stopped by SIGTERM at step 4; the same command resumes from there\n")
     assert "# resumes from there" in said
     assert not (run.out_dir / "STOPPED").exists()
+
+
+def test_what_is_shown_of_an_event_is_a_line_each(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    log = RunLog(run, None, speaks=True)
+    log.event("start", "start\x1b[2J of\nall", "changed \u202ex", step=0, run="\x1b\n\udcff")
+    log.event("checkpoint_failed", f"error: {'x' * 10**7}: make room", step=1)
+    first, second, third = capsys.readouterr().out.splitlines()
+    assert (first, second) == ("start\\x1b[2J of\\nall", "changed \\u202ex")
+    assert third.startswith("error: xxx")
+    assert third.endswith("x: make room")
+    assert len(third) < 2100
+    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert events[0]["run"] == "\x1b\n\udcff"
 
 
 def test_events_that_cannot_be_written_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -113,6 +113,21 @@ def test_three_interruptions_leave_one_history(run: Run) -> None:
     assert settled(run.out_dir, expected) == expected
 
 
+def test_steps_that_are_done_again_with_other_settings_are_another_run(run: Run) -> None:
+    pytest.importorskip("wandb")
+    ids = []
+    for lr, after, last in ((1e-4, None, 5), (1e-3, 2, 4)):
+        optim = dataclasses.replace(run.args.optim, lr=lr)
+        with RunLog(dataclasses.replace(run, args=dataclasses.replace(run.args, optim=optim)), after, True) as log:
+            log_steps(log, (after or 0) + 1, last)
+            ids.append(log.metadata()["wandb_id"])
+    expected = {ids[0]: [(step, 10.0 - step) for step in (1, 2, 3, 4)], ids[1]: [(3, 7.0)]}
+    deadline = time.monotonic() + 300
+    while (found := history(run.out_dir)) != expected and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert found == expected
+
+
 def test_what_was_logged_without_wandb_is_sent_later(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("wandb")
     with monkeypatch.context() as broken:
@@ -198,10 +213,10 @@ def test_what_wandb_is_told_of_the_run(run: Run, wandb: Wandb, mode: str, monkey
     assert patience == {"init_timeout": 60, "finish_timeout": 15}
     assert settings == {
         **{"id": run_id, "resume": "allow", "mode": mode, "project": "llamas", "entity": "herd", "name": "out"},
-        **{"dir": run.out_dir, "config": run.resolved()},
+        **{"dir": run.out_dir, "config": run.resolved(), "notes": None},
     }
     assert wandb.finished == 1
-    assert remembered(run) == {"id": run_id, "step": -1}
+    assert remembered(run) == {"id": run_id, "step": -1, "since": -1, "settings": wandb_logger.settings_digest(run)}
 
 
 def test_each_row_is_sent_once_as_numbers_when_nothing_is_added_any_more(run: Run, wandb: Wandb) -> None:
@@ -240,6 +255,12 @@ def test_what_was_not_sent_is_sent_by_the_next_start(run: Run, wandb: Wandb) -> 
     assert [step for step, _ in wandb.logged] == [1, 2, 3, 4, 5]
 
 
+DAMAGED = [b"", b'{"id": "of', b"[1]", b"3", b"null", b"\xff\xfe", b"[" * 100_000, b'{"id": 5}', b'{"id": null}', b"{}"]
+DAMAGED += [b'{"id": "a/b"}', b'{"id": ""}', b'{"id": "\\n"}', b'{"id": "%s"}' % (b"x" * 65), b'{"id": "x", "more": 1}']
+DAMAGED += [b'{"id": "x", "step": %s}' % step for step in (b'"3"', b"1.5", b"NaN", b"1e400", b"[]", b"9" * 5000)]
+DAMAGED += [b'{"id": "x", "step": 1, "settings": 3}', b'{"id": "x", "step": 1, "continues": {}}']
+
+
 def test_the_id_is_that_of_the_folder_or_of_its_checkpoint(
     run: Run, wandb: Wandb, step_dir: Path, tmp_path: Path
 ) -> None:
@@ -247,11 +268,17 @@ def test_the_id_is_that_of_the_folder_or_of_its_checkpoint(
     (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"wandb_id": "ofthestep"}))
     run = dataclasses.replace(run, resume=saved)
     assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthestep"}
-    for damaged in ("", '{"id": "of', "[1]", "3"):  # written while the machine died
-        (run.out_dir / "wandb.json").write_text(damaged)
+    for damaged in DAMAGED:
+        (run.out_dir / "wandb.json").write_bytes(damaged)
         assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthestep"}
     (run.out_dir / "wandb.json").write_text('{"id": "ofthefolder", "step": 12}')
     assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthefolder"}
+    (run.out_dir / "wandb.json").unlink()
+    for id_of_step in (None, 5, [], "a/b", "x" * 65, "\u202e"):
+        (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"wandb_id": id_of_step}))
+        found = RunLog(run, 12, speaks=True).metadata()["wandb_id"]
+        assert len(found) == 8
+        (run.out_dir / "wandb.json").unlink()
     branch = dataclasses.replace(run, args=dataclasses.replace(run.args, out_dir=str(tmp_path / "branch")))
     found = RunLog(branch, 12, speaks=True).metadata()["wandb_id"]
     assert found not in ("ofthestep", "ofthefolder")
@@ -268,3 +295,71 @@ def test_a_history_that_cannot_be_remembered_costs_wandb_and_not_the_run(
         log_steps(log, 3, 5)
     assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
     assert capsys.readouterr().out.count("wandb is off from here, metrics.csv continues: FileExistsError: ") == 1
+
+
+def changed(run: Run, group: str, **settings: Any) -> Run:
+    args = dataclasses.replace(run.args, **{group: dataclasses.replace(getattr(run.args, group), **settings)})
+    return dataclasses.replace(run, args=args)
+
+
+def test_other_settings_leave_the_steps_that_are_given_up_to_the_run_before(
+    run: Run, wandb: Wandb, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log_steps(log, 1, 6)
+        first = log.metadata()["wandb_id"]
+    other = changed(run, "optim", lr=1e-3)
+    with RunLog(other, 3, speaks=True) as log:  # of the steps sent, 4 and 5 are done again
+        log_steps(log, 4, 6)
+        second = log.metadata()["wandb_id"]
+    said = f"wandb: steps are done again with other settings: run {second} continues {first} from step 4\n"
+    assert said in capsys.readouterr().out
+    with RunLog(other, 3, speaks=True) as log:  # killed before it has saved: the same settings, the same steps
+        log_steps(log, 4, 8)
+        assert log.metadata()["wandb_id"] == second
+    assert [step for step, _ in wandb.logged] == [1, 2, 3, 4, 5, 4, 5, 6, 7]
+    assert [settings["id"] for settings in wandb.started] == [first, second, second]
+    notes = f"continues {first} from step 4"
+    assert [settings["notes"] for settings in wandb.started] == [None, notes, notes]
+    with RunLog(run, None, speaks=True) as log:  # and from nothing, with the first settings
+        log_steps(log, 1, 2)
+        assert log.metadata()["wandb_id"] not in (first, second)
+    assert wandb.started[-1]["notes"] == f"continues {second} from step 0"
+
+
+@pytest.mark.parametrize(
+    ("group", "settings", "same"),
+    [
+        *[("optim", {"lr": 1e-3}, False), ("data", {"seed": 1}, False), ("train", {"global_batch_size": 8}, False)],
+        *[
+            ("train", {"max_steps": 12}, False),
+            ("train", {"skip_spikes": 5.0}, False),
+            ("model", {"n_layer": 1}, False),
+        ],
+        *[("train", {"micro_batch_size": 1}, True), ("train", {"max_time": 9.0}, True), ("log", {"interval": 3}, True)],
+        *[("train", {"resume": "x"}, True), ("checkpoint", {"interval": 3}, True), ("eval", {"interval": 3}, True)],
+    ],
+)
+def test_which_settings_begin_another_run(
+    group: str, settings: dict[str, Any], same: bool, run: Run, wandb: Wandb
+) -> None:
+    with RunLog(run, None, speaks=True) as log:
+        log_steps(log, 1, 6)
+        first = log.metadata()["wandb_id"]
+    other = changed(run, group, **settings)
+    other = dataclasses.replace(other, config=other.args.model.resolve())
+    at_the_end = RunLog(other, 5, speaks=True).metadata()["wandb_id"]  # nothing is given up
+    assert at_the_end == first
+    again = RunLog(other, 4, speaks=True).metadata()["wandb_id"]
+    assert (again == first) is same
+
+
+def test_steps_stand_only_if_all_of_them_had_the_settings_of_now(run: Run, wandb: Wandb) -> None:
+    other, ids = changed(run, "optim", lr=1e-3), []
+    for settings, after, last in ((run, None, 5), (other, 4, 8), (other, 6, 9), (other, 4, 5), (other, 3, 4)):
+        with RunLog(settings, after, speaks=True) as log:
+            log_steps(log, (after or 0) + 1, last)
+            ids.append(log.metadata()["wandb_id"])
+    assert [ids.index(one) for one in ids] == [0, 0, 0, 0, 4]  # only the last gives up a step of the first settings
+    steps = [step for step, _ in wandb.logged]
+    assert steps == [1, 2, 3, 4, 5, 6, 7, 8]

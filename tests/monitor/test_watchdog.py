@@ -381,3 +381,37 @@ def test_of_many_ranks_to_look_at_the_first_eight_are_named(tmp_path: Path) -> N
     never = ", ".join(f"rank {rank} (never started)" for rank in range(8))
     assert watchdog.diagnosis(tmp_path, 8, limit=60) == f"dead, stopped or stuck in C code: {never}"
     assert watchdog.diagnosis(tmp_path, 11, limit=60) == f"dead, stopped or stuck in C code: {never} and 3 more"
+
+
+# a rank that watches until its folder is gone
+ALONE = """
+import sys, time
+from pathlib import Path
+from tinyllama.monitor.watchdog import Watchdog
+with Watchdog(Path(sys.argv[1]), rank=3, world_size=4, first_timeout=600, timeout=0.5):
+    print("watches", flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.parametrize("replaced", [False, True])
+def test_every_rank_notices_that_its_folder_is_gone(replaced: bool, tmp_path: Path) -> None:
+    out_dir = tmp_path / "run"
+    process = Process(sys.executable, "-c", ALONE, out_dir)
+    assert process.line() == "watches\n"
+    (tmp_path / "new").mkdir()
+    out_dir.rename(tmp_path / "moved")
+    if replaced:
+        (tmp_path / "new").rename(out_dir)
+    code, _, said = process.end()
+    assert (code, said) == (1, f"error: {out_dir} was unmounted or replaced: mount it, and start this run again\n")
+    assert out_dir.exists() is replaced
+    assert not replaced or list(out_dir.iterdir()) == []
+
+
+def test_a_damaged_heartbeat_is_none(tmp_path: Path) -> None:
+    for rank, content in enumerate((b"", b"{", b"[1]", b"3", b"\xff", b'{"rank": 5, "more": 1}')):
+        (tmp_path / f"rank-{rank:05d}.json").write_bytes(content)
+    (tmp_path / "rank-00006.json").mkdir()
+    assert watchdog.read(tmp_path, 8) == []
+    assert watchdog.diagnosis(tmp_path, 1, limit=60) == "dead, stopped or stuck in C code: rank 0 (never started)"

@@ -416,15 +416,30 @@ def test_an_unmounted_folder_ends_the_run(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_file_system_that_is_mounted_again_is_the_same_folder(tmp_path: Path) -> None:
+def test_a_file_system_that_is_mounted_again_is_the_same_folder(tmp_path: Path, monkeypatch) -> None:
     """A remount may give other numbers to the same files, and so may some file systems without one."""
-    with RunLock(tmp_path / "run", None) as held:
-        assert not lock.is_lost(tmp_path / "run/OWNER.json", held._folder)
-        shutil.copytree(tmp_path / "run", tmp_path / "copy")
-        assert not lock.is_lost(tmp_path / "copy/OWNER.json", held._folder)
-        (tmp_path / "copy/OWNER.json").unlink()
-        assert lock.is_lost(tmp_path / "copy/OWNER.json", held._folder)
-        assert lock.is_lost(tmp_path / "none/OWNER.json", held._folder)
+    ended = []
+    monkeypatch.setattr(lock, "end_process", ended.append)
+    with RunLock(tmp_path / "run", None):
+        then, copy = (tmp_path / "run").stat(), tmp_path / "copy"
+        lock.end_if_lost(tmp_path / "run", then, tmp_path / "run/none")
+        shutil.copytree(tmp_path / "run", copy)
+        lock.end_if_lost(copy, then, copy / "OWNER.json")
+        assert ended == []
+        (copy / "OWNER.json").unlink()
+        lock.end_if_lost(copy, then, copy / "OWNER.json")
+        lock.end_if_lost(tmp_path / "none", then, copy)
+    assert ended == [
+        f"{f} was unmounted or replaced: mount it, and start this run again" for f in (copy, tmp_path / "none")
+    ]
+
+
+@pytest.mark.parametrize("host", ["\x1b[2J", "a\nerror: b", "\u202e", "h" * 50_000])
+def test_a_strangers_name_is_one_line(host: str, tmp_path: Path, impatient: None, capsys) -> None:
+    leave(tmp_path, host=host, job_id=host)
+    with RunLock(tmp_path, "5"):
+        lines = capsys.readouterr().out.splitlines()
+    assert [line.isprintable() and len(line) < 2100 for line in lines] == [True, True]
 
 
 @pytest.mark.slow

@@ -4,7 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from tinyllama import InputError, atomic
+from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint.reader import newest, read_settings, resolve
 
 
@@ -33,7 +33,7 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
     latest, passed_over = newest(out_dir / "checkpoints")
     if how == "auto":
         for problem in passed_over:
-            print(f"passed over: {problem}")
+            print(f"passed over: {printable(problem)}")
         return latest
     if how == "never":
         if latest is not None:

@@ -24,7 +24,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
 from tinyllama.config.fields import field_doc
 
 Config = TypeVar("Config")
@@ -51,7 +51,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(code)
     except InputError as error:
         for line in error.args:
-            print(f"error: {line}", file=sys.stderr)
+            print(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
@@ -68,7 +68,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if error.errno not in UNUSABLE:
             raise
         path = error.filename or "a file that was being written"
-        print(f"error: cannot use {path} ({error.strerror}): fix it or choose another path", file=sys.stderr)
+        hint = "fix it or choose another path"
+        print(f"error: cannot use {printable(path)} ({error.strerror}): {hint}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,6 +16,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from tinyllama import printable
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.ops import choice
@@ -61,6 +62,7 @@ class Console:
 
     def line(self, text: str, kind: str = "") -> None:
         """Print a line that stays."""
+        text = printable(text)
         if self._live:
             self._live.console.print(Text(text, STYLES.get(kind, "")), soft_wrap=True)
         else:
@@ -91,13 +93,13 @@ def in_terminal() -> bool:
 def show_summary(title: str, summary: Summary) -> None:
     """Print a summary: framed in a terminal, else lines of ``key      value``."""
     if not in_terminal():
-        print(*(f"{key:<8} {value}" for key, value in summary), sep="\n", flush=True)
+        print(*(f"{key:<8} {printable(value)}" for key, value in summary), sep="\n", flush=True)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
     for key, value in summary:
-        table.add_row(key, Text(value))
+        table.add_row(key, Text(printable(value)))
     Terminal(highlight=False).print(Panel(table, title=f"[bold]{title}", title_align="left", border_style="cyan"))
 
 

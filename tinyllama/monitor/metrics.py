@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from tinyllama import InputError, atomic
+from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.monitor.console import FORMATS, Console, Row, console_line, end_summary, show_summary
@@ -54,11 +54,12 @@ class RunLog:
             atomic.write(self._metrics, table)
         except OSError as error:
             raise InputError(f"cannot rewrite {self._metrics} ({error.strerror}): move it away or make room") from None
-        self._last: dict[str, Any] = rows[-1] if rows else {}
-        self._last_at = table.rfind(b"\n", 0, -1) + 1
+        self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
+        self._tail_at = table.rfind(b"\n", 0, -1) + 1 if rows else len(table)
+        self._is_written = True
         self._best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=float("inf"))
         if run.args.log.wandb != "off":
-            self._tracker = Tracker(run, self._console.line)
+            self._tracker = Tracker(run, -1 if step is None else step, self._console.line)
             for row in rows[:-1]:  # those it missed, if any
                 self._tracker.send(row)
 
@@ -113,12 +114,14 @@ class RunLog:
         """Log the end, after its summary: the last step is done, or a signal or setting has stopped the run."""
         if not self._speaks:
             return
-        if self._tracker and not stopped_by:
-            self._tracker.send(self._last)
+        if self._tracker and self._tail and not stopped_by:
+            self._tracker.send(self._tail[-1])
         self._console.stop()
         self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
         summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state)
         show_summary("stopped" if stopped_by else "done", summary)
+        if not self._is_written:
+            self._console.line(f"error: {self._metrics} lacks the last {len(self._tail)} rows: make room, run it again")
         details = {"step": state.step, "seconds": self._seconds}
         if stopped_by:
             text = f"stopped by {stopped_by} at step {state.step}; the same command resumes from there"
@@ -143,29 +146,47 @@ class RunLog:
                 return True
         return False
 
-    def event(self, name: str, text: str, **details: Any) -> None:
-        """Append an event with its details to events.jsonl, and show ``text``."""
+    def event(self, name: str, *lines: str, **details: Any) -> None:
+        """Append an event with its details to events.jsonl, and show ``lines``."""
         if self._speaks:
+            line = json.dumps({"time": round(time.time(), 3), "event": name, **details})
             # what cannot be written is shown all the same
-            with contextlib.suppress(OSError), self._events.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"time": round(time.time(), 3), "event": name, **details}) + "\n")
-            self._console.line(text, name)
+            with contextlib.suppress(OSError), self._events.open("a+b") as file:
+                file.seek(max(file.tell() - 1, 0))
+                is_half = file.read() not in (b"", b"\n")  # of the last line: a kill or a full disk cost the rest
+                file.write(b"\n" * is_half + line.encode() + b"\n")
+            for line in lines:
+                self._console.line(line, name)
 
     def _append(self, row: dict[str, Any]) -> None:
-        again = bool(self._last) and self._last["step"] == row["step"]
-        if again:
-            row = self._last | row
-        elif self._last and self._tracker:
-            self._tracker.send(self._last)  # nothing will be added to it any more
-        with contextlib.suppress(OSError):  # somebody has removed the file; the console has the row
-            end = self._last_at if again else self._metrics.stat().st_size
+        step = row["step"]
+        if self._tail and self._tail[-1]["step"] == step:
+            self._tail[-1] |= row
+        else:
+            if self._tail and self._tracker:
+                self._tracker.send(self._tail[-1])  # nothing will be added to it any more
+            if self._is_written:
+                self._tail_at, self._tail = self._tail_at + len(self._csv(self._tail)), []
+            self._tail.append(row)
+        was_written = self._is_written
+        try:
+            end = min(self._tail_at, self._metrics.stat().st_size)
             os.truncate(self._metrics, end)
             try:
                 with self._metrics.open("ab") as file:
-                    file.write(self._csv([row]))
-                self._last_at, self._last = end, row
-            except OSError:  # a full disk is for the checkpoint to report, and may pass
-                os.truncate(self._metrics, end)
+                    file.write(self._csv(self._tail))
+            except OSError:
+                os.truncate(self._metrics, end)  # no half of a row
+                raise
+            self._is_written = True
+            if not was_written:
+                text = f"{self._metrics} can be written again: it has the rows from step {self._tail[0]['step']} on"
+                self.event("metrics_written", text, step=step)
+        except OSError as error:  # a full disk is for the checkpoint to report, and may pass
+            self._is_written = False
+            if was_written:
+                text = f"error: cannot write {self._metrics} ({error.strerror}): it lacks the rows from step {step} on"
+                self.event("metrics_failed", text, step=step, error=error.strerror)
 
     def _csv(self, rows: list[dict[str, Any]], header: bool = False) -> bytes:
         text = io.StringIO(newline="")
@@ -213,11 +234,14 @@ def _number(cell: str) -> float | None:
 
 
 def source_columns(paths: list[str]) -> list[str]:
-    """Return a column's name for each source: its folder's, with a number where folders share their name."""
+    """Return a column's name for each source: its folder's, with a number where another column has it."""
     names: list[str] = []
     for path in paths:
-        name = f"tokens_{Path(path).name}"
-        names.append(name if name not in names else f"{name}_{len(names)}")
+        name = folder = f"tokens_{printable(Path(path).name)}"
+        number = len(names)
+        while name in (*COLUMNS, *names):
+            name, number = f"{folder}_{number}", number + 1
+        names.append(name)
     return names
 
 

@@ -11,13 +11,14 @@ import itertools
 import json
 import math
 import os
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import yaml
 
-from tinyllama import InputError, __version__, atomic
+from tinyllama import InputError, __version__, atomic, printable
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_metrics
@@ -43,12 +44,15 @@ def write(out_dirs: list[Path], output: Path) -> None:
 
     data = {"runs": runs, "published": _table(importlib.resources.files("tinyllama.eval") / "published_scores.csv")}
     page = (importlib.resources.files("tinyllama.monitor") / "report_page.html").read_text("utf-8")
-    text = json.dumps(data, allow_nan=False).replace("<", "\\u003c")  # ends no script
-    title = f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]
-    for mark, content in {"TITLE": html.escape(title), "VERSION": __version__, "DATA": text}.items():
-        page = page.replace(f"@{mark}@", content)
+    contents = {
+        "TITLE": html.escape(f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]),
+        "VERSION": __version__,
+        "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),  # ends no script
+        "PLOTLY": get_plotlyjs(),
+    }
+    page = re.sub("@([A-Z]+)@", lambda mark: contents[mark[1]], page)  # at once: a name may hold a mark
     try:
-        atomic.write(output, page.replace("@PLOTLY@", get_plotlyjs()).encode())
+        atomic.write(output, page.encode(errors="replace"))
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): give another --output") from error
 
@@ -76,7 +80,8 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
         config = yaml.safe_load((out_dir / "config.yaml").read_text("utf-8"))
         tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
-        model.num_params()
+        if not (0 < tokens_per_step < 2**63 and 0 < model.num_params() < 2**63):
+            raise ValueError("sizes of no run")
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, RecursionError) as error:
         text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
         raise InputError(text) from error
@@ -103,13 +108,13 @@ def state(events: list[Row], metrics: Path) -> str:
 
 def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str, str]:
     """Summarize the run in a phrase for each thing that its files tell about."""
-    found = {"model": f"{model.name}, {model.num_params():,} parameters"}
+    found = {"model": f"{printable(model.name)}, {model.num_params():,} parameters"}
     found["progress"] = f"step {rows[-1]['step']:,.0f}, {rows[-1]['tokens']:,.0f} tokens"
     if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
         best, at = min(validated)
-        found["validation loss"] = f"{validated[-1][0]:.4f} (best {best:.4f} at step {at:,.0f})"
+        found["validation loss"] = f"{_loss(validated[-1][0])} (best {_loss(best)} at step {at:,.0f})"
     if trained := [row for row in rows if row.get("loss") is not None]:
-        found["training loss"] = f"{trained[-1]['loss']:.4f}"
+        found["training loss"] = _loss(trained[-1]["loss"])
         found["speed"] = f"{mean_speed(trained):,.0f} tokens/s"
         if mfu := [row["mfu"] for row in trained if row.get("mfu") is not None]:
             found["speed"] += f", MFU {sum(mfu) / len(mfu):.1%}"
@@ -117,7 +122,8 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     counts = [(kind, sum(event["kind"] == kind for event in events)) for kind in ("restart", "checkpoint", "skip")]
     found["events"] = ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts)
     if len(events) > 1:
-        found["life"] = duration(events[-1]["time"] - events[0]["time"])
+        times = [event["time"] for event in events]
+        found["life"] = duration(max(times) - min(times))
     return found
 
 
@@ -136,8 +142,8 @@ def read_events(file: Path, tokens_per_step: int) -> list[Row]:
             continue
         step = found
         details = ", ".join(f"{key} {value}" for key, value in event.items() if value not in (None, [], {}))
-        event = {"kind": kinds.get(kind, kind), "step": step, "tokens": step * tokens_per_step}
-        events.append(event | {"time": at, "details": details})
+        event = {"kind": printable(kinds.get(kind, kind), 40), "step": step, "tokens": step * tokens_per_step}
+        events.append(event | {"time": at, "details": printable(details, 1000)})
         if kind == "start":
             kinds["start"] = "restart"  # any later one
     return events
@@ -148,12 +154,13 @@ def smooth(rows: list[Row]) -> None:
 
     Its memory is a two-hundredth of the run's rows, but two at least; the start is not pulled towards 0.
     """
-    trained = [row for row in rows if row.get("loss") is not None and math.isfinite(row["loss"])]
+    trained = [row for row in rows if _finite(row.get("loss")) is not None]
     keep = 1 - 1 / max(len(trained) / 200, 2)
-    total = weight = 0.0
+    mean = weight = 0.0
     for row in trained:
-        total, weight = keep * total + row["loss"], keep * weight + 1
-        row["smooth"] = total / weight
+        weight = keep * weight + 1
+        mean = mean * (1 - 1 / weight) + row["loss"] / weight  # a sum of losses could be beyond any number
+        row["smooth"] = mean
 
 
 def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
@@ -171,24 +178,34 @@ def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
 
 def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
     """Draw training and validation loss over the tokens for a terminal: lines of braille dots, labelled at the ends."""
-    points: list[tuple[float, float]] = []
-    for name in ("loss", "val_loss"):
-        series = [(row["tokens"], row[name]) for row in rows if _finite(row.get(name)) is not None]
-        points += series
-        for (x0, y0), (x1, y1) in itertools.pairwise(series if name == "loss" else []):  # joined by a line
-            points += [(x0 + (x1 - x0) * k / width, y0 + (y1 - y0) * k / width) for k in range(width)]
-    if not points:
+    curves = [
+        [(row["tokens"], row[name]) for row in rows if _finite(row.get(name)) is not None]
+        for name in ("loss", "val_loss")
+    ]
+    losses = [loss for curve in curves for _, loss in curve]
+    if not losses:
         return []
-    right, (low, high) = max(x for x, _ in points) or 1, (min(y for _, y in points), max(y for _, y in points))
-    span = (high - low) or 1
+    low, high, right = min(losses), max(losses), max(tokens for curve in curves for tokens, _ in curve) or 1
+    scale = max(abs(low), abs(high)) or 1  # of the largest numbers, a difference could be beyond any number
+    span = high / scale - low / scale or 1
+    training, points = ([(x / right, (high / scale - y / scale) / span) for x, y in curve] for curve in curves)
+    points += training[-1:]
+    for (x0, y0), (x1, y1) in itertools.pairwise(training):  # joined by a line
+        points += [(x0 + (x1 - x0) * k / width, y0 + (y1 - y0) * k / width) for k in range(width)]
     dots = [[0] * width for _ in range(height)]
     for x, y in points:
-        column, row = round(x / right * (2 * width - 1)), round((high - y) / span * (4 * height - 1))
+        column, row = round(x * (2 * width - 1)), round(y * (4 * height - 1))
         dot = ((0x01, 0x02, 0x04, 0x40), (0x08, 0x10, 0x20, 0x80))[column % 2][row % 4]
         dots[row // 4][column // 2] |= dot
-    labels = {0: f"{high:.3f}", height - 1: f"{low:.3f}", height // 2: "loss"}
+    labels = {0: _loss(high, 3), height - 1: _loss(low, 3), height // 2: "loss"}
     lines = [f"{labels.get(i, ''):>8} │" + "".join(chr(0x2800 + c) for c in row) for i, row in enumerate(dots)]
     return [*lines, " " * 8 + " └" + "─" * width, " " * 10 + f"0{f'{right:,.0f} tokens':>{width - 1}}"]
+
+
+def _loss(loss: float, digits: int = 4) -> str:
+    """Format a loss, one far from those of language models by its power of ten."""
+    is_usual = loss == 0 or 1e-3 <= abs(loss) < 1e4
+    return f"{loss:.{digits}f}" if is_usual else f"{loss:.1e}"
 
 
 def _finite(value: Any) -> Any:

@@ -26,7 +26,8 @@ from typing import Literal, Self
 import torch
 import torch.distributed as dist
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
+from tinyllama.train.lock import end_if_lost
 
 Phase = Literal["start", "step", "validation", "checkpoint", "end"]
 
@@ -76,7 +77,7 @@ class Watchdog:
     def __init__(self, out_dir: Path, *, rank: int, world_size: int, first_timeout: float, timeout: float) -> None:
         """Call it a stall after ``timeout`` seconds without a beat in the steps after the first one, where ranks run
         evenly, and after ``first_timeout`` until then and in every other phase."""
-        self._folder = out_dir / "heartbeat"
+        self._out_dir, self._folder = out_dir, out_dir / "heartbeat"
         self._name = f"rank-{rank:05d}"
         self._rank, self._world_size = rank, world_size
         self._first_timeout, self._timeout = first_timeout, timeout
@@ -98,6 +99,7 @@ class Watchdog:
                 number = int(match[1]) if match else -1
                 if number == self._rank or (self._rank == 0 and number >= self._world_size) or path.name == DIAGNOSIS:
                     path.unlink(missing_ok=True)
+            self._mounted = self._out_dir.stat()
         except OSError as error:
             raise InputError(f"cannot write or remove {error.filename} ({error.strerror}): move it away") from None
         self._last = (time.monotonic(), 0, "start", 0)
@@ -123,7 +125,7 @@ class Watchdog:
         self._last = (time.monotonic(), step, phase, self._last[3] + 1)
 
     def _write(self) -> None:
-        """Write this rank's file every few seconds, and a last time at the end."""
+        """Write this rank's file every few seconds, and a last time at the end; end it if its folder is gone."""
         path = self._folder / f"{self._name}.json"
         unfinished = path.with_suffix(".tmp")
         who = (self._rank, socket.gethostname(), os.getpid())
@@ -134,6 +136,7 @@ class Watchdog:
             since, now = round(time.monotonic() - at, 3), datetime.now(UTC).isoformat()
             heartbeat = Heartbeat(*who, step, phase, beats, since, now, self._stalled_at, self._waiting)
             with contextlib.suppress(OSError):  # a full disk is for the checkpoint to report, and may pass
+                end_if_lost(self._out_dir, self._mounted, path)
                 unfinished.write_text(json.dumps(asdict(heartbeat)) + "\n", encoding="utf-8")
                 unfinished.replace(path)
             self._ended.wait(self._interval)
@@ -169,7 +172,7 @@ class Watchdog:
             while stalled < self._world_size and time.monotonic() < deadline:
                 time.sleep(self._interval / 5)
                 stalled = sum(beat.stalled_at is not None for beat in read(self._folder, self._world_size))
-            self._name_once(f"{diagnosis(self._folder, self._world_size, limit)}\n".encode())
+            self._name_once(f"{printable(diagnosis(self._folder, self._world_size, limit))}\n".encode())
         except BaseException:
             os.write(STDERR, traceback.format_exc().encode())
         finally:
@@ -189,9 +192,13 @@ class Watchdog:
 
 
 def read(folder: Path, world_size: int) -> list[Heartbeat]:
-    """Read the heartbeats of the ranks that have one."""
-    paths = [folder / f"rank-{rank:05d}.json" for rank in range(world_size)]
-    return [Heartbeat(**json.loads(path.read_text(encoding="utf-8"))) for path in paths if path.exists()]
+    """Read the heartbeats of the ranks that have one, but for damaged ones."""
+    found = []
+    for rank in range(world_size):
+        with contextlib.suppress(OSError, ValueError, TypeError):
+            text = (folder / f"rank-{rank:05d}.json").read_text(encoding="utf-8")
+            found.append(Heartbeat(**json.loads(text)))
+    return found
 
 
 def diagnosis(folder: Path, world_size: int, limit: float) -> str:

@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, NoReturn
 
 import torch.distributed as dist
 
-from tinyllama import InputError, atomic
+from tinyllama import InputError, atomic, printable
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # a holder that was silent for as many seconds is gone
@@ -55,7 +55,7 @@ class RunLock:
         except OSError as error:
             raise InputError(f"cannot write {self._path}: {error.strerror}: give an out_dir that can be") from None
         if before is not None:
-            print(f"took over {self._path.parent} from {before}", flush=True)
+            print(printable(f"took over {self._path.parent} from {before}"), flush=True)
         self._heart.start()
         return self
 
@@ -112,7 +112,7 @@ class RunLock:
     def _watch(self, seen: "_Look") -> str:
         """Wait until the holder is gone and return why; raises InputError at its next heartbeat."""
         out_dir, deadline = self._path.parent, time.monotonic() + STALE
-        print(f"{out_dir} is locked by {seen}: waiting {STALE:.0f} s for a sign of life", flush=True)
+        print(printable(f"{out_dir} is locked by {seen}: waiting {STALE:.0f} s for a sign of life"), flush=True)
         while time.monotonic() < deadline:
             time.sleep(BEAT / 20)
             if _look(self._path) != seen:
@@ -124,8 +124,7 @@ class RunLock:
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # of a file server that does not answer now
-                if is_lost(self._path, self._folder):
-                    end_process(f"{self._path.parent} was unmounted or replaced: mount it, and start this run again")
+                end_if_lost(self._path.parent, self._folder, self._path)
                 self._create()  # if somebody removed it: we are alive
                 # {}: another has begun to write there, or a disk failed
                 if _look(self._path).holder not in ({}, self._me):
@@ -149,21 +148,21 @@ def run_lock(out_dir: Path, job_id: str | None) -> Iterator[None]:
         yield
 
 
-def is_lost(file: Path, folder: os.stat_result) -> bool:
-    """Return whether the folder that ``file`` was written to, once ``folder``, is no longer the one of that path.
+def end_if_lost(folder: Path, then: os.stat_result, file: Path) -> None:
+    """End this process if ``folder``, which was ``then``, was unmounted, moved or replaced since.
 
-    A file system that is mounted again may number its files anew, so the file itself is proof, too.
+    A file system that is mounted again may number its files anew, so our own ``file`` in it is proof, too.
     """
-    try:
-        return not os.path.samestat(file.parent.stat(), folder) and not file.exists()
-    except FileNotFoundError:
-        return True
+    with contextlib.suppress(FileNotFoundError):
+        if os.path.samestat(folder.stat(), then) or file.exists():
+            return
+    end_process(f"{folder} was unmounted or replaced: mount it, and start this run again")
 
 
 def end_process(reason: str) -> NoReturn:
     """End this process at once, from any thread: what it would still write would do harm."""
     # not by print: a thread that is stuck in one holds the lock of sys.stderr
-    os.write(2, f"error: {reason}\n".encode(errors="backslashreplace"))
+    os.write(2, f"error: {printable(reason)}\n".encode())
     os._exit(1)
 
 
