@@ -2,6 +2,7 @@ import csv
 import json
 import math
 import os
+import re
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -401,6 +402,133 @@ def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callabl
     assert (scores["x"], scores["y"]) == ([10 * TOKENS, 20 * TOKENS], [0.26, 0.27])
     browser.find_element("xpath", "//div[@id='x-axis']/button[text()='step']").click()
     assert shown(browser, "lr")[0]["x"] == curve(run, "step", "lr")[0]
+    assert browser.get_log("browser") == []
+
+
+HOSTILE = ["<b>x</b>", "a<br>b", "<img src=x onerror=alert(1)>", "&lt;&amp;", "$x_1$", "%{y}", "<extra>e</extra>"]
+HOSTILE += [
+    "__proto__",
+    "constructor",
+    "toString",
+    "@DATA@",
+    "@PLOTLY@ @TITLE@",
+    "</script>",
+    "学习",
+    "\u202eabc",
+    "a\nb\x1b",
+]
+SIZES = [1e-30, 1e300, 1.7e308, 5e-324, 0.0, -1e300, -1.7e308, 2.5, math.inf, -math.inf, math.nan]
+
+
+def hostile_run(run: Path) -> Path:
+    """Put names and texts of every kind, and losses of every size, wherever a file of ``run`` may hold them."""
+    columns = [*COLUMNS, *(f"tokens_{name}" for name in HOSTILE if name.isprintable())]
+    with (run / "metrics.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        for step, size in enumerate(SIZES, 1):
+            row = dict.fromkeys(columns, size) | {"step": step, "tokens": step * TOKENS}
+            writer.writerow(row | {name: step * TOKENS for name in columns if name not in COLUMNS})
+    with (run / "events.jsonl").open("w") as file:
+        for step, text in enumerate([*HOSTILE, "x" * 10**7, "start", "start"], 1):
+            file.write(json.dumps({"event": text, "time": 60 * step, "step": step, text: text, "more": [text]}) + "\n")
+    with (run / "eval.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["step", "tokens", "task", "metric", "value"])
+        for text in HOSTILE:
+            writer.writerow([1, TOKENS, text.replace("\n", ""), text.replace("\n", ""), 0.5])
+            writer.writerow([2, 2 * TOKENS, text.replace("\n", ""), "acc", 1e300])
+    return run
+
+
+def test_any_name_text_and_loss_makes_a_page(make_run: Callable[..., Path], tmp_path: Path, script: Any) -> None:
+    for name in HOSTILE:
+        run = hostile_run(make_run(name.replace("/", "∕")))
+        page = tmp_path / "report.html"
+        code, out, err = script("report", run, "--output", page)
+        assert (code, err) == (0, "")
+        assert all(len(line) <= 79 for line in out.splitlines()[:-1])
+        (shown,) = data_of(page)["runs"]
+        assert shown["name"] == run.name
+        assert shown["columns"]["loss"] == [size if math.isfinite(size) else None for size in SIZES]
+        assert all(math.isfinite(value) for value in shown["columns"]["smooth"] if value is not None)
+        assert all(event["kind"].isprintable() and event["details"].isprintable() for event in shown["events"])
+        assert len(shown["events"]) == len(HOSTILE) + 3
+        assert page.read_text().count("Plotly.react(") == page.read_text().count("function draw(plot)") == 1
+        assert page.stat().st_size < 6e6
+        shutil.rmtree(run)
+    page_of_bytes = make_run("one").rename(tmp_path / "of\udcffbytes")
+    report.write([page_of_bytes], tmp_path / "report.html")
+    assert "<title>of?bytes ·" in (tmp_path / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "labels"),
+    [
+        (1e-30, 2e-30, ["2.0e-30", "1.0e-30"]),
+        (2.5, 1e300, ["1.0e+300", "2.500"]),
+        (-1.7e308, 1.7e308, ["1.7e+308", "-1.7e+308"]),
+        (5e-324, 5e-324, ["4.9e-324", "4.9e-324"]),
+        (0.0, 0.0, ["0.000", "0.000"]),
+        (-3.0, 12345.0, ["1.2e+04", "-3.000"]),
+    ],
+)
+def test_the_picture_has_losses_of_any_size(low: float, high: float, labels: list[str]) -> None:
+    rows: list[dict[str, Any]] = [{"tokens": 0, "loss": high}, {"tokens": 2**62, "loss": low, "val_loss": low}]
+    top, *middle, bottom, axis, _ = report.picture(rows)
+    assert [line.partition("│")[0].strip() for line in (top, bottom)] == labels
+    assert (top[-1] != "⠀") is (low == high)  # from the upper left to the lower right, or all the way along the top
+    assert axis.strip() == "└" + "─" * 68
+
+
+@pytest.mark.parametrize(
+    ("group", "name", "value"),
+    [
+        *[("train", "global_batch_size", int("9" * 4000)), ("train", "global_batch_size", -1)],
+        *[
+            ("model", "n_layer", size)
+            for size in (int("9" * 4000), 0, -1, 10**20, "x", "x" * 4000, [1], None, math.nan)
+        ],
+        *[("model", "n_embd", size) for size in ("x", "%s", {}, math.inf)],
+        *[("model", "name", name) for name in (["x"], None, 3)],
+    ],
+)
+def test_settings_of_no_run_are_said_in_a_line(
+    make_run: Callable[..., Path], group: str, name: str, value: Any
+) -> None:
+    run = make_run("one")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings[group][name] = value
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    with pytest.raises(InputError, match="config.yaml is not what a run writes there"):
+        report.read_run(run)
+
+
+@pytest.mark.browser
+def test_any_name_and_text_is_drawn_as_it_is(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    page = tmp_path / "report.html"
+    names = ["<b>x<b>", "a<br>b & $y$ %{x}"]
+    report.write([hostile_run(make_run(name)) for name in names], page)
+    browser.get(page.as_uri())
+    texts = "return [...document.querySelectorAll(arguments[0])].map(text => text.textContent)"
+    assert browser.execute_script("return document.querySelectorAll('b, img, main i, a[href]').length") == 0
+    assert browser.execute_script(texts, "#summary h2") == names
+    legend = browser.execute_script(texts, "#plot-loss .legendtext")
+    assert [text.replace("\xa0", " ") for text in legend] == [
+        f"{name} · {what}" for name in names for what in ("training, smoothed", "validation")
+    ]
+    kinds = {event["kind"] for event in data_of(page)["runs"][0]["events"]}
+    assert {text.replace("\xa0", " ") for text in browser.execute_script(texts, "#plot-timeline .ytick text")} == kinds
+    tasks = {text.replace("\n", "") for text in HOSTILE}
+    shown_tasks = browser.execute_script(texts, "#plots h2")
+    assert {text for title in shown_tasks for text in tasks if title in (text + "acc", 2 * text)} == tasks
+    ids = browser.execute_script("return [...document.querySelectorAll('.plot')].map(plot => plot.id)")
+    assert len(set(ids)) == len(ids)
+    numbers = "return [...document.querySelectorAll('.plot path')].map(path => path.getAttribute('d') || '').join()"
+    for _ in range(2):  # logarithmic, then linear
+        assert [one["y"] for one in shown(browser, "loss") if one["name"].endswith("as logged")][0] == SIZES[:8]
+        assert not re.search("NaN|Infinity", browser.execute_script(numbers))
+        browser.find_element("xpath", "//article[@id='card-loss']//button[text()='log']").click()
     assert browser.get_log("browser") == []
 
 
