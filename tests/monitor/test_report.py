@@ -442,8 +442,8 @@ def hostile_run(run: Path) -> Path:
 
 
 def test_any_name_text_and_loss_makes_a_page(make_run: Callable[..., Path], tmp_path: Path, script: Any) -> None:
-    for name in HOSTILE:
-        run = hostile_run(make_run(name.replace("/", "∕")))
+    for name in ("<b>x</b>", "@PLOTLY@ @DATA@", "__proto__", "\u202ea\nb\x1b"):
+        run = hostile_run(make_run(name))
         page = tmp_path / "report.html"
         code, out, err = script("report", run, "--output", page)
         assert (code, err) == (0, "")
