@@ -10,7 +10,6 @@ command resumes; 1 anything else.
 import contextlib
 import os
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,7 +17,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
 from tinyllama import atomic
-from tinyllama.checkpoint import reader, resume
+from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
 from tinyllama.config import cli
@@ -40,7 +39,7 @@ from tinyllama.train.launch import find_world, rank_map
 from tinyllama.train.optim import build_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
-from tinyllama.train.run import Run, check_resume, choose_ops, gradient_accumulation, mix, total_steps
+from tinyllama.train.run import Run, check_resume, choose_ops, gradient_accumulation, load_checkpoint, mix, total_steps
 from tinyllama.train.step import Losses, TrainStep
 
 DONE, DEFECT, STOPPED = 0, 1, 75
@@ -69,13 +68,12 @@ def main(run: Run) -> int:
     args = run.args
     fabric = build_fabric(run.world, args.parallel, args.train)
     fabric.launch()
-    run = replace(run, resume=fabric.broadcast(run.resume))  # a file system may show ranks different newest ones
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
     dtypes = check_dtypes(gpt, args.train)
+    run, state = load_checkpoint(run, gpt, optimizer.optimizer)
     if (weights := initial_weights(run)) is not None:
         copy_into(gpt, weights)
-    state = TrainState() if run.resume is None else reader.load(run.resume, gpt, optimizer.optimizer)
     hosts = rank_map()
     if fabric.is_global_zero:
         show_summary("pretrain", start_summary(run, dtypes, hosts))
@@ -141,6 +139,7 @@ class Training:
         self.first_step = self.saved_step = state.step
         self.stop_asked: str | None = None
         self.failed = False  # a step that ends the run for good
+        self.save_owed = False  # one was due amid skipped steps, which may end the run
         if fabric.is_global_zero:
             atomic.write(run.out_dir / "config.yaml", settings.encode())
         self.checkpointer = Checkpointer(
@@ -150,6 +149,7 @@ class Training:
             keep_last=args.checkpoint.keep_last,
             keep_every=args.checkpoint.keep_every,
             asynchronous=args.checkpoint.asynchronous,
+            say=lambda text: log.event("set_aside", text),
         )
         self.guard = Guard(args.train, self.optimizer, state, run.world.copies, fabric.device)
         self.losses = losses_of(run, model)
@@ -243,13 +243,14 @@ class Training:
 
     def save_is_due(self) -> bool:
         """Every checkpoint.interval, before a stop and at the end."""
-        due = self.state.step % self.run.args.checkpoint.interval == 0 or self.is_last or self.stop_asked
-        return self.saved_step < self.state.step and bool(due)
+        due = self.state.step % self.run.args.checkpoint.interval == 0 or self.save_owed
+        return self.saved_step < self.state.step and bool(due or self.is_last or self.stop_asked)
 
     def save(self) -> None:
-        """Save a checkpoint, in the background if training goes on; never of a step that ends the run."""
+        """Save a checkpoint, in the background if training goes on; not of a step that ends the run, nor amid skips."""
         self.failed = self.log.record_skips(self.guard.poll(late=0))
-        if self.failed:
+        self.save_owed = self.state.skipped_in_a_row > 0 and not (self.is_last or self.stop_asked)
+        if self.failed or self.save_owed:
             return
         self.watchdog.beat(self.state.step, "checkpoint")
         self.finish_save(wait=True)
@@ -265,12 +266,12 @@ class Training:
 
     @contextlib.contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """A checkpoint that fails is an event, and stops the run only if checkpoint.on_failure says so."""
+        """A checkpoint that fails is an event; it stops the run if the next would fail too, or on_failure says so."""
         try:
             yield
         except CheckpointError as error:
             self.log.event("checkpoint_failed", f"error: {error}", step=self.state.step, error=str(error))
-            if self.run.args.checkpoint.on_failure == "stop":
+            if error.fatal or self.run.args.checkpoint.on_failure == "stop":
                 self.preemption.ask(Preemption.FAILED_SAVE)
 
     def end(self) -> int:

@@ -38,7 +38,7 @@ class Private:
         return {part for part in self.api.split(".") if is_private(part)}
 
 
-READER = ("tinyllama/checkpoint/reader.py",)
+METADATA = ("tinyllama/checkpoint/metadata.py",)
 FLASH_4 = "torch.compile needs forward and backward apart, and the public function is one autograd Function"
 QUACK = "a custom operation needs forward and backward apart, and quack's public function is one autograd Function"
 QUACK_GATED = "quack documents no matmul with the gate inside"
@@ -47,9 +47,9 @@ UNPICKLE = "DCP pickles it into .metadata, and only names that we list are unpic
 DCP = "torch.distributed.checkpoint"
 
 TABLE = [
-    Private(f"{DCP}.filesystem._StorageInfo", READER, UNPICKLE),
-    Private(f"{DCP}.metadata._MEM_FORMAT_ENCODING", READER, UNPICKLE),
-    Private("torch.serialization._get_layout", READER, UNPICKLE),
+    Private(f"{DCP}.filesystem._StorageInfo", METADATA, UNPICKLE),
+    Private(f"{DCP}.metadata._MEM_FORMAT_ENCODING", METADATA, UNPICKLE),
+    Private("torch.serialization._get_layout", METADATA, UNPICKLE),
     Private(
         "torch.distributed.distributed_c10d._pg_map",
         ("tinyllama/train/collectives.py",),
@@ -163,7 +163,7 @@ def test_a_missing_name_is_one_line() -> None:
 
 
 def test_the_table_has_all_that_checkpoints_name() -> None:
-    from tinyllama.checkpoint.reader import METADATA_CLASSES
+    from tinyllama.checkpoint.metadata import METADATA_CLASSES
 
     private = {f"{module}.{name}" for module, names in METADATA_CLASSES.items() for name in names if is_private(name)}
     assert private == {row.api for row in TABLE if row.reason == UNPICKLE}

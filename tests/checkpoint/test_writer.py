@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import xxhash
 from checkpoint_rank import CONFIG, Run, holds, make, values
 from processes import Group, Process
 from safetensors import safe_open
@@ -296,7 +297,13 @@ def test_every_number_of_a_run_is_saved_and_loaded(alone: Run, tmp_path: Path) -
     state.step, state.skipped = 6, 8  # training goes on
     assert saver.wait() == tmp_path / "step-00000005"
     versions = {"tinyllama": tinyllama.__version__, "torch": torch.__version__, "python": platform.python_version()}
-    assert json.loads((tmp_path / "step-00000005" / "state.json").read_text()) == {
+    content = json.loads((tmp_path / "step-00000005" / "state.json").read_text())
+    hashes = {path.name: xxhash.xxh3_128(path.read_bytes()).hexdigest() for path in saver.folder.glob("*/*")}
+    assert sorted(hashes) == [".metadata", "__0_0.distcp", "config.yaml", "state.json"]
+    assert content.pop("hashes") | {"state.json": hashes["state.json"]} == hashes
+    assert content.pop("hash_algorithm") == "XXH3-128"
+    assert content == reader.read_state(tmp_path / "step-00000005")
+    assert content == {
         "format_version": 1,
         **{"step": 5, "samples": 40, "tokens": 1280, "validated": 4, "skipped": 7, "skipped_in_a_row": 2},
         **{"recent": recent, "data": {"seed": 1}, "world_size": 1, "versions": versions},

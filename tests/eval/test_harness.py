@@ -17,7 +17,7 @@ import yaml
 from models import CONFIG, given, weights
 
 from tinyllama import InputError
-from tinyllama.checkpoint import names
+from tinyllama.checkpoint import names, reader
 from tinyllama.convert import hf_folder
 from tinyllama.convert.weights import open_weights
 from tinyllama.data.packed import open_packed
@@ -173,7 +173,7 @@ def test_watching_takes_each_step_once_as_it_appears_until_the_run_is_done(step_
     def appear(step):
         target = names.step_dir(run / "checkpoints", step)
         shutil.copytree(step_dir, target)
-        state = json.loads((target / "state.json").read_text())
+        state = reader.read_state(target)
         (target / "state.json").write_text(json.dumps(state | {"step": step}))
 
     appear(5)

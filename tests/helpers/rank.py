@@ -135,7 +135,7 @@ def resumed_from(argv: list[str]) -> str:
     if dist.is_initialized() and dist.get_rank() == 1:
         (*_, before, newest) = sorted(run.resume.parent.iterdir())
         assert newest == run.resume
-        run = recipe.replace(run, resume=before)
+        run = replace(run, resume=before)
     with mock.patch.object(reader, "load", wraps=reader.load) as load:
         recipe.main(run)
     return load.call_args.args[0].name

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from tinyllama import InputError
+from tinyllama.checkpoint import reader
 from tinyllama.config.args import (
     DataArgs,
     ModelArgs,
@@ -217,7 +218,7 @@ def saved(recipe, settings, step_dir):
             shutil.rmtree(target)
         model = asdict(recipe.setup(settings).config)
         shutil.copytree(step_dir, target)
-        state = json.loads((target / "state.json").read_text()) | {"data": facts, "model": model}
+        state = reader.read_state(target) | {"data": facts, "model": model}
         (target / "state.json").write_text(json.dumps(state))
         return target
 

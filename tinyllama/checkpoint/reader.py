@@ -1,28 +1,32 @@
 """Find, check and load checkpoints at any world size, without executing pickles.
 
 ``checkpoints/step-00005000/`` holds the model's and the optimizer's tensors as torch.distributed.checkpoint (DCP)
-writes them, ``state.json`` (plain numbers and what the run was made of) and ``config.yaml``. There is no state of
-random generators: the initial weights and the order of the data are functions of their seeds, and no pass draws
-numbers. writer.py writes them.
+writes them, ``config.yaml``, and ``state.json``: plain numbers, what the run was made of, and the hashes of the files.
+There is no state of random generators: the initial weights and the order of the data are functions of their seeds, and
+no pass draws numbers. writer.py writes them.
+
+Nothing in a step is trusted: not that it is whole, not what its names, sizes and numbers say.
 """
 
 import dataclasses
 import functools
-import json
-import pickle
+import stat
+import sys
 import warnings
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 import yaml
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata, StorageMeta, TensorStorageMetadata
+from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
 from tinyllama import InputError
-from tinyllama.checkpoint import names
+from tinyllama.checkpoint import hashes, metadata, names, state
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.model import ModelConfig
 
@@ -31,42 +35,43 @@ FORMAT_VERSION = 1
 # AdamW's state of one parameter
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-# all that DCP's pickled .metadata of tensors is made of
-METADATA_CLASSES = {
-    "torch": {"Size"},
-    "torch.serialization": {"_get_layout"},
-    "torch.distributed.checkpoint.filesystem": {"_StorageInfo"},
-    "torch.distributed.checkpoint.metadata": {
-        "ChunkStorageMetadata",
-        "Metadata",
-        "MetadataIndex",
-        "StorageMeta",
-        "TensorProperties",
-        "TensorStorageMetadata",
-        "_MEM_FORMAT_ENCODING",
-    },
-}
+MOST_BYTES = 2**24
+"""A state.json or config.yaml has kilobytes; one of more than this is none."""
+
+
+class DamagedError(InputError):
+    """A step is not what was saved. If there is a process group, every rank raises it."""
+
+    def __init__(self, problem: str, hint: str) -> None:
+        super().__init__(f"{problem}: {hint}")
+        self.problem = problem
 
 
 def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> TrainState:
-    """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them; return its numbers."""
-    materialize_optimizer_state(optimizer)
+    """Restore the tensors of ``model`` and ``optimizer`` in place, whatever world saved them; return its numbers.
+
+    Collective. Raises DamagedError.
+    """
     hint = "move it out of its folder, and the run goes on from the step before"
+    verify(step_dir, hint)
+    materialize_optimizer_state(optimizer)
     _load(tensors(model, optimizer), _Reader(step_dir), hint)
-    saved = read_state(step_dir)
-    fields = [field.name for field in dataclasses.fields(TrainState)]
-    return TrainState(**{name: saved[name] for name in fields if name in saved})
+    return state.from_json(read_state(step_dir))
 
 
 def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
-    """Return the model's full tensors by name, on the CPU, as saved (fp32); needs no process group."""
+    """Return the model's full tensors by name, on the CPU, as saved (fp32)."""
     entries, read = open_weights(step_dir)
     return {name: read(name) for name in entries}
 
 
 def open_weights(step_dir: Path) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
-    """Return the metadata of the model's tensors by name, and a reader of one in full; needs no process group."""
-    reader = _Reader(step_dir)
+    """Return the metadata of the model's tensors by name, and a reader of one in full.
+
+    The first call of it verifies the step: if there is a process group, every rank must make it.
+    """
+    hint = "give another step of its run"
+    reader, verify_once = _Reader(step_dir), functools.cache(verify)
     entries = {
         name.removeprefix("model."): entry
         for name, entry in reader.metadata.state_dict_metadata.items()
@@ -74,24 +79,35 @@ def open_weights(step_dir: Path) -> tuple[dict[str, TensorStorageMetadata], Call
     }
 
     def read(name: str) -> torch.Tensor:
+        verify_once(step_dir, hint)
         entry = entries[name]
         full = torch.empty(entry.size, dtype=entry.properties.dtype)
         with warnings.catch_warnings():  # DCP warns that there is no process group, which is intended
             warnings.simplefilter("ignore", UserWarning)
-            _load({f"model.{name}": full}, reader, "give another step of its run", no_dist=True)
+            _load({f"model.{name}": full}, reader, hint, no_dist=True)
         return full
 
     return entries, read
 
 
 def read_state(step_dir: Path) -> dict[str, Any]:
-    """Read state.json."""
-    return json.loads((step_dir / "state.json").read_text(encoding="utf-8"))
+    """Read state.json, without the hashes in it."""
+    content, _ = hashes.unseal(_read(step_dir / "state.json"))
+    state.check_json(content)
+    return content
+
+
+def read_hashes(step_dir: Path) -> dict[str, str] | None:
+    """Read the hashes of all files but state.json; None for a step of a version that saved none."""
+    return hashes.unseal(_read(step_dir / "state.json"))[1]
 
 
 def read_settings(step_dir: Path) -> dict[str, Any]:
     """Read config.yaml."""
-    return yaml.safe_load((step_dir / "config.yaml").read_text(encoding="utf-8"))
+    settings = yaml.load(_read(step_dir / "config.yaml"), _Loader)
+    if not isinstance(settings, dict) or not isinstance(settings.get("train", {}), dict):
+        raise ValueError("its config.yaml does not hold settings")
+    return settings
 
 
 def read_model_config(step_dir: Path) -> ModelConfig:
@@ -99,10 +115,16 @@ def read_model_config(step_dir: Path) -> ModelConfig:
     return ModelConfig(**read_settings(step_dir)["model"])
 
 
-def newest(checkpoints: Path) -> tuple[Path | None, list[str]]:
-    """Return the complete step directory of the largest step, and why each larger one was passed over."""
+def newest(checkpoints: Path, before: Path | None = None) -> tuple[Path | None, list[str]]:
+    """Return the complete step directory of the largest step, and why each larger one was passed over.
+
+    ``before``, only the steps smaller than that of this directory count.
+    """
     passed_over: list[str] = []
-    for _, path in reversed(names.step_dirs(checkpoints)):
+    found = names.step_dirs(checkpoints)
+    if before is not None:
+        found = [(step, path) for step, path in found if (step, path) < (names.step_of(before), before)]
+    for _, path in reversed(found):
         why = problem(path)
         if why is None:
             return path, passed_over
@@ -154,27 +176,55 @@ def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
 
 
 def problem(step_dir: Path) -> str | None:
-    """Return why ``step_dir`` cannot be loaded; None when every file is there in full."""
+    """Return why ``step_dir`` cannot be loaded; None when every file is there in full. ``verify`` does the rest."""
     try:
-        saved = read_state(step_dir)
+        step = read_state(step_dir)["step"]
+        if step != names.step_of(step_dir):
+            return f"its state.json is of step {step}"
+        hashed = read_hashes(step_dir)
+        for name in ("config.yaml", ".metadata"):
+            if hashed is not None and hashed.get(name) != hashes.of_bytes(_read(step_dir / name)):
+                return f"{name} does not match its hash"
         read_model_config(step_dir)
-        if saved["step"] != names.step_of(step_dir):
-            return f"its state.json is of step {saved['step']}"
-        for field in dataclasses.fields(TrainState):
-            number = saved.get(field.name, field.default)
-            if field.name != "recent" and not (type(number) is int and -1 <= number < 2**62):
-                return f"its state.json says {field.name} {number!r}"
-        for entry in _Reader(step_dir).metadata.storage_data.values():
-            file = step_dir / entry.relative_path
-            if not file.is_file() or file.stat().st_size < entry.offset + entry.length:
-                return f"{file.name} is missing or cut short"
+        stored = _Reader(step_dir).metadata.storage_data.values()
+        if hashed is not None and (unknown := {entry.relative_path for entry in stored} - hashed.keys()):
+            return f"its state.json has no hash of {min(unknown)}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
         return f"{Path(error.filename or step_dir).name}: {error.strerror}"
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError, yaml.YAMLError) as error:
-        return " ".join(str(error).split())
+    except Exception as error:  # whatever a damaged file makes its parser raise, MemoryError among it
+        return _one_line(error)
     return None
+
+
+def verify(step_dir: Path, hint: str) -> None:
+    """Compare the files of ``step_dir`` with their hashes. Raises DamagedError, with ``hint``.
+
+    Collective if there is a process group, whose ranks share the files.
+    """
+    hashed = read_hashes(step_dir)
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if hashed is None:
+        if rank == 0:
+            print(f"{step_dir} is of a version that saved no hashes: its tensors are not verified", file=sys.stderr)
+        return
+    mine = sorted(hashed, key=lambda name: (len(name), name))[rank::world_size]
+
+    def damage(name: str) -> str | None:
+        try:
+            return None if hashes.of_file(step_dir / name) == hashed[name] else f"{name} does not match its hash"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+
+    with ThreadPoolExecutor(8) as pool:
+        found = list(filter(None, pool.map(damage, mine)))
+    if world_size > 1:
+        of_ranks: list[list[str]] = [[]] * world_size
+        dist.all_gather_object(of_ranks, found)
+        found = sum(of_ranks, [])
+    if found:
+        raise DamagedError(f"{step_dir} is damaged ({', '.join(found)})", hint)
 
 
 def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist: bool = False) -> None:
@@ -182,39 +232,53 @@ def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist:
         dcp.load(named, storage_reader=reader, no_dist=no_dist)
     except CheckpointException as error:  # no Exception, and its text is a trace
         cause = str(next(iter(error.failures.values()))[0]).partition(". ")[0].partition("\n")[0]
-        raise InputError(f"{reader.path} cannot be read ({cause}): {hint}") from error
-
-
-class _Unpickler(pickle.Unpickler):
-    """Reads DCP's own metadata and refuses everything else that a pickle could name."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if name in METADATA_CLASSES.get(module, ()):
-            return super().find_class(module, name)
-        if module == "torch" and isinstance(getattr(torch, name, None), torch.dtype):
-            return getattr(torch, name)
-        if (module, name) == ("builtins", "getattr"):
-            return _memory_format
-        raise pickle.UnpicklingError(f"it names {module}.{name}")
-
-
-def _memory_format(cls: Any, name: Any) -> _MEM_FORMAT_ENCODING:
-    """Replace getattr: early releases of Python 3.11 pickle an enum member as getattr(its class, its name)."""
-    if cls is not _MEM_FORMAT_ENCODING or name not in _MEM_FORMAT_ENCODING.__members__:
-        raise pickle.UnpicklingError(f"it names getattr({cls}, {name!r})")
-    return _MEM_FORMAT_ENCODING[name]
+        raise DamagedError(f"{reader.path} cannot be read ({cause})", hint) from error
 
 
 class _Reader(dcp.FileSystemReader):
     @functools.cached_property
     def metadata(self) -> Metadata:
-        """What .metadata holds, read once."""
+        """What .metadata holds, read once and checked."""
         path = Path(self.path) / ".metadata"
+        payload = _read(path)
         try:
-            with path.open("rb") as file:
-                return _Unpickler(file).load()
-        except (pickle.UnpicklingError, EOFError, AttributeError, ValueError, IndexError, KeyError, TypeError) as error:
-            raise InputError(f"{path} is not the metadata of a checkpoint of ours: {error}") from error
+            found = metadata.read(payload)
+        except Exception as error:  # whatever damaged bytes make a pickle raise
+            raise InputError(f"{path} is not the metadata of a checkpoint of ours: {_one_line(error)}") from error
+        try:
+            metadata.check(found, functools.cache(lambda name: _size(path.with_name(name))))
+        except FileNotFoundError as error:
+            raise InputError(f"{Path(error.filename).name} is missing or cut short") from error
+        except Exception as error:  # and the wrong types in it
+            raise InputError(_one_line(error)) from error
+        return found
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
-        return dataclasses.replace(self.metadata, storage_meta=StorageMeta(load_id=self.load_id))
+        return dataclasses.replace(self.metadata, planner_data=None, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+class _Loader(yaml.SafeLoader):
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for a tree of any size
+            raise yaml.YAMLError("its config.yaml has an alias")
+        return super().compose_node(parent, index)
+
+
+def _size(path: Path) -> int:
+    """Return the size of a regular file: what else there may be, links too, is not a step's, and may have no end."""
+    status = path.lstat()
+    if not stat.S_ISREG(status.st_mode):
+        raise ValueError(f"{path.name} is not a regular file")
+    return status.st_size
+
+
+def _read(path: Path) -> bytes:
+    if _size(path) > MOST_BYTES and path.name != ".metadata":
+        raise ValueError(f"{path.name} has more than {MOST_BYTES:,} bytes")
+    return path.read_bytes()
+
+
+def _one_line(error: Exception) -> str:
+    """Return what ``error`` says, cut and escaped: it may quote a damaged file."""
+    text = " ".join(str(error).split())[:300]
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text) or type(error).__name__

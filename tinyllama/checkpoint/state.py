@@ -1,6 +1,8 @@
 """Where a run stands: plain numbers, the same on every rank and for every world size."""
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any
 
 
 @dataclass
@@ -21,3 +23,61 @@ class TrainState:
     """and how many of them were the last ones"""
     recent: list[list[float]] = field(default_factory=list)
     """loss and gradient norm of the last steps, which tell a spike (train.skip_spikes)"""
+
+
+def from_json(content: dict[str, Any]) -> TrainState:
+    """Return the numbers in a state.json; those that an earlier version did not save are those of a start."""
+    return TrainState(**{field.name: content[field.name] for field in fields(TrainState) if field.name in content})
+
+
+def check_json(content: dict[str, Any]) -> None:
+    """Raise ValueError if a field of a state.json, if it is there, cannot be what a run has saved."""
+    for name, holds in FIELDS.items():
+        if name in content and not holds(content[name]):
+            raise ValueError(f"its state.json says {name} {content[name]!r:.100}")
+    if missing := [name for name in ("step", "samples", "tokens") if name not in content]:
+        raise ValueError(f"its state.json has no {missing[0]}")
+
+
+def _is_count(value: Any) -> bool:
+    return type(value) is int and 0 <= value < 2**62
+
+
+def _is_pair(value: Any) -> bool:
+    """Whether ``value`` is two finite numbers of 32 bits."""
+    pair = value if isinstance(value, list) else ()
+    return len(pair) == 2 and all(type(number) in (int, float) and abs(number) < 3.4e38 for number in pair)
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, dict) and all(map(_is_text, value.values()))
+
+
+def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
+    return lambda value: value is None or holds(value)
+
+
+FIELDS: dict[str, Callable[[Any], bool]] = {
+    "format_version": lambda value: type(value) is int and value == 1,
+    "step": _is_count,
+    "samples": _is_count,
+    "tokens": _is_count,
+    "validated": lambda value: type(value) is int and -1 <= value < 2**62,
+    "skipped": _is_count,
+    "skipped_in_a_row": _is_count,
+    "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+    "world_size": lambda value: _is_count(value) and value > 0,
+    "data": _or_none(lambda value: isinstance(value, dict)),
+    "model": _or_none(lambda value: isinstance(value, dict)),
+    "bos_id": _or_none(_is_count),
+    "eos_id": _or_none(_is_count),
+    "tokenizer_sha256": _or_none(_is_text),
+    "wandb_id": lambda value: _is_text(value) and 0 < len(value) <= 128,
+    "converted_from": lambda value: isinstance(value, str),
+    "versions": _is_texts,
+}
+"""What each field of a state.json may be."""

@@ -5,9 +5,12 @@ checkpoint (see reader.py) and gives the directory its name: a kill at any momen
 """
 
 import contextlib
+import errno
 import functools
-import json
+import io
+import os
 import platform
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator
@@ -20,20 +23,32 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta
+from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
+from torch.futures import Future as TorchFuture
 
 from tinyllama import __version__, atomic
-from tinyllama.checkpoint import names, reader
+from tinyllama.checkpoint import hashes, names, reader
 from tinyllama.checkpoint.state import TrainState
 
 # what a file takes beyond the numbers, a tensor of a rank; measured: 1.3 kB
 OVERHEAD = 4096
 
 
+MOST_FAILURES = 3
+"""Saves that may fail in a row, as on a disk that is full for a while."""
+
+
 class CheckpointError(RuntimeError):
     """A step could not be saved. Every rank raises it, the checkpoints before are untouched, and saving can go on."""
+
+    def __init__(self, text: str, fatal: bool) -> None:
+        super().__init__(text)
+        self.fatal = fatal
+        """whether there is no hope that the next will succeed"""
 
 
 @dataclass
@@ -55,6 +70,8 @@ class Checkpointer:
     """multiples of this are never removed"""
     asynchronous: bool
     """write while training goes on"""
+    say: Callable[[str], None] = print
+    """rank 0 calls it, in any thread, with what a person should know"""
 
     def __post_init__(self) -> None:
         # the collectives of a save run in a thread of their own and must not mix with those of a training step
@@ -63,10 +80,12 @@ class Checkpointer:
         # copies are complete when it returns, and a GPU's are made into pinned memory that is allocated once
         self._stager = BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())
         self._in_flight: tuple[Path, Future] | None = None
+        self._failures = 0  # in a row
         if self._is_writer and self.folder.is_dir():
             for path in self.folder.iterdir():
                 if path.suffix == ".tmp" and _is_ours(path.with_suffix("")):
                     shutil.rmtree(path, ignore_errors=True)
+            self._keep_one_aside()
 
     def save(
         self, state: TrainState, model: torch.nn.Module, optimizer: torch.optim.Optimizer, *, wait: bool = False
@@ -87,7 +106,8 @@ class Checkpointer:
         tensors = reader.tensors(model, optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
         self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
-        writer = _Writer(_unfinished(final), functools.partial(self._publish, final, self._files(state)))
+        publish = functools.partial(self._publish, final, self._state_json(state))
+        writer = _Writer(_unfinished(final), publish)
         published = None
         if self.asynchronous and not wait:
             future = dcp.async_save(tensors, storage_writer=writer, process_group=self.group, async_stager=self._stager)
@@ -118,7 +138,7 @@ class Checkpointer:
 
     def _make_room(self, final: Path, num_bytes: int) -> None:
         """Make the empty folder for the files of ``final``; raises CheckpointError on all ranks when it cannot be."""
-        problem = None
+        problem: tuple[str, int | None] | None = None
         if self._is_writer:
             unfinished = _unfinished(final)
             try:
@@ -126,63 +146,93 @@ class Checkpointer:
                 shutil.rmtree(unfinished, ignore_errors=True)
                 free = shutil.disk_usage(self.folder).free
                 if free < num_bytes:
-                    problem = f"it takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are free"
+                    problem = f"it takes {num_bytes / 1e9:,.3f} GB and {free / 1e9:,.3f} GB are free", errno.ENOSPC
                 else:
                     unfinished.mkdir()
             except OSError as error:
-                problem = str(error)
+                problem = str(error), error.errno
         shared = [problem]
         dist.broadcast_object_list(shared, src=0, group=self.group)
         if shared[0] is not None:
-            raise CheckpointError(f"{final} is not saved: {shared[0]}")
+            raise self._failure(final, *shared[0])
 
-    def _files(self, state: TrainState) -> dict[str, bytes]:
-        """What makes the tensors a checkpoint, by file name; made now, for ``state`` goes on."""
+    def _state_json(self, state: TrainState) -> dict[str, Any]:
+        """Return what state.json will hold; made now, for ``state`` goes on."""
         versions = {"tinyllama": __version__, "torch": torch.__version__, "python": platform.python_version()}
         content = {"format_version": reader.FORMAT_VERSION, **asdict(state), **self.facts}
-        content |= {"world_size": dist.get_world_size(), "versions": versions}
-        return {"config.yaml": self.config.encode(), "state.json": json.dumps(content, indent=2).encode()}
+        return content | {"world_size": dist.get_world_size(), "versions": versions}
 
-    def _publish(self, final: Path, files: dict[str, bytes]) -> None:
-        """Rank 0, when every rank's files have reached the disk."""
-        unfinished = _unfinished(final)
-        for name, payload in files.items():
-            atomic.write(unfinished / name, payload)  # and the names of all files with it
-        if final.exists():  # broken, or the run would have gone on from it
+    def _publish(self, final: Path, state: dict[str, Any], hashed: dict[str, str]) -> None:
+        """Rank 0, when every rank's files, which ``hashed`` names, have reached the disk."""
+        unfinished, config = _unfinished(final), self.config.encode()
+        atomic.write(unfinished / "config.yaml", config)
+        sealed = hashes.seal(state, hashed | {"config.yaml": hashes.of_bytes(config)})
+        atomic.write(unfinished / "state.json", sealed)  # and the names of all files with it
+        is_in_the_way = os.path.lexists(final)  # broken, or the run would have resumed from it
+        if is_in_the_way:
             final.rename(final.with_name(f"{final.name}.broken-{secrets.token_hex(4)}"))
         unfinished.rename(final)
         atomic.sync(self.folder)
+        if is_in_the_way:
+            self._keep_one_aside()
         if self.keep_last is not None:
-            prune(self.folder, self.keep_last, self.keep_every)
+            prune(self.folder, self.keep_last, self.keep_every, upto=state["step"])
+
+    def _keep_one_aside(self) -> None:
+        """Remove all broken steps that were set aside but the last one, and say what that takes."""
+        aside = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}\.broken-[0-9a-f]{8}", path.name)]
+        aside.sort(key=lambda path: path.lstat().st_ctime_ns)  # the time of its renaming
+        for path in aside[:-1]:
+            shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
+        for path in aside[-1:]:
+            num_bytes = sum(file.lstat().st_size for file in [path, *path.rglob("*")])
+            self.say(f"set aside: {path} was no complete checkpoint; it takes {num_bytes / 1e9:.3f} GB: remove it")
 
     @contextlib.contextmanager
     def _all_or_nothing(self, final: Path) -> Iterator[None]:
         """Turn what DCP raises, on every rank and when none writes any more, into CheckpointError; leave no files."""
         try:
             yield
+            self._failures = 0
         except CheckpointException as error:
             if self._is_writer:
                 shutil.rmtree(_unfinished(final), ignore_errors=True)
             rank = min(error.failures)
             cause = error.failures[rank][0]
-            text = f"{final} is not saved: rank {rank}: {type(cause).__name__}: {cause}"
+            why = f"rank {rank}: {type(cause).__name__}: {cause}"
             if isinstance(cause, RuntimeError):  # torch.save's own, which does not say why it could not write
-                text += " (is the disk full?)"
-            raise CheckpointError(text) from error
+                why += " (is the disk full?)"
+            raise self._failure(final, why, getattr(cause, "errno", None)) from error
+
+    def _failure(self, final: Path, why: str, number: int | None) -> CheckpointError:
+        self._failures += 1
+        text = f"{final} is not saved: {why}"
+        if self._failures == MOST_FAILURES:
+            text += f"; {MOST_FAILURES} saves in a row have failed"
+        return CheckpointError(text, fatal=self._failures >= MOST_FAILURES or number == errno.EROFS)
 
 
-def prune(folder: Path, keep_last: int, keep_every: int | None) -> None:
+def prune(folder: Path, keep_last: int, keep_every: int | None, upto: int | None = None) -> None:
     """Remove the complete steps in ``folder`` but the newest ``keep_last`` and all multiples of ``keep_every``.
 
-    Whatever is not a complete step by our naming is left alone.
+    Whatever is not a complete step by our naming is left alone, and so are steps after ``upto``: the run has resumed
+    from an earlier one because they are damaged.
     """
     found = [(step, path) for step, path in names.step_dirs(folder) if _is_ours(path) and not path.is_symlink()]
-    complete = [(step, path) for step, path in reversed(found) if reader.problem(path) is None]
-    for step, path in complete[max(keep_last, 1) :]:
-        if keep_every is None or step % keep_every:
-            with contextlib.suppress(OSError):  # the save has succeeded, and the next one tries this again
-                removed = path.rename(_unfinished(path))  # a kill halfway leaves nothing that looks like a step
-                shutil.rmtree(removed)
+    kept, keep_last = 0, max(keep_last, 1)
+    for step, path in reversed(found):
+        if upto is not None and step > upto:
+            continue
+        if kept == keep_last and keep_every is not None and step % keep_every == 0:
+            continue
+        if reader.problem(path) is not None:
+            continue
+        if kept < keep_last:
+            kept += 1
+            continue
+        with contextlib.suppress(OSError):  # the save has succeeded, and the next one tries this again
+            removed = path.rename(_unfinished(path))  # a kill halfway leaves nothing that looks like a step
+            shutil.rmtree(removed)
 
 
 def _is_ours(path: Path) -> bool:
@@ -195,17 +245,58 @@ def _unfinished(final: Path) -> Path:
     return final.with_name(f"{final.name}.tmp")
 
 
-class _Writer(dcp.FileSystemWriter):
-    def __init__(self, path: Path, publish: Callable[[], None]) -> None:
+class HashingWriter(dcp.FileSystemWriter):
+    """Writes a step's tensors and .metadata, and hashes them meanwhile."""
+
+    def __init__(self, path: Path) -> None:
         # copying ahead from the GPU would, in the thread of a save, take memory of the first GPU for every rank
         super().__init__(path, sync_files=True, per_thread_copy_ahead=0)
-        self._publish = publish
+        self.fs = self._written = _HashingFileSystem()
+        self.hashes: dict[str, str] = {}
+        """on rank 0, once it has finished: those of all ranks' files"""
 
     def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # the usual one names the path of the day, as a pickled Path
+        """Return an empty one: the usual one names the path of the day, as a pickled Path."""
+        return StorageMeta()
+
+    def write_data(self, plan: SavePlan, planner: SavePlanner) -> TorchFuture[list[WriteResult]]:
+        """Write this rank's tensors. DCP takes the results, and in them the hash of their file, to rank 0."""
+        written = super().write_data(plan, planner).wait()
+        of_files = self._written.hashes
+        hashed: TorchFuture[list[WriteResult]] = TorchFuture()
+        hashed.set_result(
+            [_HashedResult(**vars(one), file_hash=of_files[one.storage_data.relative_path]) for one in written]
+        )
+        return hashed
+
+    def finish(self, metadata: Metadata, results: list[list[Any]]) -> None:
+        """Write .metadata, on rank 0, when it has the results of all ranks; what this raises is raised on all."""
+        super().finish(metadata, results)
+        of_ranks = {one.storage_data.relative_path: one.file_hash for result in results for one in result}
+        self.hashes = of_ranks | {".metadata": self._written.hashes[".metadata.tmp"]}
+
+
+class _Writer(HashingWriter):
+    def __init__(self, path: Path, publish: Callable[[dict[str, str]], None]) -> None:
+        super().__init__(path)
+        self._publish = publish
 
     def finish(self, metadata: Metadata, results: list[list[WriteResult]]) -> None:
-        # DCP calls this on rank 0 when it has the results of all ranks, which each gave after its fsync; what it
-        # raises is raised on all of them
         super().finish(metadata, results)
-        self._publish()
+        self._publish(self.hashes)
+
+
+class _HashingFileSystem(FileSystem):
+    def __init__(self) -> None:
+        self.hashes: dict[str, str] = {}
+
+    @contextlib.contextmanager
+    def create_stream(self, path: str | os.PathLike, mode: str) -> Iterator[io.IOBase]:
+        with hashes.HashedFile(Path(path)) as file:
+            yield file
+        self.hashes[Path(path).name] = file.hexdigest()
+
+
+@dataclass(frozen=True)
+class _HashedResult(WriteResult):
+    file_hash: str

@@ -1,14 +1,16 @@
 """A run, resolved: what its settings and its data come to, before the first rank starts."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.resume import refuse_changes
+from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.data import mixture
@@ -97,6 +99,33 @@ def check_resume(run: Run) -> None:
     refuse_changes(run.resume, then, now)
     if saved["step"] > run.max_steps:
         raise InputError(f"{run.resume} is beyond the run's {run.max_steps} steps: raise train.max_steps")
+
+
+def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Run, TrainState]:
+    """Collective. Load the step that the run resumes from; return the run as it resumes, and where it stands.
+
+    With train.resume auto, a damaged step is passed over for the one before it. Raises InputError if there is none.
+    """
+    while True:
+        shared = [run.resume]
+        dist.broadcast_object_list(shared)  # a file system may show ranks different newest ones
+        run = replace(run, resume=shared[0])
+        if run.resume is None:
+            return run, TrainState()
+        check_resume(run)
+        try:
+            return run, reader.load(run.resume, model, optimizer)
+        except reader.DamagedError as error:
+            if run.args.train.resume != "auto":
+                raise
+            folder = run.resume.parent
+            earlier, _ = reader.newest(folder, before=run.resume)
+            if earlier is None:
+                hint = f"no step before it is complete; move {folder} away to start anew"
+                raise InputError(f"{error.problem}: {hint}") from None
+            if dist.get_rank() == 0:
+                print(f"passed over: {error.problem}")
+            run = replace(run, resume=earlier)
 
 
 def gradient_accumulation(train: TrainArgs, world_size: int) -> int:
