@@ -1,5 +1,6 @@
 """Fixtures of many tests: a tiny tokenizer and packed datasets."""
 
+import contextlib
 import io
 import os
 import re
@@ -171,12 +172,11 @@ def script(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]):
     return run
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 4 MB; where only root may mount, one in a namespace of a process of ours."""
-    folder = tmp_path / "small"
+@contextlib.contextmanager
+def mounted(folder: Path, options: str) -> Iterator[Path]:
+    """A file system in memory; where only root may mount, one in a namespace of a process of ours."""
     folder.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(folder)]
+    mount = ["mount", "-t", "tmpfs", "-o", options, "tmpfs", str(folder)]
     if subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0:
         yield folder
         subprocess.run(["umount", "-l", folder], check=True)
@@ -192,3 +192,17 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
             pytest.skip(f"needs root or user namespaces, to mount a small file system: {why}")
         yield Path(f"/proc/{inside.pid}/root{folder}")
         inside.stdin.close()
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 4 MB."""
+    with mounted(tmp_path / "small", "size=4m") as folder:
+        yield folder
+
+
+@pytest.fixture
+def read_only_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system that nobody may write to."""
+    with mounted(tmp_path / "read_only", "size=4m,ro") as folder:
+        yield folder

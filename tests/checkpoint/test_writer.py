@@ -105,6 +105,27 @@ def test_other_world_sizes_load_it(steps: Path, ranks: Ranks, alone: Run, tmp_pa
         assert equal
 
 
+def flip(file: Path) -> None:
+    """Flip a bit in the middle of a file."""
+    payload = bytearray(file.read_bytes())
+    payload[len(payload) // 2] ^= 16
+    file.write_bytes(payload)
+
+
+def test_ranks_share_the_files_that_they_verify(steps: Path, ranks: Ranks, tmp_path: Path) -> None:
+    step = Path(shutil.copytree(steps / "step-00000006", tmp_path / "step-00000006"))
+    shares = [[".metadata", "__0_0.distcp"], ["__1_0.distcp", "config.yaml"]]
+    assert ranks("verified", step) == [[None, share] for share in shares]
+    for files in (["__1_0.distcp"], ["__0_0.distcp", "__1_0.distcp"]):
+        for file in files:
+            flip(step / file)
+        what = ", ".join(f"{file} does not match its hash" for file in files)
+        said = f"{step} is damaged ({what}): move it out of its folder, and the run goes on from the step before"
+        assert ranks("verified", step) == [[said, share] for share in shares]
+        for file in files:
+            flip(step / file)
+
+
 def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> None:
     weights = reader.load_weights(steps / "step-00000006")
     assert list(weights) == [name for name, _ in Run.build(sharded=False).model.named_parameters()]
@@ -200,10 +221,70 @@ def test_a_broken_step_is_set_aside(alone: Run, tmp_path: Path) -> None:
     assert names(aside) == ["mine"]
 
 
+def test_one_broken_step_is_kept_and_its_size_said(alone: Run, tmp_path: Path) -> None:
+    said: list[str] = []
+    saver = make(tmp_path, keep_last=2)
+    saver.say = said.append
+    for step, size in ((4, 3_000_000), (5, 7_000_000)):
+        broken = tmp_path / f"step-{step:08d}" / "inside"
+        broken.mkdir(parents=True)
+        (broken / "file").write_bytes(bytes(size))
+        alone.save(saver, step)
+        (aside,) = tmp_path.glob("*.broken-*")
+        assert (aside / "inside" / "file").stat().st_size == size
+        start = f"set aside: {aside} was no complete checkpoint; it takes {size / 1e9:.3f} GB"
+        assert said.pop().startswith(start)
+    assert said == []
+    (tmp_path / "step-00000006").symlink_to("nowhere")
+    alone.save(saver, 6)
+    assert names(tmp_path)[:2] == ["step-00000005", "step-00000006"]
+    assert [name.partition("-0000000")[2][:8] for name in names(tmp_path)[2:]] == ["6.broken"]
+    (tmp_path / "step-00000007.broken-00c0ffee").mkdir()  # of an earlier version, which kept all
+    (tmp_path / "step-00000007.broken-mine").mkdir()
+    make(tmp_path)
+    aside = [name for name in names(tmp_path) if "broken" in name]
+    assert aside == ["step-00000007.broken-00c0ffee", "step-00000007.broken-mine"]
+
+
+def test_what_was_passed_over_as_damaged_costs_no_good_step(one_step: Path, alone: Run, tmp_path: Path) -> None:
+    for step in (5, 10, 20):
+        copy(one_step, step_dir(tmp_path, step), step)
+    saver = make(tmp_path, keep_last=1)
+    alone.save(saver, 15)  # of a run that has resumed from step 10: it was told that step 20 is damaged
+    assert names(tmp_path) == ["step-00000015", "step-00000020"]
+    alone.save(saver, 20)
+    assert [name.partition(".broken")[0] for name in names(tmp_path)] == ["step-00000020"] * 2
+    assert holds(tmp_path / "step-00000020", 20)
+
+
+def test_saves_that_fail_in_a_row_are_hopeless(alone: Run, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    saver, failures = make(folder), []
+    for step, fails in enumerate((True, True, False, True, True, True, True), 1):
+        if fails:
+            shutil.rmtree(folder, ignore_errors=True)
+            folder.touch()
+            with pytest.raises(CheckpointError, match="is not saved: .*File exists") as error:
+                alone.save(saver, step)
+            failures.append((error.value.fatal, str(error.value).partition("; ")[2]))
+        else:
+            folder.unlink()
+            alone.save(saver, step)
+    in_a_row = [(True, f"{count} saves in a row have failed") for count in (3, 4)]
+    assert failures == [*[(False, "")] * 4, *in_a_row]
+
+
+def test_a_read_only_disk_is_hopeless(alone: Run, read_only_disk: Path) -> None:
+    with pytest.raises(CheckpointError, match="Read-only file system") as error:
+        alone.save(make(read_only_disk / "checkpoints"), 1)
+    assert error.value.fatal
+
+
 def test_a_folder_that_cannot_be_made_is_said(alone: Run, tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="step-00000001 is not saved: .*File exists: '.*/file'"):
+    with pytest.raises(CheckpointError, match="step-00000001 is not saved: .*File exists: '.*/file'") as error:
         alone.save(make(tmp_path / "file"), 1)
+    assert not error.value.fatal
 
 
 def test_a_failure_nobody_waited_for_is_raised_by_the_next_save(alone: Run, tmp_path: Path, monkeypatch) -> None:

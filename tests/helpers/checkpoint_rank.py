@@ -27,7 +27,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 
-from tinyllama.checkpoint import reader, writer
+from tinyllama.checkpoint import hashes, reader, writer
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
 from tinyllama.config.model import ModelConfig
@@ -138,6 +138,17 @@ def load(run: Run, step_dir: Path) -> Any:
     loaded = reader.tensors(run.model, run.optimizer).items()
     full = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in loaded}
     return asdict(state), all(torch.equal(full[name], values(name, full[name].shape, state.step)) for name in full)
+
+
+def verified(run: Run, step_dir: Path) -> Any:
+    """Load a checkpoint; gives the error, if there is one, and the files that this rank hashed for it."""
+    with mock.patch.object(hashes, "of_file", wraps=hashes.of_file) as of_file:
+        try:
+            reader.load(step_dir, run.model, run.optimizer)
+            error = None
+        except reader.DamagedError as damaged:
+            error = str(damaged)
+    return error, sorted(call.args[0].name for call in of_file.call_args_list)
 
 
 def failing(run: Run, folder: Path, how: str) -> Any:

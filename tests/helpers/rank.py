@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -223,13 +224,13 @@ def train_on_a_full_disk(argv: list[str]) -> int:
 
 
 def train_without_room(argv: list[str]) -> int:
-    """The recipe; there is no room on the disk for its ``argv[0]``-th save."""
-    number, *argv = argv
+    """The recipe; there is no room on the disk for the saves whose numbers are ``argv[0]``, as in 2,3."""
+    numbers, *argv = argv
     saves, save, usage = itertools.count(1), recipe.Checkpointer.save, shutil.disk_usage("/")._replace(free=0)
 
     def saving(*args: Any, **how: Any) -> Any:
         full = mock.patch("shutil.disk_usage", return_value=usage)
-        with full if next(saves) == int(number) else contextlib.nullcontext():
+        with full if str(next(saves)) in numbers.split(",") else contextlib.nullcontext():
             return save(*args, **how)
 
     with mock.patch.object(recipe.Checkpointer, "save", saving):

@@ -59,11 +59,16 @@ def check(metadata: Any, size_of: Callable[[str], int]) -> None:
             extra = stored.length - math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
             _require(0 <= extra <= OVERHEAD, f"{name} does not have the bytes of its shape")
             _require(stored.transform_descriptors is None, f"{name} is transformed")
+    ends: dict[str, int] = {}
     for stored in metadata.storage_data.values():
         file, offset, length = stored.relative_path, stored.offset, stored.length
         _require(type(file) is str and file != ".." and file == Path(file).name != "", f"it names the file {file!r}")
-        _require(type(offset) is type(length) is int and offset >= 0, f"{file} has no such part")
-        _require(offset + length <= size_of(file), f"{file} is missing or cut short")
+        _require(type(offset) is type(length) is int and min(offset, length) >= 0, f"{file} has no such part")
+        ends[file] = max(ends.get(file, 0), offset + length)
+    for file, end in ends.items():
+        size = size_of(file)
+        _require(size >= end, f"{file} is missing or cut short")
+        _require(size == end, f"{file} is longer than its tensors")
 
 
 def _check_rows(name: str, tensor: TensorStorageMetadata) -> None:

@@ -35,8 +35,8 @@ FORMAT_VERSION = 1
 # AdamW's state of one parameter
 MOMENTS = ("step", "exp_avg", "exp_avg_sq")
 
-MOST_BYTES = 2**24
-"""A state.json or config.yaml has kilobytes; one of more than this is none."""
+MOST_BYTES = {"state.json": 2**24, "config.yaml": 2**24, ".metadata": 2**30}
+"""The first two have kilobytes, .metadata 0.2 MB a rank; what has more than this is none."""
 
 
 class DamagedError(InputError):
@@ -112,7 +112,10 @@ def read_settings(step_dir: Path) -> dict[str, Any]:
 
 def read_model_config(step_dir: Path) -> ModelConfig:
     """Read the sizes of the model that was saved."""
-    return ModelConfig(**read_settings(step_dir)["model"])
+    try:
+        return ModelConfig(**read_settings(step_dir)["model"])
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"its config.yaml does not hold a model's sizes: {error}") from error
 
 
 def newest(checkpoints: Path, before: Path | None = None) -> tuple[Path | None, list[str]]:
@@ -246,11 +249,13 @@ class _Reader(dcp.FileSystemReader):
         except Exception as error:  # whatever damaged bytes make a pickle raise
             raise InputError(f"{path} is not the metadata of a checkpoint of ours: {_one_line(error)}") from error
         try:
-            metadata.check(found, functools.cache(lambda name: _size(path.with_name(name))))
+            metadata.check(found, lambda name: _size(path.with_name(name)))
         except FileNotFoundError as error:
             raise InputError(f"{Path(error.filename).name} is missing or cut short") from error
-        except Exception as error:  # and the wrong types in it
-            raise InputError(_one_line(error)) from error
+        except ValueError as error:
+            raise InputError(str(error)) from error
+        except Exception as error:  # of the wrong types in it
+            raise InputError(f"its metadata is damaged: {_one_line(error)}") from error
         return found
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
@@ -273,8 +278,8 @@ def _size(path: Path) -> int:
 
 
 def _read(path: Path) -> bytes:
-    if _size(path) > MOST_BYTES and path.name != ".metadata":
-        raise ValueError(f"{path.name} has more than {MOST_BYTES:,} bytes")
+    if _size(path) > MOST_BYTES[path.name]:
+        raise ValueError(f"{path.name} has more than {MOST_BYTES[path.name]:,} bytes")
     return path.read_bytes()
 
 

@@ -206,10 +206,10 @@ class Checkpointer:
 
     def _failure(self, final: Path, why: str, number: int | None) -> CheckpointError:
         self._failures += 1
-        text = f"{final} is not saved: {why}"
-        if self._failures == MOST_FAILURES:
-            text += f"; {MOST_FAILURES} saves in a row have failed"
-        return CheckpointError(text, fatal=self._failures >= MOST_FAILURES or number == errno.EROFS)
+        hopeless = self._failures >= MOST_FAILURES
+        if hopeless:
+            why += f"; {self._failures} saves in a row have failed"
+        return CheckpointError(f"{final} is not saved: {why}", fatal=hopeless or number == errno.EROFS)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None, upto: int | None = None) -> None:
