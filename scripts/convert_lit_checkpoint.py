@@ -23,9 +23,9 @@ def main() -> int:
     parser.add_argument("--tokenizer", help="the file that the data was prepared with, to be exported too")
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as in the checkpoint)")
     parser.add_argument("--verify", action="store_true", help="compare logits and token ids with transformers'")
-    cli.add_fields(parser, "model", ModelArgs)
+    cli.add_fields(parser, ModelArgs, "model.")
     args = parser.parse_args()
-    sizes = cli.given(args, "model", ModelArgs)
+    sizes = cli.given(args, ModelArgs(), "model.") if "given" in args else None
     if sizes and Path(args.checkpoint).is_dir():
         raise InputError(f"{args.checkpoint} says its model's sizes itself: leave the --model flags out")
     weights = open_weights(args.checkpoint, sizes.resolve() if sizes else None).cast(args.dtype)

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-ENOUGH = ("numpy", "zstandard", "pyarrow", "sentencepiece", "tokenizers", "PyYAML", "jsonargparse")
+ENOUGH = ("numpy", "zstandard", "pyarrow", "sentencepiece", "tokenizers", "PyYAML")
 
 
 @pytest.mark.slow

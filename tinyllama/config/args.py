@@ -240,9 +240,11 @@ def check(args: PretrainArgs) -> ModelConfig:
     if not args.data.sources:
         errors.append('data.sources is empty: give at least one packed folder, --data.sources \'[{"path": "DIR"}]\'')
     for source in args.data.sources:
-        ends = (source.weight, source.weight if source.final_weight is None else source.final_weight)
-        if any(bound_errors(source, "")) or max(ends) == 0:
-            errors.append(f"data.sources: {source.path} has weight {ends[0]}, at last {ends[1]}: one must be above 0")
+        last = source.weight if source.final_weight is None else source.final_weight
+        if any(bound_errors(source, "")) or max(source.weight, last) == 0:
+            errors.append(
+                f"data.sources: {source.path} has weight {source.weight}, at last {last}: one must be above 0"
+            )
     if (args.data.ramp_tokens is None) != all(source.final_weight is None for source in args.data.sources):
         errors.append("data.ramp_tokens and a final_weight of a source belong together: give both or neither")
     if args.train.init_from is not None and args.train.resume not in ("auto", "never"):

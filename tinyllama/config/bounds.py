@@ -14,28 +14,24 @@ class Bound:
     rule: str
     """completes the sentence "it must" """
     holds: Callable[[float], bool]
-    most: float = 10**15
-    """larger numbers are typing errors"""
-
-    def error(self, value: float) -> str | None:
-        """Say what is wrong with ``value``, if anything is."""
-        if not self.holds(value):
-            return f"it must {self.rule}"
-        return f"it must {self.rule}, at most {self.most:,}" if value > self.most else None
 
 
-_POSITIVE = Bound("be greater than 0", lambda x: x > 0)
-_FINITE = Bound("be greater than 0", lambda x: 0 < x < math.inf, most=math.inf)
-_NOT_NEGATIVE = Bound("not be negative", lambda x: x >= 0)
+def _above_0(most: float) -> Bound:
+    return Bound(f"be greater than 0, at most {most:,}", lambda x: 0 < x <= most)
 
-Count = Annotated[int, _POSITIVE]
+
+MOST = 10**15  # larger numbers are typing errors
+_NOT_NEGATIVE = Bound(f"not be negative, at most {MOST:,}", lambda x: 0 <= x <= MOST)
+_FINITE = Bound("be greater than 0", lambda x: 0 < x < math.inf)
+
+Count = Annotated[int, _above_0(MOST)]
 CountOrZero = Annotated[int, _NOT_NEGATIVE]
-Positive = Annotated[float, _POSITIVE]
+Positive = Annotated[float, _above_0(MOST)]
 NotNegative = Annotated[float, _NOT_NEGATIVE]
-Seconds = Annotated[float, dataclasses.replace(_POSITIVE, most=10**9)]
+Seconds = Annotated[float, _above_0(10**9)]
 Decay = Annotated[float, Bound("be in [0, 1)", lambda x: 0 <= x < 1)]
-Weight = Annotated[float, Bound("be finite and not negative", lambda x: 0 <= x < math.inf, most=math.inf)]
-Seed = Annotated[int, Bound("fit into 64 bits", lambda x: -(2**63) <= x < 2**64, most=2**64)]
+Weight = Annotated[float, Bound("be finite and not negative", lambda x: 0 <= x < math.inf)]
+Seed = Annotated[int, Bound("fit into 64 bits", lambda x: -(2**63) <= x < 2**64)]
 # sizes of a model have no largest value of their own, because their number of parameters has one
 Size = Annotated[int, _FINITE]
 Factor = Annotated[float, _FINITE]
@@ -46,9 +42,9 @@ def bounds(cls: type) -> Iterator[tuple[str, type, Bound | None]]:
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         # int, int | None, or a word or int
         for option in (hint,) if typing.get_origin(hint) is Annotated else (hint, *typing.get_args(hint)):
-            kind, *extras = typing.get_args(option) if typing.get_origin(option) is Annotated else (option,)
+            kind, bound = typing.get_args(option) if typing.get_origin(option) is Annotated else (option, None)
             if kind in (int, float):
-                yield name, kind, next((extra for extra in extras if isinstance(extra, Bound)), None)
+                yield name, kind, bound
 
 
 def bound_errors(settings: Any, prefix: str) -> Iterator[str]:
@@ -57,8 +53,7 @@ def bound_errors(settings: Any, prefix: str) -> Iterator[str]:
         value = getattr(settings, name)
         if not isinstance(value, int | float) or bound is None:
             continue  # null, or one of the words that may stand for a number
-        error = bound.error(value)
-        if error is None and kind is int and type(value) is not int:
-            error = "it must be a whole number"
-        if error is not None:
-            yield f"{prefix}{name} is {value}: {error}"
+        if not bound.holds(value):
+            yield f"{prefix}{name} is {value}: it must {bound.rule}"
+        elif kind is int and type(value) is not int:
+            yield f"{prefix}{name} is {value}: it must be a whole number"

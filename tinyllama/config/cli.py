@@ -1,24 +1,22 @@
-"""The command line: flags over YAML over deerrors, and every error of the user as one ``error:`` line.
+"""The command line: flags over YAML over defaults, and every error of the user as one ``error:`` line.
 
-The only file that knows jsonargparse.
+Written by hand, because a library's errors, merging of lists and reading of YAML would all have to be overruled.
 """
 
 import argparse
+import contextlib
 import difflib
 import errno
 import io
-import itertools
 import os
-import re
+import reprlib
 import select
 import signal
 import sys
 import types
 import typing
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import MISSING, fields, is_dataclass
-from functools import reduce
-from operator import or_
+from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -83,58 +81,68 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
     return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
 
-def add_fields(parser: argparse.ArgumentParser, prefix: str, cls: type) -> None:
-    """Add a flag ``--prefix.name`` for each field of the dataclass ``cls``; ``given`` reads them."""
-    for name, kind in typing.get_type_hints(cls).items():
-        (plain,) = {*(typing.get_args(kind) or (kind,))} - {type(None)}
-        parser.add_argument(f"--{prefix}.{name}", type=_truth if plain is bool else plain, default=argparse.SUPPRESS)
+class _Given(argparse.Action):
+    """Appends the flag and its text to ``given``: the later one wins, be it a setting or a file of them."""
+
+    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: Any = None) -> None:
+        namespace.given = [*getattr(namespace, "given", ()), (self.dest, values)]
 
 
-def given(args: argparse.Namespace, prefix: str, cls: type[Config]) -> Config | None:
-    """Make a ``cls`` of the flags of ``add_fields``; returns None when none was given."""
-    values = {
-        key.removeprefix(f"{prefix}."): value for key, value in vars(args).items() if key.startswith(f"{prefix}.")
-    }
-    return cls(**values) if values else None
+def add_fields(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
+    """Add a flag for each field of ``cls`` and of the dataclasses in it, helped by the string under it."""
+    group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
+    kinds = typing.get_type_hints(cls)
+    for field in fields(cls):
+        key, kind = f"{prefix}{field.name}", kinds[field.name]
+        if is_dataclass(kind):
+            add_fields(parser, kind, f"{key}.")  # type: ignore[arg-type]
+            continue
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        text = f"{field_doc(cls, field)} (type: {_name(kind)}, default: {'null' if default is None else default})"
+        how: dict[str, Any] = {"nargs": "?", "const": "true"} if kind is bool else {}
+        how |= {"metavar": field.name.upper(), "help": text.replace("%", "%%"), "default": argparse.SUPPRESS}
+        group.add_argument(f"--{key}", action=_Given, **how)
 
 
-def _truth(text: str) -> bool:
-    if text.lower() not in ("true", "false"):
-        raise argparse.ArgumentTypeError(f"{text!r} is neither true nor false")
-    return text.lower() == "true"
+def given(args: argparse.Namespace, settings: Config, prefix: str = "", errors: Sequence[str] = ()) -> Config:
+    """Return ``settings`` with the flags of ``add_fields``; raises InputError with ``errors`` and what is wrong."""
+    kinds, errors = dict(_kinds(type(settings), prefix)), list(errors)
+    for key, text in getattr(args, "given", ()):
+        found: list[str] = []
+        if key == "config":
+            settings = _updated(settings, _load(text), kinds, found)
+            errors += [f"{text}: {error}" for error in found]
+        else:
+            content = _parsed(text, f"--{key}") if typing.get_origin(kinds[key]) is list else text
+            for name in reversed(key.removeprefix(prefix).split(".")):
+                content = {name: content}
+            settings = _updated(settings, content, kinds, found, prefix)
+            errors += found
+    if errors:
+        raise InputError(*errors)
+    return settings
 
 
 def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     """Read a tree of dataclasses from the command line: ``--config FILE`` and dotted flags, the later one winning.
 
-    ``--help`` and ``--print_config`` print and exit. Raises InputError for a file that cannot be read, keys that
-    do not exist (all of them, each with the nearest that does) and values of a wrong type.
+    ``--help`` and ``--print_config`` print and exit. Raises InputError for a file that cannot be read, or with all
+    keys that do not exist, each with the nearest that does, and all values of a wrong type.
     """
-    import jsonargparse  # 0.3 s, and the preparation scripts do without it
-
-    argv = list(sys.argv[1:] if argv is None else argv)
-    keys = dict(_keys(cls))
-    _refuse_unknown(cls, argv, keys)
-    parser = jsonargparse.ArgumentParser(description=cls.__doc__, exit_on_error=False)
-    parser.add_argument("--config", action="config", help="YAML file; flags given after it win")
-    _add_settings(parser, cls)
-    try:
-        return _build(cls, parser.parse_args(_explicit(argv, keys)))
-    except argparse.ArgumentError as error:
-        raise InputError(_one_line(error.message, keys)) from error
-
-
-def _add_settings(parser: Any, cls: type, prefix: str = "") -> None:
-    """Add a flag for each field, whose help is the string under it and whose type leaves out the bounds."""
-    group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
-    kinds = _kinds(cls)
-    for field in fields(cls):
-        kind, key = kinds[field.name], f"{prefix}{field.name}"
-        if is_dataclass(kind):
-            _add_settings(parser, kind, f"{key}.")  # type: ignore[arg-type]
-        else:
-            default = field.default if field.default_factory is MISSING else field.default_factory()
-            group.add_argument(f"--{key}", type=kind, default=default, help=field_doc(cls, field).replace("%", "%%"))
+    parser = arguments(cls.__doc__)
+    parser.add_argument("--config", action=_Given, metavar="FILE", help="YAML file; flags given after it win")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
+    add_fields(parser, cls)
+    args, unknown = parser.parse_known_args(argv)
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    if unknown and not flags:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    kinds = dict(_kinds(cls))
+    config = given(args, cls(), errors=[f"unknown flag {flag}; {_nearest(flag.lstrip('-'), kinds)}" for flag in flags])
+    if args.print_config:
+        print(dump(asdict(config)), end="")  # type: ignore[call-overload]
+        sys.exit(0)
+    return config
 
 
 def dump(config: Mapping[str, Any]) -> str:
@@ -142,60 +150,27 @@ def dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _kinds(cls: type) -> dict[str, Any]:
-    """Return the types of the fields without their bounds, unions as ``int | None``."""
-    kinds = typing.get_type_hints(cls).items()
-    unions = (typing.Union, types.UnionType)
-    return {k: reduce(or_, typing.get_args(v)) if typing.get_origin(v) in unions else v for k, v in kinds}
-
-
-def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
+def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the dotted keys of ``cls`` with their types, those of the items of its lists too."""
-    for name, kind in _kinds(cls).items():
+    for name, kind in typing.get_type_hints(cls).items():
         yield prefix + name, kind
         for inner in (kind, *typing.get_args(kind)):
             if is_dataclass(inner):
-                yield from _keys(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+                yield from _kinds(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
 
 
-def _nearest(key: str, keys: Mapping[str, Any]) -> str:
+def _nearest(key: str, kinds: Mapping[str, Any]) -> str:
+    """Say which of the keys in ``kinds`` may be meant by ``key``."""
+    if inside := [k for k in kinds if k.startswith(f"{key}.")]:
+        return f"it is a group: give its settings one by one, as in --{inside[0]}"
     # a right name in a wrong group is nearer than any spelling
-    same = [k for k in keys if k.rpartition(".")[2] == key.rpartition(".")[2]]
-    close = same or difflib.get_close_matches(key, keys, n=1)
+    same = [k for k in kinds if k.rpartition(".")[2] == key.rpartition(".")[2]]
+    close = same or difflib.get_close_matches(key, kinds, n=1)
     return f"did you mean {close[0]}?" if close else "--help lists the keys"
 
 
-def _refuse_unknown(cls: type, argv: Sequence[str], keys: Mapping[str, Any]) -> None:
-    """Raise InputError for keys that ``cls`` does not have, in flags and in the YAML files they name."""
-    errors = []
-    files = []
-    for i, word in enumerate(argv):
-        match = re.match(r"--([\w.]+)\+?(?:=(.*))?$", word, re.DOTALL)
-        if match is None:
-            continue
-        key, value = match.groups()
-        if key == "config":
-            files.append(value if value is not None else "".join(argv[i + 1 : i + 2]))
-        elif is_dataclass(keys.get(key)):
-            inside = next(k for k in keys if k.startswith(f"{key}."))
-            errors.append(f"--{key} is a group: give its settings one by one, as in --{inside}")
-        elif key not in keys and key.removesuffix(".help") not in {*keys, "help", "print_config"}:
-            errors.append(f"unknown flag --{key}; {_nearest(key, keys)}")
-    for file in files:
-        try:
-            content = yaml.load(Path(file).read_text(encoding="utf-8"), _Loader)
-        except (OSError, UnicodeDecodeError) as error:
-            reason = error.strerror if isinstance(error, OSError) else "it is not text"
-            raise InputError(f"cannot read the config {file}: {reason}; give --config a YAML file") from error
-        except (yaml.YAMLError, RecursionError) as error:
-            raise InputError(f"{file} is not YAML: {' '.join(str(error).split())}") from error
-        errors += [f"{file}: {error}" for error in _key_errors(content, cls, keys)]
-    if errors:
-        raise InputError(*errors)
-
-
-class _Loader(yaml.SafeLoader):
-    """Refuses what YAML forbids and PyYAML lets pass: a key twice, of which the second would hide the first."""
+class _Loader(yaml.BaseLoader):
+    """Leaves every value text, and refuses a key given twice, of which the second would hide the first."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -205,67 +180,79 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _key_errors(content: Any, cls: type, keys: Mapping[str, Any], prefix: str = "") -> Iterator[str]:
-    """Yield an error for each wrong key in a YAML file's ``content``, read as ``cls``."""
-    if not isinstance(content, Mapping):
-        yield f"{prefix.rstrip('.') or 'it'} is not a group of keys but {content!r}; --help lists the keys"
-        return
-    kinds = typing.get_type_hints(cls)
-    for name, value in content.items():
-        kind = kinds.get(name)
-        if kind is None and f"{prefix}{name}" in keys:
-            group, _, key = str(name).rpartition(".")
-            yield f"{prefix}{name} is not nested: write {{{group}: {{{key}: ...}}}}, on two lines if you like"
-        elif kind is None:
-            yield f"unknown key {prefix}{name}; {_nearest(f'{prefix}{name}', keys)}"
-        elif is_dataclass(kind):
-            yield from _key_errors(value, kind, keys, f"{prefix}{name}.")  # type: ignore[arg-type]
-        elif value is None and type(None) not in typing.get_args(kind):
-            yield f"{prefix}{name} is null: give a value, or leave it out for its default"
-        elif typing.get_origin(kind) is list and isinstance(value, list):
-            for item in value:
-                yield from _key_errors(item, typing.get_args(kind)[0], keys, f"{prefix}{name}.")
+def _load(file: str) -> Any:
+    try:
+        return _parsed(Path(file).read_text(encoding="utf-8"), file)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise InputError(f"cannot read the config {file}: {reason}; give --config a YAML file") from error
 
 
-def _explicit(argv: Sequence[str], keys: Mapping[str, Any]) -> list[str]:
-    """Return ``argv`` as jsonargparse must see it: lists replace the earlier ones, and ``--dry_run`` alone is true.
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise InputError(f"{where} is not YAML: {' '.join(str(error).split())}") from error
 
-    Jsonargparse would merge lists of one length item by item, so each is emptied before it is given.
+
+def _updated(base: Any, content: Any, kinds: Mapping[str, Any], errors: list[str], prefix: str = "") -> Any:
+    """Return ``base``, an instance of a dataclass or a dataclass, with the values of ``content``, nested and text.
+
+    What is wrong with them is appended to ``errors``.
     """
-    words: list[str] = []
-    for word, after in itertools.pairwise([*argv, ""]):
-        flag = word.partition("=")[0]
-        kind = keys.get(flag.removeprefix("--")) if flag.startswith("--") else None
-        if typing.get_origin(kind) is list:
-            words.append(f"{flag}=[]")
-        is_alone = word == flag and (not after or after.startswith("--"))
-        words.append(f"{word}=true" if kind is bool and is_alone else word)
-    return words
+    if not isinstance(content, dict):
+        errors.append(
+            f"{prefix[:-1] or 'it'} is not a group of keys but {reprlib.repr(content)}; --help lists the keys"
+        )
+        return base
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        key = f"{prefix}{name}"
+        kind = kinds.get(key)
+        if kind is None:
+            errors.append(f"unknown key {key}; {_nearest(key, kinds)}")
+        elif "." in name:
+            group, _, last = name.rpartition(".")
+            errors.append(f"{key} is not nested: write {{{group}: {{{last}: ...}}}}, on two lines if you like")
+        elif is_dataclass(kind):
+            values[name] = _updated(getattr(base, name), value, kinds, errors, f"{key}.")
+        elif typing.get_origin(kind) is list and isinstance(value, list):
+            (item,) = typing.get_args(kind)
+            values[name] = [_updated(item, each, kinds, errors, f"{key}.") for each in value]
+        else:
+            try:
+                values[name] = _typed(value, kind)
+            except ValueError:
+                errors.append(f"{key} cannot be {reprlib.repr(value)}: expected {_name(kind)}")
+    if not errors:  # a field whose two defaults are alike has none
+        missing = [f.name for f in fields(base) if f.default is f.default_factory and f.name not in values]
+        errors += [f"{prefix}{name} is missing" for name in missing]
+    if errors:
+        return base
+    return base(**values) if isinstance(base, type) else replace(base, **values)
 
 
-def _one_line(message: str, keys: Mapping[str, Any]) -> str:
-    """Shorten jsonargparse's many lines of types to one line in the words of the user."""
-    value = re.search(r"Given value: (.*)", message)
-    key = re.search(r'key "([\w.]+)"', message)
-    if key and value and key[1] in keys:
-        kind = keys[key[1]]
-        expected = kind.__name__ if isinstance(kind, type) else str(kind).replace("typing.", "")
-        return f"{key[1]} cannot be {value[1]}: expected {expected}"
-    message = re.sub(r"Problem with given class_path '[\w.]+':\s*", "", message)
-    message = re.sub(r"<class '(\w+)'>", r"\1", message)
-    message = re.sub(r"a typing\.Literal\[(.*?)\]", r"one of \1", message)
-    return " ".join(re.sub(r'Parser key "([\w.]+)":', r"\1:", message).split())
+def _options(kind: Any) -> tuple[Any, ...]:
+    return typing.get_args(kind) if typing.get_origin(kind) in (typing.Union, types.UnionType) else (kind,)
 
 
-def _build(cls: type[Config], values: Any) -> Config:
-    """Make a ``cls`` of jsonargparse's namespaces; not by its ``instantiate``, which has changed its name."""
+def _name(kind: Any) -> str:
+    """Name a type in YAML's words: ``int | null``, ``full | node | none | int``."""
+    literal = typing.Literal
+    names = [" | ".join(typing.get_args(o)) if typing.get_origin(o) is literal else o.__name__ for o in _options(kind)]
+    return " | ".join(names).replace("NoneType", "null")
 
-    def value(kind: Any, given: Any) -> Any:
-        if is_dataclass(kind):
-            return given if is_dataclass(given) else _build(kind, given)  # type: ignore[arg-type]
-        if typing.get_origin(kind) is list:
-            return [value(typing.get_args(kind)[0], item) for item in given]
-        return given
 
-    kinds = typing.get_type_hints(cls)
-    return cls(**{f.name: value(kinds[f.name], getattr(values, f.name)) for f in fields(cls)})  # type: ignore[arg-type]
+_WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "false": False}, type(None): {"null": None, "~": None}}
+
+
+def _typed(text: Any, kind: Any) -> Any:
+    """Return what ``text`` is as a ``kind``; raises ValueError if it is none."""
+    for option in sorted(_options(kind), key=lambda option: option is str):  # last, because any text is one
+        words = _WORDS.get(option) or {word: word for word in typing.get_args(option)}
+        if isinstance(text, str) and text.lower() in words:
+            return words[text.lower()]
+        if isinstance(text, str) and not words:
+            with contextlib.suppress(ValueError):
+                return option(text)
+    raise ValueError(text)

@@ -71,17 +71,15 @@ class Run:
 
     def data_metadata(self) -> dict[str, Any]:
         """What fixes the model and the order of the samples: a resumed run must have the same."""
-        sources: list[dict[str, Any]] = [
+        data, ramp = self.args.data, self.args.data.ramp_tokens
+        sources = [
             {"weight": source.weight, "fingerprint": dataset.fingerprint}
-            for source, dataset in zip(self.args.data.sources, self.sources, strict=True)
+            | ({} if ramp is None else {"final_weight": source.final_weight})
+            for source, dataset in zip(data.sources, self.sources, strict=True)
         ]
         order = {"version": mixture.ORDER_VERSION, "window": mixture.WINDOW}
-        data: dict[str, Any] = {"seed": self.args.data.seed, "order": order, "sources": sources}
-        if self.args.data.ramp_tokens is not None:
-            data["ramp_tokens"] = self.args.data.ramp_tokens
-            for facts, source in zip(sources, self.args.data.sources, strict=True):
-                facts["final_weight"] = source.final_weight
-        return {"data": data, "model": asdict(self.config)}
+        facts = {"seed": data.seed, "order": order, "sources": sources}
+        return {"data": facts if ramp is None else facts | {"ramp_tokens": ramp}, "model": asdict(self.config)}
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """What a converter has to know of the tokenizer."""
