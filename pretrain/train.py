@@ -39,7 +39,7 @@ from tinyllama.train.launch import find_world, rank_map
 from tinyllama.train.optim import build_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
-from tinyllama.train.run import Run, check_resume, choose_ops, gradient_accumulation, load_checkpoint, mix, total_steps
+from tinyllama.train.run import Run, check_start, choose_ops, done_in, gradient_accumulation, load_checkpoint, mix
 from tinyllama.train.step import Losses, TrainStep
 
 DONE, DEFECT, STOPPED = 0, 1, 75
@@ -54,11 +54,10 @@ def setup(args: PretrainArgs) -> Run:
     validation = [open_packed(source.path) for source in args.data.validation]
     check_datasets([*sources, *validation], vocab_size=config.vocab_size, block_size=config.block_size)
     mixture = mix(args, sources, config.block_size)
-    max_steps = total_steps(args, config.block_size, sum(source.num_blocks(config.block_size) for source in sources))
     ops = choose_ops(args, config, [*sources, *validation])
     step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
-    run = Run(args, config, world, sources, validation, mixture, accumulation, max_steps, ops, step_dir)
-    check_resume(run)
+    run = Run(args, config, world, sources, validation, mixture, accumulation, ops, step_dir, done_in(step_dir))
+    check_start(run)
     initial_weights(run)  # for its errors; they are read once every rank is there
     return run
 
@@ -282,7 +281,8 @@ class Training:
             return DEFECT
         stopped_by = None if self.is_last else self.stop_asked
         self.log.end(self.state, stopped_by)
-        if stopped_by == "checkpoint.on_failure":
+        is_saved = self.run.resume is not None or self.state.step > 0  # not if it was stopped before its first step
+        if stopped_by == "checkpoint.on_failure" or not is_saved:
             return DEFECT
         return STOPPED if stopped_by else DONE
 

@@ -1,6 +1,7 @@
 """What only several GPUs can show, over NCCL: `pytest -m gpu` on a machine that has two."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.reader import load_weights
 from tinyllama.monitor.metrics import read_metrics
 from tinyllama.monitor.watchdog import Heartbeat, read
@@ -80,8 +82,9 @@ def test_two_gpus_learn_what_one_does(
 def test_a_run_goes_on_with_another_number_of_gpus(
     first: int, then: int, start: Start, alone: dict[int, float], tmp_path: Path
 ) -> None:
-    assert start("run", first, "--train.max_time", 0.01).wait() == 75
-    assert max(losses(tmp_path / "run"), default=0) < 12
+    assert start("run", first).wait() == 0
+    for step in (9, 12):  # as if it had been killed after step 6
+        shutil.rmtree(step_dir(tmp_path / "run" / "checkpoints", step))
     assert start("run", then).wait() == 0
     assert losses(tmp_path / "run") == pytest.approx(alone, rel=2e-5)
 

@@ -288,7 +288,7 @@ def test_lengths_that_are_whole_and_a_warm_up_that_just_ends() -> None:
 
 def test_what_a_run_says_of_itself(tmp_path: Any) -> None:
     args = PretrainArgs(data=DATA, optim=OptimArgs(lr=1.0, min_lr=0.5, warmup_steps=2), train=TrainArgs(max_steps=6))
-    one = Run(args, args.model.resolve(), World(1, 1, 1), [], [], None, 1, 6, {}, None)  # type: ignore[arg-type]
+    one = Run(args, args.model.resolve(), World(1, 1, 1), [], [], None, 1, {}, None)  # type: ignore[arg-type]
     assert one.tokens_per_step == 2_097_152
     assert one.origin == "a new run"
     assert one.resolved()["model"] == dataclasses.asdict(named_config("tinyllama_1.1b"))

@@ -94,6 +94,8 @@ def test_yaml_of_another_shape_is_told(text: str, fault: str, tmp_path: Path) ->
         ("train: {max_steps: 3}\ndata: {}\ntrain: {max_steps: 2}", "the key train is there twice"),
         ("optim: {lr: 1, lr: 2}", "the key lr is there twice"),
         ("[" * 3000, "maximum recursion depth exceeded"),
+        ("model: &a {n_layer: 3}\ntrain: *a", "*a stands for something else: write that out"),
+        ("optim: &a {lr: 3, <<: *a}", "*a stands for something else: write that out"),
     ],
 )
 def test_yaml_that_is_none_is_told(text: str, fault: str, tmp_path: Path) -> None:

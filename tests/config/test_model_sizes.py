@@ -80,7 +80,10 @@ def test_sizes_that_follow_from_others() -> None:
 def test_sizes_that_are_none(field: str, value: float) -> None:
     with pytest.raises(InputError) as caught:
         named_config("tinyllama_1.1b", **{field: value})
-    assert caught.value.args[0] == f"model.{field} is {value}: it must be greater than 0"
+    most = {"n_layer": 1000, "block_size": 2**24}.get(field, 10**15)
+    assert caught.value.args[0] == f"model.{field} is {value}: it must be greater than 0, at most {most:,}"
+    with pytest.raises(InputError, match=f"model.{field} is {most + 1}: it must be greater than 0, at most {most:,}"):
+        named_config("tinyllama_1.1b", **{field: most + 1})
 
 
 def test_one_head_a_group_and_unknown_names() -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 
+from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import (
     CheckpointArgs,
     DataArgs,
@@ -42,7 +43,7 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
     )
     mixture = Mixture([11, 4], [3, 1], 0, [source.fingerprint for source in sources])
     return Run(
-        args, args.model.resolve(), World(2, 2, 2), sources, sources[:1], mixture, 2, 10, {"attention": "sdpa"}, None
+        args, args.model.resolve(), World(2, 2, 2), sources, sources[:1], mixture, 2, {"attention": "sdpa"}, None
     )
 
 
@@ -74,6 +75,28 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
             f"kept; 13.2 GB each, 5,000 GB free in {run.args.out_dir}",
         ),
     ]
+
+
+def test_the_start_summary_of_a_resumed_run_says_what_is_done_and_what_is_left(run: Run) -> None:
+    args = replace(run.args, train=replace(run.args.train, max_steps=None, max_tokens=320))
+    done = TrainState(step=6, samples=12, tokens=96, warmup_samples=8)  # at half of today's batch
+    resumed = replace(run, args=args, resume=Path("checkpoints/step-00000006"), done=done)
+    summary = [
+        line for line in start_summary(resumed, "all fp32", []) if line[0] in ("start", "length", "done", "left")
+    ]
+    assert summary == [
+        ("start", "resumed from checkpoints/step-00000006"),
+        ("length", f"13 steps, 40 samples, 320 tokens, {40 / 15:.2f} epochs"),
+        ("done", f"6 steps, 12 samples, 96 tokens, {12 / 15:.2f} epochs"),
+        ("left", f"7 steps, 28 samples, 224 tokens, {28 / 15:.2f} epochs"),
+    ]
+    said = dict(start_summary(resumed, "all fp32", []))
+    marks = {"now": 6, "end": 12}
+    assert said["lr"] == "  ".join(f"{name} (step {step}) {resumed.lr_at(step):.3e}" for name, step in marks.items())
+    down, drawn = run.sources[1], run.mixture.drawn(40)[1]
+    assert said["data"] == (
+        f"{down.path}: {down.tokens:,} tokens, {drawn / 40:.2%} of the samples, {drawn / 4:.2f} epochs"
+    )
 
 
 @pytest.mark.parametrize(

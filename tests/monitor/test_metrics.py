@@ -18,7 +18,7 @@ import torch
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import console_line, mean_speed, show_summary, start_summary
@@ -35,10 +35,11 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
         out_dir=str(tmp_path / "out"),
         model=ModelArgs(block_size=32),
         data=DataArgs(sources=[Source(str(folder))]),
+        optim=OptimArgs(warmup_steps=0),
         train=TrainArgs(max_steps=9),
     )
     dataset = open_packed(folder)
-    return Run(args, args.model.resolve(), World(1, 1, 1), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, 9, {}, None)
+    return Run(args, args.model.resolve(), World(1, 1, 1), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, {}, None)
 
 
 def rows(run: Run) -> list[dict[str, str]]:
@@ -139,7 +140,12 @@ def test_a_console_line() -> None:
 def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -> None:
     folders = [packed_folder([[list(range(100))]], name=name) for name in ("slim", "star")]
     sources = [Source(str(folder), weight) for folder, weight in zip(folders, (0.75, 0.25), strict=True)]
-    args = PretrainArgs(out_dir=str(tmp_path / "out"), data=DataArgs(sources=sources), train=TrainArgs(max_steps=9))
+    args = PretrainArgs(
+        out_dir=str(tmp_path / "out"),
+        data=DataArgs(sources=sources),
+        optim=OptimArgs(warmup_steps=0),
+        train=TrainArgs(max_steps=9),
+    )
     mixture = Mixture([5, 5], [0.75, 0.25], 0, ["x", "y"])
     run = Run(
         args,
@@ -149,7 +155,6 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
         [],
         mixture,
         1,
-        9,
         {},
         None,
     )

@@ -304,12 +304,23 @@ def test_an_event_without_a_step_is_at_that_of_the_one_before(tmp_path: Path) ->
         {"time": 7, "event": "start", "step": 0},
     ]
     (tmp_path / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert report.read_events(tmp_path / "events.jsonl", 10) == [
+    assert report.read_events(tmp_path / "events.jsonl", {0: 0, 10: 100}) == [
         {"kind": "start", "step": 3, "tokens": 30, "time": 5.0, "details": "world_size 2, skipped 0"},
         {"kind": "checkpoint_failed", "step": 3, "tokens": 30, "time": 6.0, "details": "error disk full"},
         {"kind": "restart", "step": 0, "tokens": 0, "time": 7.0, "details": ""},
     ]
-    assert report.read_events(tmp_path / "none", 10) == []
+    assert report.read_events(tmp_path / "none", {0: 0}) == []
+
+
+def test_an_event_is_at_the_tokens_that_were_done_at_its_step(make_run: Callable[..., Path]) -> None:
+    out_dir = make_run("one")
+    # 10 steps of half the batch that the settings have today, 10 of today's
+    rows = f"10,{5 * TOKENS}\n20,{15 * TOKENS}\n"
+    (out_dir / "metrics.csv").write_text(f"step,tokens\n{rows}")
+    lines = [{"time": 5 + step, "event": "checkpoint", "step": step} for step in (0, 4, 10, 15, 24)]
+    (out_dir / "events.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    found = [event["tokens"] / TOKENS for event in report.read_run(out_dir)["events"]]
+    assert found == [0, 2, 5, 10, 19]
 
 
 def test_smoothing_remembers_a_two_hundredth_of_the_run() -> None:

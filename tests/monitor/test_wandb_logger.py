@@ -13,7 +13,7 @@ import pytest
 
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.config.args import DataArgs, LogArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.config.args import DataArgs, LogArgs, OptimArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor import wandb_logger
@@ -74,6 +74,7 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
     args = PretrainArgs(
         out_dir=str(tmp_path / "out"),
         data=DataArgs(sources=[Source(str(folder))]),
+        optim=OptimArgs(warmup_steps=0),
         train=TrainArgs(max_steps=9),
         log=LogArgs(wandb="offline"),
     )
@@ -85,7 +86,6 @@ def run(packed_folder: Any, tmp_path: Path) -> Run:
         [],
         Mixture([1], [1.0], 0, ["x"]),
         1,
-        9,
         {},
         None,
     )

@@ -40,7 +40,7 @@ def make_run(packed_folder: Callable[..., Path], tmp_path: Path) -> Callable[...
             train=TrainArgs(init_from=None if start is None else str(start)),
         )
         mixture = Mixture([1], [1.0], 0, ["x"])
-        return Run(args, args.model.resolve(), World(1, 1, 1), [open_packed(folder)], [], mixture, 1, 9, {}, resume)
+        return Run(args, args.model.resolve(), World(1, 1, 1), [open_packed(folder)], [], mixture, 1, {}, resume)
 
     return make
 

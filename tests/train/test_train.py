@@ -344,11 +344,23 @@ def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: 
 
 
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run"]
+    world(2).train(*flags, "--train.max_steps", 20)
+    answers = world(2)("train", *flags, "--train.max_time", 1e-6)
+    assert [answer["result"] for answer in answers] == [75, 75]
+    assert f"saved    {tmp_path}/run/checkpoints/step-00000020" in answers[0]["said"]
+    assert "stopped by train.max_time at step 20; the same command resumes from there" in answers[0]["said"]
+
+
+def test_a_stop_before_the_first_step_has_no_checkpoint_and_does_not_say_so(
+    world, config_file: Path, tmp_path: Path
+) -> None:
     out = tmp_path / "run"
     answers = world(2)("train", "--config", config_file, "--out_dir", out, "--train.max_time", 1e-6)
-    assert [answer["result"] for answer in answers] == [75, 75]
+    assert [answer["result"] for answer in answers] == [1, 1]  # a job that is requeued at 75 would never end
     assert "saved    nothing, as no step was done" in answers[0]["said"]
-    assert "stopped by train.max_time at step 0" in answers[0]["said"]
+    assert "stopped by train.max_time at step 0; there was nothing to save: raise it" in answers[0]["said"]
+    assert not list(out.glob("checkpoints/*"))
 
 
 def test_nan_in_one_ranks_gradient_stops_all(world, config_file: Path, tmp_path: Path) -> None:

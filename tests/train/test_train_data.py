@@ -24,9 +24,11 @@ from tinyllama.config.args import (
     TrainArgs,
     ValidationSource,
 )
+from tinyllama.config.bounds import bounds
 from tinyllama.data import mixture
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
+from tinyllama.monitor.console import start_summary
 
 ROOT = Path(__file__).parents[2]
 T = 16  # block_size
@@ -294,3 +296,43 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(recipe, settings, saved) -
     assert recipe.setup(replace(settings, train=replace(settings.train, max_steps=12))).resume == step
     (fault,) = faults(recipe, replace(settings, train=replace(settings.train, max_steps=11)))
     assert fault == f"{step} is beyond the run's 11 steps: raise train.max_steps"
+
+
+@pytest.mark.parametrize("file", ["manifest.json", "chunk.bin"])
+def test_a_folder_of_packed_data_is_no_folder_for_a_run(recipe, settings, tmp_path, file: str) -> None:
+    folder = tmp_path / "data"
+    folder.mkdir()
+    recipe.setup(replace(settings, out_dir=str(folder)))  # an empty folder is fine
+    (folder / file).write_text("")
+    (fault,) = faults(recipe, replace(settings, out_dir=str(folder)))
+    assert fault == f"out_dir {folder} holds packed data: give the run a folder of its own"
+    (fault,) = faults(recipe, replace(settings, out_dir=settings.data.sources[0].path))
+    assert "/one holds packed data" in fault
+    for empty in ("", "  "):
+        (fault,) = faults(recipe, replace(settings, out_dir=empty))
+        assert fault == "out_dir is empty: give a folder for the run"
+
+
+GROUPS = ("model", "data", "optim", "train", "parallel", "eval", "checkpoint", "log")
+NUMBERS = [f"{group}.{name}" for group in GROUPS for name, *_ in bounds(type(getattr(PretrainArgs(), group)))]
+
+
+@pytest.mark.parametrize("key", NUMBERS)
+def test_the_largest_numbers_make_a_run_or_a_line(recipe, settings, key: str) -> None:
+    group, name = key.split(".")
+    args = ramped(settings, 1, (0.2, 0.8)) if name == "ramp_tokens" else settings
+    if name in ("max_tokens", "max_epochs"):
+        args = replace(args, train=replace(args.train, max_steps=None))
+    for value in (1, 1000, 2**24, 10**9, 10**15, 2**63):
+        try:
+            run = recipe.setup(replace(args, **{group: replace(getattr(args, group), **{name: value})}))
+            assert run.lr_at(run.max_steps - 1) >= 0
+            lines = [text for _, text in start_summary(run, "", [])]
+        except InputError as error:
+            lines = list(error.args)
+        assert all("\n" not in line and len(line) < 400 for line in lines)
+
+
+def test_a_ramp_whose_table_would_take_hours_is_refused(recipe, settings) -> None:
+    (fault,) = faults(recipe, ramped(settings, 10**15, (0.2, 0.8)))
+    assert fault == "data.ramp_tokens 1000000000000000 is 62,500,000,000,000 samples: lower it below 2,147,483,648"

@@ -23,6 +23,8 @@ class TrainState:
     """and how many of them were the last ones"""
     recent: list[list[float]] = field(default_factory=list)
     """loss and gradient norm of the last steps, which tell a spike (train.skip_spikes)"""
+    warmup_samples: int = -1
+    """samples seen when the warm-up ended; -1 before that, and in checkpoints from before it was recorded"""
 
 
 def from_json(content: dict[str, Any]) -> TrainState:
@@ -69,6 +71,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "validated": lambda value: type(value) is int and -1 <= value < 2**62,
     "skipped": _is_count,
     "skipped_in_a_row": _is_count,
+    "warmup_samples": lambda value: type(value) is int and -1 <= value < 2**62,
     "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
     "world_size": lambda value: _is_count(value) and value > 0,
     "data": _or_none(lambda value: isinstance(value, dict)),

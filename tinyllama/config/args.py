@@ -237,6 +237,8 @@ def check(args: PretrainArgs) -> ModelConfig:
         model = args.model.resolve()
     except InputError as error:
         errors += error.args
+    if not args.out_dir.strip():
+        errors.append("out_dir is empty: give a folder for the run")
     if not args.data.sources:
         errors.append('data.sources is empty: give at least one packed folder, --data.sources \'[{"path": "DIR"}]\'')
     for source in args.data.sources:

@@ -16,25 +16,24 @@ class Bound:
     holds: Callable[[float], bool]
 
 
-def _above_0(most: float) -> Bound:
+def _above_0(most: int) -> Bound:
     return Bound(f"be greater than 0, at most {most:,}", lambda x: 0 < x <= most)
 
 
 MOST = 10**15  # larger numbers are typing errors
+_POSITIVE = _above_0(MOST)
 _NOT_NEGATIVE = Bound(f"not be negative, at most {MOST:,}", lambda x: 0 <= x <= MOST)
-_FINITE = Bound("be greater than 0", lambda x: 0 < x < math.inf)
 
-Count = Annotated[int, _above_0(MOST)]
+Count = Annotated[int, _POSITIVE]
 CountOrZero = Annotated[int, _NOT_NEGATIVE]
-Positive = Annotated[float, _above_0(MOST)]
+Positive = Annotated[float, _POSITIVE]
 NotNegative = Annotated[float, _NOT_NEGATIVE]
 Seconds = Annotated[float, _above_0(10**9)]
 Decay = Annotated[float, Bound("be in [0, 1)", lambda x: 0 <= x < 1)]
 Weight = Annotated[float, Bound("be finite and not negative", lambda x: 0 <= x < math.inf)]
 Seed = Annotated[int, Bound("fit into 64 bits", lambda x: -(2**63) <= x < 2**64)]
-# sizes of a model have no largest value of their own, because their number of parameters has one
-Size = Annotated[int, _FINITE]
-Factor = Annotated[float, _FINITE]
+Layers = Annotated[int, _above_0(1000)]  # each is built, and compiled, in turn
+Context = Annotated[int, _above_0(2**24)]  # RoPE's tables have a row for each position
 
 
 def bounds(cls: type) -> Iterator[tuple[str, type, Bound | None]]:
@@ -53,7 +52,9 @@ def bound_errors(settings: Any, prefix: str) -> Iterator[str]:
         value = getattr(settings, name)
         if not isinstance(value, int | float) or bound is None:
             continue  # null, or one of the words that may stand for a number
+        is_long = isinstance(value, int) and abs(value) >= 10**100  # Python refuses to print those of 4,300 digits
+        shown = "a number of more than 100 digits" if is_long else value
         if not bound.holds(value):
-            yield f"{prefix}{name} is {value}: it must {bound.rule}"
+            yield f"{prefix}{name} is {shown}: it must {bound.rule}"
         elif kind is int and type(value) is not int:
-            yield f"{prefix}{name} is {value}: it must be a whole number"
+            yield f"{prefix}{name} is {shown}: it must be a whole number"

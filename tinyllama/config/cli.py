@@ -170,7 +170,15 @@ def _nearest(key: str, kinds: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.BaseLoader):
-    """Leaves every value text, and refuses a key given twice, of which the second would hide the first."""
+    """Leaves every value text, and refuses aliases and a key given twice, of which the second would hide the first."""
+
+    def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for a tree of any size
+            event = self.peek_event()
+            raise yaml.composer.ComposerError(
+                None, None, f"*{event.anchor} stands for something else: write that out", event.start_mark
+            )
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tinyllama import InputError
-from tinyllama.config.bounds import Factor, Size, bound_errors
+from tinyllama.config.bounds import Context, Count, Layers, Positive, bound_errors
 
 LOGITS_CHUNK = 8192  # tokens whose logits the chunked loss holds at once: 0.5 GB in bf16 with 32,000 pieces
 MOST_PARAMETERS = 10**13  # more are a typing error
@@ -17,27 +17,27 @@ class ModelConfig:
 
     name: str
     """name of this size, free text"""
-    block_size: Size = 2048
+    block_size: Context = 2048
     """context length, tokens"""
-    vocab_size: Size = 32000
+    vocab_size: Count = 32000
     """pieces of the tokenizer"""
-    padding_multiple: Size = 64
+    padding_multiple: Count = 64
     """the embedding and output matrices have vocab_size rows, rounded up to a multiple of this"""
-    n_layer: Size = 22
+    n_layer: Layers = 22
     """transformer blocks"""
-    n_head: Size = 32
+    n_head: Count = 32
     """query heads"""
-    n_query_groups: Size = 4
+    n_query_groups: Count = 4
     """key-value heads; each serves n_head / n_query_groups query heads (arXiv:2305.13245)"""
-    n_embd: Size = 2048
+    n_embd: Count = 2048
     """width of the residual stream"""
-    intermediate_size: Size = 5632
+    intermediate_size: Count = 5632
     """width of the SwiGLU MLP"""
-    norm_eps: Factor = 1e-5
+    norm_eps: Positive = 1e-5
     """RMSNorm's epsilon"""
-    rope_base: Size = 10000
+    rope_base: Count = 10000
     """RoPE's base (arXiv:2104.09864)"""
-    rope_condense_ratio: Factor = 1
+    rope_condense_ratio: Positive = 1
     """RoPE sees positions divided by this, so that a longer context keeps the angles of a shorter one"""
     tie_embeddings: bool = False
     """the output matrix is the embedding"""

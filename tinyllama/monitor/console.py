@@ -117,8 +117,8 @@ def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
 
 def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     """Summarize what is about to happen."""
-    args, steps = run.args, run.max_steps
-    samples = steps * args.train.global_batch_size
+    args, done = run.args, run.done
+    samples = done.samples + run.samples_left
     yield "start", run.origin
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
@@ -135,17 +135,27 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
         f"{args.train.global_batch_size} samples a step = {run.world.size} ranks x {run.accumulation} x "
         f"{args.train.micro_batch_size}, {run.tokens_per_step:,} tokens",
     )
-    epochs = samples / sum(dataset.num_blocks(run.config.block_size) for dataset in run.sources)
-    yield "length", f"{steps:,} steps, {samples:,} samples, {steps * run.tokens_per_step:,} tokens, {epochs:.2f} epochs"
+    yield "length", _length(run, run.max_steps, samples)
+    if run.resume:
+        yield "done", _length(run, done.step, done.samples)
+        yield "left", _length(run, run.steps_left, run.samples_left)
     for dataset, drawn in zip(run.sources, run.mixture.drawn(samples), strict=True):
         epochs = drawn / dataset.num_blocks(run.config.block_size)
         share = drawn / samples
         yield "data", f"{dataset.path}: {dataset.tokens:,} tokens, {share:.2%} of the samples, {epochs:.2f} epochs"
     for dataset in run.validation:
         yield "held out", f"{dataset.path}: {dataset.tokens:,} tokens, every {args.eval.interval:,} steps"
+    steps = run.max_steps
     marks = {"start": 0, "warm": max(args.optim.warmup_steps - 1, 0), "half": steps // 2, "end": steps - 1}
+    if run.resume:  # at what is done it has been whatever the settings were then
+        marks = {"now": done.step} | {name: step for name, step in marks.items() if step > done.step}
     yield "lr", "  ".join(f"{name} (step {step}) {run.lr_at(step):.3e}" for name, step in marks.items())
     yield "saves", _checkpoint_policy(run)
+
+
+def _length(run: Run, steps: int, samples: int) -> str:
+    tokens = samples * run.config.block_size
+    return f"{steps:,} steps, {samples:,} samples, {tokens:,} tokens, {samples / run.num_blocks:.2f} epochs"
 
 
 def _checkpoint_policy(run: Run) -> str:

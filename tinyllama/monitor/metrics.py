@@ -124,7 +124,9 @@ class RunLog:
             self._console.line(f"error: {self._metrics} lacks the last {len(self._tail)} rows: make room, run it again")
         details = {"step": state.step, "seconds": self._seconds}
         if stopped_by:
-            text = f"stopped by {stopped_by} at step {state.step}; the same command resumes from there"
+            then = "the same command resumes from there" if state.step else "there was nothing to save"
+            hint = ": raise it" if stopped_by == "train.max_time" and not state.step else ""
+            text = f"stopped by {stopped_by} at step {state.step}; {then}{hint}"
             self.event("stop", text, by=stopped_by, **details)
         else:
             self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **details)

@@ -16,6 +16,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import yaml
 
 from tinyllama import InputError, __version__, atomic, printable
@@ -88,7 +89,11 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, *NOT_IN_MEMORY) as error:
         text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
         raise InputError(text) from error
-    events = read_events(out_dir / "events.jsonl", tokens_per_step)
+    # steps may have had other batches than today's, which are those of the last rows
+    counts: dict[float, float] = {0: 0} | {row["step"]: row["tokens"] for row in rows}
+    last, far = max(counts), 10**9
+    counts[last + far] = counts[last] + far * tokens_per_step
+    events = read_events(out_dir / "events.jsonl", counts)
     smooth(rows)
     thinned = thin(rows, buckets)
     return {
@@ -130,8 +135,12 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     return found
 
 
-def read_events(file: Path, tokens_per_step: int) -> list[Row]:
-    """Read the events of a run: their kind, step and its tokens, time (s since 1970), and details in a line."""
+def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
+    """Read the events of a run: their kind, step and its tokens, time (s since 1970), and details in a line.
+
+    ``counts`` are the tokens at some steps, between which every step has as many.
+    """
+    steps, tokens = zip(*sorted(counts.items()), strict=True)
     events: list[Row] = []
     step, kinds = 0, {"start": "start"}
     for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
@@ -145,7 +154,8 @@ def read_events(file: Path, tokens_per_step: int) -> list[Row]:
             continue
         step = found
         details = ", ".join(f"{key} {value}" for key, value in event.items() if value not in (None, [], {}))
-        event = {"kind": printable(kinds.get(kind, kind), 40), "step": step, "tokens": step * tokens_per_step}
+        done = round(float(np.interp(step, steps, tokens)))
+        event = {"kind": printable(kinds.get(kind, kind), 40), "step": step, "tokens": done}
         events.append(event | {"time": at, "details": printable(details, 1000)})
         if kind == "start":
             kinds["start"] = "restart"  # any later one

@@ -1,6 +1,8 @@
 """A run, resolved: what its settings and its data come to, before the first rank starts."""
 
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
+from fractions import Fraction
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import torch.distributed as dist
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.resume import refuse_changes
-from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.state import TrainState, from_json
 from tinyllama.config.args import PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.data import mixture
+from tinyllama.data.metadata import MANIFEST
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
 from tinyllama.ops import choice, float8
@@ -22,6 +25,11 @@ from tinyllama.train.schedule import lr_at
 
 FIRST_ORDER = {"version": 1, "window": 1024}
 """Order of the samples of a checkpoint from before its version and window were recorded."""
+
+MOST_TOKENS = 10**18
+"""More are a typing error, and do not fit into 64 bits."""
+MOST_RAMP = 2**31
+"""Samples of a ramp, whose table takes 10 us for a thousand of them: 20 s."""
 
 
 @dataclass(frozen=True)
@@ -36,11 +44,17 @@ class Run:
     mixture: Mixture
     accumulation: int
     """micro-batches a rank passes through in one step"""
-    max_steps: int
     ops: dict[str, str]
     """backend of each operation"""
     resume: Path | None
     """the step directory to go on from"""
+    done: TrainState = field(default_factory=TrainState)
+    """what has been done there, at whichever batch it was; everything else of a run is as its settings are today"""
+
+    @cached_property
+    def max_steps(self) -> int:
+        """Steps that are done and that are left, together."""
+        return total_steps(self.args, self.config.block_size, self.num_blocks, self.done)
 
     @property
     def out_dir(self) -> Path:
@@ -53,6 +67,21 @@ class Run:
         return self.args.train.global_batch_size * self.config.block_size
 
     @property
+    def num_blocks(self) -> int:
+        """Blocks of all sources together: an epoch is that many samples."""
+        return sum(source.num_blocks(self.config.block_size) for source in self.sources)
+
+    @property
+    def steps_left(self) -> int:
+        """Steps that are not done yet."""
+        return self.max_steps - self.done.step
+
+    @property
+    def samples_left(self) -> int:
+        """Samples that are not seen yet."""
+        return self.steps_left * self.args.train.global_batch_size
+
+    @property
     def origin(self) -> str:
         """What it starts from, in words."""
         if self.resume is not None:
@@ -61,9 +90,25 @@ class Run:
         return f"a new run of the weights of {start}" if start else "a new run"
 
     def lr_at(self, step: int) -> float:
-        """Learning rate of the 0-based step."""
+        """Learning rate of the 0-based step: on one curve of the run's budget, however the batch has changed."""
         optim = self.args.optim
-        return lr_at(step, lr=optim.lr, min_lr=optim.min_lr, warmup_steps=optim.warmup_steps, max_steps=self.max_steps)
+        ahead = self.schedule_offset
+        steps = {"warmup_steps": optim.warmup_steps, "max_steps": self.max_steps + ahead}
+        at = step if step < optim.warmup_steps else step + ahead
+        return lr_at(at, lr=optim.lr, min_lr=optim.min_lr, **steps)
+
+    @property
+    def schedule_offset(self) -> int:
+        """Steps by which the schedule is ahead of the run's own count.
+
+        A budget in tokens or epochs is spent by the sample. After the warm-up, which is in steps, what was done at
+        other batch sizes therefore counts as the steps of today's that it would have been.
+        """
+        train, done, warmup = self.args.train, self.done, self.args.optim.warmup_steps
+        if train.max_steps is not None or done.step <= warmup:
+            return 0
+        samples = done.warmup_samples if done.warmup_samples >= 0 else done.samples * warmup // done.step
+        return (done.samples - samples) // train.global_batch_size - (done.step - warmup)
 
     def resolved(self) -> dict[str, Any]:
         """The settings with the model's sizes written out: what config.yaml holds."""
@@ -86,17 +131,38 @@ class Run:
         return {key: getattr(self.sources[0], key) for key in ("tokenizer_sha256", "bos", "bos_id", "eos_id")}
 
 
-def check_resume(run: Run) -> None:
-    """Raise InputError if the run cannot continue from its checkpoint: other data, another model, too few steps."""
-    if run.resume is None:
-        return
-    saved, now = reader.read_state(run.resume), run.data_metadata()
+def done_in(step_dir: Path | None) -> TrainState:
+    """What the checkpoint ``step_dir`` has done; nothing without one."""
+    return TrainState() if step_dir is None else from_json(reader.read_state(step_dir))
+
+
+def check_start(run: Run) -> None:
+    """Raise InputError for a folder of packed data, a checkpoint that the run cannot continue, or a wrong length."""
+    if (run.out_dir / MANIFEST).exists() or any(run.out_dir.glob("*.bin")):
+        raise InputError(f"out_dir {run.out_dir} holds packed data: give the run a folder of its own")
+    if run.resume is not None:
+        _check_resume(run, run.resume)
+    total_steps(run.args, run.config.block_size, run.num_blocks, run.done)
+
+
+def _check_resume(run: Run, step_dir: Path) -> None:
+    """Raise InputError for a checkpoint of other data, of another model, or beyond the run's budget."""
+    saved, now = reader.read_state(step_dir), run.data_metadata()
     then = {key: saved.get(key) for key in now}
     if isinstance(then["data"], dict):
         then["data"] = {"order": FIRST_ORDER} | then["data"]
-    refuse_changes(run.resume, then, now)
-    if saved["step"] > run.max_steps:
-        raise InputError(f"{run.resume} is beyond the run's {run.max_steps} steps: raise train.max_steps")
+    refuse_changes(step_dir, then, now)
+    # the last step may end beyond the budget, but not begin there
+    before = run.done.samples - run.args.train.global_batch_size
+    spent = {
+        "steps": run.done.step - 1,
+        "tokens": before * run.config.block_size,
+        "epochs": Fraction(before, run.num_blocks),
+    }
+    for unit, amount in spent.items():
+        budget = getattr(run.args.train, f"max_{unit}")
+        if budget is not None and amount >= budget:
+            raise InputError(f"{step_dir} is beyond the run's {budget} {unit}: raise train.max_{unit}")
 
 
 def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Run, TrainState]:
@@ -107,10 +173,10 @@ def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Opt
     while True:
         shared = [run.resume]
         dist.broadcast_object_list(shared)  # a file system may show ranks different newest ones
-        run = replace(run, resume=shared[0])
+        run = replace(run, resume=shared[0], done=done_in(shared[0]))
         if run.resume is None:
             return run, TrainState()
-        check_resume(run)
+        _check_resume(run, run.resume)
         try:
             return run, reader.load(run.resume, model, optimizer)
         except reader.DamagedError as error:
@@ -142,29 +208,34 @@ def gradient_accumulation(train: TrainArgs, world_size: int) -> int:
     return train.global_batch_size // unit
 
 
-def total_steps(args: PretrainArgs, block_size: int, num_blocks: int) -> int:
+def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: TrainState | None = None) -> int:
     """Optimizer steps of the run, from whichever of steps, tokens and epochs was given.
 
+    What is ``done`` counts as it was done, and what is left of tokens or epochs is divided by today's batch.
     ``num_blocks`` is the number of blocks of all sources together: an epoch is that many samples.
-    Raises InputError for a run of no steps or a warm-up that does not end before the run does.
+    Raises InputError for a run of no steps or too many, or a warm-up that does not end before the run does.
     """
-    train = args.train
+    train, done = args.train, done or TrainState()
     if train.max_steps is not None:
         steps = train.max_steps
     elif train.max_tokens is not None:
-        steps = -(-train.max_tokens // (train.global_batch_size * block_size))
+        left = train.max_tokens - done.samples * block_size
+        steps = done.step + max(-(-left // (train.global_batch_size * block_size)), 0)
     else:
         assert train.max_epochs is not None  # check() has seen to it that one is given
-        steps = int(train.max_epochs * num_blocks / train.global_batch_size)
+        left = int(Fraction(repr(train.max_epochs)) * num_blocks) - done.samples
+        steps = done.step + max(left // train.global_batch_size, 0)
         if steps == 0:
             raise InputError(
                 f"train.max_epochs {train.max_epochs} of {num_blocks:,} blocks is less than one step of "
                 f"train.global_batch_size {train.global_batch_size} samples: raise the one or lower the other"
             )
-    if args.optim.warmup_steps >= steps:
-        raise InputError(
-            f"optim.warmup_steps {args.optim.warmup_steps} does not end within the run's {steps} steps: lower it"
-        )
+    tokens = (done.samples + (steps - done.step) * train.global_batch_size) * block_size
+    if tokens > MOST_TOKENS:
+        raise InputError(f"{steps:,} steps make {tokens:,} tokens: lower train.global_batch_size or the run's length")
+    warmup = args.optim.warmup_steps
+    if done.step < warmup and steps <= warmup:
+        raise InputError(f"optim.warmup_steps {warmup} does not end within the run's {steps} steps: lower it")
     return steps
 
 
@@ -176,13 +247,16 @@ def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mi
             f"data.sources hold {sum(num_blocks)} blocks of {block_size + 1} tokens, less than one batch of "
             f"train.global_batch_size {args.train.global_batch_size}: give more data or lower it"
         )
+    ramp = -(-(args.data.ramp_tokens or 0) // block_size)  # in samples
+    if ramp > MOST_RAMP:
+        raise InputError(f"data.ramp_tokens {args.data.ramp_tokens} is {ramp:,} samples: lower it below {MOST_RAMP:,}")
     return Mixture(
         num_blocks,
         [source.weight for source in args.data.sources],
         args.data.seed,
         [source.fingerprint for source in sources],
         [source.final_weight for source in args.data.sources],
-        -(-(args.data.ramp_tokens or 0) // block_size),  # the ramp, in samples
+        ramp,
     )
 
 

@@ -52,6 +52,8 @@ class TrainStep:
         state.step += 1
         state.samples += self.args.train.global_batch_size
         state.tokens += self.tokens
+        if state.step == self.args.optim.warmup_steps:
+            state.warmup_samples = state.samples
         gradients = local_gradients(self.gpt)
         norm = self.guard.check(state.step, loss_sum, self.tokens, gradients)
         clip(gradients, norm, self.args.optim.max_norm)

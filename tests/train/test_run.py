@@ -1,0 +1,139 @@
+"""A run, resolved: what is done counts as it was done, and the rest as the settings are today."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tinyllama import InputError
+from tinyllama.checkpoint.state import TrainState
+from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.data.mixture import Mixture
+from tinyllama.data.packed import open_packed
+from tinyllama.train.launch import World
+from tinyllama.train.run import Run, check_start
+
+T = 8  # block_size
+BLOCKS = 100
+
+
+@pytest.fixture
+def make_run(packed_folder: Callable[..., Path], tmp_path: Path) -> Callable[..., Run]:
+    """A function that resolves a run on 100 blocks, from settings of train.* and what is done."""
+    folder = packed_folder([[[3] * (T + 1)] * BLOCKS], eos=False)
+
+    def make(done: TrainState | None = None, warmup_steps: int = 5, **train: Any) -> Run:
+        args = PretrainArgs(
+            model=ModelArgs(name="quickstart", block_size=T),
+            data=DataArgs(sources=[Source(str(folder))]),
+            optim=OptimArgs(lr=1.0, min_lr=0.1, warmup_steps=warmup_steps),
+            train=TrainArgs(**{"global_batch_size": 8} | train),
+        )
+        mixture = Mixture([BLOCKS], [1.0], 0, ["x"])
+        sources = [open_packed(folder)]
+        config = args.model.resolve()
+        return Run(args, config, World(1, 1, 1), sources, [], mixture, 1, {}, None, done or TrainState())
+
+    return make
+
+
+def after(run: Run, steps: int) -> TrainState:
+    """What is done ``steps`` steps after the run's start."""
+    step, batch, warmup = run.done.step + steps, run.args.train.global_batch_size, run.args.optim.warmup_steps
+    samples = run.done.samples + steps * batch
+    ended = run.done.warmup_samples
+    if run.done.step < warmup <= step:
+        ended = samples - (step - warmup) * batch
+    return TrainState(step=step, samples=samples, tokens=samples * T, warmup_samples=ended)
+
+
+# 20 of 40 steps at a batch of 8 are done: 160 of 320 samples
+LENGTHS = {
+    "tokens, same batch": ({"max_tokens": 320 * T}, 40, 160),
+    "tokens, twice the batch": ({"max_tokens": 320 * T, "global_batch_size": 16}, 30, 160),
+    "tokens, half of it": ({"max_tokens": 320 * T, "global_batch_size": 4}, 60, 160),
+    "tokens, rounded up to whole steps": ({"max_tokens": 320 * T + 1, "global_batch_size": 16}, 31, 176),
+    "tokens, more of them": ({"max_tokens": 640 * T, "global_batch_size": 16}, 50, 480),
+    "tokens, all done": ({"max_tokens": 160 * T, "global_batch_size": 16}, 20, 0),
+    "tokens, done and a part of a step": ({"max_tokens": 160 * T - 7, "global_batch_size": 16}, 20, 0),
+    "epochs, same batch": ({"max_epochs": 3.2}, 40, 160),
+    "epochs, twice the batch": ({"max_epochs": 3.2, "global_batch_size": 16}, 30, 160),
+    "epochs, half of it": ({"max_epochs": 3.2, "global_batch_size": 4}, 60, 160),
+    "epochs, rounded down to whole steps": ({"max_epochs": 3.31, "global_batch_size": 16}, 30, 160),
+    "epochs, all done": ({"max_epochs": 1.6, "global_batch_size": 16}, 20, 0),
+    "steps, same batch": ({"max_steps": 40}, 40, 160),
+    "steps, twice the batch": ({"max_steps": 40, "global_batch_size": 16}, 40, 320),
+    "steps, half of it": ({"max_steps": 40, "global_batch_size": 4}, 40, 80),
+}
+
+
+@pytest.mark.parametrize("case", LENGTHS)
+def test_what_is_done_counts_as_it_was_done(make_run, case: str) -> None:
+    train, steps, samples_left = LENGTHS[case]
+    run = make_run(after(make_run(max_steps=40), 20), **train)
+    assert (run.max_steps, run.steps_left, run.samples_left) == (steps, steps - 20, samples_left)
+    # and so at every later checkpoint
+    for later in range(0, run.steps_left + 1, 5):
+        assert replace(run, done=after(run, later)).max_steps == steps
+
+
+def test_an_epoch_is_the_decimal_that_was_written(make_run) -> None:
+    # 0.29 x 100 is 28.999999999999996 as a float
+    assert make_run(max_epochs=0.29, global_batch_size=1, warmup_steps=0).max_steps == 29
+
+
+@pytest.mark.parametrize("batch", [1, 4, 8, 16, 64])
+def test_a_warm_up_that_is_over_is_no_longer_asked_about(make_run, batch: int) -> None:
+    start = make_run(max_tokens=320 * T, warmup_steps=30)
+    run = make_run(after(start, 38), warmup_steps=30, max_tokens=320 * T, global_batch_size=batch)
+    assert run.max_steps == 38 + 16 // batch + (batch == 64)
+    # one that still goes on must end
+    with pytest.raises(InputError, match="warmup_steps 30 does not end within the run's 25 steps: lower it"):
+        check_start(make_run(after(start, 20), warmup_steps=30, max_tokens=320 * T, global_batch_size=32))
+
+
+BUDGETS = [{"max_tokens": 320 * T}, {"max_epochs": 3.2}, {"max_steps": 40}]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+@pytest.mark.parametrize("batch", [2, 4, 16, 32])
+def test_the_learning_rate_stays_on_its_curve_when_the_batch_changes(make_run, budget, batch: int) -> None:
+    straight = make_run(**budget)
+    done = after(straight, 21)  # 16 steps after the warm-up: at any of the batches whole steps
+    run = make_run(done, **budget, global_batch_size=batch)
+    slope = (straight.lr_at(20) - straight.lr_at(22)) / 2 * max(batch / 8, 1)
+    assert run.lr_at(21) == pytest.approx(straight.lr_at(21), abs=slope)  # off by less than a step
+    assert run.lr_at(run.max_steps - 1) == 0.1
+    rates = [run.lr_at(step) for step in range(21, run.max_steps)]
+    assert rates == sorted(rates, reverse=True)
+    # any later checkpoint is on the same curve
+    for later in range(run.steps_left + 1):
+        resumed = replace(run, done=after(run, later))
+        assert [resumed.lr_at(step) for step in range(21, run.max_steps)] == rates
+
+
+def test_a_warm_up_is_in_steps_whatever_their_batch(make_run) -> None:
+    straight = make_run(max_tokens=320 * T, warmup_steps=10)
+    run = make_run(after(straight, 4), warmup_steps=10, max_tokens=320 * T, global_batch_size=16)
+    assert [run.lr_at(step) for step in range(4, 10)] == [straight.lr_at(step) for step in range(4, 10)]
+    assert run.max_steps == 4 + 18
+    assert (run.lr_at(10), run.lr_at(21)) == (1.0, 0.1)
+    resumed = replace(run, done=after(run, 8))
+    assert [resumed.lr_at(step) for step in range(22)] == [run.lr_at(step) for step in range(22)]
+
+
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_older_checkpoint_with_the_same_batch_keeps_its_curve(make_run, budget) -> None:
+    straight = make_run(**budget)
+    done = replace(after(straight, 20), warmup_samples=-1)  # which did not record the end of the warm-up
+    assert [make_run(done, **budget).lr_at(step) for step in range(41)] == [straight.lr_at(step) for step in range(41)]
+
+
+def test_more_tokens_than_can_be_counted_are_refused(make_run) -> None:
+    assert make_run(max_steps=10**15).samples_left == 8 * 10**15
+    with pytest.raises(
+        InputError, match="steps make 8,000,000,000,000,000,000 tokens: lower train.global_batch_size or"
+    ):
+        check_start(make_run(max_steps=10**15, global_batch_size=1000))
