@@ -190,7 +190,7 @@ class Training:
         """One optimizer step; nothing in it waits for the device."""
         self.watchdog.beat(self.state.step, "step")
         collect_gc(self.state.step)
-        self.meter.go_on()
+        self.meter.resume()
         self.lr = self.run.lr_at(self.state.step)
         self.train_step(self.state, self.batches, self.lr)
         self.meter.step(self.run.tokens_per_step)
@@ -205,7 +205,7 @@ class Training:
         results = self.guard.poll(late=0 if due else 1)
         self.failed = self.log.record_skips(results)
         if due and not self.failed:
-            speed = self.meter.lap()
+            speed = self.meter.end_interval()
             row: Row = {"step": state.step, "tokens": state.tokens, "loss": results[-1].loss}
             row |= {"lr": self.lr, "grad_norm": results[-1].grad_norm}
             row |= {"tokens_per_second": speed, "skipped": state.skipped}

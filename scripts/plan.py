@@ -41,7 +41,7 @@ def main() -> None:
         raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs")
     gradient_accumulation(args.train, ours.gpus)  # raises for a batch that train.py would refuse
     rate, source = plan.rate_of_one(config, gpu, ours.mfu, ours.benchmark)
-    print(*plan.card(args, config, cluster, rate, source), sep="\n")
+    print(*plan.summary(args, config, cluster, rate, source), sep="\n")
     print()
     print(*plan.scaling(args, config, cluster, rate), sep="\n")
 

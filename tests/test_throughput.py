@@ -55,18 +55,18 @@ def test_flops_of_a_token() -> None:
     assert flops_per_token(named_config("tinyllama_1.1b")) == 6 * products + 22 * 3 * 2 * (2 * 2048 * 2048)
 
 
-def test_meter_looks_at_ten_laps(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_meter_looks_at_ten_intervals(monkeypatch: pytest.MonkeyPatch) -> None:
     now = 5.0
     monkeypatch.setattr(time, "perf_counter", lambda: now)
     meter = Meter()
-    for lap in range(12):
+    for number in range(12):
         now += 2
         meter.step(10)
-        meter.step(2**lap - 10)
-        speed = meter.lap()
+        meter.step(2**number - 10)
+        speed = meter.end_interval()
         now += 7  # between a pause and going on nothing counts
-        meter.go_on()
-    assert speed == sum(2**lap for lap in range(2, 12)) / 20
+        meter.resume()
+    assert speed == sum(2**number for number in range(2, 12)) / 20
 
 
 def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -77,19 +77,19 @@ def test_meter_leaves_out_what_is_not_training(monkeypatch: pytest.MonkeyPatch) 
     meter.step(100)
     meter.pause()
     now += 50  # a validation
-    meter.go_on()
+    meter.resume()
     now += 1
     meter.step(100)
-    assert meter.lap() == 100
+    assert meter.end_interval() == 100
     now += 1
     meter.step(300)
-    assert meter.lap() == 300  # the first interval, with the compilation, has gone
+    assert meter.end_interval() == 300  # the first interval, with the compilation, has gone
     now += 3
     meter.step(300)
-    assert meter.lap() == 600 / 4
+    assert meter.end_interval() == 600 / 4
     now += 1
     meter.step(900)
-    assert meter.lap() == 1200 / 4  # the second has left the window
+    assert meter.end_interval() == 1200 / 4  # the second has left the window
 
 
 @pytest.mark.parametrize(

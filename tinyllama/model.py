@@ -51,8 +51,6 @@ class GPT(nn.Module):
                 "ln_f": RMSNorm(config, ops),
             }
         )
-        # not a buffer: model.to(torch.bfloat16) would cast it, and the tables must stay fp32
-        self._rope_tables: tuple[Tensor, Tensor] | None = None
 
     def forward(
         self,
@@ -94,15 +92,12 @@ class GPT(nn.Module):
         return cast(list[Block], list(self.transformer["h"].children()))
 
     def rope_tables(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """Return RoPE's cosines and sines, (block_size, hs/2) each, fp32; the first call on a device builds them."""
-        if self._rope_tables is None or self._rope_tables[0].device != device:
-            # training cannot use a table that was made in inference mode
-            with torch.inference_mode(False):
-                config = self.config
-                self._rope_tables = rope_tables(
-                    config.block_size, config.head_size, config.rope_base, device, config.rope_condense_ratio
-                )
-        return self._rope_tables
+        """Return RoPE's cosines and sines, (block_size, hs/2) each.
+
+        They are not buffers: model.to(torch.bfloat16) would cast those, and the tables must stay fp32.
+        """
+        c = self.config
+        return rope_tables(c.block_size, c.head_size, c.rope_base, device, c.rope_condense_ratio)
 
 
 class Block(nn.Module):

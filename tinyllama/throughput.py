@@ -43,42 +43,38 @@ def flops_per_token(config: ModelConfig) -> int:
 
 
 class Meter:
-    """Measure tokens per second over the last ``window`` intervals; an interval lies between two log lines.
+    """Measure tokens per second over the last ``window`` log intervals.
 
     The first interval includes compilation, so it is dropped once a second one exists.
     """
 
     def __init__(self, window: int = 10) -> None:
         self._intervals: deque[tuple[int, float]] = deque(maxlen=window)
-        self._only_first = True
-        self.start()
+        self._intervals_ended = 0
+        self._tokens, self._seconds = 0, 0.0
+        self.resume()
 
-    def start(self) -> None:
-        """Start an interval now; the time before it (a validation, a checkpoint) belongs to none."""
+    def resume(self) -> None:
+        """Start the clock; the time since ``pause`` (a validation, a checkpoint) is not counted."""
         self._began = time.perf_counter()
-        self._tokens = 0
-        self._seconds = 0.0
 
     def pause(self) -> None:
-        """Stop the interval's clock until ``go_on``."""
+        """Stop the clock until ``resume``."""
         self._seconds += time.perf_counter() - self._began
 
-    def go_on(self) -> None:
-        """Restart the interval's clock."""
-        self._began = time.perf_counter()
-
     def step(self, tokens: int) -> None:
-        """Count a step's tokens towards the interval."""
+        """Count a step's tokens."""
         self._tokens += tokens
 
-    def lap(self) -> float:
-        """End the interval, start the next, and return the tokens per second of the window."""
+    def end_interval(self) -> float:
+        """End the log interval, start the next, and return the tokens per second of the window."""
         self.pause()
-        if self._only_first and self._intervals:
+        self._intervals_ended += 1
+        if self._intervals_ended == 2:
             self._intervals.clear()
-            self._only_first = False
         self._intervals.append((self._tokens, self._seconds))
-        self.start()
+        self._tokens, self._seconds = 0, 0.0
+        self.resume()
         return sum(tokens for tokens, _ in self._intervals) / sum(seconds for _, seconds in self._intervals)
 
 

@@ -34,6 +34,7 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     [
         ("raise RuntimeError('built for another torch\\nand more')", "RuntimeError: built for another torch"),
         ("print('hello'); import sys; sys.exit(0)", "SystemExit: 0"),
+        ("import os; os._exit(3)", "exit code 3"),
         ("import os; os.abort()", "SIGABRT ended the process that called it"),
         ("import time; time.sleep(60)", "no answer within 1 s"),
     ],

@@ -272,12 +272,12 @@ def test_the_numbers_of_the_gpus() -> None:
     }
 
 
-def test_the_card_line_by_line() -> None:
+def test_the_summary_line_by_line() -> None:
     """On one GPU of a made-up kind, so that every figure can be had by hand."""
     gpu = plan.Gpu("TOY", memory=50, link=100, network=100, watts=500, mfu=0.5)
     args = settings(global_batch_size=32, micro_batch_size=8)
     args = replace(args, train=replace(args.train, max_tokens=10**9))
-    lines = list(plan.card(args, CONFIG, plan.Cluster(gpu, 2, 1, 100), 10_000, "measured"))
+    lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 2, 1, 100), 10_000, "measured"))
     n = CONFIG.num_params()
     parts = plan.memory(args, CONFIG, 2, 8, 2)
     assert lines[:2] == [
@@ -307,17 +307,17 @@ def test_the_card_line_by_line() -> None:
     assert lines[15] == "checkpoint 13.20 GB each; at 2 GB/s 6.6 s to write, in the background"
     assert len(lines) == 16
     small = plan.Cluster(replace(gpu, memory=8), 2, 1, 100)
-    lines = list(plan.card(replace(args, train=TrainArgs(max_epochs=1)), CONFIG, small, 10_000, "measured"))
+    lines = list(plan.summary(replace(args, train=TrainArgs(max_epochs=1)), CONFIG, small, 10_000, "measured"))
     assert "DOES NOT FIT in 7.6 GiB" in lines[8]
     assert lines[9] == "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
     assert [line.split()[0] for line in lines[10:]] == ["speed", "step", "checkpoint"]  # it is not known how long
     # a run long enough for its energy to be seen: 3T tokens at 20,000 tokens/s
-    lines = list(plan.card(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 10_000, "measured"))
+    lines = list(plan.summary(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 10_000, "measured"))
     hours = 3e12 / 20_000 / 3600
     assert lines[13] == f"energy     {hours * 2 * 500 / 1e6:,.2f} MWh of the GPUs at 500 W"
     assert lines[13].startswith("energy     41.67 MWh")
     assert lines[14] == "data       6.000 TB read, 0.0 MB/s"
-    lines = list(plan.card(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 1e6, "measured"))
+    lines = list(plan.summary(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 1e6, "measured"))
     assert lines[14].endswith(f"{2 * float(lines[10].split()[1].replace(',', '')) / 1e6:.1f} MB/s")
 
 

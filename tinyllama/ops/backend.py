@@ -4,7 +4,7 @@ import functools
 import importlib.metadata
 import importlib.util
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
@@ -30,8 +30,8 @@ class Backend:
     """module it imports"""
     package: str | None = None
     """name of its package for pip"""
-    notes: Callable[[], str | None] = field(default=lambda: None)
-    """message about the installed version, if any"""
+    note: str = ""
+    """what to know about its versions"""
 
     def problem(
         self, device: torch.device, dtype: torch.dtype = torch.bfloat16, sizes: Mapping[str, int] = MappingProxyType({})
@@ -47,10 +47,7 @@ class Backend:
         if self.half and dtype.itemsize > 2:
             return "it computes in 16 bits: choose another, auto, or train.precision bf16"
         if not self.deterministic and torch.get_deterministic_debug_mode() == 2:  # 2 is error, 1 only warns
-            return (
-                "its backward pass is not deterministic, which torch.use_deterministic_algorithms demands: "
-                "choose another, or auto"
-            )
+            return "it has no deterministic backward pass (torch.use_deterministic_algorithms): choose another, or auto"
         for key, size in sizes.items():
             if size % self.multiple:
                 return f"it takes multiples of {self.multiple}, the model's {key} is {size}: choose another, or auto"

@@ -17,7 +17,6 @@ OPERATIONS: dict[str, dict[str, Backend]] = {
 }
 """backends of each operation by name, the reference first"""
 
-
 SIZES = {
     "attention": ("head_size",),
     "rms_norm": ("n_embd",),
@@ -26,29 +25,17 @@ SIZES = {
 }
 """sizes of a model that concern an operation's kernels"""
 
-
-# auto takes the first backend that can run, in the order of the measurements in docs/benchmarks.md
+# auto takes the first backend that can run, in the order of the measurements in docs/benchmarks.md, else the reference
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
-    "cpu": {
-        "attention": ("sdpa",),
-        "rms_norm": ("reference",),
-        "swiglu": ("reference",),
-        "cross_entropy": ("reference",),
-    },
-    "ampere": {
-        "attention": ("flash_attn", "sdpa_flash"),
-        "rms_norm": ("reference",),
-        "swiglu": ("reference",),
-        "cross_entropy": ("chunked",),
-    },
+    "cpu": {"attention": ("sdpa",)},
+    "ampere": {"attention": ("flash_attn", "sdpa_flash"), "cross_entropy": ("chunked",)},
     "hopper": {
         "attention": ("flash_attn_4", "sdpa_cudnn", "sdpa_flash"),
-        "rms_norm": ("quack", "reference"),
-        "swiglu": ("quack", "reference"),
+        "rms_norm": ("quack",),
+        "swiglu": ("quack",),
         "cross_entropy": ("chunked",),
     },
 }
-
 
 MASKED = ("flex", "sdpa", "reference")
 """backends of attention that can keep documents apart, the fastest first"""
@@ -84,9 +71,9 @@ def resolve(
         if precision == "float8" and operation == "swiglu":
             able, lack = FLOAT8, "does not multiply in float8"
         if name == "auto":
-            order = able if lack and column != "cpu" else AUTO[column][operation]
-            usable = (n for n in order if backends[n].problem(device, dtype, sizes) is None)
-            chosen[operation] = next(usable, next(iter(backends)))
+            order = able if lack and column != "cpu" else AUTO[column].get(operation, ())
+            usable = (name for name in order if backends[name].problem(device, dtype, sizes) is None)
+            chosen[operation] = next(usable, "reference")
         elif name not in backends:
             problems.append(f"ops.{operation} {name!r} is not known: choose auto, {', '.join(backends)}")
         elif name not in able:
@@ -105,7 +92,6 @@ def describe(chosen: Mapping[str, str]) -> str:
     parts = []
     for operation, name in chosen.items():
         backend = OPERATIONS[operation][name]
-        note = backend.notes()
         parts.append(f"{operation} {name}" + (f" ({backend.version()})" if backend.package else ""))
-        parts[-1] += f" [{note}]" if note else ""
+        parts[-1] += f" [{backend.note}]" if backend.note else ""
     return ", ".join(parts)

@@ -1,9 +1,13 @@
 """Apply rotary position embeddings (arXiv:2104.09864), in the halves order of lit_gpt and transformers."""
 
+import functools
+
 import torch
 from torch import Tensor
 
 
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # training cannot use tables that were made in inference mode
 def rope_tables(
     length: int, head_size: int, base: int, device: torch.device, condense_ratio: float = 1
 ) -> tuple[Tensor, Tensor]:

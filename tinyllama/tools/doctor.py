@@ -3,7 +3,6 @@
 Nothing here may raise: a broken library is a finding, not a traceback.
 """
 
-import contextlib
 import importlib.metadata
 import os
 import platform
@@ -15,13 +14,15 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from packaging.requirements import Requirement
+from packaging.version import Version
 
-from tinyllama import InputError, atomic
+from tinyllama import InputError
 from tinyllama.config.args import SHELL_JOB_NAMES
 from tinyllama.config.model import named_config
 from tinyllama.ops import choice
@@ -41,15 +42,74 @@ class Finding:
     hint: str = ""
 
 
+@dataclass(frozen=True)
+class Library:
+    """Describe a package to try."""
+
+    package: str  # its name for pip
+    purpose: str  # the setting or command that uses it
+    trial: str  # code of a tiny call
+    gpu: bool = False  # whether it needs a GPU
+
+
+KERNEL = """
+import torch
+from {0} import {1}
+if torch.cuda.is_available():
+    ones = torch.ones({2}, device="cuda", dtype=torch.bfloat16)
+    {1}({3})
+    torch.cuda.synchronize()
+"""
+FLASH = ("flash_attn_func", "1, 16, 2, 64", "ones, ones, ones, causal=True")
+GATED = ("gemm_gated", "16, 16", "ones, ones, activation='swiglu', tuned=False")
+LIBRARIES = (
+    Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
+    Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
+    Library("flash-attn", "ops.attention flash_attn", KERNEL.format("flash_attn", *FLASH), gpu=True),
+    Library("flash-attn-4", "ops.attention flash_attn_4", KERNEL.format("flash_attn.cute", *FLASH), gpu=True),
+    Library("quack-kernels", "ops quack", KERNEL.format("quack.gemm_interface", *GATED), gpu=True),
+    Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
+    Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
+    Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),
+    Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
+    Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),
+    Library("lm-eval", "scripts/evaluate_harness.py", "from lm_eval.tasks import TaskManager"),
+)
+TRIAL = """
+import sys
+try:
+    exec(sys.argv[1])
+except BaseException as error:  # a stub may even call sys.exit
+    print(f"\\n{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+    sys.exit(1)
+"""
+TRIAL_SECONDS = 180
+
+REASONS = {
+    "torch": "FSDP2 and its checkpoints are tested with 2.11 to 2.13",
+    "lightning": "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
+}
+"""why the version of a package matters, where known"""
+
+
 def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Yield all findings, in the order of a machine's layers from the bottom up."""
-    yield from _safely("machine", machine)
-    yield from _safely("gpu", gpus)
-    yield from _safely("packages", packages)
-    yield from _safely("libraries", libraries)
-    yield from _safely("ops", operations)
-    yield from _safely("slurm", lambda: slurm(env))
-    yield from _safely("disk", lambda: disk(out_dir))
+    layers: dict[str, Callable[[], Iterator[Finding]]] = {
+        "machine": machine,
+        "gpu": gpus,
+        "packages": packages,
+        "libraries": libraries,
+        "ops": operations,
+        "slurm": lambda: slurm(env),
+        "disk": lambda: disk(out_dir),
+    }
+    for name, look in layers.items():
+        try:
+            yield from look()
+        except InputError as error:
+            yield Finding(WRONG, name, "; ".join(map(str, error.args)), "see above")
+        except Exception as error:
+            yield Finding(WRONG, name, f"could not be examined: {_first_line(error)}", "fix it, and run this again")
 
 
 def machine() -> Iterator[Finding]:
@@ -123,47 +183,38 @@ def packages() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """Try a tiny call of every library in LIBRARIES, each in its own process and all at once.
-
-    A library that was built for another torch may do anything, even end the process that imports it.
-    """
-    versions: dict[str, str] = {}
-    for library in LIBRARIES:
-        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-            versions[library.package] = importlib.metadata.version(library.package)
-    pipes = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
-    trials = {
-        library.package: subprocess.Popen([sys.executable, "-c", TRIAL, library.trial], **pipes)  # type: ignore[call-overload]
-        for library in LIBRARIES
-        if library.package in versions
-    }
-    for library in LIBRARIES:
-        package, purpose = library.package, f"for {library.purpose}"
-        if package not in versions:
-            useless = library.gpu and not torch.cuda.is_available()
-            text = f"not installed, and no GPU to use it; {purpose}" if useless else f"not installed; {purpose}"
-            yield Finding(NOTE, package, text, "" if useless else f"pip install {package}")
-        elif problem := _problem(trials[package]):
-            text = f"{versions[package]} is installed and does not work: {problem}"
-            yield Finding(WRONG, package, text, f"pip uninstall {package}, or install it for this torch and CUDA")
-        else:
-            yield Finding(OK, package, f"{versions[package]}, works; {purpose}")
-    if "xformers" in versions and Requirement("xformers>=0.0.34").specifier.contains(versions["xformers"]):
-        text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
-        yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
+    """Try a tiny call of every library in LIBRARIES, all at once."""
+    with ThreadPoolExecutor(max_workers=16) as pool:
+        for finding in pool.map(_try, LIBRARIES):
+            yield finding
+            if (finding.name, finding.state) == ("xformers", OK):
+                text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
+                if Version(importlib.metadata.version("xformers")) >= Version("0.0.34"):
+                    yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
 
 
-def _problem(trial: subprocess.Popen[str]) -> str | None:
-    """Return the problem that a library's ``trial`` had; None if it had none."""
+def _try(library: Library) -> Finding:
+    """Call ``library`` in its own process: built for another torch it may do anything, even end its process."""
+    package, purpose = library.package, f"for {library.purpose}"
     try:
-        output, _ = trial.communicate(timeout=TRIAL_SECONDS)
+        version = importlib.metadata.version(package)
+        command = [sys.executable, "-c", TRIAL, library.trial]
+        trial = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=TRIAL_SECONDS)
+    except importlib.metadata.PackageNotFoundError:
+        if library.gpu and not torch.cuda.is_available():
+            return Finding(NOTE, package, f"not installed, and no GPU to use it; {purpose}")
+        return Finding(NOTE, package, f"not installed; {purpose}", f"pip install {package}")
     except subprocess.TimeoutExpired:
-        trial.kill()
-        trial.wait()
-        return f"no answer within {TRIAL_SECONDS} s"
-    if trial.returncode < 0:
-        return f"{signal.Signals(-trial.returncode).name} ended the process that called it"
-    return output.splitlines()[-1] if trial.returncode else None
+        problem = f"no answer within {TRIAL_SECONDS} s"
+    else:
+        if trial.returncode == 0:
+            return Finding(OK, package, f"{version}, works; {purpose}")
+        if trial.returncode < 0:
+            problem = f"{signal.Signals(-trial.returncode).name} ended the process that called it"
+        else:
+            problem = (trial.stdout.splitlines() or [f"exit code {trial.returncode}"])[-1]
+    text = f"{version} is installed and does not work: {problem}"
+    return Finding(WRONG, package, text, f"pip uninstall {package}, or install it for this torch and CUDA")
 
 
 def operations() -> Iterator[Finding]:
@@ -184,14 +235,13 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(OK, "slurm", "here, and this is no job of it")
         return
     yield Finding(OK, "slurm", f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NODELIST', '?')}")
-    if env.get("SLURM_JOB_NAME") in SHELL_JOB_NAMES:
-        text = f"the job is called {env['SLURM_JOB_NAME']}: Lightning takes it for a shell and starts its own ranks"
+    if (name := env.get("SLURM_JOB_NAME")) in SHELL_JOB_NAMES:
+        text = f"the job is called {name}: Lightning takes it for a shell and starts its own ranks"
         yield Finding(WRONG, "slurm", text, "give another --job-name, or use torchrun inside")
     if "SLURM_NTASKS" in env and "SLURM_NTASKS_PER_NODE" not in env:
         text = "--ntasks is given without --ntasks-per-node"
         yield Finding(WRONG, "slurm", text, "give --nodes and --ntasks-per-node, one task a GPU")
-    gpus_here = torch.cuda.device_count()
-    tasks = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", ""))
+    tasks, gpus_here = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", "")), torch.cuda.device_count()
     if tasks and gpus_here and int(tasks[0]) != gpus_here:
         text = f"{tasks[0]} tasks a node and {gpus_here} GPUs on this one"
         yield Finding(WRONG, "slurm", text, f"give --ntasks-per-node {gpus_here} and --gpus-per-node {gpus_here}")
@@ -206,21 +256,18 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
     while not folder.is_dir():
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
-    probe = atomic.temporary(folder / "doctor")
     payload = os.urandom(1 << 20)
     began = time.perf_counter()
     try:
-        with probe.open("xb") as file:
+        with tempfile.TemporaryFile(dir=folder) as file:
             for _ in range(megabytes):
                 file.write(payload)
-        atomic.sync(probe)
-        speed = megabytes / (time.perf_counter() - began)
+            file.flush()
+            os.fsync(file.fileno())
     except OSError as error:
         yield Finding(WRONG, "disk", f"{folder} cannot be written: {error.strerror}", "give another out_dir")
         return
-    finally:
-        with contextlib.suppress(OSError):
-            probe.unlink(missing_ok=True)
+    speed = megabytes / (time.perf_counter() - began)
     yield Finding(OK, "disk", f"{folder}: {free:,.0f} GB free, {speed:,.0f} MB/s written and synced")
     size = named_config("tinyllama_1.1b").checkpoint_bytes / 1e9
     if free < 4 * size:
@@ -232,70 +279,5 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
         yield Finding(WRONG, "disk", text, "free some, or set TMPDIR to a larger disk")
 
 
-@dataclass(frozen=True)
-class Library:
-    """Describe a package to try."""
-
-    package: str
-    """its name for pip"""
-    purpose: str
-    """setting or command that uses it"""
-    trial: str
-    """code of a tiny call"""
-    gpu: bool = False
-    """whether it needs a GPU"""
-
-
-KERNEL = """
-import torch
-from {module} import {name}
-if torch.cuda.is_available():
-    ones = torch.ones({shape}, device="cuda", dtype=torch.bfloat16)
-    {name}({arguments})
-    torch.cuda.synchronize()
-"""
-ATTENTION = {"name": "flash_attn_func", "shape": "1, 16, 2, 64", "arguments": "ones, ones, ones, causal=True"}
-GATED = {"name": "gemm_gated", "shape": "16, 16", "arguments": 'ones, ones, activation="swiglu", tuned=False'}
-LIBRARIES = (
-    Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
-    Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
-    Library("flash-attn", "ops.attention flash_attn", KERNEL.format(module="flash_attn", **ATTENTION), gpu=True),
-    Library(
-        "flash-attn-4", "ops.attention flash_attn_4", KERNEL.format(module="flash_attn.cute", **ATTENTION), gpu=True
-    ),
-    Library("quack-kernels", "ops quack", KERNEL.format(module="quack.gemm_interface", **GATED), gpu=True),
-    Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
-    Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
-    Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),
-    Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
-    Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),
-    Library("lm-eval", "scripts/evaluate_harness.py", "from lm_eval.tasks import TaskManager"),
-)
-TRIAL = """
-import sys
-try:
-    exec(sys.argv[1])
-except BaseException as error:  # a stub may even call sys.exit
-    print(f"\\n{type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
-    sys.exit(1)
-"""
-TRIAL_SECONDS = 180
-
-REASONS = {
-    "torch": "FSDP2 and its checkpoints are tested with 2.11 to 2.13",
-    "lightning": "2.6.0 and 2.6.1 build FSDP parameters without fp32 master weights",
-}
-"""why the version of a package matters, where known"""
-
-
 def _first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
-
-
-def _safely(name: str, look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    try:
-        yield from look()
-    except InputError as error:
-        yield Finding(WRONG, name, "; ".join(map(str, error.args)), "see above")
-    except Exception as error:
-        yield Finding(WRONG, name, f"could not be examined: {_first_line(error)}", "mend it, and ask again")

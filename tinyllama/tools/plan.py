@@ -6,8 +6,9 @@ the optimizer's state, all activations and the gradients of earlier micro-batche
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import NamedTuple
 
 from tinyllama import InputError
 from tinyllama.config.args import PretrainArgs
@@ -25,18 +26,12 @@ NETWORK = 0.8  # share of a network's rate that NCCL reaches
 class Gpu:
     """Describe a kind of GPU."""
 
-    device: str
-    """the driver's name for it, by which throughput.py knows its peak"""
-    memory: float
-    """GiB"""
-    link: float
-    """GB/s of a collective inside a node"""
-    network: float
-    """Gbit/s of network per GPU, usual for nodes of this kind"""
-    watts: float
-    """power limit"""
-    mfu: float
-    """share of the dense peak that a few GPUs reach"""
+    device: str  # the driver's name for it, by which throughput.py knows its peak
+    memory: float  # GiB
+    link: float  # GB/s of a collective inside a node
+    network: float  # Gbit/s of network per GPU, usual for nodes of this kind
+    watts: float  # power limit
+    mfu: float  # share of the dense peak that a few GPUs reach
 
 
 GPUS = {
@@ -56,8 +51,7 @@ class Cluster:
     gpu: Gpu
     gpus: int
     gpus_per_node: int
-    network: float
-    """Gbit/s per GPU"""
+    network: float  # Gbit/s per GPU
 
     def shard(self, how: str | int) -> int:
         """Return how many ranks share one copy of the weights, for ``parallel.shard``."""
@@ -80,43 +74,46 @@ def memory(
     args: PretrainArgs, config: ModelConfig, shard: int, micro_batch: int, accumulation: int
 ) -> dict[str, float]:
     """Return the bytes on one GPU at the peak, by purpose."""
-    n, tokens = config.num_params(), micro_batch * config.block_size
-    block = (n - 2 * config.padded_vocab_size * config.n_embd - config.n_embd) // config.n_layer
-    root = n - config.n_layer * block
-    gathered = n if not args.parallel.reshard_after_forward else root + 2 * block  # this block and the prefetched one
-    parts = {"parameters (fp32)": 4 * n / shard, "optimizer (fp32)": 8 * n / shard}
-    kept_back = accumulation > 1 and not args.parallel.sync_every_micro_batch
-    # without a reduction, every rank keeps full gradients; else its shard of the earlier micro-batches' gradients
-    parts["gradients (fp32)"] = 4 * n if kept_back else 4 * n / shard if accumulation > 1 else 0
-    parts["FSDP buffers"] = (2 * gathered + 6 * block) if args.train.precision != "fp32" else 4 * gathered + 4 * block
-    parts["activations"] = tokens * activations(args, config)
-    parts["logits"] = logits(args, config, tokens)
-    return {name: float(size) for name, size in parts.items()}
+    params, tokens = config.num_params(), micro_batch * config.block_size
+    block = config.n_embd * (config.qkv_size + config.n_embd + 3 * config.intermediate_size + 2)
+    outside_blocks = params - config.n_layer * block
+    # resharded, only this block and the prefetched one are gathered
+    gathered = outside_blocks + 2 * block if args.parallel.reshard_after_forward else params
+    # gradients of earlier micro-batches, whole until they are reduced; the last ones come into being as activations go
+    gradients = 4 * params / (shard if args.parallel.sync_every_micro_batch else 1)
+    return {
+        "parameters (fp32)": 4 * params / shard,
+        "optimizer (fp32)": 8 * params / shard,
+        "gradients (fp32)": gradients if accumulation > 1 else 0.0,
+        "FSDP buffers": 4 * gathered + 4 * block if args.train.precision == "fp32" else 2 * gathered + 6 * block,
+        "activations": tokens * activations(args, config),
+        "logits": logits(args, config, tokens),
+    }
 
 
-def activations(args: PretrainArgs, config: ModelConfig) -> float:
+def activations(args: PretrainArgs, config: ModelConfig) -> int:
     """Return the bytes that the forward pass saves per token; full checkpointing adds those of one recomputed block."""
-    d, kv = config.n_embd, 2 * config.n_query_groups * config.head_size
-    wide = config.intermediate_size
-    width = 2 if args.train.precision != "fp32" else 4
+    d, wide, kv = config.n_embd, config.intermediate_size, 2 * config.n_query_groups * config.head_size
+    width = 4 if args.train.precision == "fp32" else 2
     # the residual stream and its norm, twice; the fused matmul of q, k and v (v is a view of it), the rotated q and k;
     # attention's output; SwiGLU's two matmuls and, unless its backward pass recomputes it, their gated product
-    whole = width * (7 * d + 2 * kv + (2 if args.ops.swiglu == "quack" else 3) * wide)
+    block = width * (7 * d + 2 * kv + (2 if args.ops.swiglu == "quack" else 3) * wide)
     if args.train.compile is False:
-        whole += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
-    if args.train.activation_checkpointing == "full":
-        return config.n_layer * width * d + whole
-    if args.train.activation_checkpointing == "selective":  # the residual stream, and SAVED of train/parallel.py
-        return config.n_layer * width * (4 * d + kv + 2 * wide) + whole
-    return config.n_layer * whole
+        block += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
+    kept = {
+        "none": config.n_layer * block,
+        "selective": config.n_layer * width * (4 * d + kv + 2 * wide) + block,  # residual stream and parallel.SAVED
+        "full": config.n_layer * width * d + block,
+    }
+    return kept[args.train.activation_checkpointing]
 
 
-def logits(args: PretrainArgs, config: ModelConfig, tokens: int) -> float:
+def logits(args: PretrainArgs, config: ModelConfig, tokens: int) -> int:
     """Return the bytes of the logits and their loss for ``tokens``, in full or as the chunked loss holds them."""
-    vocabulary = config.padded_vocab_size
+    vocabulary, d = config.padded_vocab_size, config.n_embd
     if args.ops.cross_entropy == "reference":
         return 12 * tokens * vocabulary  # log-softmax and two gradients in fp32
-    return 2 * min(tokens, LOGITS_CHUNK) * vocabulary + 6 * vocabulary * config.n_embd + 2 * tokens * config.n_embd
+    return 2 * min(tokens, LOGITS_CHUNK) * vocabulary + 6 * vocabulary * d + 2 * tokens * d
 
 
 def accumulation(args: PretrainArgs, gpus: int, micro_batch: int) -> int:
@@ -126,18 +123,17 @@ def accumulation(args: PretrainArgs, gpus: int, micro_batch: int) -> int:
 
 def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluster) -> int:
     """Return the largest micro-batch that fits and divides the batch; 0 when not even 1 does."""
-    share = max(args.train.global_batch_size // cluster.gpus, 1)
+    samples_per_gpu = max(args.train.global_batch_size // cluster.gpus, 1)
     shard = cluster.shard(args.parallel.shard)
-    for size in range(share, 0, -1):
-        if share % size == 0:
+    for size in range(samples_per_gpu, 0, -1):
+        if samples_per_gpu % size == 0:
             parts = memory(args, config, shard, size, accumulation(args, cluster.gpus, size))
             if sum(parts.values()) <= USABLE * cluster.gpu.memory * GIB:
                 return size
     return 0
 
 
-@dataclass(frozen=True)
-class Traffic:
+class Traffic(NamedTuple):
     """Hold the seconds of the collectives."""
 
     gather: float
@@ -149,43 +145,31 @@ class Traffic:
 def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int) -> Traffic:
     """Return the seconds of one all-gather of the weights and of one reduction of the gradients.
 
-    The formulas are those of NCCL's ring algorithms. Of S bytes over a ring of r ranks, an all-gather or a
-    reduce-scatter sends (r - 1) / r S bytes per rank in r - 1 hops, an all-reduce twice that (github.com/NVIDIA/
-    nccl-tests, doc/PERFORMANCE.md).
+    In NCCL's ring algorithms each of r ranks sends (r - 1) / r of the bytes in r - 1 hops for an all-gather or a
+    reduce-scatter, and twice that for an all-reduce (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
     """
     shard = cluster.shard(how)
     copies = cluster.gpus // shard
-    units = config.n_layer + 1  # FSDP's: each has its own collectives
     weight_bytes = (4 if args.train.precision == "fp32" else 2) * config.num_params()
     gradient_bytes = 4 * config.num_params()  # always reduced in fp32
 
-    ring_bytes_per_s = cluster.bandwidth(shard)
-    ring_latency_s = (shard - 1) * HOP_SECONDS * units
-    gather_bytes = (shard - 1) / shard * weight_bytes
-    scatter_bytes = (shard - 1) / shard * gradient_bytes
-    gather_s = gather_bytes / ring_bytes_per_s + ring_latency_s
-    scatter_s = scatter_bytes / ring_bytes_per_s + ring_latency_s
+    def ring_s(ranks: int, size_bytes: float, bytes_per_s: float) -> float:
+        hops = (ranks - 1) * (config.n_layer + 1)  # each block has its own collectives, and so has the rest
+        return (ranks - 1) / ranks * size_bytes / bytes_per_s + hops * HOP_SECONDS
 
-    # the copies all-reduce their shards of the gradients
-    copies_bytes_per_s = cluster.bandwidth(copies, apart=shard)
-    copies_latency_s = 2 * (copies - 1) * HOP_SECONDS * units
-    copies_bytes = 2 * (copies - 1) / copies * gradient_bytes / shard
-    all_reduce_s = copies_bytes / copies_bytes_per_s + copies_latency_s
+    gather_s = ring_s(shard, weight_bytes, cluster.bandwidth(shard))
+    scatter_s = ring_s(shard, gradient_bytes, cluster.bandwidth(shard))
+    all_reduce_s = 2 * ring_s(copies, gradient_bytes / shard, cluster.bandwidth(copies, apart=shard))
     return Traffic(gather_s, scatter_s + all_reduce_s)
 
 
-@dataclass(frozen=True)
-class Speed:
+class Speed(NamedTuple):
     """Hold the figures of one step of a cluster."""
 
-    compute: float
-    """seconds"""
-    communication: float
-    """seconds"""
-    waiting: float
-    """seconds of the communication that no compute overlaps"""
-    tokens_per_second: float
-    """of the whole cluster"""
+    compute: float  # seconds
+    communication: float  # seconds
+    waiting: float  # seconds of the communication that no compute overlaps
+    tokens_per_second: float  # of the whole cluster
 
 
 def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, rate: float, micro: int) -> Speed:
@@ -195,20 +179,18 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     forward pass: it multiplies for the gradients of inputs and of weights (arXiv:2001.08361, section 2.1).
     """
     micro_batches = accumulation(args, cluster.gpus, micro)
-    tokens = cluster.gpus * micro_batches * micro * config.block_size
-    compute_s = tokens / cluster.gpus / rate
-    forward_s = compute_s / micro_batches / 3
-    backward_s = compute_s / micro_batches * 2 / 3
-    collective = traffic(args, config, cluster, how)
+    micro_batch_s = micro * config.block_size / rate
+    gather_s, reduce_s = traffic(args, config, cluster, how)
     reshards = args.parallel.reshard_after_forward
-    passes = []  # compute and communication of each pass, in seconds
+    communication_s = waiting_s = 0.0
     for number in range(micro_batches):
-        gathers = number == 0 or reshards
-        reduces = number == micro_batches - 1 or args.parallel.sync_every_micro_batch
-        passes.append((forward_s, collective.gather * gathers))
-        passes.append((backward_s, collective.gather * reshards + collective.reduce * reduces))
-    communication_s = sum(pass_communication_s for _, pass_communication_s in passes)
-    waiting_s = sum(max(pass_communication_s - pass_compute_s, 0.0) for pass_compute_s, pass_communication_s in passes)
+        gathers = reshards or number == 0
+        reduces = args.parallel.sync_every_micro_batch or number == micro_batches - 1
+        forward_s, backward_s = gather_s * gathers, gather_s * reshards + reduce_s * reduces
+        communication_s += forward_s + backward_s
+        waiting_s += max(forward_s - micro_batch_s / 3, 0) + max(backward_s - micro_batch_s * 2 / 3, 0)
+    compute_s = micro_batches * micro_batch_s
+    tokens = cluster.gpus * micro_batches * micro * config.block_size
     return Speed(compute_s, communication_s, waiting_s, tokens / (compute_s + waiting_s))
 
 
@@ -233,40 +215,36 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
     return share * peak / flops_per_token(config), f"an MFU of {share:.1%}"
 
 
-def card(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float, source: str) -> Iterator[str]:
+def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float, source: str) -> Iterator[str]:
     """Yield the lines of the plan of one cluster."""
-    shard, micro, gpu = cluster.shard(args.parallel.shard), args.train.micro_batch_size, cluster.gpu
-    micro_batches = accumulation(args, cluster.gpus, micro)
+    gpu, gpus, micro = cluster.gpu, cluster.gpus, args.train.micro_batch_size
     yield f"model      {config.name}: {config.num_params():,} parameters, context {config.block_size:,}"
-    nodes = -(-cluster.gpus // cluster.gpus_per_node)
-    yield f"cluster    {cluster.gpus} x {gpu.device}, {nodes} nodes, {cluster.network:g} Gbit/s a GPU"
-    parts = memory(args, config, shard, micro, micro_batches)
+    nodes = -(-gpus // cluster.gpus_per_node)
+    yield f"cluster    {gpus} x {gpu.device}, {nodes} nodes, {cluster.network:g} Gbit/s a GPU"
+    parts = memory(args, config, cluster.shard(args.parallel.shard), micro, accumulation(args, gpus, micro))
     for name, size in parts.items():
         yield f"memory     {size / GIB:8.2f} GiB  {name}"
     total, room = sum(parts.values()) / GIB, USABLE * gpu.memory
     fits = "fits" if total <= room else "DOES NOT FIT"
     yield f"memory     {total:8.2f} GiB  in all at train.micro_batch_size {micro}: {fits} in {room:.1f} GiB"
-    largest = largest_micro_batch(args, config, cluster)
-    if largest:
-        steps = accumulation(args, cluster.gpus, largest)
-        yield f"           largest micro-batch that fits and divides the batch: {largest}, {steps} of them a step"
+    if largest := largest_micro_batch(args, config, cluster):
+        each_step = accumulation(args, gpus, largest)
+        yield f"           largest micro-batch that fits and divides the batch: {largest}, {each_step} of them a step"
     else:
         yield "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
-    step = speed(args, config, cluster, args.parallel.shard, rate, micro)
-    tokens_per_second_per_gpu = step.tokens_per_second / cluster.gpus
-    yield f"speed      {step.tokens_per_second:,.0f} tokens/s, {tokens_per_second_per_gpu:,.0f} a GPU ({source})"
+    compute, communication, waiting, tokens_per_s = speed(args, config, cluster, args.parallel.shard, rate, micro)
+    yield f"speed      {tokens_per_s:,.0f} tokens/s, {tokens_per_s / gpus:,.0f} a GPU ({source})"
     yield (
-        f"step       {step.compute + step.waiting:.2f} s: compute {step.compute:.2f} s; communication "
-        f"{step.communication:.2f} s, of which {step.waiting:.2f} s are waited for"
+        f"step       {compute + waiting:.2f} s: compute {compute:.2f} s; communication {communication:.2f} s, "
+        f"of which {waiting:.2f} s are waited for"
     )
-    tokens = total_tokens(args, config)
-    if tokens:
-        hours = tokens / step.tokens_per_second / 3600
-        yield f"time       {hours / 24:,.1f} days, {hours * cluster.gpus:,.0f} GPU-hours for {tokens:,} tokens"
-        yield f"energy     {hours * cluster.gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
-        yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * step.tokens_per_second / 1e6:,.1f} MB/s"
-    size = config.checkpoint_bytes / 1e9
-    yield f"checkpoint {size:,.2f} GB each; at 2 GB/s {size / 2:,.1f} s to write, in the background"
+    if tokens := total_tokens(args, config):
+        hours = tokens / tokens_per_s / 3600
+        yield f"time       {hours / 24:,.1f} days, {hours * gpus:,.0f} GPU-hours for {tokens:,} tokens"
+        yield f"energy     {hours * gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
+        yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * tokens_per_s / 1e6:,.1f} MB/s"
+    gigabytes = config.checkpoint_bytes / 1e9
+    yield f"checkpoint {gigabytes:,.2f} GB each; at 2 GB/s {gigabytes / 2:,.1f} s to write, in the background"
 
 
 def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
@@ -284,14 +262,14 @@ def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
     yield "  GPUs" + f"   tokens/s {'days' if total else '':>6}  {'of perfect scaling':<17}" * 2
     sizes = (cluster.gpus_per_node * 2**power for power in range(13))
     for gpus in (size for size in sizes if 8 <= size <= 4096):
-        many = Cluster(cluster.gpu, gpus, cluster.gpus_per_node, cluster.network)
+        many = replace(cluster, gpus=gpus)
         micro = min(args.train.micro_batch_size, max(batch // gpus, 1))
         line = f"{gpus:>6}"
         for how in ("full", "node"):
-            found = speed(args, config, many, how, rate, micro).tokens_per_second
-            share = found / (gpus * rate)
-            days = f"{total / found / 86400:,.1f}" if total else ""
-            line += f" {found:>10,.0f} {days:>6}  {bar(share, 12):<12} {share:>4.0%}"
+            tokens_per_s = speed(args, config, many, how, rate, micro).tokens_per_second
+            share = tokens_per_s / (gpus * rate)
+            days = f"{total / tokens_per_s / 86400:,.1f}" if total else ""
+            line += f" {tokens_per_s:>10,.0f} {days:>6}  {bar(share, 12):<12} {share:>4.0%}"
         yield line
     if batch < 4096:
         yield f"Above {batch:,} GPUs the batch grows, to a sample a GPU."
