@@ -35,7 +35,7 @@ from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
 from tinyllama.train.collectives import collect_gc, freeze_gc, set_timeout
 from tinyllama.train.init_from import initial_weights
-from tinyllama.train.launch import find_world, rank_map
+from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
@@ -296,4 +296,4 @@ def losses_of(run: Run, model: torch.nn.Module) -> Losses:
 
 
 if __name__ == "__main__":
-    cli.run(lambda: main(setup(cli.parse(PretrainArgs))))
+    cli.run(lambda: as_rank(lambda: main(setup(cli.parse(PretrainArgs)))))

@@ -1,69 +1,128 @@
-"""How many ranks there are, by what srun, torchrun or nobody has set, and launches that cannot be meant."""
+"""How many ranks there are, by what a launcher has set, launches that cannot be meant, and what ranks do together."""
 
 import os
+import signal
+import socket
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from processes import Process
+from runs import metrics
 
 from tinyllama import InputError
 from tinyllama.config.args import ParallelArgs
-from tinyllama.train.launch import World, find_world
+from tinyllama.train.launch import World, find_launch, find_world
 
-BATCH = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
-SRUN = BATCH | {"SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "tinyllama"}
-TORCHRUN = {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4", "WORLD_SIZE": "8"}
+ROOT = Path(__file__).parents[2]
+LAUNCHED = ROOT / "tests" / "helpers" / "launched.py"
+
+JOB = {"SLURM_NTASKS": "16", "SLURM_NTASKS_PER_NODE": "8", "SLURM_NNODES": "2", "SLURM_PROCID": "0"}
+STEP = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_STEP_NUM_NODES": "2"}
+SRUN = JOB | STEP | {"SLURM_STEP_TASKS_PER_NODE": "8(x2)", "SLURM_JOB_NAME": "tinyllama"}
+STEP_OF_ONE = {"SLURM_NTASKS": "1", "SLURM_STEP_NUM_TASKS": "1", "SLURM_STEP_NUM_NODES": "1"}
+STEP_OF_ONE |= {"SLURM_STEP_TASKS_PER_NODE": "1"}
+ADDRESS = {"MASTER_ADDR": "node1", "MASTER_PORT": "29500"}
+FIVE = ADDRESS | {"RANK": "5", "LOCAL_RANK": "1", "WORLD_SIZE": "8"}
+KUBERNETES = ADDRESS | {"RANK": "5", "WORLD_SIZE": "8"}
+TORCHRUN = FIVE | {"TORCHELASTIC_RUN_ID": "none", "LOCAL_WORLD_SIZE": "4"}
+MPIRUN = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}
 SHELL = {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "bash"}  # srun --pty bash
-ONE_A_NODE = {"SLURM_NTASKS": "2", "SLURM_NTASKS_PER_NODE": "1"}
+ONE_A_NODE = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
+LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
 
 
 @pytest.fixture(autouse=True)
 def nobody(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in os.environ:
-        if name.startswith(("SLURM_", "TORCHELASTIC_")):
+        if name.startswith(LAUNCHERS):
             monkeypatch.delenv(name)
 
 
-GOOD: dict[str, tuple[dict[str, str], int | None, tuple[int, int]]] = {
-    "python": ({}, None, (1, 1)),
-    "python with devices": ({}, 4, (4, 1)),
-    "srun": (SRUN, None, (8, 2)),
-    "srun with the right devices": (SRUN, 8, (8, 2)),
-    "srun of one task": ({"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0"}, None, (1, 1)),
-    "torchrun": (TORCHRUN, None, (4, 2)),
-    "torchrun, once a node": (SRUN | TORCHRUN | ONE_A_NODE, None, (4, 2)),
-    "torchrun in a batch script": (BATCH | TORCHRUN, None, (4, 2)),
-    "python in a shell of Slurm": (SHELL, 2, (2, 1)),
-    "python in a job of one task": ({"SLURM_NTASKS": "1", "SLURM_NNODES": "1"}, None, (1, 1)),
+GOOD: dict[str, tuple[dict[str, str], int | None, int, tuple[int, int]]] = {
+    "python": ({}, None, 0, (1, 1)),
+    "python with devices": ({}, 4, 0, (4, 1)),
+    "python with GPUs": ({}, None, 4, (4, 1)),
+    "srun": (SRUN, None, 8, (8, 2)),
+    "srun with the right devices": (SRUN, 8, 0, (8, 2)),
+    "srun without --ntasks-per-node": (SRUN | {"SLURM_NTASKS_PER_NODE": ""}, None, 0, (8, 2)),
+    "srun in a job named bash": (SRUN | {"SLURM_JOB_NAME": "bash"}, None, 0, (8, 2)),
+    "srun from salloc": (SRUN | {"SLURM_JOB_NAME": "interactive"}, None, 0, (8, 2)),
+    "srun that says less of its step": (JOB | {"SLURM_STEP_ID": "0"}, None, 0, (8, 2)),
+    "srun -n 1": (SRUN | STEP_OF_ONE, None, 1, (1, 1)),
+    "srun -n 1 beside 8 GPUs": (SRUN | STEP_OF_ONE, None, 8, (1, 1)),
+    "srun of MPI": (SRUN | {"PMI_SIZE": "16", "PMI_RANK": "3", "PMIX_RANK": "3"}, None, 0, (8, 2)),
+    "torchrun": (TORCHRUN, None, 4, (4, 2)),
+    "torchrun, once a node": (SRUN | TORCHRUN | ONE_A_NODE, None, 0, (4, 2)),
+    "torchrun in a batch script": (JOB | TORCHRUN, None, 0, (4, 2)),
+    "five variables": (FIVE, None, 4, (4, 2)),
+    "five variables on this machine": (FIVE | {"LOCAL_RANK": "5", "MASTER_ADDR": "localhost"}, None, 0, (8, 1)),
+    "five variables and the ranks of a node": (FIVE | {"LOCAL_WORLD_SIZE": "2"}, None, 8, (2, 4)),
+    "five variables by mpirun": (MPIRUN | FIVE, None, 0, (4, 2)),
+    "five variables by srun": (SRUN | FIVE | {"LOCAL_WORLD_SIZE": "4"}, None, 0, (4, 2)),
+    "PyTorchJob": (KUBERNETES, None, 1, (1, 8)),
+    "PyTorchJob's master": (KUBERNETES | {"RANK": "0", "MASTER_ADDR": "localhost"}, None, 0, (1, 8)),
+    "mpirun of one process": ({"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, 2, 0, (2, 1)),
+    "python in a shell of Slurm": (SHELL, 2, 0, (2, 1)),
+    "python in a job of one task": ({"SLURM_NTASKS": "1", "SLURM_NNODES": "1"}, None, 0, (1, 1)),
 }
 
 
 @pytest.mark.parametrize("case", GOOD)
 def test_ranks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    env, devices, expected = GOOD[case]
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    env, devices, gpus, expected = GOOD[case]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name, value in env.items():
         monkeypatch.setenv(name, value)
     world = find_world(ParallelArgs(devices=devices))
     assert (world.local_ranks, world.nodes) == expected
 
 
-BAD: dict[str, tuple[dict[str, str | None], int | None, int, str]] = {
-    "in the batch script": (BATCH, None, 0, "the job has 16 tasks and this is none of them: start it with srun"),
-    "named bash": (SRUN | {"SLURM_JOB_NAME": "bash"}, None, 0, "the Slurm job is named bash"),
-    "from salloc": (
-        SRUN | {"SLURM_JOB_NAME": "interactive"},
+BAD: dict[str, tuple[dict[str, str], int | None, int, str]] = {
+    "in the batch script": (JOB, None, 0, "the job has 16 tasks and this is none of them: start it with srun"),
+    "in a shell of salloc": (
+        JOB | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "interactive"},
         None,
         0,
-        "its 16 tasks would train alone, each of them",
+        "the job has 16 tasks and this is none of them: start it with srun",
     ),
-    "ntasks alone": (SRUN | {"SLURM_NTASKS_PER_NODE": None}, None, 0, "srun has --ntasks 16 without --ntasks-per-node"),
-    "uneven": (SRUN | {"SLURM_NTASKS": "15"}, None, 0, "--ntasks 15, which is not 2 nodes x --ntasks-per-node 8"),
+    "uneven": (
+        SRUN | {"SLURM_STEP_NUM_TASKS": "15", "SLURM_STEP_TASKS_PER_NODE": "8,7"},
+        None,
+        0,
+        "srun spreads its 15 tasks unevenly over 2 nodes: give --nodes and --ntasks-per-node",
+    ),
+    "uneven, though it divides": (
+        SRUN | {"SLURM_STEP_TASKS_PER_NODE": "10,6"},
+        None,
+        0,
+        "srun spreads its 16 tasks unevenly over 2 nodes",
+    ),
     "torchrun for each task": (SRUN | TORCHRUN, None, 0, "srun starts torchrun 16 times on 2 nodes"),
     "devices under srun": (SRUN, 4, 0, "parallel.devices is 4 and srun started 8 ranks on each node: leave it out"),
     "devices under torchrun": (TORCHRUN, 8, 0, "parallel.devices is 8 and torchrun started 4 ranks on each node"),
+    "devices under another": (FIVE, 1, 4, "parallel.devices is 1 and a launcher started 4 ranks on each node"),
     "a GPU a task": (SRUN, None, 1, "8 ranks on each node and 1 GPUs to be seen here: start fewer, or give --gpus-per"),
     "more ranks than GPUs": ({}, 3, 2, "3 ranks on each node and 2 GPUs to be seen here"),
+    "mpirun": (MPIRUN, None, 0, "mpirun started 8 processes that do not know of each other, so each would train alone"),
+    "mpirun in a batch script": (JOB | MPIRUN, None, 0, "use torchrun or srun, or set RANK, LOCAL_RANK, WORLD_SIZE, "),
+    "mpirun by Hydra": ({"PMI_SIZE": "4", "PMI_RANK": "0"}, None, 0, "mpirun started 4 processes"),
+    "mpirun by Hydra by srun": (SRUN | {"PMI_SIZE": "4", "PMI_RANK": "0"}, None, 0, "mpirun started 4 processes"),
+    "mpirun by PMIx": ({"PMIX_RANK": "0"}, None, 0, "mpirun started several processes"),
+    "an address that is missing": (
+        {"RANK": "0", "WORLD_SIZE": "2", "MASTER_PORT": "29500"},
+        None,
+        0,
+        "RANK is set without LOCAL_RANK, MASTER_ADDR: a launch sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ",
+    ),
+    "PyTorchJob without torchrun": (KUBERNETES, None, 8, "and this one has 8 GPUs: start it with torchrun, or unset"),
+    "a rank that is none": (FIVE | {"RANK": "8"}, None, 4, "RANK is '8': it must be a whole number from 0 to 7"),
+    "a word for a rank": (FIVE | {"RANK": "one"}, None, 4, "the environment variable RANK is 'one': it must be a"),
+    "a port that is none": (FIVE | {"MASTER_PORT": "tcp"}, None, 4, "MASTER_PORT is 'tcp': it must be a whole number"),
+    "nobody's rank": (FIVE | {"LOCAL_WORLD_SIZE": "3"}, None, 4, "WORLD_SIZE 8 is not a multiple of the 3 ranks of "),
 }
 
 
@@ -72,12 +131,12 @@ def test_a_launch_that_cannot_be_meant(case: str, monkeypatch: pytest.MonkeyPatc
     env, devices, gpus, said = BAD[case]
     monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
     for name, value in env.items():
-        if value is not None:
-            monkeypatch.setenv(name, value)
+        monkeypatch.setenv(name, value)
     with pytest.raises(InputError) as error:
         find_world(ParallelArgs(devices=devices))
-    (fault,) = error.value.args
-    assert said in fault
+    (problem,) = error.value.args
+    assert said in problem
+    assert "\n" not in problem
 
 
 @pytest.mark.parametrize(("shard", "size"), [("full", 16), ("node", 8), ("none", 1), (4, 4), (16, 16)])
@@ -94,3 +153,117 @@ def test_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(name, value)
     with pytest.raises(InputError, match=r"parallel.shard 5 does not divide the 16 ranks; valid: 1, 2, 4, 8, 16$"):
         find_world(ParallelArgs(shard=5))
+
+
+@pytest.mark.parametrize(
+    ("env", "address", "port"),
+    [
+        (SRUN | {"SLURM_STEP_NODELIST": "gpu[07-08]", "SLURM_JOB_ID": "123456"}, "gpu07", 18456),
+        (SRUN | {"SLURM_STEP_NODELIST": "a,b", "SLURM_JOB_ID": "7", "SLURM_STEP_ID": "2"}, "a", 17007),
+        (SRUN | {"SLURM_STEP_NODELIST": "a,b"} | ADDRESS, "node1", 29500),
+        (SRUN | STEP_OF_ONE | {"SLURM_STEP_NODELIST": "b", "SLURM_JOB_ID": "7"}, "127.0.0.1", 15007),
+        (FIVE, "node1", 29500),
+        (FIVE | {"LOCAL_WORLD_SIZE": "8"}, "127.0.0.1", 29500),  # all on this machine
+        (TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_USE_AGENT_STORE": "True"}, "node1", 29500),
+        (KUBERNETES | {"RANK": "0", "MASTER_ADDR": "localhost"}, "localhost", 29500),
+    ],
+)
+def test_where_ranks_meet(env: dict[str, str], address: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    launch = find_launch()
+    assert launch is not None
+    assert (launch.address, launch.port, launch.on_one_machine) == (address, port, address == "127.0.0.1")
+
+
+@pytest.fixture
+def start() -> Iterator[Callable[..., Process]]:
+    """A function that starts a process with these variables of a launcher."""
+    started = []
+
+    def begin(env: dict[str, str], *command: object) -> Process:
+        started.append(Process(*command, env=os.environ | env | {"OMP_NUM_THREADS": "1"}, cwd=ROOT))
+        return started[-1]
+
+    yield begin
+    for process in started:
+        process.kill()
+
+
+def two_ranks() -> list[dict[str, str]]:
+    """What a launcher sets for two ranks on this machine, and nothing else."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = str(probe.getsockname()[1])
+    shared = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "WORLD_SIZE": "2"}
+    return [shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(2)]
+
+
+def test_five_variables_make_processes_one_run(
+    start: Callable[..., Process], config_file: Path, tmp_path: Path
+) -> None:
+    flags = ("--config", config_file, "--out_dir", tmp_path / "run", "--train.max_steps", "6")
+    ranks = [start(env, sys.executable, "pretrain/train.py", *flags) for env in two_ranks()]
+    (code, said, errors), other = [rank.end() for rank in ranks]
+    assert (code, *other[:2]) == (0, 0, ""), errors + other[2]
+    assert f"ranks    {socket.gethostname()}: ranks 0 1" in said
+    assert [row["step"] for row in metrics(tmp_path / "run") if row["loss"]] == ["1", "2", "3", "4", "5", "6"]
+
+
+@pytest.mark.parametrize(
+    ("first", "second", "printed"),
+    [
+        (["a", "b"], ["a", "b"], ["a", "b"]),
+        (["a"], ["a", "of one rank"], ["a", "of one rank"]),
+    ],
+)
+def test_ranks_print_an_error_once(
+    start: Callable[..., Process], first: list[str], second: list[str], printed: list[str]
+) -> None:
+    found = zip(two_ranks(), (first, second), strict=True)
+    ranks = [start(env, sys.executable, LAUNCHED, "fail", *errors) for env, errors in found]
+    ends = [rank.end() for rank in ranks]
+    assert [code for code, _, _ in ends] == [2, 2]
+    said = "".join(errors for _, _, errors in ends).splitlines()
+    assert sorted(line for line in said if line.startswith("error: ")) == [f"error: {line}" for line in printed]
+    assert "Traceback" not in said
+
+
+def test_mpirun_is_refused_in_one_line(start: Callable[..., Process]) -> None:
+    ranks = [MPIRUN | {"OMPI_COMM_WORLD_RANK": rank} for rank in ("0", "1")]
+    ends = [start(env, sys.executable, LAUNCHED, "wait") for env in ranks]
+    (code, said, errors), other = [process.end() for process in ends]
+    assert (code, said, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith("error: mpirun started 8 processes")
+    assert other == (2, "", "")
+
+
+def test_on_one_machine_the_store_is_served_to_that_machine_only(start: Callable[..., Process]) -> None:
+    for envs in ([{}], two_ranks()):
+        for process in [start(env, sys.executable, LAUNCHED, "served") for env in envs]:
+            code, said, errors = process.end()
+            assert (code, said) == (0, "0100007F\n"), errors  # 127.0.0.1, the bytes reversed
+
+
+@pytest.mark.parametrize(
+    ("env", "watched", "last"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none"}, "launcher", "SIGTERM\n"),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, "launcher", "SIGTERM\n"),
+        ({"RANK": ""}, "launcher", ""),  # started by rank 0, without which nothing can be saved
+        ({}, "", "told\n"),  # a script may start ranks in the background, and end
+    ],
+)
+def test_a_rank_whose_launcher_is_gone_ends(
+    start: Callable[..., Process], env: dict[str, str], watched: str, last: str
+) -> None:
+    variables = {name: value for name, value in (two_ranks()[1] | env).items() if value}
+    launch = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    launcher = start(variables, sys.executable, "-c", launch, sys.executable, LAUNCHED, "wait")
+    assert launcher.line() == f"{watched}\n"
+    os.kill(launcher.pid, signal.SIGKILL)
+    if not watched:
+        launcher.tell("told")
+    _, rest, errors = launcher.end()  # once nobody holds its stdout any more
+    assert rest == last
+    assert errors == ("the launcher of this rank is gone: the rank ends\n" if watched else "")

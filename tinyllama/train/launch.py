@@ -1,25 +1,60 @@
-"""Launch detection: who started this process, how many ranks there are, and which run where."""
+"""Launch: who started this process, how many ranks there are and where, and how they fail and end together."""
 
+import atexit
 import os
+import signal
 import socket
+import threading
+import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
+from lightning.fabric.plugins.environments import (
+    ClusterEnvironment,
+    LightningEnvironment,
+    SLURMEnvironment,
+    TorchElasticEnvironment,
+)
 
 from tinyllama import InputError
+from tinyllama.config import cli
 from tinyllama.config.args import SHELL_JOB_NAMES, ParallelArgs
 
+VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+"""what a launcher sets for each process, be it torchrun, Kubernetes or a script"""
+LOOPBACK = ("127.0.0.1", "localhost", "::1")
+PATIENCE = 30.0
+"""seconds that a rank with an error waits for others that may have the same one"""
 
-def launcher() -> str:
-    """Who has started this process: ``torchrun``, ``srun``, or a user by plain ``python``."""
-    env = os.environ
-    if "TORCHELASTIC_RUN_ID" in env:
-        return "torchrun"
-    in_step = "SLURM_STEP_ID" in env  # a batch script has the other variables too
-    if int(env.get("SLURM_NTASKS", 1)) > 1 or (in_step and env.get("SLURM_JOB_NAME") not in SHELL_JOB_NAMES):
-        return "srun"
-    return "python"
+
+class LaunchError(InputError):
+    """Report a launch that is wrong for all of its processes alike."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher of this process has told it."""
+
+    launcher: str
+    """torchrun, srun, or ``a launcher`` that set VARIABLES"""
+    rank: int
+    local_rank: int
+    size: int
+    """ranks in all"""
+    local_size: int
+    """ranks on each node"""
+    address: str
+    """host of rank 0"""
+    port: int
+    """port of the ranks' store on that host"""
+
+    @property
+    def on_one_machine(self) -> bool:
+        """Whether every rank is on this machine, as far as can be told."""
+        return self.size == self.local_size and self.address in LOOPBACK
 
 
 @dataclass(frozen=True)
@@ -44,61 +79,232 @@ class World:
 
 
 def find_world(args: ParallelArgs) -> World:
-    """The world as srun or torchrun started it, else ``parallel.devices`` ranks on this machine.
+    """Return the world as its launcher started it, else ``parallel.devices`` ranks on this machine.
 
     Raises InputError for a launch that would hang or in which every process would train alone, and for a number of
     ranks that ``parallel.shard`` does not divide.
     """
-    local_ranks, nodes = _ranks(args)
-    size = nodes * local_ranks
-    shard = {"full": size, "node": local_ranks, "none": 1}.get(str(args.shard)) or int(args.shard)
+    launch, gpus = find_launch(), torch.cuda.device_count()
+    local = launch.local_size if launch else args.devices or max(gpus, 1)
+    size = launch.size if launch else local
+    if launch and args.devices not in (None, local):
+        raise InputError(
+            f"parallel.devices is {args.devices} and {launch.launcher} started {local} ranks on each node: leave it out"
+        )
+    if 0 < gpus < local:
+        raise InputError(
+            f"{local} ranks on each node and {gpus} GPUs to be seen here: start fewer, or give --gpus-per-node in "
+            "place of --gpus-per-task"
+        )
+    shard = {"full": size, "node": local, "none": 1}.get(str(args.shard)) or int(args.shard)
     if size % shard:
         valid = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise InputError(f"parallel.shard {shard} does not divide the {size} ranks; valid: {valid}")
-    return World(nodes, local_ranks, shard)
+    return World(size // local, local, shard)
 
 
-def _ranks(args: ParallelArgs) -> tuple[int, int]:
-    """Ranks on each node, and nodes."""
+def find_launch() -> Launch | None:
+    """Return what a launcher has told this process; None if a user started it by plain ``python``.
+
+    A complete set of VARIABLES is a launch, whoever set it; without one, a task of srun is. Raises InputError for an
+    incomplete set, and for launchers under which every process would train alone.
+    """
     env = os.environ
-    started_by, tasks = launcher(), int(env.get("SLURM_NTASKS", 1))
-    in_step = "SLURM_STEP_ID" in env
-    if started_by == "torchrun":
-        local = int(env["LOCAL_WORLD_SIZE"])
-        nodes = int(env["WORLD_SIZE"]) // local
-        if in_step and tasks > int(env["SLURM_NNODES"]):
-            raise InputError(
-                f"srun starts torchrun {tasks} times on {env['SLURM_NNODES']} nodes: give srun --ntasks-per-node 1, or "
-                "leave torchrun out"
-            )
-    elif started_by == "srun":
-        local = int(env.get("SLURM_NTASKS_PER_NODE", 1 if tasks == 1 else 0))
-        nodes = int(env["SLURM_NNODES"])
-        if not in_step:
-            raise InputError(f"the job has {tasks} tasks and this is none of them: start it with srun python ...")
-        if env.get("SLURM_JOB_NAME") in SHELL_JOB_NAMES:
-            raise InputError(
-                f"the Slurm job is named {env['SLURM_JOB_NAME']}, which means no job: its {tasks} tasks would train "
-                "alone, each of them; give srun another --job-name"
-            )
-        if local == 0:
-            raise InputError(f"srun has --ntasks {tasks} without --ntasks-per-node: give --nodes and --ntasks-per-node")
-        if local * nodes != tasks:
-            raise InputError(
-                f"srun has --ntasks {tasks}, which is not {nodes} nodes x --ntasks-per-node {local}: leave --ntasks out"
-            )
+    tasks = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
+    if "RANK" in env:
+        return _launch_by_variables(tasks)
+    if (processes := _mpi_processes(tasks)) != "1":
+        raise LaunchError(
+            f"mpirun started {processes} processes that do not know of each other, so each would train alone: use "
+            f"torchrun or srun, or set {', '.join(VARIABLES)} for each (see pretrain/README.md)"
+        )
+    if "SLURM_STEP_ID" in env and (tasks > 1 or env.get("SLURM_JOB_NAME") not in SHELL_JOB_NAMES):
+        return _launch_by_srun(tasks)
+    if (in_job := _number("SLURM_NTASKS", 1)) > 1:
+        raise LaunchError(f"the job has {in_job} tasks and this is none of them: start it with srun python ...")
+    return None
+
+
+def _launch_by_variables(tasks: int) -> Launch:
+    env, gpus = os.environ, torch.cuda.device_count()
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "a launcher"
+    missing = [name for name in VARIABLES if not env.get(name)]
+    one_a_node = missing == ["LOCAL_RANK"]  # Kubernetes' PyTorchJob sets the others, for one process in each pod
+    if missing and not one_a_node:
+        raise LaunchError(
+            f"RANK is set without {', '.join(missing)}: a launch sets {', '.join(VARIABLES)}; unset RANK to train on "
+            "this machine alone"
+        )
+    if one_a_node and gpus > 1:
+        raise LaunchError(
+            f"RANK is set without LOCAL_RANK, which means one process on each machine, and this one has {gpus} GPUs: "
+            "start it with torchrun, or unset RANK to train on this machine alone"
+        )
+    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    if launcher == "torchrun" and "SLURM_STEP_ID" in env and tasks > nodes:
+        raise LaunchError(
+            f"srun starts torchrun {tasks} times on {nodes} nodes: give srun --ntasks-per-node 1, or leave torchrun out"
+        )
+    size, address = _number("WORLD_SIZE", least=1), env["MASTER_ADDR"]
+    if one_a_node:
+        local_size = 1
+    elif address in LOOPBACK:
+        local_size = size
     else:
-        local, nodes = args.devices or max(torch.cuda.device_count(), 1), 1
-    if args.devices not in (None, local):
+        local_size = min(gpus or size, size)
+    local_size = _number("LOCAL_WORLD_SIZE", _number("OMPI_COMM_WORLD_LOCAL_SIZE", local_size, least=1), least=1)
+    if size % local_size:
         raise InputError(
-            f"parallel.devices is {args.devices} and {started_by} started {local} ranks on each node: leave it out"
+            f"WORLD_SIZE {size} is not a multiple of the {local_size} ranks of this machine: set LOCAL_WORLD_SIZE to "
+            "the ranks on each, the same on all"
         )
-    if 0 < torch.cuda.device_count() < local:
-        raise InputError(
-            f"{local} ranks on each node and {torch.cuda.device_count()} GPUs to be seen here: start fewer, or give "
-            "--gpus-per-node in place of --gpus-per-task"
+    if _number("LOCAL_WORLD_SIZE", 0) == size and not _torchrun_serves():
+        address = "127.0.0.1"
+    rank, local_rank = _number("RANK", below=size), _number("LOCAL_RANK", 0, below=local_size)
+    return Launch(launcher, rank, local_rank, size, local_size, address, _number("MASTER_PORT", least=1, below=2**16))
+
+
+def _launch_by_srun(tasks: int) -> Launch:
+    env = os.environ
+    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    if tasks % nodes or "," in env.get("SLURM_STEP_TASKS_PER_NODE", ""):
+        raise LaunchError(
+            f"srun spreads its {tasks} tasks unevenly over {nodes} nodes: give --nodes and --ntasks-per-node"
         )
-    return local, nodes
+    hosts = env.get("SLURM_STEP_NODELIST", env.get("SLURM_JOB_NODELIST", "127.0.0.1"))
+    host_of_rank_0 = env.get("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(hosts))
+    address = host_of_rank_0 if nodes > 1 else "127.0.0.1"
+    # another port for each job, and for each step of a job, that may share a node
+    port = 15000 + (_number("SLURM_JOB_ID", 0) + 1000 * _number("SLURM_STEP_ID", 0)) % 10000
+    rank, local_rank = _number("SLURM_PROCID", 0), _number("SLURM_LOCALID", 0)
+    return Launch("srun", rank, local_rank, tasks, tasks // nodes, address, _number("MASTER_PORT", port))
+
+
+def _mpi_processes(tasks: int) -> str:
+    """Return how many processes mpirun started, as far as it says; srun, which may set the same, is not mpirun."""
+    env = os.environ
+    if "OMPI_COMM_WORLD_SIZE" in env:
+        return env["OMPI_COMM_WORLD_SIZE"]
+    if "SLURM_STEP_ID" in env and env.get("PMI_SIZE") in (None, str(tasks)):
+        return "1"
+    return env.get("PMI_SIZE", "several" if "PMIX_RANK" in env else "1")
+
+
+def _number(name: str, default: int | None = None, *, least: int = 0, below: int | None = None) -> int:
+    """Return the environment variable ``name``; raises InputError if it is no number from ``least`` to ``below``."""
+    value = os.environ.get(name)
+    if value is None and default is not None:
+        return default
+    if value is None or not value.isdecimal() or int(value) < least or (below is not None and int(value) >= below):
+        limits = f"from {least}" if below is None else f"from {least} to {below - 1}"
+        raise InputError(f"the environment variable {name} is {value!r}: it must be a whole number {limits}")
+    return int(value)
+
+
+def cluster_environment() -> ClusterEnvironment:
+    """Return the launch as Fabric takes it. Rank 0 opens the ranks' store, on one machine for that machine only."""
+    env, launch = os.environ, find_launch()
+    environment = LightningEnvironment() if launch is None else TorchElasticEnvironment()
+    if launch is not None:
+        values = (launch.rank, launch.local_rank, launch.size, launch.address, launch.port)
+        env.update({name: str(value) for name, value in zip(VARIABLES, values, strict=True)})
+        serves = launch.rank == 0 and launch.on_one_machine and not _torchrun_serves()
+    else:
+        serves = not environment.creates_processes_externally
+        if serves:
+            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=env.get("MASTER_PORT", "0"))
+    if serves and not dist.is_initialized():
+        # the process group's own store shares the server of this one, for as long as this one is there
+        environment.store = _loopback_store(int(env["MASTER_PORT"]))  # type: ignore[union-attr]
+    return environment
+
+
+def _loopback_store(port: int) -> dist.TCPStore:
+    """Serve a store that only this machine can reach, on a free port if ``port`` is 0; left alone, torch serves all."""
+    try:
+        listener = socket.create_server(("127.0.0.1", port))
+    except OSError as error:
+        raise InputError(f"cannot listen on port {port} ({error.strerror}): set MASTER_PORT to a free one") from None
+    port = listener.getsockname()[1]
+    os.environ["MASTER_PORT"] = str(port)
+    return dist.TCPStore(
+        "127.0.0.1", port, None, True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
+    )
+
+
+def _torchrun_serves() -> bool:
+    return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+
+
+def as_rank(main: Callable[[], int]) -> int:
+    """Run ``main`` as one of the ranks: an error that several find is raised by one, the others raise one of no lines.
+
+    A rank whose launcher is gone ends: by SIGTERM, which saves a checkpoint.
+    """
+    try:
+        _end_with_launcher(find_launch())
+        return main()
+    except LaunchError as error:
+        ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
+        is_first = all(os.environ.get(name, "0") == "0" for name in ranks)
+        raise InputError(*(error.args if is_first else ())) from None
+    except InputError as error:
+        raise InputError(*_first_to_find(error.args)) from None
+    except OSError as error:
+        if error.errno in cli.UNUSABLE and not _first_to_find([str(error)]):
+            raise InputError from None
+        raise
+
+
+def _first_to_find(problems: Sequence[str]) -> Sequence[str]:
+    """Return those of ``problems`` that no other rank has found before this one."""
+    try:
+        if dist.is_initialized():
+            rank, size, patience = dist.get_rank(), dist.get_world_size(), 5.0
+        else:
+            environment = cluster_environment()  # it may serve the store
+            rank, size, patience = environment.global_rank(), environment.world_size(), PATIENCE
+        if size == 1:
+            return problems
+        serves = rank == 0 and not _torchrun_serves()
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"],
+            int(os.environ["MASTER_PORT"]),
+            is_master=serves,
+            timeout=timedelta(seconds=patience),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+        first = [problem for problem in problems if store.add(f"found/{problem}", 1) == 1]
+        store.add("failed", 1)
+    except (InputError, RuntimeError):  # the server is gone, or never came: rather twice than never
+        return problems
+    if serves:  # it must not go before the others have asked
+        atexit.register(_await_others, store, size, time.monotonic() + patience)
+    return first
+
+
+def _await_others(store: dist.TCPStore, size: int, until: float) -> None:
+    while store.add("failed", 0) < size and time.monotonic() < until:
+        time.sleep(0.05)
+
+
+def _end_with_launcher(launch: Launch | None) -> None:
+    """Watch, in a thread, for the end of the process that started this rank.
+
+    A launcher that is not known may rightly go, as a script does that starts ranks in the background.
+    """
+    child_of_rank_0 = launch is None and "LOCAL_RANK" in os.environ  # by Fabric; without rank 0 nothing can be saved
+    if child_of_rank_0 or (launch and launch.launcher != "a launcher") or "OMPI_COMM_WORLD_SIZE" in os.environ:
+        number, parent = signal.SIGKILL if child_of_rank_0 else signal.SIGTERM, os.getppid()
+
+        def watch() -> None:
+            while os.getppid() == parent:
+                time.sleep(1)
+            os.write(2, b"the launcher of this rank is gone: the rank ends\n")
+            os.kill(os.getpid(), number)
+
+        threading.Thread(target=watch, name="launcher", daemon=True).start()
 
 
 def rank_map() -> list[str]:

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.plugins.environments import LightningEnvironment
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
@@ -18,7 +17,7 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
 from tinyllama.ops import attention, float8, swiglu
-from tinyllama.train.launch import World, launcher
+from tinyllama.train.launch import World, cluster_environment
 
 # what selective activation checkpointing keeps: the matmuls, which are dear; the rest is cheap to do again
 SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
@@ -34,10 +33,12 @@ def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
         tensor_parallel_size=1,
         timeout=timedelta(seconds=train.start_timeout),
     )
-    # else Fabric would take a batch script of one task for a task of srun
-    plugins = LightningEnvironment() if launcher() == "python" else None
     return Fabric(
-        devices=world.local_ranks, num_nodes=world.nodes, strategy=strategy, precision="32-true", plugins=plugins
+        devices=world.local_ranks,
+        num_nodes=world.nodes,
+        strategy=strategy,
+        precision="32-true",
+        plugins=cluster_environment(),  # Fabric's own detection knows fewer launches
     )
 
 

@@ -1,0 +1,47 @@
+"""A process for launchers to start: ``fail ERROR...``, ``wait`` for the end, or say where the store is ``served``."""
+
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.args import ParallelArgs, TrainArgs
+from tinyllama.train.launch import as_rank, find_world
+from tinyllama.train.parallel import build_fabric
+
+
+def fail(*errors: str) -> int:
+    """Find errors in the input."""
+    raise InputError(*errors)
+
+
+def wait() -> int:
+    """Say that it watches its launcher, if it does, and wait for a signal or a line."""
+
+    def end(number: int, frame: object) -> None:
+        print("SIGTERM", flush=True)
+        sys.exit(75)
+
+    signal.signal(signal.SIGTERM, end)
+    print(" ".join(thread.name for thread in threading.enumerate() if thread.name == "launcher"), flush=True)
+    print(sys.stdin.readline().strip(), flush=True)
+    return 0
+
+
+def served() -> int:
+    """Print the addresses, in hexadecimal, at which this machine listens on the port of the ranks' store."""
+    fabric = build_fabric(find_world(ParallelArgs()), ParallelArgs(), TrainArgs())
+    fabric.launch()
+    port = f"{int(os.environ['MASTER_PORT']):04X}"
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    listening = [local.split(":") for _, local, _, state, *_ in lines if state == "0A"]
+    print(*(address for address, listens_on in listening if listens_on == port))
+    fabric.barrier()
+    return 0
+
+
+if __name__ == "__main__":
+    cli.run(lambda: as_rank(lambda: globals()[sys.argv[1]](*sys.argv[2:])))
