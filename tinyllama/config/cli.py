@@ -47,10 +47,6 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         code = main()
         sys.stdout.flush()
         sys.exit(code)
-    except InputError as error:
-        for line in error.args:
-            print(f"error: {printable(line)}", file=sys.stderr)
-        sys.exit(2)
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(128 + signal.SIGINT)
@@ -62,13 +58,23 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         # it was stdout, which `head` has closed, and what is left in its buffer would fail at exit
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         sys.exit(128 + signal.SIGPIPE)
-    except OSError as error:
-        if error.errno not in UNUSABLE:
+    except (InputError, OSError) as error:
+        lines = input_errors(error)
+        if lines is None:
             raise
-        path = error.filename or "a file that was being written"
-        hint = "fix it or choose another path"
-        print(f"error: cannot use {printable(path)} ({error.strerror}): {hint}", file=sys.stderr)
+        for line in lines:
+            print(f"error: {printable(line)}", file=sys.stderr)
         sys.exit(2)
+
+
+def input_errors(error: InputError | OSError) -> Sequence[str] | None:
+    """Return what to tell the user of an error in the input, a line each; None if the error is of another kind."""
+    if isinstance(error, InputError):
+        return error.args
+    if error.errno not in UNUSABLE:
+        return None
+    path = error.filename or "a file that was being written"
+    return [f"cannot use {path} ({error.strerror}): fix it or choose another path"]
 
 
 class _Parser(argparse.ArgumentParser):

@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -237,27 +238,27 @@ def _torchrun_serves() -> bool:
 
 
 def as_rank(main: Callable[[], int]) -> int:
-    """Run ``main`` as one of the ranks: an error that several find is raised by one, the others raise one of no lines.
+    """Run ``main`` as one of the ranks: an error that several ranks find is printed by one of them.
 
     A rank whose launcher is gone ends: by SIGTERM, which saves a checkpoint.
     """
     try:
         _end_with_launcher(find_launch())
         return main()
-    except LaunchError as error:
+    except LaunchError:
         ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-        is_first = all(os.environ.get(name, "0") == "0" for name in ranks)
-        raise InputError(*(error.args if is_first else ())) from None
-    except InputError as error:
-        raise InputError(*_first_to_find(error.args)) from None
-    except OSError as error:
-        if error.errno in cli.UNUSABLE and not _first_to_find([str(error)]):
-            raise InputError from None
+        if any(os.environ.get(name, "0") != "0" for name in ranks):
+            raise InputError from None  # the first process prints it
         raise
+    except (InputError, OSError) as error:
+        lines = cli.input_errors(error)
+        if lines is None or not _print_once(lines):
+            raise
+        raise InputError from None  # which is printed
 
 
-def _first_to_find(problems: Sequence[str]) -> Sequence[str]:
-    """Return those of ``problems`` that no other rank has found before this one."""
+def _print_once(errors: Sequence[str]) -> bool:
+    """Print the errors that no other rank prints, and wait until all are printed; False if ranks cannot meet."""
     try:
         if dist.is_initialized():
             rank, size, patience = dist.get_rank(), dist.get_world_size(), 5.0
@@ -265,7 +266,7 @@ def _first_to_find(problems: Sequence[str]) -> Sequence[str]:
             environment = cluster_environment()  # it may serve the store
             rank, size, patience = environment.global_rank(), environment.world_size(), PATIENCE
         if size == 1:
-            return problems
+            return False
         serves = rank == 0 and not _torchrun_serves()
         store = dist.TCPStore(
             os.environ["MASTER_ADDR"],
@@ -275,13 +276,18 @@ def _first_to_find(problems: Sequence[str]) -> Sequence[str]:
             wait_for_workers=False,
             multi_tenant=True,
         )
-        first = [problem for problem in problems if store.add(f"found/{problem}", 1) == 1]
+        for error in errors:
+            if store.add(f"found/{error}", 1) == 1:
+                print(f"error: {error}", file=sys.stderr, flush=True)
+                store.set(f"printed/{error}", "")
+        # the launcher may end the others as soon as one has ended
+        store.wait([f"printed/{error}" for error in errors])
         store.add("failed", 1)
     except (InputError, RuntimeError):  # the server is gone, or never came: rather twice than never
-        return problems
+        return False
     if serves:  # it must not go before the others have asked
         atexit.register(_await_others, store, size, time.monotonic() + patience)
-    return first
+    return True
 
 
 def _await_others(store: dist.TCPStore, size: int, until: float) -> None:
