@@ -117,9 +117,12 @@ DEFAULTS: dict[str, Any] = {
         "restart_positions": False,
     },
     "optim": {
+        "schedule": "cosine",
         "lr": 4e-4,
         "min_lr": 4e-5,
         "warmup_steps": 2000,
+        "decay_steps": None,
+        "decay_shape": "linear",
         "weight_decay": 0.1,
         "beta1": 0.9,
         "beta2": 0.95,
@@ -169,6 +172,7 @@ BOUNDED = (
     *("train.skip_spikes", "train.max_skips", "train.max_time", "train.start_timeout", "train.timeout"),
     *("optim.lr", "optim.max_norm", "parallel.devices", "parallel.shard", "eval.interval", "eval.max_samples"),
     *("checkpoint.interval", "checkpoint.keep_last", "checkpoint.keep_every", "log.interval", "data.ramp_tokens"),
+    "optim.decay_steps",
 )
 
 
@@ -177,6 +181,8 @@ def with_value(key: str, value: Any) -> PretrainArgs:
     group, name = key.split(".")
     length = {} if key.startswith("train.max_") and key.rpartition("_")[2] in ("tokens", "epochs") else {"max_steps": 9}
     args = dataclasses.replace(run(**length), optim=OptimArgs(min_lr=0.0))
+    if key == "optim.decay_steps":
+        args = dataclasses.replace(args, optim=OptimArgs(schedule="wsd", decay_steps=1))
     if key == "data.ramp_tokens":
         args = dataclasses.replace(args, data=DataArgs(sources=[Source("packed", 1.0, 2.0)], ramp_tokens=1))
     return dataclasses.replace(args, **{group: dataclasses.replace(attrgetter(group)(args), **{name: value})})
@@ -230,6 +236,25 @@ def test_a_rate_may_stay_the_same_but_not_rise() -> None:
     assert faults(with_value("optim.min_lr", 5e-4)) == (
         "optim.min_lr 0.0005 is greater than optim.lr 0.0004: lower it",
     )
+
+
+def test_a_decay_and_its_steps_belong_together() -> None:
+    said = ("optim.schedule wsd and optim.decay_steps belong together: give both or neither",)
+    assert faults(with_value("optim.schedule", "wsd")) == said
+    for schedule in ("cosine", "linear", "constant"):
+        assert faults(with_value("optim.schedule", schedule)) == ()
+        args = dataclasses.replace(run(max_steps=9), optim=OptimArgs(schedule=schedule, decay_steps=3))
+        assert faults(args) == said
+
+
+def test_a_decay_must_fit_between_the_warm_up_and_the_last_step() -> None:
+    def steps(decay_steps: int) -> int:
+        optim = OptimArgs(schedule="wsd", warmup_steps=4, decay_steps=decay_steps)
+        return total_steps(dataclasses.replace(run(max_steps=10), optim=optim), 2048, 10)
+
+    assert steps(5) == 10
+    with pytest.raises(InputError, match="optim.decay_steps 6 is more than the 5 steps between the run's warm-up and"):
+        steps(6)
 
 
 def data(**settings: Any) -> tuple[str, ...]:

@@ -72,14 +72,20 @@ class DataArgs:
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """AdamW (arXiv:1711.05101) and the learning rate's warm-up and cosine."""
+    """AdamW (arXiv:1711.05101) and the learning rate's schedule; the defaults are upstream's."""
 
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    """course of the learning rate after the warm-up; wsd: it stays, and decays over the last optim.decay_steps"""
     lr: Positive = 4e-4
     """learning rate at the end of the warm-up"""
     min_lr: NotNegative = 4e-5
-    """learning rate at the last step"""
+    """learning rate at the last step, which may be 0; a constant one does not decay to it"""
     warmup_steps: CountOrZero = 2000
     """steps of linear warm-up"""
+    decay_steps: Count | None = None
+    """steps of wsd's decay, the run's last ones"""
+    decay_shape: Literal["linear", "sqrt"] = "linear"
+    """wsd's decay: linear, or by 1 - sqrt of the share of it that is done"""
     weight_decay: NotNegative = 0.1
     """decay of every parameter, norms and embeddings too, as upstream"""
     beta1: Decay = 0.9
@@ -264,6 +270,8 @@ def check(args: PretrainArgs) -> ModelConfig:
             errors += bound_errors(settings, f"{group.name}.")
     if args.optim.min_lr > args.optim.lr:
         errors.append(f"optim.min_lr {args.optim.min_lr} is greater than optim.lr {args.optim.lr}: lower it")
+    if (args.optim.schedule == "wsd") != (args.optim.decay_steps is not None):
+        errors.append("optim.schedule wsd and optim.decay_steps belong together: give both or neither")
     if args.data.restart_positions and not args.data.document_mask:
         errors.append("data.restart_positions is true and data.document_mask is not: set both, or neither")
     if args.log.wandb != "off" and importlib.util.find_spec("wandb") is None:

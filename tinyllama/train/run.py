@@ -91,11 +91,9 @@ class Run:
 
     def lr_at(self, step: int) -> float:
         """Learning rate of the 0-based step: on one curve of the run's budget, however the batch has changed."""
-        optim = self.args.optim
-        ahead = self.schedule_offset
-        steps = {"warmup_steps": optim.warmup_steps, "max_steps": self.max_steps + ahead}
+        optim, ahead = self.args.optim, self.schedule_offset
         at = step if step < optim.warmup_steps else step + ahead
-        return lr_at(at, lr=optim.lr, min_lr=optim.min_lr, **steps)
+        return lr_at(at, self.max_steps + ahead, optim)
 
     @property
     def schedule_offset(self) -> int:
@@ -213,7 +211,7 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
 
     What is ``done`` counts as it was done, and what is left of tokens or epochs is divided by today's batch.
     ``num_blocks`` is the number of blocks of all sources together: an epoch is that many samples.
-    Raises InputError for a run of no steps or too many, or a warm-up that does not end before the run does.
+    Raises InputError for a run of no steps or too many, and for a warm-up or a decay that does not fit into it.
     """
     train, done = args.train, done or TrainState()
     if train.max_steps is not None:
@@ -236,6 +234,12 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
     warmup = args.optim.warmup_steps
     if done.step < warmup and steps <= warmup:
         raise InputError(f"optim.warmup_steps {warmup} does not end within the run's {steps} steps: lower it")
+    stable_steps = steps - 1 - warmup
+    if args.optim.decay_steps is not None and args.optim.decay_steps > stable_steps:
+        raise InputError(
+            f"optim.decay_steps {args.optim.decay_steps} is more than the {stable_steps} steps between the run's "
+            "warm-up and its last step: lower it"
+        )
     return steps
 
 

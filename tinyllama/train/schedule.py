@@ -1,17 +1,33 @@
 """The learning rate as a function of the step."""
 
 import math
+from collections.abc import Callable
+
+from tinyllama.config.args import OptimArgs
+
+# what is left of lr - min_lr at each point of a decay, which goes from 0 to 1
+SHAPES: dict[str, Callable[[float], float]] = {
+    "cosine": lambda progress: 0.5 * (1 + math.cos(math.pi * progress)),  # arXiv:1608.03983
+    "linear": lambda progress: 1 - progress,  # to zero: arXiv:2502.15938
+    "sqrt": lambda progress: 1 - math.sqrt(progress),  # arXiv:2405.18392
+}
 
 
-def lr_at(step: int, *, lr: float, min_lr: float, warmup_steps: int, max_steps: int) -> float:
-    """Learning rate of the 0-based optimizer step ``step``.
+def lr_at(step: int, max_steps: int, args: OptimArgs) -> float:
+    """Return the learning rate of the 0-based optimizer step ``step`` of a run of ``max_steps``.
 
-    Linear warm-up that reaches ``lr`` at step ``warmup_steps - 1``, then a cosine (arXiv:1608.03983) from ``lr``
-    at step ``warmup_steps`` to ``min_lr`` at step ``max_steps - 1``, and ``min_lr`` after that.
+    Linear warm-up reaches ``lr`` at step ``warmup_steps - 1``. Then cosine and linear decay from ``lr`` at step
+    ``warmup_steps`` to ``min_lr`` at step ``max_steps - 1``; wsd (warm-up, stable, decay: arXiv:2404.06395) stays at
+    ``lr`` until ``decay_steps`` before that step, and constant to the end.
     """
-    if step < warmup_steps:
-        return lr * (step + 1) / warmup_steps
-    if step >= max_steps - 1:
-        return min_lr
-    progress = (step - warmup_steps) / (max_steps - 1 - warmup_steps)
-    return min_lr + 0.5 * (1 + math.cos(math.pi * progress)) * (lr - min_lr)
+    if step < args.warmup_steps:
+        return args.lr * (step + 1) / args.warmup_steps
+    if args.schedule == "constant":
+        return args.lr
+    last = max_steps - 1
+    if step >= last:
+        return args.min_lr
+    decay_steps = last - args.warmup_steps if args.decay_steps is None else args.decay_steps
+    progress = max(0.0, (step - (last - decay_steps)) / decay_steps)
+    shape = SHAPES[args.decay_shape if args.schedule == "wsd" else args.schedule]
+    return args.min_lr + shape(progress) * (args.lr - args.min_lr)
