@@ -36,7 +36,7 @@ from tinyllama.train.anomaly import Guard
 from tinyllama.train.collectives import collect_gc, freeze_gc, set_timeout
 from tinyllama.train.init_from import initial_weights
 from tinyllama.train.launch import as_rank, find_world, rank_map
-from tinyllama.train.optim import build_optimizer
+from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
 from tinyllama.train.run import Run, check_start, choose_ops, done_in, gradient_accumulation, load_checkpoint, mix
@@ -48,6 +48,7 @@ DONE, DEFECT, STOPPED = 0, 1, 75
 def setup(args: PretrainArgs) -> Run:
     """Find every error of the input before anything is started or written."""
     config = check(args)
+    check_optimizer(args.optim)
     world = find_world(args.parallel)
     accumulation = gradient_accumulation(args.train, world.size)
     sources = [open_packed(source.path) for source in args.data.sources]
@@ -94,7 +95,7 @@ def build(run: Run, fabric: Fabric) -> tuple[GPT, torch.nn.Module, _FabricOptimi
     with torch.device("meta"):
         gpt = GPT(run.config, run.ops)
     model = fabric.setup_module(gpt)
-    optimizer = fabric.setup_optimizers(build_optimizer(gpt, run.args.optim))
+    optimizer = fabric.setup_optimizers(build_optimizer(gpt, run.args.optim, run.args.train.precision))
     assert isinstance(optimizer, _FabricOptimizer)  # one in, one out
     return gpt, model, optimizer
 

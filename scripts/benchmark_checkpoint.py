@@ -36,7 +36,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         model = GPT(config).to(device)
-        optimizer = torch.optim.AdamW(model.parameters())
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True)
         reader.materialize_optimizer_state(optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in reader.tensors(model, optimizer).values())
         settings = cli.dump({"model": asdict(config)})

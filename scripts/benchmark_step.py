@@ -69,7 +69,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     with torch.device("meta"):
         gpt = GPT(config, ops)
     model = fabric.setup_module(gpt)
-    optimizer: Any = fabric.setup_optimizers(build_optimizer(gpt, args.optim))
+    optimizer: Any = fabric.setup_optimizers(build_optimizer(gpt, args.optim, args.train.precision))
     state = TrainState()
     guard = Guard(args.train, optimizer.optimizer, state, 1, fabric.device)
     accumulation = tokens // config.block_size // micro_batch

@@ -117,6 +117,7 @@ DEFAULTS: dict[str, Any] = {
         "restart_positions": False,
     },
     "optim": {
+        "name": "adamw",
         "schedule": "cosine",
         "lr": 4e-4,
         "min_lr": 4e-5,

@@ -127,7 +127,7 @@ def test_flags_that_are_unknown(tmp_path: Path) -> None:
         "unknown flag --qqqq; --help lists the keys",
     )
     assert faults("--optim", "{lr: 3}") == (
-        "unknown flag --optim; it is a group: give its settings one by one, as in --optim.lr",
+        "unknown flag --optim; it is a group: give its settings one by one, as in --optim.name",
     )
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")

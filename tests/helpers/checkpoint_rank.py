@@ -73,7 +73,7 @@ class Run(NamedTuple):
             for block in model.transformer["h"]:
                 fully_shard(block, mesh=mesh)
             fully_shard(model, mesh=mesh)
-        return cls(model, torch.optim.AdamW(model.parameters()))
+        return cls(model, torch.optim.AdamW(model.parameters(), fused=True))
 
     @torch.no_grad()
     def fill(self, step: int) -> None:

@@ -17,6 +17,7 @@ import sys
 import threading
 import time
 import traceback
+import zlib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from unittest import mock
 
 import torch
 import torch.distributed as dist
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllama import InputError
@@ -50,7 +52,8 @@ class _Calls(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         name = str(func)
-        if "_base_" in name:  # a collective from one tensor to another, which is so many times as large, or as small
+        if name.startswith(("c10d._allgather_base_", "c10d._reduce_scatter_base_")):
+            # from one tensor to another, which is so many times as large, or as small
             name += f" over {max(args[0].numel(), args[1].numel()) // min(args[0].numel(), args[1].numel())}"
         self.counts[name] += 1
         return func(*args, **(kwargs or {}))
@@ -339,6 +342,39 @@ def start_hash(argv: list[str]) -> str:
     for name, parameter in gpt.named_parameters():
         digest.update(name.encode() + parameter.full_tensor().detach().numpy().tobytes())
     return digest.hexdigest()
+
+
+def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
+    """What optimizer_steps takes for the gradient of a parameter: random numbers that name and step decide."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode())))
+
+
+def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
+    """Ten steps of the run's optimizer on given gradients, of which it must reject the fourth.
+
+    Rank 0 saves the full tensors to the file ``argv[0]``. Gives the collectives of each step.
+    """
+    file, *argv = argv
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    fabric = recipe.build_fabric(run.world, run.args.parallel, run.args.train)
+    fabric.launch()
+    gpt, _, optimizer = recipe.build(run, fabric)
+    counted = []
+    for number in range(10):
+        for name, parameter in gpt.named_parameters():
+            full = gradient(name, parameter.shape, number)
+            full = torch.full_like(full, torch.nan) if number == 3 else full
+            mesh, placements = parameter.device_mesh, parameter.placements
+            parameter.grad = distribute_tensor(full, mesh, placements, src_data_rank=None)
+        optimizer.optimizer.found_inf = torch.tensor(float(number == 3))
+        with _Calls() as calls:
+            optimizer.step()
+        counted.append({name: count for name, count in calls.counts.items() if "c10d" in name})
+    tensors = reader.tensors(gpt, optimizer.optimizer)
+    full = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
+    if fabric.is_global_zero:
+        torch.save(full, file)
+    return counted
 
 
 def dtypes(argv: list[str]) -> dict[str, list[str]]:

@@ -1,12 +1,14 @@
-"""The optimizer: its settings, and clipping."""
+"""The optimizers: their settings, what a further one must do, and clipping."""
 
 import pytest
 import torch
 
+from tinyllama import InputError
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
-from tinyllama.train.optim import build_optimizer, clip, local_gradients
+from tinyllama.train import optim
+from tinyllama.train.optim import build_optimizer, check_optimizer, clip, local_gradients
 
 
 def test_the_optimizer_has_every_setting_and_every_parameter() -> None:
@@ -37,3 +39,79 @@ def test_clipping_scales_what_the_optimizer_sees() -> None:
     assert model.bias.grad.tolist() == pytest.approx([scale], rel=1e-6)
     model.bias.grad = None
     assert len(local_gradients(model)) == 1
+
+
+class Lion(torch.optim.Optimizer):
+    """As somebody would add it (arXiv:2302.06675)."""
+
+    def __init__(self, model: GPT, args: OptimArgs, dtype: torch.dtype) -> None:
+        super().__init__(model.parameters(), {"lr": args.lr, "decay": args.weight_decay})
+
+    @torch.no_grad()
+    def step(self, closure: object = None) -> None:
+        for p in self.param_groups[0]["params"]:
+            m = self.state[p].setdefault("momentum", torch.zeros_like(p))
+            grad = torch.where(self.found_inf.bool(), m, p.grad)
+            lr = self.param_groups[0]["lr"] * (1 - self.found_inf)
+            p.mul_(1 - lr * self.param_groups[0]["decay"]).sub_(lr * (0.9 * m + 0.1 * grad).sign())
+            m.lerp_(grad, 0.01)
+
+
+class Heedless(Lion):
+    """Ignores found_inf."""
+
+    def step(self, closure: object = None) -> None:
+        self.found_inf = torch.zeros(())
+        super().step()
+
+
+class HeedlessOfState(Lion):
+    """Counts the steps that found_inf rejects."""
+
+    def step(self, closure: object = None) -> None:
+        super().step()
+        for state in self.state.values():
+            state["step"] = state.get("step", torch.zeros(())) + 1
+
+
+class OfNumbers(Lion):
+    """Keeps what no checkpoint holds."""
+
+    def step(self, closure: object = None) -> None:
+        super().step()
+        for state in self.state.values():
+            state["step"] = 3
+
+
+class Late(Lion):
+    """Makes its state in the first step that is accepted."""
+
+    def step(self, closure: object = None) -> None:
+        if not self.found_inf or self.state:
+            super().step()
+
+
+REFUSED = {
+    Heedless: "changes model.lm_head.weight in a step that found_inf rejects",
+    HeedlessOfState: "changes optimizer.step.lm_head.weight in a step that found_inf rejects",
+    OfNumbers: "has no tensor in optimizer.step.lm_head.weight but 3: a checkpoint cannot hold it",
+    Late: "does not make optimizer.momentum.lm_head.weight in a step that found_inf rejects",
+}
+
+
+@pytest.mark.parametrize("cls", REFUSED)
+def test_an_optimizer_that_would_break_a_run_is_refused(cls: type, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(optim.OPTIMIZERS, "mine", cls)
+    with pytest.raises(InputError, match=f"^optim.name mine {REFUSED[cls]}"):
+        check_optimizer(OptimArgs(name="mine"))
+
+
+@pytest.mark.parametrize("name", ["adamw", "muon", "lion"])
+def test_an_optimizer_that_obeys_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(optim.OPTIMIZERS, "lion", Lion)
+    check_optimizer(OptimArgs(name=name))
+
+
+def test_an_unknown_optimizer_is_refused_with_those_there_are() -> None:
+    with pytest.raises(InputError, match="^optim.name 'lion' is not known: choose adamw or muon$"):
+        check_optimizer(OptimArgs(name="lion"))

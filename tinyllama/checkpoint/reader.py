@@ -32,9 +32,6 @@ from tinyllama.config.model import ModelConfig
 
 FORMAT_VERSION = 1
 
-# AdamW's state of one parameter
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")
-
 MOST_BYTES = {"state.json": 2**24, "config.yaml": 2**24, ".metadata": 2**30}
 """The first two have kilobytes, .metadata 0.2 MB a rank; what has more than this is none."""
 
@@ -153,14 +150,18 @@ def resolve(path: str | Path) -> Path:
 
 
 def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Allocate the state that AdamW creates only at its first step: a checkpoint is loaded into it before."""
-    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
-        if not optimizer.state[parameter]:
-            optimizer.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=parameter.device),
-                "exp_avg": torch.zeros_like(parameter),
-                "exp_avg_sq": torch.zeros_like(parameter),
-            }
+    """Let the optimizer make the state that it makes only at its first step: a checkpoint is loaded into it before.
+
+    It does so in a step that is rejected, and which therefore changes nothing. Collective, as a step is.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    if all(optimizer.state[parameter] for parameter in parameters):
+        return
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
+    optimizer.step()
+    optimizer.zero_grad()
 
 
 def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -169,12 +170,12 @@ def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[st
     There are no other entries: DCP would pickle them.
     """
     named = {}
-    optimized = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    for (name, parameter), owner in zip(model.named_parameters(), optimized, strict=True):
-        assert parameter is owner, f"{name} is gathered: reshard the model before a checkpoint"
+    optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
+    for name, parameter in model.named_parameters():
+        assert parameter in optimized, f"{name} is gathered: reshard the model before a checkpoint"
         named[f"model.{name}"] = parameter.detach()
-        for moment in MOMENTS:
-            named[f"optimizer.{moment}.{name}"] = optimizer.state[parameter][moment]
+        for key, value in optimizer.state[parameter].items():
+            named[f"optimizer.{key}.{name}"] = value
     return named
 
 

@@ -72,8 +72,10 @@ class DataArgs:
 
 @dataclass(frozen=True)
 class OptimArgs:
-    """AdamW (arXiv:1711.05101) and the learning rate's schedule; the defaults are upstream's."""
+    """The optimizer and the learning rate's schedule; the defaults are upstream's."""
 
+    name: str = "adamw"
+    """adamw (arXiv:1711.05101); muon: Muon for the blocks' matrices and AdamW for the rest"""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
     """course of the learning rate after the warm-up; wsd: it stays, and decays over the last optim.decay_steps"""
     lr: Positive = 4e-4
@@ -89,9 +91,9 @@ class OptimArgs:
     weight_decay: NotNegative = 0.1
     """decay of every parameter, norms and embeddings too, as upstream"""
     beta1: Decay = 0.9
-    """decay of the gradient's running mean"""
+    """AdamW's decay of the gradient's running mean"""
     beta2: Decay = 0.95
-    """decay of the gradient's running mean square"""
+    """AdamW's decay of the gradient's running mean square"""
     max_norm: Positive = 1.0
     """the gradient is clipped to this norm"""
 

@@ -150,6 +150,12 @@ def _check_resume(run: Run, step_dir: Path) -> None:
     if isinstance(then["data"], dict):
         then["data"] = {"order": FIRST_ORDER} | then["data"]
     refuse_changes(step_dir, then, now)
+    optimizer = reader.read_settings(step_dir).get("optim", {}).get("name", "adamw")
+    if optimizer != run.args.optim.name:
+        raise InputError(
+            f"{step_dir} holds the state of optim.name {optimizer}, and this run's is {run.args.optim.name}: put it "
+            "back, or give its weights as train.init_from in another out_dir"
+        )
     # the last step may end beyond the budget, but not begin there
     before = run.done.samples - run.args.train.global_batch_size
     spent = {

@@ -1,0 +1,255 @@
+"""Muon on ranks against a plain implementation, and what a step of it takes."""
+
+import shutil
+import zlib
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import yaml
+from runs import branch, column, tensors
+
+from tinyllama.checkpoint.names import step_dir
+from tinyllama.config.args import OptimArgs
+from tinyllama.config.model import ModelConfig, named_config
+from tinyllama.model import GPT, init_weights
+from tinyllama.train.muon import Assignment, Matrix, hidden_matrices, orthogonalize
+from tinyllama.train.optim import build_optimizer
+
+LR, DECAY = 1e-2, 0.3
+# no ranks divide the rows of w1 and w2, and three not those of w3 and of the projections
+SIZES = {"n_embd": 28, "n_head": 14, "n_query_groups": 2, "intermediate_size": 37, "n_layer": 2}
+HIDDEN = ("attn.weight", "proj.weight", "w1.weight", "w2.weight", "w3.weight")
+SHARDS = {"c10d.alltoall_base_.default": 2}
+WORLDS: dict[str, tuple[int, object, dict[str, int]]] = {
+    "one rank": (1, "full", {}),
+    "2 ranks, sharded": (2, "full", SHARDS),
+    "3 ranks, sharded": (3, "full", SHARDS),
+    "4 ranks, sharded": (4, "full", SHARDS),
+    "2 ranks, replicated": (2, "none", {"c10d._allgather_base_.default over 2": 1}),
+    "3 ranks, replicated": (3, "none", {"c10d._allgather_base_.default over 3": 1}),
+    "4 ranks, two copies": (4, 2, SHARDS | {"c10d._allgather_base_.default over 2": 1}),
+}
+
+
+@pytest.fixture
+def muon(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
+    """The tiny run with Muon, of a batch that one to four ranks divide."""
+    config["model"] |= SIZES
+    config["train"] |= {"global_batch_size": 12, "micro_batch_size": 1, "max_steps": 20}
+    config["optim"] |= {"name": "muon", "schedule": "linear", "lr": LR, "min_lr": 0.0, "weight_decay": DECAY}
+    config["checkpoint"]["interval"] = config["eval"]["interval"] = 10
+    (tmp_path / "muon.yaml").write_text(yaml.safe_dump(config))
+    return config
+
+
+def newton_schulz(matrix: torch.Tensor) -> torch.Tensor:
+    x = matrix / matrix.norm()
+    if len(x) > len(x.T):
+        return newton_schulz(matrix.T).T
+    for _ in range(5):
+        x = 3.4445 * x - 4.7750 * (x @ x.T) @ x + 2.0315 * (x @ x.T) @ (x @ x.T) @ x
+    return x
+
+
+class Plain(NamedTuple):
+    """Weights before ten steps of Muon and AdamW without ranks, parameter by parameter, and all tensors after them."""
+
+    start: dict[str, torch.Tensor]
+    end: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def plain() -> Plain:
+    """The fourth step is left out."""
+    sizes: dict[str, Any] = {"block_size": 32, "vocab_size": 256} | SIZES
+    config = named_config("quickstart", **sizes)
+    model = GPT(config)
+    init_weights(model, 3407)
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    start = {f"model.{name}": weight.clone() for name, weight in weights.items()}
+    momenta = {name: torch.zeros_like(weight) for name, weight in weights.items() if name.endswith(HIDDEN)}
+    others = {name: torch.nn.Parameter(weight) for name, weight in weights.items() if name not in momenta}
+    adamw = torch.optim.AdamW(others.values(), LR, (0.9, 0.95), weight_decay=DECAY, foreach=False)
+    # which head of its group each row of attn.attn is of: a query, the key or the value
+    queries = config.n_head // config.n_query_groups
+    head = torch.arange(config.qkv_size) // config.head_size % (queries + 2)
+    qkv = [head < queries, head == queries, head == queries + 1]
+    for step in (0, 1, 2, 4, 5, 6, 7, 8, 9):
+        for name, parameter in others.items():
+            parameter.grad = gradient(name, parameter.shape, step)
+        adamw.step()
+        for name, momentum in momenta.items():
+            now = gradient(name, momentum.shape, step)
+            momentum.copy_(0.95 * momentum + 0.05 * now)
+            nesterov = 0.95 * momentum + 0.05 * now
+            for rows in qkv if "attn.attn" in name else [torch.ones(len(momentum), dtype=torch.bool)]:
+                part = nesterov[rows]
+                update = newton_schulz(part) * 0.2 * max(part.shape) ** 0.5
+                weights[name][rows] -= LR * DECAY * weights[name][rows] + LR * update
+    end = {f"model.{name}": weight for name, weight in weights.items()}
+    end |= {f"optimizer.momentum.{name}": momentum for name, momentum in momenta.items()}
+    for name, parameter in others.items():
+        end |= {f"optimizer.{key}.{name}": value for key, value in adamw.state[parameter].items()}
+    return Plain(start, end)
+
+
+def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
+    """As rank.py's."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode())))
+
+
+def steps_on(world: Any, size: int, tmp_path: Path, *flags: object) -> tuple[dict[str, torch.Tensor], Any]:
+    """All tensors after ten steps of optimizer_steps in rank.py, and what each rank says of them."""
+    file = tmp_path / "tensors.pt"
+    answers = world(size)("optimizer_steps", file, "--config", tmp_path / "muon.yaml", "--out_dir", tmp_path, *flags)
+    return torch.load(file), [answer["result"] for answer in answers]
+
+
+@pytest.mark.parametrize("name", WORLDS)
+def test_on_ranks_it_is_the_plain_muon(world, muon, plain: Plain, tmp_path: Path, name: str) -> None:
+    size, shard, collectives = WORLDS[name]
+    found, counts = steps_on(world, size, tmp_path, "--parallel.shard", shard)
+    assert found.keys() == plain.end.keys()
+    for key, value in plain.end.items():
+        assert (found[key] - value).abs().max() < 1e-5, key
+    for key, value in plain.start.items():
+        assert (found[key] - value).abs().max() > 1e-2, key
+    assert counts == [[collectives] * 10] * size  # a step, however many matrices there are
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_bf16_iterations_move_weights_as_fp32_ones_do_within_2_percent(
+    world, muon, plain: Plain, tmp_path: Path, size: int
+) -> None:
+    found, _ = steps_on(world, size, tmp_path, "--train.precision", "bf16")
+    for key in (key for key in plain.start if key.endswith(HIDDEN)):
+        moved, expected = found[key] - plain.start[key], plain.end[key] - plain.start[key]
+        assert 1e-4 < (moved - expected).norm() / expected.norm() < 0.02, key
+    for key in (key for key in found if "momentum" in key):  # which are fp32 all the same
+        assert (found[key] - plain.end[key]).abs().max() < 1e-6, key
+
+
+def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path) -> None:
+    straight = tmp_path / "straight"
+    world(2).train("--config", tmp_path / "muon.yaml", "--out_dir", straight)
+    resumed, elsewhere = (branch(straight, 10).rename(tmp_path / name) for name in ("resumed", "elsewhere"))
+    world(2).train("--config", tmp_path / "muon.yaml", "--out_dir", resumed)
+    assert column(resumed, "loss") == column(straight, "loss")
+    before, after = (tensors(step_dir(run / "checkpoints", 20)) for run in (straight, resumed))
+    assert before.keys() == after.keys()
+    assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
+    assert column(straight, "loss")[-1] < 0.85 * column(straight, "loss")[0]
+
+    # and on other ranks as AdamW's does: 2 -> 1 -> 4
+    world(1).train("--config", tmp_path / "muon.yaml", "--out_dir", elsewhere, "--checkpoint.interval", 5)
+    shutil.rmtree(step_dir(elsewhere / "checkpoints", 20))
+    world(4).train("--config", tmp_path / "muon.yaml", "--out_dir", elsewhere, "--parallel.shard", 2)
+    assert column(elsewhere, "loss")[-5:] == pytest.approx(column(straight, "loss")[-5:], rel=1e-5)
+
+
+def test_a_step_that_is_not_finite_changes_nothing(world, muon, tmp_path: Path) -> None:
+    skipping = ["--config", tmp_path / "muon.yaml", "--train.on_nonfinite", "skip", "--train.max_steps", 10]
+    skipping += ["--checkpoint.interval", 1, "--checkpoint.keep_last", 10]
+    assert [a["result"] for a in world(2)("train_poisoned", 1, 8, *skipping, "--out_dir", tmp_path / "run")] == [0, 0]
+    seventh, eighth, ninth = (tensors(step_dir(tmp_path / "run" / "checkpoints", step)) for step in (7, 8, 9))
+    assert all(torch.equal(tensor, eighth[name]) for name, tensor in seventh.items())
+    assert not any(torch.equal(tensor, ninth[name]) for name, tensor in eighth.items())
+
+
+def test_the_state_of_another_optimizer_is_refused(world, muon, tmp_path: Path) -> None:
+    settings = ["--config", tmp_path / "muon.yaml", "--out_dir", tmp_path / "run", "--train.max_steps", 6]
+    world(1).train(*settings)
+    (answer,) = world(1)("train", *settings, "--optim.name", "adamw")
+    (said,) = answer["faults"]
+    assert said.endswith(
+        "step-00000006 holds the state of optim.name muon, and this run's is adamw: put it back, or give its weights "
+        "as train.init_from in another out_dir"
+    )
+
+
+def test_an_orthogonalized_matrix_has_singular_values_of_about_one() -> None:
+    x = torch.randn(3, 20, 50, generator=torch.Generator().manual_seed(0))
+    left, values, right = torch.linalg.svd(x, full_matrices=False)
+    found = orthogonalize(x)
+    singular = torch.linalg.svdvals(found)
+    assert 0.65 < singular.min() < singular.max() < 1.25
+    turned = left.mT @ found @ right.mT  # the same singular vectors
+    assert (turned - torch.diag_embed(turned.diagonal(dim1=1, dim2=2))).abs().max() < 1e-4
+    assert torch.equal(orthogonalize(torch.zeros(1, 2, 3)), torch.zeros(1, 2, 3))
+    assert values.max() > 5  # and were not so before
+
+
+def big() -> list[Matrix]:
+    """The hidden matrices of the 1.1B."""
+    with torch.device("meta"):
+        return hidden_matrices(GPT(named_config("tinyllama_1.1b")))
+
+
+def test_every_matrix_has_one_owner_and_owners_have_about_the_same_to_do() -> None:
+    matrices = big()
+    assert len(matrices) == 5 * 22
+    for copies, shards in ((1, 1), (1, 16), (2, 8), (16, 1), (3, 5)):
+        assignment = Assignment(matrices, copies, shards)
+        owned = [index for copy in assignment.owned for owner in copy for index in owner]
+        assert sorted(owned) == list(range(110))
+        assert max(assignment.loads) < 1.06 * sum(assignment.loads) / (copies * shards)
+
+
+@pytest.mark.parametrize(("copies", "shards", "megabytes"), [(1, 16, 229.376), (2, 8, 337.117184), (16, 1, 1855.97952)])
+def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(copies: int, shards: int, megabytes: float) -> None:
+    """The busiest, in bf16. One all-gather of the weights of all parameters takes 2,063 MB of each."""
+    matrices = big()
+    assignment = Assignment(matrices, copies, shards)
+    sizes = [matrix.parameter.numel() for matrix in matrices]
+    assert sum(sizes) == 968_884_224
+    most = 0
+    for copy in range(copies):
+        for shard in range(shards):
+            numels = assignment.numels(copy, shard)
+            to_owners = sum(sum(numels[owner]) for owner in range(shards) if owner != shard)
+            mine = sum(sizes[index] for index in assignment.owned[copy][shard])
+            back = mine - sum(numels[shard])
+            to_copies = (copies - 1) * max(sum(map(sum, assignment.numels(c, shard))) for c in range(copies))
+            most = max(most, 2 * (to_owners + back + to_copies))
+    assert most == megabytes * 1e6
+
+
+@pytest.mark.parametrize("rows", [1, 5, 16, 37])
+@pytest.mark.parametrize("shards", [1, 2, 3, 4])
+def test_rows_are_cut_as_fsdp_cuts_them(rows: int, shards: int) -> None:
+    assignment = Assignment([Matrix(torch.empty(rows, 2, device="meta"), 1, (rows,))], 1, shards)
+    chunks = [len(chunk) for chunk in torch.empty(rows).chunk(shards)]
+    assert assignment.rows(0) == chunks + [0] * (shards - len(chunks))
+
+
+def test_parts_are_the_rows_of_q_k_and_v() -> None:
+    config = ModelConfig("tiny", block_size=8, vocab_size=8, n_layer=1, n_head=4, n_query_groups=2, n_embd=8)
+    (matrix, *_) = hidden_matrices(GPT(config))
+    rows = torch.arange(16)[:, None] * torch.ones(1, 8)  # 2 groups of 2 + 1 + 1 heads of 2 rows
+    q, k, v = matrix.split(rows)
+    assert q[:, 0].tolist() == [0, 1, 2, 3, 8, 9, 10, 11]
+    assert k[:, 0].tolist() == [4, 5, 12, 13]
+    assert v[:, 0].tolist() == [6, 7, 14, 15]
+    assert torch.equal(matrix.join([q, k, v]), rows)
+
+
+def test_one_learning_rate_and_decay_serve_both() -> None:
+    model = GPT(
+        ModelConfig(
+            "tiny", block_size=8, vocab_size=64, n_layer=1, n_head=2, n_query_groups=2, n_embd=64, intermediate_size=160
+        )
+    )
+    init_weights(model, 0)
+    optimizer = build_optimizer(model, OptimArgs(name="muon", lr=1e-3, weight_decay=0.0), "fp32")
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    for parameter in model.parameters():
+        parameter.grad = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        moved = (parameter.detach() - before[name]).square().mean().sqrt().item()
+        # AdamW's first update is the gradient's sign; later ones are about 0.2
+        expected = 0.2e-3 if name.endswith(HIDDEN) else 1e-3
+        assert moved == pytest.approx(expected, rel=0.25), name
+    assert [(group["lr"], group["weight_decay"]) for group in optimizer.param_groups] == [(1e-3, 0.0)] * 2

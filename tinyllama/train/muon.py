@@ -1,0 +1,263 @@
+"""Muon: momentum, orthogonalized for each hidden matrix (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
+
+Embedding, output matrix and norms are left to AdamW. An orthogonalized update is scaled to the root mean square of
+AdamW's, 0.2, so that one learning rate and weight decay serve both (Moonlight, arXiv:2502.16982).
+
+The iteration needs a matrix in full, of which each rank holds some rows. Every matrix has an owner in the world, who
+alone computes its update. A step needs three collectives, however many matrices there are: the shards go to the owners
+in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
+"""
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from tinyllama.config.args import OptimArgs
+from tinyllama.config.model import ModelConfig
+from tinyllama.model import GPT
+
+MOMENTUM = 0.95
+ITERATIONS = 5
+QUINTIC = (3.4445, -4.7750, 2.0315)
+"""coefficients of the iteration, which takes all singular values to about 1: to between 0.7 and 1.2"""
+RMS = 0.2
+"""root mean square of AdamW's updates"""
+
+
+@dataclass(frozen=True)
+class Matrix:
+    """A hidden matrix, made of one or more parts that are orthogonalized each by itself.
+
+    Its rows are ``groups`` times the rows of each part: ``sizes``.
+    """
+
+    parameter: Tensor
+    groups: int
+    sizes: tuple[int, ...]
+
+    @property
+    def shapes(self) -> list[tuple[int, int]]:
+        """The shape of each part, its shorter side first."""
+        cols = self.parameter.shape[1]
+        rows = [self.groups * size for size in self.sizes]
+        return [(min(count, cols), max(count, cols)) for count in rows]
+
+    @property
+    def cost(self) -> int:
+        """Operations of an iteration."""
+        return sum(4 * short**2 * long + 2 * short**3 for short, long in self.shapes)
+
+    @property
+    def scale(self) -> float:
+        """What makes a matrix of orthogonal parts as large as an update of AdamW."""
+        return RMS * math.sqrt(max(long for _, long in self.shapes))
+
+    def split(self, full: Tensor) -> list[Tensor]:
+        """The parts of ``full``, (rows, columns), each with its rows together."""
+        by_group = full.unflatten(0, (self.groups, -1))  # (groups, rows of a group, columns)
+        return [part.flatten(0, 1) for part in by_group.split(self.sizes, dim=1)]
+
+    def join(self, parts: list[Tensor]) -> Tensor:
+        """The matrix of these parts."""
+        return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
+
+
+def hidden_matrices(model: GPT) -> list[Matrix]:
+    """The matrices of the blocks, in the model's order."""
+    found = []
+    for name, parameter in model.transformer["h"].named_parameters():
+        if parameter.ndim == 2:
+            fused = name.endswith("attn.attn.weight")
+            groups, sizes = qkv_parts(model.config) if fused else (1, (parameter.shape[0],))
+            found.append(Matrix(parameter, groups, sizes))
+    return found
+
+
+def qkv_parts(config: ModelConfig) -> tuple[int, tuple[int, ...]]:
+    """Groups, and rows of q, k and v in each: q, k and v are different matrices, whose rows alternate in attn.attn."""
+    queries = config.n_head // config.n_query_groups
+    return config.n_query_groups, (queries * config.head_size, config.head_size, config.head_size)
+
+
+class Assignment:
+    """Which rank computes the update of which matrix, and which rows of each matrix a rank holds.
+
+    A rank is a copy of the model and a shard of that copy: ``owned[copy][shard]`` are the numbers of its matrices.
+    """
+
+    def __init__(self, matrices: Sequence[Matrix], copies: int, shards: int) -> None:
+        self.copies, self.shards = copies, shards
+        self._shapes = [tuple(matrix.parameter.shape) for matrix in matrices]
+        self.owned: list[list[list[int]]] = [[[] for _ in range(shards)] for _ in range(copies)]
+        loads = [0] * (copies * shards)
+        # the dearest first, each to the rank that has least to do
+        for index in sorted(range(len(matrices)), key=lambda index: -matrices[index].cost):
+            rank = loads.index(min(loads))
+            loads[rank] += matrices[index].cost
+            self.owned[rank // shards][rank % shards].append(index)
+        self.loads = loads
+
+    def rows(self, index: int) -> list[int]:
+        """How many rows of a matrix each shard has: as FSDP cuts it, the first ones as many as the largest."""
+        total = self._shapes[index][0]
+        most = -(-total // self.shards)
+        return [max(0, min(most, total - shard * most)) for shard in range(self.shards)]
+
+    def numels(self, copy: int, shard: int) -> list[list[int]]:
+        """The sizes of a shard's rows of the matrices of each owner in a copy."""
+        return [[self.rows(index)[shard] * self._shapes[index][1] for index in owner] for owner in self.owned[copy]]
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
+
+    ``dtype`` is that of the iterations and of what goes from rank to rank; weights and momenta are fp32. As fused AdamW
+    does, ``step`` obeys ``found_inf``: where it is 1, weights and state stay as they are, and the host does not wait
+    to learn it.
+    """
+
+    found_inf: Tensor | None = None
+
+    def __init__(self, model: GPT, args: OptimArgs, dtype: torch.dtype) -> None:
+        self._matrices = hidden_matrices(model)
+        self._dtype = dtype
+        hidden = [matrix.parameter for matrix in self._matrices]
+        of_muon = set(hidden)
+        others = [parameter for parameter in model.parameters() if parameter not in of_muon]
+        super().__init__([{"params": hidden}], {"lr": args.lr, "weight_decay": args.weight_decay})
+        betas = (args.beta1, args.beta2)
+        self._adamw = torch.optim.AdamW(others, args.lr, betas, weight_decay=args.weight_decay, fused=True)
+        # one optimizer to whoever sets the learning rate, clears gradients or saves the state
+        self._adamw.state = self.state
+        self.param_groups += self._adamw.param_groups
+
+        device = hidden[0].device
+        self._scales = torch.tensor([matrix.scale for matrix in self._matrices], device=device)
+        self._accept = torch.zeros((), device=device)
+        self._mesh = hidden[0].device_mesh if isinstance(hidden[0], DTensor) else None
+        copies, shards = self._mesh.shape if self._mesh is not None else (1, 1)
+        self._copy, self._shard = cast(list[int], self._mesh.get_coordinate()) if self._mesh is not None else (0, 0)
+        self.assignment = Assignment(self._matrices, copies, shards)
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it by the closure
+        """Update every parameter. Collective."""
+        self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
+        self._adamw.step()
+        skip = self._accept if self.found_inf is None else self.found_inf
+        directions = self._directions(skip.bool())
+        updates = self._return(self._orthogonalized(self._collect(directions)))
+        group = self.param_groups[0]
+        lr = group["lr"] * (1 - skip)
+        decay = 1 - lr * group["weight_decay"]
+        for matrix, update, factor in zip(self._matrices, updates, (-lr * self._scales).unbind(), strict=True):
+            weight = local(matrix.parameter)
+            weight.mul_(decay).addcmul_(update.view_as(weight), factor)
+
+    def _directions(self, skip: Tensor) -> list[Tensor]:
+        """Nesterov's momentum of this rank's shard of each matrix, for which the momenta take in the gradients."""
+        directions = []
+        for parameter in (matrix.parameter for matrix in self._matrices):
+            state = self.state[parameter]
+            if not state:
+                state["momentum"] = torch.zeros_like(parameter)
+            assert parameter.grad is not None
+            momentum, gradient = local(state["momentum"]), local(parameter.grad)
+            gradient = torch.where(skip, momentum, gradient)  # which leaves the momentum as it is, bit for bit
+            momentum.lerp_(gradient, 1 - MOMENTUM)
+            directions.append(gradient.lerp(momentum, MOMENTUM).to(self._dtype))
+        return directions
+
+    def _orthogonalized(self, owned: dict[int, Tensor]) -> dict[int, Tensor]:
+        """The updates of these matrices, by number."""
+        parts = [part for index, full in owned.items() for part in self._matrices[index].split(full)]
+        done = iter(orthogonalize_all(parts))
+        matrices = {index: self._matrices[index] for index in owned}
+        return {index: matrix.join([next(done) for _ in matrix.sizes]) for index, matrix in matrices.items()}
+
+    def _collect(self, shards: list[Tensor]) -> dict[int, Tensor]:
+        """The matrices that this rank owns, in full and by number, of every rank's ``shards`` of all."""
+        owned = self.assignment.owned[self._copy]
+        mine = owned[self._shard]
+        numels = [self.assignment.numels(self._copy, shard)[self._shard] for shard in range(self.assignment.shards)]
+        received = self._all_to_all([[shards[index] for index in owner] for owner in owned], numels)
+        columns = [self._matrices[index].parameter.shape[1] for index in mine]
+        full = (torch.cat(pieces) for pieces in zip(*received, strict=True))
+        return {index: flat.view(-1, cols) for index, flat, cols in zip(mine, full, columns, strict=True)}
+
+    def _return(self, updates: dict[int, Tensor]) -> list[Tensor]:
+        """This rank's shard of every matrix's update, flat, of the ``updates`` of the matrices that each rank owns."""
+        copies, shards = self.assignment.copies, self.assignment.shards
+        cut = [update.split(self.assignment.rows(index)) for index, update in updates.items()]
+        numels = [self.assignment.numels(copy, self._shard) for copy in range(copies)]
+        received = self._all_to_all([[rows[shard] for rows in cut] for shard in range(shards)], numels[self._copy])
+        by_copy = [[update for owner in received for update in owner]]
+        if copies > 1:
+            most = max(sum(map(sum, owners)) for owners in numels)
+            flat = flatten(by_copy[0], self._scales.device, self._dtype)
+            gathered = flat.new_empty(copies * most)
+            dist.all_gather_into_tensor(gathered, F.pad(flat, (0, most - len(flat))), self._group("replicate"))
+            sizes = [[size for owner in owners for size in owner] for owners in numels]
+            by_copy = [
+                list(one[: sum(size)].split(size)) for one, size in zip(gathered.view(copies, -1), sizes, strict=True)
+            ]
+        found: dict[int, Tensor] = {}
+        for owners, shards_of in zip(self.assignment.owned, by_copy, strict=True):
+            found |= zip((index for owner in owners for index in owner), shards_of, strict=True)
+        return [found[index] for index in range(len(self._matrices))]
+
+    def _all_to_all(self, outgoing: list[list[Tensor]], numels: list[list[int]]) -> list[list[Tensor]]:
+        """Send ``outgoing[shard]`` to each shard of this copy; returns what each sends here, flat, of these sizes."""
+        sent = flatten([tensor for to in outgoing for tensor in to], self._scales.device, self._dtype)
+        received, sizes = sent, [sum(sizes) for sizes in numels]
+        if self.assignment.shards > 1:
+            received = sent.new_empty(sum(sizes))
+            sent_sizes = [sum(tensor.numel() for tensor in to) for to in outgoing]
+            dist.all_to_all_single(received, sent, sizes, sent_sizes, self._group("shard"))
+        return [list(one.split(size)) for one, size in zip(received.split(sizes), numels, strict=True)]
+
+    def _group(self, name: str) -> dist.ProcessGroup:
+        assert self._mesh is not None
+        return self._mesh.get_group(name)
+
+
+def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
+    """Orthogonalize each of these matrices, those of one shape in one batch."""
+    tall = [rows > columns for rows, columns in (matrix.shape for matrix in matrices)]
+    wide = [matrix.mT if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
+    batches = defaultdict(list)
+    for number, matrix in enumerate(wide):
+        batches[matrix.shape].append(number)
+    for numbers in batches.values():
+        done = orthogonalize(torch.stack([wide[number] for number in numbers]))
+        for number, update in zip(numbers, done, strict=True):
+            wide[number] = update
+    return [matrix.mT if turn else matrix for matrix, turn in zip(wide, tall, strict=True)]
+
+
+def orthogonalize(x: Tensor) -> Tensor:
+    """Take all singular values of a batch of matrices, (B, m, n) with m <= n, to about 1, by Newton-Schulz."""
+    a, b, c = QUINTIC
+    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    for _ in range(ITERATIONS):
+        square = x @ x.mT  # (B, m, m)
+        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's shard."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def flatten(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """One vector of all, which may be none."""
+    return torch.cat([torch.empty(0, device=device, dtype=dtype), *(tensor.reshape(-1) for tensor in tensors)])
