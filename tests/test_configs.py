@@ -23,7 +23,9 @@ def test_a_recipe_is_valid(path: Path) -> None:
     ("name", "tokens", "ranks"),
     [
         ("tinyllama_1.1b", 2_097_152, 16),
+        ("tinyllama_1.1b_muon", 2_097_152, 16),
         ("tinyllama_120m", 524_288, 8),
+        ("tinyllama_120m_muon", 524_288, 8),
         ("tinyllama_code", 737_280, 6),
         ("tinyllama_code_8192", 737_280, 6),
         ("tinyllama_v1.1_basic", 1_835_008, 16),

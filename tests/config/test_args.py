@@ -258,6 +258,14 @@ def test_a_decay_must_fit_between_the_warm_up_and_the_last_step() -> None:
         steps(6)
 
 
+def test_muon_has_one_moment_of_a_hidden_matrix_and_adamw_two() -> None:
+    config = named_config("tinyllama_1.1b")
+    adamw, muon = OptimArgs(), OptimArgs(name="muon")
+    assert (adamw.state_bytes(config), adamw.checkpoint_bytes(config)) == (8 * 1_100_048_384, 12 * 1_100_048_384)
+    assert adamw.state_bytes(config) - muon.state_bytes(config) == 4 * 968_884_224
+    assert adamw.checkpoint_bytes(config) - muon.checkpoint_bytes(config) == 4 * 968_884_224
+
+
 def data(**settings: Any) -> tuple[str, ...]:
     return faults(dataclasses.replace(run(max_steps=9), data=DataArgs(**settings)))
 

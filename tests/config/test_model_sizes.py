@@ -8,7 +8,7 @@ from tinyllama.config.model import NAMED_CONFIGS, ModelConfig, named_config
 
 def test_parameters_of_the_named_sizes() -> None:
     assert named_config("tinyllama_1.1b").num_params() == 1_100_048_384
-    assert named_config("tinyllama_1.1b").checkpoint_bytes == 12 * 1_100_048_384
+    assert named_config("tinyllama_1.1b").num_hidden == 22 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 5632)
     assert named_config("tinyllama_1.1b").num_params(embedding=False) == 1_100_048_384 - 32000 * 2048
     assert set(NAMED_CONFIGS) == {"tinyllama_1.1b", "tinyllama_120m", "quickstart"}
 

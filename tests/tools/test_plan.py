@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from tinyllama import InputError
-from tinyllama.config.args import DataArgs, OpsArgs, ParallelArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.config.args import DataArgs, OpsArgs, OptimArgs, ParallelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.config.model import named_config
 from tinyllama.throughput import flops_per_token, peak_flops
 from tinyllama.tools import plan
@@ -72,6 +72,12 @@ def test_memory_by_part() -> None:
     selective = plan.activations(settings(activation_checkpointing="selective"), CONFIG)
     assert full < 0.15 * plan.activations(settings(), CONFIG)
     assert full < selective < plan.activations(settings(), CONFIG)
+
+
+def test_muon_needs_the_memory_of_one_moment_for_hidden_matrices() -> None:
+    muon = replace(settings(), optim=OptimArgs(name="muon"))
+    state = plan.memory(muon, CONFIG, shard=16, micro_batch=1, accumulation=1)["optimizer (fp32)"]
+    assert state == (8 * CONFIG.num_params() - 4 * 968_884_224) / 16
 
 
 def test_a_chunked_loss_needs_no_logits_in_full() -> None:

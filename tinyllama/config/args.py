@@ -97,6 +97,14 @@ class OptimArgs:
     max_norm: Positive = 1.0
     """the gradient is clipped to this norm"""
 
+    def state_bytes(self, config: ModelConfig) -> int:
+        """Size of the state in fp32: two moments of a parameter, and of a hidden matrix of Muon one."""
+        return 8 * config.num_params() - (4 * config.num_hidden if self.name == "muon" else 0)
+
+    def checkpoint_bytes(self, config: ModelConfig) -> int:
+        """Size of a checkpoint: the weights in fp32, and the state."""
+        return 4 * config.num_params() + self.state_bytes(config)
+
 
 @dataclass(frozen=True)
 class TrainArgs:

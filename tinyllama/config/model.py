@@ -82,9 +82,10 @@ class ModelConfig:
         return blocks + self.n_embd + tables
 
     @property
-    def checkpoint_bytes(self) -> int:
-        """Size of a checkpoint: the weights and AdamW's two moments, all fp32."""
-        return 3 * 4 * self.num_params()
+    def num_hidden(self) -> int:
+        """Count the parameters of the blocks' matrices."""
+        tables_and_norms = self.padded_vocab_size * self.n_embd + (2 * self.n_layer + 1) * self.n_embd
+        return self.num_params(embedding=False) - tables_and_norms
 
 
 NAMED_CONFIGS: dict[str, dict[str, Any]] = {

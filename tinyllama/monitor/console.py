@@ -160,7 +160,7 @@ def _length(run: Run, steps: int, samples: int) -> str:
 
 def _checkpoint_policy(run: Run) -> str:
     policy = run.args.checkpoint
-    gigabytes = run.config.checkpoint_bytes / 1e9
+    gigabytes = run.args.optim.checkpoint_bytes(run.config) / 1e9
     kept = "all" if policy.keep_last is None else f"the newest {policy.keep_last}"
     if policy.keep_last is not None and policy.keep_every is not None:
         kept += f" and every {policy.keep_every:,}th step"

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tinyllama import InputError
-from tinyllama.config.args import SHELL_JOB_NAMES
+from tinyllama.config.args import SHELL_JOB_NAMES, OptimArgs
 from tinyllama.config.model import named_config
 from tinyllama.ops import choice
 from tinyllama.throughput import peak_flops
@@ -269,7 +269,7 @@ def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
         return
     speed = megabytes / (time.perf_counter() - began)
     yield Finding(OK, "disk", f"{folder}: {free:,.0f} GB free, {speed:,.0f} MB/s written and synced")
-    size = named_config("tinyllama_1.1b").checkpoint_bytes / 1e9
+    size = OptimArgs().checkpoint_bytes(named_config("tinyllama_1.1b")) / 1e9
     if free < 4 * size:
         text = f"{free:,.0f} GB free; the 1.1B's checkpoints are {size:.1f} GB each, and 4 of them are there at a time"
         yield Finding(NOTE, "disk", text, "give an out_dir on a larger disk for a large model")

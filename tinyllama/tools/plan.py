@@ -83,7 +83,7 @@ def memory(
     gradients = 4 * params / (shard if args.parallel.sync_every_micro_batch else 1)
     return {
         "parameters (fp32)": 4 * params / shard,
-        "optimizer (fp32)": 8 * params / shard,
+        "optimizer (fp32)": args.optim.state_bytes(config) / shard,
         "gradients (fp32)": gradients if accumulation > 1 else 0.0,
         "FSDP buffers": 4 * gathered + 4 * block if args.train.precision == "fp32" else 2 * gathered + 6 * block,
         "activations": tokens * activations(args, config),
@@ -243,7 +243,7 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
         yield f"time       {hours / 24:,.1f} days, {hours * gpus:,.0f} GPU-hours for {tokens:,} tokens"
         yield f"energy     {hours * gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
         yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * tokens_per_s / 1e6:,.1f} MB/s"
-    gigabytes = config.checkpoint_bytes / 1e9
+    gigabytes = args.optim.checkpoint_bytes(config) / 1e9
     yield f"checkpoint {gigabytes:,.2f} GB each; at 2 GB/s {gigabytes / 2:,.1f} s to write, in the background"
 
 
