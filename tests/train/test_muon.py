@@ -1,7 +1,9 @@
 """Muon on ranks against a plain implementation, and what a step of it takes."""
 
+import itertools
 import shutil
 import zlib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -204,15 +206,17 @@ def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(copies: int, shards
     assignment = Assignment(matrices, copies, shards)
     sizes = [matrix.parameter.numel() for matrix in matrices]
     assert sum(sizes) == 968_884_224
+
+    def of_shard(indices: Iterable[int], shard: int) -> int:
+        return sum(assignment.numel(index, shard) for index in indices)
+
     most = 0
-    for copy in range(copies):
-        for shard in range(shards):
-            numels = assignment.numels(copy, shard)
-            to_owners = sum(sum(numels[owner]) for owner in range(shards) if owner != shard)
-            mine = sum(sizes[index] for index in assignment.owned[copy][shard])
-            back = mine - sum(numels[shard])
-            to_copies = (copies - 1) * max(sum(map(sum, assignment.numels(c, shard))) for c in range(copies))
-            most = max(most, 2 * (to_owners + back + to_copies))
+    for copy, shard in itertools.product(range(copies), range(shards)):
+        owners = assignment.owned[copy]
+        to_owners = sum(of_shard(owner, shard) for owner in owners) - of_shard(owners[shard], shard)
+        back = sum(sizes[index] for index in owners[shard]) - of_shard(owners[shard], shard)
+        to_copies = (copies - 1) * max(sum(of_shard(owner, shard) for owner in other) for other in assignment.owned)
+        most = max(most, 2 * (to_owners + back + to_copies))
     assert most == megabytes * 1e6
 
 
@@ -221,7 +225,7 @@ def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(copies: int, shards
 def test_rows_are_cut_as_fsdp_cuts_them(rows: int, shards: int) -> None:
     assignment = Assignment([Matrix(torch.empty(rows, 2, device="meta"), 1, (rows,))], 1, shards)
     chunks = [len(chunk) for chunk in torch.empty(rows).chunk(shards)]
-    assert assignment.rows(0) == chunks + [0] * (shards - len(chunks))
+    assert [assignment.rows(0, shard) for shard in range(shards)] == chunks + [0] * (shards - len(chunks))
 
 
 def test_parts_are_the_rows_of_q_k_and_v() -> None:

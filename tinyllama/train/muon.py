@@ -8,11 +8,12 @@ alone computes its update. A step needs three collectives, however many matrices
 in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
 """
 
+import itertools
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -23,6 +24,8 @@ from torch.distributed.tensor import DTensor
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
+
+T = TypeVar("T")
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -105,15 +108,15 @@ class Assignment:
             self.owned[rank // shards][rank % shards].append(index)
         self.loads = loads
 
-    def rows(self, index: int) -> list[int]:
-        """How many rows of a matrix each shard has: as FSDP cuts it, the first ones as many as the largest."""
+    def rows(self, index: int, shard: int) -> int:
+        """How many rows of a matrix a shard has: as FSDP cuts it, the first ones as many as the largest."""
         total = self._shapes[index][0]
         most = -(-total // self.shards)
-        return [max(0, min(most, total - shard * most)) for shard in range(self.shards)]
+        return max(0, min(most, total - shard * most))
 
-    def numels(self, copy: int, shard: int) -> list[list[int]]:
-        """The sizes of a shard's rows of the matrices of each owner in a copy."""
-        return [[self.rows(index)[shard] * self._shapes[index][1] for index in owner] for owner in self.owned[copy]]
+    def numel(self, index: int, shard: int) -> int:
+        """How many numbers of a matrix a shard has."""
+        return self.rows(index, shard) * self._shapes[index][1]
 
 
 class Muon(torch.optim.Optimizer):
@@ -185,44 +188,55 @@ class Muon(torch.optim.Optimizer):
 
     def _collect(self, shards: list[Tensor]) -> dict[int, Tensor]:
         """The matrices that this rank owns, in full and by number, of every rank's ``shards`` of all."""
-        owned = self.assignment.owned[self._copy]
-        mine = owned[self._shard]
-        numels = [self.assignment.numels(self._copy, shard)[self._shard] for shard in range(self.assignment.shards)]
-        received = self._all_to_all([[shards[index] for index in owner] for owner in owned], numels)
-        columns = [self._matrices[index].parameter.shape[1] for index in mine]
-        full = (torch.cat(pieces) for pieces in zip(*received, strict=True))
-        return {index: flat.view(-1, cols) for index, flat, cols in zip(mine, full, columns, strict=True)}
+        split = self.assignment
+        owners = split.owned[self._copy]
+        mine = owners[self._shard]
+        numels = [[split.numel(index, shard) for index in mine] for shard in range(split.shards)]
+        received = self._all_to_all([[shards[index] for index in owner] for owner in owners], numels)
+        full = {index: torch.cat(pieces) for index, *pieces in zip(mine, *received, strict=True)}
+        return {index: flat.view(self._matrices[index].parameter.shape) for index, flat in full.items()}
 
     def _return(self, updates: dict[int, Tensor]) -> list[Tensor]:
         """This rank's shard of every matrix's update, flat, of the ``updates`` of the matrices that each rank owns."""
-        copies, shards = self.assignment.copies, self.assignment.shards
-        cut = [update.split(self.assignment.rows(index)) for index, update in updates.items()]
-        numels = [self.assignment.numels(copy, self._shard) for copy in range(copies)]
-        received = self._all_to_all([[rows[shard] for rows in cut] for shard in range(shards)], numels[self._copy])
-        by_copy = [[update for owner in received for update in owner]]
-        if copies > 1:
-            most = max(sum(map(sum, owners)) for owners in numels)
-            flat = flatten(by_copy[0], self._scales.device, self._dtype)
-            gathered = flat.new_empty(copies * most)
-            dist.all_gather_into_tensor(gathered, F.pad(flat, (0, most - len(flat))), self._group("replicate"))
-            sizes = [[size for owner in owners for size in owner] for owners in numels]
-            by_copy = [
-                list(one[: sum(size)].split(size)) for one, size in zip(gathered.view(copies, -1), sizes, strict=True)
-            ]
-        found: dict[int, Tensor] = {}
-        for owners, shards_of in zip(self.assignment.owned, by_copy, strict=True):
-            found |= zip((index for owner in owners for index in owner), shards_of, strict=True)
+        split = self.assignment
+        cut = [
+            update.split([split.rows(index, shard) for shard in range(split.shards)])
+            for index, update in updates.items()
+        ]
+        numels = [[[split.numel(index, self._shard) for index in owner] for owner in copy] for copy in split.owned]
+        outgoing = [[rows[shard] for rows in cut] for shard in range(split.shards)]
+        received = self._all_to_all(outgoing, numels[self._copy])
+        by_copy = self._all_gather(joined(received), [joined(copy) for copy in numels])
+        order = joined(joined(split.owned))
+        found = dict(zip(order, joined(by_copy), strict=True))
         return [found[index] for index in range(len(self._matrices))]
 
     def _all_to_all(self, outgoing: list[list[Tensor]], numels: list[list[int]]) -> list[list[Tensor]]:
         """Send ``outgoing[shard]`` to each shard of this copy; returns what each sends here, flat, of these sizes."""
-        sent = flatten([tensor for to in outgoing for tensor in to], self._scales.device, self._dtype)
-        received, sizes = sent, [sum(sizes) for sizes in numels]
-        if self.assignment.shards > 1:
-            received = sent.new_empty(sum(sizes))
-            sent_sizes = [sum(tensor.numel() for tensor in to) for to in outgoing]
-            dist.all_to_all_single(received, sent, sizes, sent_sizes, self._group("shard"))
-        return [list(one.split(size)) for one, size in zip(received.split(sizes), numels, strict=True)]
+        if self.assignment.shards == 1:
+            return [[tensor.flatten() for tensor in outgoing[0]]]
+        sent = self._flat(joined(outgoing))
+        sizes = [sum(of_shard) for of_shard in numels]
+        received = sent.new_empty(sum(sizes))
+        sent_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
+        dist.all_to_all_single(received, sent, sizes, sent_sizes, self._group("shard"))
+        return [list(one.split(of_shard)) for one, of_shard in zip(received.split(sizes), numels, strict=True)]
+
+    def _all_gather(self, tensors: list[Tensor], numels: list[list[int]]) -> list[list[Tensor]]:
+        """The tensors of every copy, flat, of these sizes; the collective wants as much of each, so they are padded."""
+        if self.assignment.copies == 1:
+            return [tensors]
+        most = max(sum(of_copy) for of_copy in numels)
+        flat = self._flat(tensors)
+        gathered = flat.new_empty(self.assignment.copies * most)
+        dist.all_gather_into_tensor(gathered, F.pad(flat, (0, most - len(flat))), self._group("replicate"))
+        by_copy = zip(gathered.split(most), numels, strict=True)
+        return [list(one[: sum(of_copy)].split(of_copy)) for one, of_copy in by_copy]
+
+    def _flat(self, tensors: list[Tensor]) -> Tensor:
+        """One vector of all, which may be none."""
+        empty = torch.empty(0, device=self._scales.device, dtype=self._dtype)
+        return torch.cat([empty, *(tensor.flatten() for tensor in tensors)])
 
     def _group(self, name: str) -> dist.ProcessGroup:
         assert self._mesh is not None
@@ -258,6 +272,6 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def flatten(tensors: list[Tensor], device: torch.device, dtype: torch.dtype) -> Tensor:
-    """One vector of all, which may be none."""
-    return torch.cat([torch.empty(0, device=device, dtype=dtype), *(tensor.reshape(-1) for tensor in tensors)])
+def joined(lists: Iterable[list[T]]) -> list[T]:
+    """One list of all."""
+    return list(itertools.chain.from_iterable(lists))
