@@ -29,9 +29,9 @@ WORLDS: dict[str, tuple[int, object, dict[str, int]]] = {
     "2 ranks, sharded": (2, "full", SHARDS),
     "3 ranks, sharded": (3, "full", SHARDS),
     "4 ranks, sharded": (4, "full", SHARDS),
-    "2 ranks, replicated": (2, "none", {"c10d._allgather_base_.default over 2": 1}),
-    "3 ranks, replicated": (3, "none", {"c10d._allgather_base_.default over 3": 1}),
-    "4 ranks, two copies": (4, 2, SHARDS | {"c10d._allgather_base_.default over 2": 1}),
+    "2 ranks, replicated": (2, "none", {"c10d.allgather_.default": 1}),
+    "3 ranks, replicated": (3, "none", {"c10d.allgather_.default": 1}),
+    "4 ranks, two copies": (4, 2, SHARDS | {"c10d.allgather_.default": 1}),
 }
 
 

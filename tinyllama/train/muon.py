@@ -226,11 +226,11 @@ class Muon(torch.optim.Optimizer):
         """The tensors of every copy, flat, of these sizes; the collective wants as much of each, so they are padded."""
         if self.assignment.copies == 1:
             return [tensors]
-        most = max(sum(of_copy) for of_copy in numels)
         flat = self._flat(tensors)
-        gathered = flat.new_empty(self.assignment.copies * most)
-        dist.all_gather_into_tensor(gathered, F.pad(flat, (0, most - len(flat))), self._group("replicate"))
-        by_copy = zip(gathered.split(most), numels, strict=True)
+        padded = F.pad(flat, (0, max(sum(of_copy) for of_copy in numels) - len(flat)))
+        gathered = [torch.empty_like(padded) for _ in numels]
+        dist.all_gather(gathered, padded, self._group("replicate"))
+        by_copy = zip(gathered, numels, strict=True)
         return [list(one[: sum(of_copy)].split(of_copy)) for one, of_copy in by_copy]
 
     def _flat(self, tensors: list[Tensor]) -> Tensor:
