@@ -39,7 +39,7 @@ from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
-from tinyllama.train.run import Run, check_start, choose_ops, done_in, gradient_accumulation, load_checkpoint, mix
+from tinyllama.train.run import Run, choose_ops, gradient_accumulation, load_checkpoint, mix, start_from
 from tinyllama.train.step import Losses, TrainStep
 
 DONE, DEFECT, STOPPED = 0, 1, 75
@@ -57,8 +57,7 @@ def setup(args: PretrainArgs) -> Run:
     mixture = mix(args, sources, config.block_size)
     ops = choose_ops(args, config, [*sources, *validation])
     step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
-    run = Run(args, config, world, sources, validation, mixture, accumulation, ops, step_dir, done_in(step_dir))
-    check_start(run)
+    run = start_from(step_dir, Run(args, config, world, sources, validation, mixture, accumulation, ops))
     initial_weights(run)  # for its errors; they are read once every rank is there
     return run
 

@@ -13,7 +13,7 @@ from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, 
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.train.launch import World
-from tinyllama.train.run import Run, check_start
+from tinyllama.train.run import Run, start_from
 
 T = 8  # block_size
 BLOCKS = 100
@@ -91,7 +91,7 @@ def test_a_warm_up_that_is_over_is_no_longer_asked_about(make_run, batch: int) -
     assert run.max_steps == 38 + 16 // batch + (batch == 64)
     # one that still goes on must end
     with pytest.raises(InputError, match="warmup_steps 30 does not end within the run's 25 steps: lower it"):
-        check_start(make_run(after(start, 20), warmup_steps=30, max_tokens=320 * T, global_batch_size=32))
+        assert make_run(after(start, 20), warmup_steps=30, max_tokens=320 * T, global_batch_size=32).max_steps
 
 
 BUDGETS = [{"max_tokens": 320 * T}, {"max_epochs": 3.2}, {"max_steps": 40}]
@@ -136,4 +136,4 @@ def test_more_tokens_than_can_be_counted_are_refused(make_run) -> None:
     with pytest.raises(
         InputError, match="steps make 8,000,000,000,000,000,000 tokens: lower train.global_batch_size or"
     ):
-        check_start(make_run(max_steps=10**15, global_batch_size=1000))
+        start_from(None, make_run(max_steps=10**15, global_batch_size=1000))

@@ -45,6 +45,10 @@ def _is_count(value: Any) -> bool:
     return type(value) is int and 0 <= value < 2**62
 
 
+def _is_count_or_unknown(value: Any) -> bool:
+    return _is_count(value) or (type(value) is int and value == -1)
+
+
 def _is_pair(value: Any) -> bool:
     """Whether ``value`` is two finite numbers of 32 bits."""
     pair = value if isinstance(value, list) else ()
@@ -68,10 +72,10 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "step": _is_count,
     "samples": _is_count,
     "tokens": _is_count,
-    "validated": lambda value: type(value) is int and -1 <= value < 2**62,
+    "validated": _is_count_or_unknown,
     "skipped": _is_count,
     "skipped_in_a_row": _is_count,
-    "warmup_samples": lambda value: type(value) is int and -1 <= value < 2**62,
+    "warmup_samples": _is_count_or_unknown,
     "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
     "world_size": lambda value: _is_count(value) and value > 0,
     "data": _or_none(lambda value: isinstance(value, dict)),

@@ -46,7 +46,7 @@ class Run:
     """micro-batches a rank passes through in one step"""
     ops: dict[str, str]
     """backend of each operation"""
-    resume: Path | None
+    resume: Path | None = None
     """the step directory to go on from"""
     done: TrainState = field(default_factory=TrainState)
     """what has been done there, at whichever batch it was; everything else of a run is as its settings are today"""
@@ -129,23 +129,24 @@ class Run:
         return {key: getattr(self.sources[0], key) for key in ("tokenizer_sha256", "bos", "bos_id", "eos_id")}
 
 
-def done_in(step_dir: Path | None) -> TrainState:
-    """What the checkpoint ``step_dir`` has done; nothing without one."""
-    return TrainState() if step_dir is None else from_json(reader.read_state(step_dir))
+def start_from(step_dir: Path | None, run: Run) -> Run:
+    """Return the run as it starts from the checkpoint ``step_dir``, or from nothing.
 
-
-def check_start(run: Run) -> None:
-    """Raise InputError for a folder of packed data, a checkpoint that the run cannot continue, or a wrong length."""
+    Raises InputError for an out_dir of packed data, a checkpoint that the run cannot continue, and a wrong length.
+    """
     if (run.out_dir / MANIFEST).exists() or any(run.out_dir.glob("*.bin")):
         raise InputError(f"out_dir {run.out_dir} holds packed data: give the run a folder of its own")
-    if run.resume is not None:
-        _check_resume(run, run.resume)
+    saved = {} if step_dir is None else reader.read_state(step_dir)
+    run = replace(run, resume=step_dir, done=from_json(saved))
+    if step_dir is not None:
+        _check_resume(step_dir, saved, run)
     total_steps(run.args, run.config.block_size, run.num_blocks, run.done)
+    return run
 
 
-def _check_resume(run: Run, step_dir: Path) -> None:
+def _check_resume(step_dir: Path, saved: dict[str, Any], run: Run) -> None:
     """Raise InputError for a checkpoint of other data, of another model, or beyond the run's budget."""
-    saved, now = reader.read_state(step_dir), run.data_metadata()
+    now = run.data_metadata()
     then = {key: saved.get(key) for key in now}
     if isinstance(then["data"], dict):
         then["data"] = {"order": FIRST_ORDER} | then["data"]
@@ -177,10 +178,9 @@ def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Opt
     while True:
         shared = [run.resume]
         dist.broadcast_object_list(shared)  # a file system may show ranks different newest ones
-        run = replace(run, resume=shared[0], done=done_in(shared[0]))
+        run = start_from(shared[0], run)
         if run.resume is None:
             return run, TrainState()
-        _check_resume(run, run.resume)
         try:
             return run, reader.load(run.resume, model, optimizer)
         except reader.DamagedError as error:
