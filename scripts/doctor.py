@@ -5,6 +5,7 @@ python scripts/doctor.py [--out_dir DIR]
 
 from pathlib import Path
 
+from tinyllama import printable
 from tinyllama.config import cli
 
 
@@ -16,13 +17,14 @@ def main() -> int:
     try:
         from tinyllama.tools import doctor
     except Exception as error:
-        print(f"wrong  torch cannot be imported: {type(error).__name__}: {next(iter(str(error).splitlines()), '')}")
+        reason = next(iter(str(error).splitlines()), "")
+        print(f"wrong  torch cannot be imported: {type(error).__name__}: {printable(reason)}")
         print("       -> pip install -e ., with a torch for this machine's CUDA, or for its CPU")
         return 1
     wrong = 0
     for finding in doctor.examine(args.out_dir):
         wrong += finding.state == doctor.WRONG
-        print(f"{finding.state:<6} {finding.name:<18} {finding.text}", flush=True)
+        print(f"{finding.state:<6} {finding.name:<18} {printable(finding.text)}", flush=True)
         if finding.hint:
             print(f"{'':<25} -> {finding.hint}", flush=True)
     print(f"{wrong} wrong" if wrong else "nothing is wrong")

@@ -6,6 +6,7 @@ python scripts/inspect_packed.py data/slimpajama --verify    # hash every shard;
 
 from pathlib import Path
 
+from tinyllama import printable
 from tinyllama.config import cli
 from tinyllama.prepare.inspection import inspect_packed
 from tinyllama.tokenizer import Tokenizer
@@ -19,9 +20,10 @@ def main() -> None:
     parser.add_argument("--tokenizer", type=Path, help="shows text: the beginning, and the most frequent tokens")
     args = parser.parse_args()
     figures = inspect_packed(args.folder, args.verify, Tokenizer(args.tokenizer) if args.tokenizer else None)
+    figures = {printable(key, 80): value for key, value in figures.items()}
     width = max(map(len, figures))
     for key, value in figures.items():
-        print(f"{key:{width}}  {value:,}" if isinstance(value, int | float) else f"{key:{width}}  {value}")
+        print(f"{key:{width}}  {value:,}" if isinstance(value, int | float) else f"{key:{width}}  {printable(value)}")
     if args.verify:
         print(f"verified: the {figures['shards']:,} shards are what was written")
 

@@ -1,5 +1,6 @@
 """What comes from files and other libraries is one line where it is printed, whatever it holds and however long."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -113,3 +114,16 @@ def test_the_reason_in_stopped_is_one_line(tmp_path: Path, capsys: pytest.Captur
     (line,) = capsys.readouterr().err.splitlines()
     assert is_one_line(line)
     assert line.endswith("or a branch from an older step")
+
+
+def test_names_of_subsets_are_a_line_each(packed_folder, script) -> None:
+    folder = packed_folder([[list(range(100))]])
+    manifest = json.loads((folder / "manifest.json").read_text())
+    figures = {"documents": 1, "tokens": 100, "bytes": 100}
+    manifest["subsets"] = {text: figures for text, _ in HOSTILE.values()} | {"x" * 10**6: figures}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    before = len(script("inspect_packed", packed_folder([[list(range(100))]], name="other"))[1].splitlines())
+    code, out, err = script("inspect_packed", folder)
+    assert (code, err) == (0, "")
+    assert all(line.isprintable() and len(line) < 200 for line in out.splitlines())
+    assert len(out.splitlines()) == before + len(manifest["subsets"])
