@@ -82,7 +82,7 @@ def main(run: Run) -> int:
     with (
         lock.run_lock(run.out_dir, os.environ.get("SLURM_JOB_ID")),
         Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
-        RunLog(run, state.step if run.resume else None, speaks=rank == 0) as log,
+        RunLog(run, state.step if run.resume else None, is_rank_zero=rank == 0) as log,
     ):
         code = fit(Training(run, fabric, gpt, model, optimizer, state, preemption, watchdog, log))
     fabric.barrier()  # Fabric's launcher ends a rank that outlives another by more than seconds

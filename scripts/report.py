@@ -5,6 +5,7 @@ python scripts/report.py out/RUN [out/OTHER ...] [--output FILE]
 
 from pathlib import Path
 
+from tinyllama import printable
 from tinyllama.config import cli
 from tinyllama.monitor import report
 from tinyllama.monitor.metrics import read_metrics
@@ -19,7 +20,7 @@ def main() -> None:
     output = args.output or args.runs[0] / "report.html"
     report.write(args.runs, output)
     print(*report.picture(read_metrics(args.runs[0] / "metrics.csv")), sep="\n")
-    print(f"report   {output}")
+    print(f"report   {printable(output)}")
 
 
 if __name__ == "__main__":

