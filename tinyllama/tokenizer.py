@@ -99,7 +99,7 @@ class Tokenizer:
 
         try:
             processor = sentencepiece.SentencePieceProcessor(model_proto=payload)
-        except RuntimeError:
+        except (RuntimeError, ValueError):  # a message of its own that is not UTF-8
             processor = None
         if re.match(rb"[\w+/]+=* \d+\r?\n", payload):
             raise InputError(f"{self.path} is a tiktoken file: give the tokenizer.json of the same model")

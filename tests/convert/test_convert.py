@@ -125,6 +125,50 @@ def test_a_tokenizer_json_is_exported_without_what_adds_tokens(tmp_path):
         assert theirs.decode(ours.encode(text)) == text
 
 
+def test_a_batch_of_texts_is_padded_with_a_token_that_there_is(exported, tokenizer_file):
+    from transformers import AutoTokenizer, LlamaForCausalLM
+
+    theirs, model = AutoTokenizer.from_pretrained(exported), LlamaForCausalLM.from_pretrained(exported)
+    ours = Tokenizer(tokenizer_file)
+    assert (theirs.pad_token, theirs.pad_token_id, len(theirs)) == ("<unk>", 0, ours.vocab_size)
+    assert (model.generation_config.pad_token_id, model.config.vocab_size) == (0, CONFIG.padded_vocab_size)
+    texts = ["The llama", "a", "def read(path):\n    return path"]
+    batch = theirs(texts, return_tensors="pt", padding=True)
+    lengths = [len(ours.encode(text)) for text in texts]
+    assert batch["attention_mask"].sum(1).tolist() == lengths
+    assert (batch["input_ids"] == 0).sum(1).tolist() == [max(lengths) - length for length in lengths]
+    together = model.generate(**batch, do_sample=False, max_new_tokens=20)[:, max(lengths) :].tolist()
+    for text, new in zip(texts, together, strict=True):
+        alone = generate(from_weights(CONFIG, weights()), [ours.encode(text)], 20, eos_ids=[2])[0]
+        assert new == alone + [0] * (20 - len(alone))
+
+
+@pytest.mark.parametrize(
+    ("special", "unk", "pad"),
+    [
+        (["<s>", "</s>"], None, "</s>"),
+        (["<s>"], None, "<s>"),
+        (["<s>", "</s>", "<unk>"], "<unk>", "<unk>"),
+        ([], None, None),
+    ],
+)
+def test_a_tokenizer_without_unk_pads_with_what_else_it_has(special, unk, pad, tmp_path):
+    import tokenizers
+    from tokenizers import models, pre_tokenizers
+    from transformers import AutoTokenizer
+
+    pieces = {piece: i for i, piece in enumerate([*sorted(pre_tokenizers.ByteLevel.alphabet()), *special])}
+    source = tokenizers.Tokenizer(models.BPE(pieces, [], unk_token=unk))
+    source.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    source.decoder = tokenizers.decoders.ByteLevel()
+    source.save(str(tmp_path / "tokenizer.json"))
+    hf_folder.write(tmp_path / "hf", given(), Tokenizer(tmp_path))
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
+    assert (theirs.pad_token, len(theirs)) == (pad, len(pieces))
+    generation = json.loads((tmp_path / "hf/generation_config.json").read_text())
+    assert generation["pad_token_id"] == (None if pad is None else pieces[pad])
+
+
 def test_greedy_text_is_that_of_transformers(exported):
     from transformers import LlamaForCausalLM
 
@@ -259,6 +303,36 @@ def test_the_command_goes_on_with_a_text(script, step_dir, tokenizer_file):
     code, out, err = script("generate", step_dir, *args)
     assert (code, out) == (0, tokenizer.decode(ids + new) + "\n")
     assert re.fullmatch(r"9 tokens in [\d.]+ s, [\d.]+ tokens/s\n", err)
+
+
+def test_the_command_says_what_it_cuts_from_a_prompt(script, step_dir, tokenizer_file):
+    tokenizer = Tokenizer(tokenizer_file)
+    long = "The llama walked along the river, and 1984 others followed her. " * 9
+    ids = tokenizer.encode(long)
+    assert len(ids) > 96
+    args = ("--tokenizer", tokenizer_file, "--max_new_tokens", 5)
+    code, out, err = script("generate", step_dir, *args, "--prompt", long)
+    first, second = err.splitlines()
+    assert (code, second[:8]) == (0, "5 tokens")
+    assert first == f"--prompt has {len(ids):,} tokens: the model reads only its last 96, a whole context"
+    new = generate(from_weights(CONFIG, weights()), [ids[-96:]], 5, eos_ids=[2])[0]
+    assert out == tokenizer.decode(ids + new) + "\n"
+    code, out, err = script("generate", step_dir, *args, "--prompt", "a", "--prompt", long)
+    assert err.startswith(f"--prompt 2 has {len(ids):,} tokens: ")
+
+
+def test_the_command_stops_at_every_end_that_a_folder_names(script, tmp_path, tokenizer_file):
+    tokenizer = Tokenizer(tokenizer_file)
+    ids = tokenizer.encode("The llama")
+    free = generate(from_weights(CONFIG, weights()), [ids], 12)[0]
+    hf_folder.write(tmp_path / "hf", given(), tokenizer)
+    config = json.loads((tmp_path / "hf/config.json").read_text())
+    (tmp_path / "hf/config.json").write_text(json.dumps(config | {"eos_token_id": [2, 399, free[3]]}))
+    args = ("--tokenizer", tokenizer_file, "--prompt", "The llama", "--max_new_tokens", 12)
+    code, out, err = script("generate", tmp_path / "hf", *args)
+    expected = free[: free.index(free[3]) + 1]
+    assert (code, out) == (0, tokenizer.decode(ids + expected) + "\n")
+    assert err.startswith(f"{len(expected)} tokens in ")
 
 
 def test_the_commands_name_what_is_wrong(script, step_dir, tmp_path, tokenizer_file):

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from models import CONFIG, given, weights
+from models import CONFIG, METADATA, given, weights
 
 from tinyllama import InputError
 from tinyllama.checkpoint import names, reader
@@ -106,7 +106,7 @@ def test_scores_are_those_of_lm_eval_on_the_exported_folder(
 
     hf_folder.write(tmp_path / "hf", open_weights(step_dir), Tokenizer(tokenizer_file))
     expected = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", batch_size=1, device="cpu"),
+        model=HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", batch_size=1, device="cpu", prefix_token_id=2),
         tasks=["tiny_choice", "tiny_perplexity"],
         task_manager=TaskManager(include_path=str(tasks)),
         log_samples=False,
@@ -122,16 +122,62 @@ def test_scores_are_those_of_lm_eval_on_the_exported_folder(
         assert value == pytest.approx(expected[task][f"{metric},none"], rel=1e-6)
     assert {(row["step"], row["tokens"], row["shots"]) for row in rows} == {("12", "3456", "0")}
 
-    # and are what our model itself makes of the texts: bits a byte are lm-eval's own, with bos before each text
+    # and are what our model itself makes of the texts: bits a byte are lm-eval's own, with eos before each text
     model, tokenizer = from_weights(CONFIG, weights()), Tokenizer(tokenizer_file)
     nats = 0.0
     for text in SENTENCES:
-        ids = torch.tensor([[tokenizer.bos_id, *tokenizer.encode(text)]])
+        ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode(text)]])
         with torch.no_grad():
             nats += model(ids[:, :-1], ids[:, 1:]).item()
     num_bytes = sum(len(text.encode()) for text in SENTENCES)
     assert found["tiny_perplexity", "bits_per_byte"] == pytest.approx(nats / math.log(2) / num_bytes, rel=1e-4)
     (run / "eval.csv").unlink()
+
+
+@pytest.mark.slow
+def test_the_first_token_of_a_text_follows_what_separates_documents(tasks, tokenizer_file, monkeypatch):
+    """A model that knows what follows eos in the data, and nothing of bos, which the data never had."""
+    pytest.importorskip("lm_eval")
+    tokenizer = Tokenizer(tokenizer_file)
+    state = weights()
+    documents = [torch.tensor([[2, *tokenizer.encode(text), 2]]) for text in SENTENCES]
+    model = from_weights(CONFIG, state).requires_grad_()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(30):
+        sum(model(ids[:, :-1], ids[:, 1:]) for ids in documents).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    def nats(prefix):
+        with torch.no_grad():
+            texts = (torch.tensor([[prefix, *tokenizer.encode(text)]]) for text in SENTENCES)
+            return sum(model(ids[:, :-1], ids[:, 1:]).item() for ids in texts)
+
+    assert nats(1) > nats(2) + 1
+    num_bytes = sum(len(text.encode()) for text in SENTENCES)
+    for policy, prefix in [(None, 2), (False, 2), (True, 1)]:
+        metadata = METADATA | {"bos": policy}
+        found = harness.evaluate(
+            given(model.state_dict(), metadata=metadata), tokenizer, [harness.Task("tiny_perplexity")], tasks
+        )
+        bits = {score.metric: score.value for score in found}["bits_per_byte"]
+        assert bits == pytest.approx(nats(prefix) / math.log(2) / num_bytes, rel=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("known", "bos", "expected"),
+    [
+        ({}, None, 2),
+        ({"eos_id": 7}, False, 7),
+        ({"eos_id": 7, "bos_id": 5}, True, 5),
+        ({"bos_id": None}, True, 1),
+        ({"eos_id": None}, None, 2),
+        ({"eos_id": 0}, None, 0),
+    ],
+)
+def test_what_separates_documents_is_eos_unless_they_begin_with_bos(known, bos, expected, tokenizer_file):
+    weights = given(metadata=METADATA | known | {"bos": bos})
+    assert harness.separator(weights, Tokenizer(tokenizer_file)) == expected
 
 
 def test_perplexity_of_packed_tokens_and_of_the_same_texts(packed_folder, step_dir, tokenizer_file, tmp_path, script):

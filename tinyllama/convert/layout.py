@@ -129,11 +129,14 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf} | rope
         rope_type = rope.get("rope_type", rope.get("type", "default"))
         base, eps = rope.get("rope_theta", 10000), hf.get("rms_norm_eps", 1e-6)
+        tied = hf.get("tie_word_embeddings", False)
         ratio = rope["factor"] if rope_type == "linear" else 1
         problems = list(_unsupported(hf, rope_type, base, rope.get("partial_rotary_factor", 1)))
         for key, value in (("rms_norm_eps", eps), ("the factor of linear RoPE", ratio)):
             if type(value) not in (int, float) or value > MOST:
                 problems.append(f"{key} is {printable(repr(value), 40)}: give a number")
+        if not isinstance(tied, bool):
+            problems.append(f"tie_word_embeddings is {printable(repr(tied), 40)}: give true or false")
         rows = hf["vocab_size"]
         if pieces is not None and pieces > rows:
             problems.append(f"the tokenizer beside it has {pieces} pieces, the model {rows}: take both from one model")
@@ -150,7 +153,7 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
             "norm_eps": eps,
             "rope_base": int(base),
             "rope_condense_ratio": ratio,
-            "tie_embeddings": bool(hf.get("tie_word_embeddings", False)),
+            "tie_embeddings": tied,
         }
         known = next((name for name in NAMED_CONFIGS if named_config(name) == ModelConfig(name, **sizes)), "llama")
         return ModelConfig(known, **sizes)

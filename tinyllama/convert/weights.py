@@ -2,6 +2,7 @@
 
 import functools
 import json
+import os
 import re
 import zipfile
 from collections.abc import Callable, Mapping
@@ -101,13 +102,21 @@ def _open_hf(path: Path) -> Weights:
     config = layout.config_of(hf, str(path / "config.json"), pieces)
     if "model" in mark:  # our own export knows which rows are padding
         try:
-            config = replace(config, **{key: mark["model"][key] for key in ("name", "vocab_size", "padding_multiple")})
+            known = {key: mark["model"][key] for key in ("name", "vocab_size", "padding_multiple")}
+            name, *sizes = known.values()
+            if not (isinstance(name, str) and all(type(n) is int and 0 < n <= config.padded_vocab_size for n in sizes)):
+                raise TypeError(known)
+            config = replace(config, **known)
         except (KeyError, TypeError) as error:
             why = printable(repr(error), 200)
             raise InputError(f"{path / folder.MARK} is not what an export writes ({why}): export again") from None
     # older versions of transformers saved the RoPE table, and some save tied embeddings twice
-    ignored = ("rotary_emb.inv_freq", *(["lm_head.weight"] if config.tie_embeddings else []))
-    tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith(ignored)}
+    tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith("rotary_emb.inv_freq")}
+    output, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if config.tie_embeddings and {output, embedding} <= tensors.keys():
+        same = torch.equal(tensors.pop(output).float(), tensors[embedding].float())
+        if not same:  # then transformers does not tie them, whatever config.json says
+            raise InputError(f"{path} has another {output} than {embedding}: set tie_word_embeddings to false")
     dtype = _check(path, config, _shapes_and_dtypes(tensors), layout.hf_shapes)
     parts = dict(layout.keys(config))
 
@@ -198,7 +207,7 @@ def _hf_files(path: Path) -> list[Path]:
             if not isinstance(names, dict) or not all(isinstance(name, str) for name in names.values()):
                 raise InputError(f"{path / index} has no weight_map: fetch the folder again")
             files = [path / Path(name).name for name in sorted(set(names.values()))]
-            if missing := [printable(file, 300) for file in files if not file.is_file()]:
+            if missing := [printable(file, 300) for file in files if not os.path.isfile(file)]:  # any name, any length
                 raise InputError(f"{missing[0]} is missing, which {index} names: fetch the folder again")
             return files
     raise InputError(f"{path} has no model.safetensors, pytorch_model.bin or an index of them: fetch the folder again")
