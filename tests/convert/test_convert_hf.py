@@ -42,6 +42,7 @@ def test_there_and_back_is_bit_equal_and_the_logits_are_those_of_transformers(co
         back = open_weights(tmp_path / "hf")
         step_dir = native.write(tmp_path / "ours", back)
         again = open_weights(tmp_path / "ours")
+        assert reader.problem(step_dir) is None
         assert again.path == step_dir
         assert (back.config, again.config) == (config, config)
         assert again.dtype == out.dtype

@@ -11,6 +11,7 @@ import pytest
 import torch
 from models import CONFIG, given, weights
 
+from tinyllama.checkpoint import reader
 from tinyllama.convert import hf_folder
 
 
@@ -109,7 +110,8 @@ REFUSED = {
         lambda path: (hf(path) / "export.json").write_text('{"files": [], "model": 5}'),
         "export.json is",
     ),
-    "a million layers": (lambda path: hf(path, num_hidden_layers=10**6), "has 2 layers, the model's sizes 1000000"),
+    "a million layers": (lambda path: hf(path, num_hidden_layers=10**6), "model.n_layer is 1000000: it must be"),
+    "too many layers": (lambda path: hf(path, num_hidden_layers=999), "has 2 layers, the model's sizes 999"),
     "half a layer": (lambda path: hf(path, num_hidden_layers=2.5), "num_hidden_layers is 2.5: give a whole number"),
     "a negative size": (lambda path: hf(path, num_attention_heads=-8), "num_attention_heads is -8"),
     "an endless base": (lambda path: hf(path, rope_theta=float("inf"), rope_parameters=None), "rope_theta inf is not"),
@@ -207,13 +209,14 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         ("list.pth", sizes, "transformer.wte.weight is missing"),
         ("whole.pth", [], "does not say its model's sizes"),
         ("whole.pth", ["--model.name", "tinyllama_1.1b"], "whole.pth has 2 layers, the model's sizes 22"),
-        ("whole.pth", [*sizes, "--model.n_layer", str(10**6)], "has 2 layers, the model's sizes 1000000"),
+        ("whole.pth", [*sizes, "--model.n_layer", str(10**6)], "model.n_layer is 1000000: it must be"),
+        ("whole.pth", [*sizes, "--model.n_layer", "999"], "has 2 layers, the model's sizes 999"),
         ("whole.pth", [*sizes, "--model.n_embd", str(10**12)], "parameters: lower the one that is too large"),
         ("whole.pth", [*sizes, "--model.norm_eps", "nan"], "model.norm_eps is nan"),
         ("numbers.pth", sizes, "transformer.wte.weight is missing"),
         ("int8.pth", sizes, "int8.pth has transformer.ln_f.weight in torch.int8"),
         ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
-        ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "neither true nor false"),
+        ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "model.tie_embeddings cannot be 'perhaps': expected bool"),
         ("run", ["--model.n_layer", "3"], "says its model's sizes itself"),
         ("nothing.pth", sizes, "holds no complete checkpoint"),
         ("run", [], "holds no complete checkpoint"),
@@ -264,8 +267,15 @@ def test_tensors_that_are_damaged_are_refused_in_one_line(tmp_path, script, step
     copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
     for file in copied.glob("*.distcp"):
         file.write_bytes(pickle.dumps(Evil(tmp_path)).ljust(file.stat().st_size, b"\0"))
+    state = copied / "state.json"
+    without_hashes = json.dumps(reader.read_state(copied))
     for name in ("convert_lit_checkpoint", "export_checkpoint"):
         code, out, err = script(name, copied, tmp_path / "out")
         assert (code, out, err.count("\n")) == (2, "", 1), err
-        assert err.startswith(f"error: {copied} cannot be read (")
+        assert err.startswith(f"error: {copied} is damaged (__0_0.distcp does not match its hash): ")
+    state.write_text(without_hashes)
+    for name in ("convert_lit_checkpoint", "export_checkpoint"):
+        code, out, err = script(name, copied, tmp_path / "out")
+        assert (code, out) == (2, ""), err
+        assert err.splitlines()[-1].startswith(f"error: {copied} cannot be read (")
     assert [path.name for path in tmp_path.iterdir()] == ["run"]

@@ -4,7 +4,6 @@ Training, generation, evaluation and export already read step directories, at an
 trained becomes a step 0 without optimizer state.
 """
 
-import json
 import shutil
 import warnings
 from dataclasses import asdict
@@ -13,10 +12,10 @@ from pathlib import Path
 import torch
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.metadata import StorageMeta
 
 from tinyllama import __version__
-from tinyllama.checkpoint import names, reader
+from tinyllama.checkpoint import hashes, names, reader
+from tinyllama.checkpoint.writer import HashingWriter
 from tinyllama.config import cli
 from tinyllama.convert import folder
 from tinyllama.convert.weights import Weights
@@ -36,23 +35,22 @@ def write(output: Path, weights: Weights) -> Path:
     with folder.create(output, weights.path, {"from": str(weights.path)}) as partial:
         step_dir = names.step_dir(partial, 0)
         step_dir.mkdir()
+        writer = HashingWriter(step_dir)
         tensors = {f"model.{name}": tensor for name, tensor in weights.load().items()}
         with warnings.catch_warnings():  # DCP warns that there is no process group, which is intended
             warnings.simplefilter("ignore", UserWarning)
             try:
-                dcp.save(tensors, storage_writer=_Writer(step_dir, per_thread_copy_ahead=0), no_dist=True)
+                dcp.save(tensors, storage_writer=writer, no_dist=True)
             except CheckpointException as error:  # it is not an Exception, and its text is a trace
                 cause = error.failures[0][0]
                 hidden = cause.__context__  # torch.save hides an OSError behind a RuntimeError
                 raise hidden if isinstance(hidden, OSError) else cause from None
-        (step_dir / "config.yaml").write_text(cli.dump({"model": asdict(weights.config)}), encoding="utf-8")
-        (step_dir / "state.json").write_text(json.dumps(state, indent=2), encoding="utf-8")
+        settings = cli.dump({"model": asdict(weights.config)}).encode()
+        (step_dir / "config.yaml").write_bytes(settings)
+        (step_dir / "state.json").write_bytes(
+            hashes.seal(state, writer.hashes | {"config.yaml": hashes.of_bytes(settings)})
+        )
         for name in TOKENIZER_FILES:
             if (weights.path / name).is_file():
                 shutil.copyfile(weights.path / name, partial / name)
     return names.step_dir(output, 0)
-
-
-class _Writer(dcp.FileSystemWriter):
-    def storage_meta(self) -> StorageMeta:
-        return StorageMeta()  # the default would pickle the current path into the checkpoint
