@@ -199,6 +199,7 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
     broken = tmp_path / "run/checkpoints/step-00000012"
     shutil.copytree(step_dir, broken)
     (broken / ".metadata").write_bytes(pickle.dumps(Evil(tmp_path)))
+    (broken / "state.json").write_text(json.dumps(reader.read_state(step_dir)))  # without hashes, which would say so
     sizes = [f"--model.{k}={v}" for k, v in dataclasses.asdict(CONFIG).items() if k not in ("name", "tie_embeddings")]
     before = {path.name for path in tmp_path.iterdir()}
     for name, flags, problem in [

@@ -28,6 +28,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "lm_head.weight": ("lm_head.weight",),
 }
 
+MOST_SIZE = 2**24  # no vocabulary, width or context is as large; RoPE's table of such a context takes gigabytes
 MOST = 10**15  # a larger number is an error: in fp32, it is no number any more
 
 # transformers' name in config.json of each size, and ours
@@ -121,8 +122,8 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
     try:
         hf = {key: value for key, value in hf.items() if value is not None}
         hf = {"num_key_value_heads": hf["num_attention_heads"], "max_position_embeddings": 2048} | hf
-        if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and 0 < hf[key] < 2**31)]:
-            hint = "give a whole number above 0, below 2^31"
+        if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and 0 < hf[key] < MOST_SIZE)]:
+            hint = f"give a whole number above 0, below {MOST_SIZE:,}"
             raise InputError(*(f"{where}: {key} is {printable(repr(hf[key]), 40)}: {hint}" for key in wrong))
         # as transformers reads them: an older folder's rope_scaling replaces rope_parameters, its rope_theta included
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
