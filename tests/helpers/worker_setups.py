@@ -8,7 +8,7 @@ from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.prepare.encode import Mismatch
-from tinyllama.prepare.inputs import Input
+from tinyllama.prepare.inputs import Input, NotFetched
 
 
 def setup(folder: Path):
@@ -26,6 +26,8 @@ def setup(folder: Path):
             case ["die", "once"] if not (folder / "died").exists():
                 (folder / "died").touch()
                 os._exit(7)
+            case ["no", "network"]:
+                raise NotFetched("no network")
             case ["refuse"]:
                 raise InputError("no text")
             case ["differ"]:

@@ -1,3 +1,4 @@
+import errno
 import gzip
 import hashlib
 import json
@@ -6,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -15,7 +17,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from tinyllama import InputError
-from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
+from tinyllama.prepare.inputs import ENDINGS, Fields, Input, NotFetched, find_inputs
 from tinyllama.prepare.readers import DocumentReader
 
 TEXTS = ["one\ntwo", "", "  grüß 漢字 🦙  ", "</s> <s>\x00\r\n", "x" * 300_000]
@@ -377,3 +379,51 @@ def test_names_and_sizes_at_a_url(tmp_path):
         assert path.read_bytes() == bytes(321)
         assert path.parent != tmp_path
     assert not path.exists()
+
+
+@pytest.fixture
+def remote(monkeypatch):
+    """One file at a URL, and a function that makes fetching it fail."""
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/remote/a.jsonl", b'{"text": "one"}\n{"text"\n')
+    (one,) = find_inputs("memory://remote", ENDINGS)
+
+    def fail(error: Exception) -> None:
+        def get_file(*arguments, **options):
+            raise error
+
+        monkeypatch.setattr(type(fs), "get_file", get_file)
+
+    yield one, fail
+    fs.rm("/remote", recursive=True)
+
+
+@pytest.mark.parametrize(
+    "error", [TimeoutError("no answer"), ConnectionResetError(104, "reset"), RuntimeError("503"), OSError("unknown")]
+)
+def test_a_network_that_is_down_is_not_the_inputs_error(remote, error):
+    one, fail = remote
+    fail(error)
+    with pytest.raises(NotFetched, match="^memory://.*a.jsonl: cannot be fetched .*: check the network and run again"):
+        one.fetched().__enter__()
+
+
+@pytest.mark.parametrize("error", [FileNotFoundError("gone"), PermissionError(13, "Permission denied")])
+def test_a_remote_file_that_may_not_be_read_is_the_inputs_error(remote, error):
+    one, fail = remote
+    fail(error)
+    with pytest.raises(InputError, match="^memory://.*a.jsonl: cannot be fetched .*: check it and run again"):
+        one.fetched().__enter__()
+
+
+def test_a_full_folder_of_temporary_files_is_named(remote):
+    one, fail = remote
+    fail(OSError(errno.ENOSPC, "No space left on device", "x"))
+    with pytest.raises(OSError, match=r"No space left on device: '.*tinyllama-fetched-.* \(\$TMPDIR\)'"):
+        one.fetched().__enter__()
+
+
+def test_the_error_of_a_remote_file_names_its_url(remote):
+    one, _ = remote
+    with pytest.raises(InputError, match=f"^{one.path}: line 2: not valid JSON"), one.fetched() as path:
+        list(DocumentReader(path, Fields()))

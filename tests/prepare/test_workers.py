@@ -7,7 +7,7 @@ import pytest
 
 from tinyllama import InputError
 from tinyllama.prepare.encode import Mismatch
-from tinyllama.prepare.inputs import Input
+from tinyllama.prepare.inputs import Input, NotFetched
 from tinyllama.prepare.workers import WorkerDied, cores, over_workers
 
 
@@ -65,6 +65,16 @@ def test_three_inputs_lost_and_none_done_is_no_hope(over, tmp_path):
     assert [one.name for one, _ in outcomes] == ["a", "b"]
     assert begun(tmp_path) == ["a", "a", "b", "b", "c", "c"]
     assert multiprocessing.active_children() == []
+
+
+def test_a_network_that_is_down_is_no_hope_either(over, tmp_path):
+    outcomes = []
+    with pytest.raises(NotFetched, match="^no network$"):
+        outcomes.extend(over(dict.fromkeys("abcde", "no network")))
+    assert [(one.name, type(outcome)) for one, outcome in outcomes] == [("a", NotFetched), ("b", NotFetched)]
+    assert begun(tmp_path) == ["a", "b", "c"]
+    did = {"a": "pack"} | dict.fromkeys("bcd", "no network") | {"e": "pack"}
+    assert [type(outcome) for _, outcome in over(did)] == [str, NotFetched, NotFetched, NotFetched, str]
 
 
 def test_where_one_was_done_the_others_are_all_tried(over, tmp_path):

@@ -3,6 +3,7 @@
 A source is a folder or a file, local or at any URL that fsspec knows (``s3://``, ``gs://``, ``hf://`` ...).
 """
 
+import errno
 import fcntl
 import os
 import re
@@ -73,10 +74,20 @@ class Input:
             except InputError:
                 raise
             except Exception as error:  # each filesystem has types of its own
-                raise InputError(
-                    f"{self.path}: cannot be fetched ({_reason(error)}): check it and run again, what is done is kept"
-                ) from None
-            yield local
+                if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+                    raise OSError(error.errno, error.strerror, f"{folder} ($TMPDIR)") from None
+                what = f"{self.path}: cannot be fetched ({_reason(error)})"
+                if isinstance(error, FileNotFoundError | PermissionError):
+                    raise InputError(f"{what}: check it and run again, what is done is kept") from None
+                raise NotFetched(f"{what}: check the network and run again, what is done is kept") from None
+            try:
+                yield local
+            except InputError as error:
+                raise InputError(*(str(text).replace(str(local), self.path) for text in error.args)) from None
+
+
+class NotFetched(RuntimeError):
+    """The network's error, not the input's: the same input may be had later."""
 
 
 def find_inputs(source: str | Path, endings: tuple[str, ...], folders: Iterable[str] = (".",)) -> list[Input]:

@@ -15,7 +15,7 @@ from typing import Any
 
 from tinyllama import InputError
 from tinyllama.prepare.encode import Mismatch
-from tinyllama.prepare.inputs import Input
+from tinyllama.prepare.inputs import Input, NotFetched
 
 Work = Callable[[Input], Any]
 
@@ -29,11 +29,11 @@ class WorkerDied(RuntimeError):
 def over_workers(
     todo: Sequence[Input], setup: Callable[[Any], Work], recipe: Any, workers: int
 ) -> Iterator[tuple[Input, Any]]:
-    """Each input with what ``setup(recipe)`` makes of it, or with its InputError, Mismatch or WorkerDied, as they end.
+    """Each input with what ``setup(recipe)`` makes of it, or with its InputError, Mismatch, NotFetched or WorkerDied.
 
-    ``setup`` runs once in each process. The largest input comes first, so that none is left running alone at the end.
-    One whose worker died is given to a new worker once. Raises WorkerDied when nothing but deaths comes of it, and the
-    first OSError of a worker, which the others would meet too.
+    They come as they end. ``setup`` runs once in each process. The largest input comes first, so that none is left
+    running alone at the end. One whose worker died is given to a new worker once. Raises WorkerDied or NotFetched when
+    nothing else comes of it, and the first OSError of a worker, which the others would meet too.
     """
     queue = sorted(todo, key=lambda one: one.size)
     idle: dict[Any, SpawnProcess] = {}  # by our end of the pipe
@@ -62,10 +62,10 @@ def over_workers(
                         f"{one.path}: its worker died twice (exit code {process.exitcode}; -9: killed, perhaps for "
                         "want of memory, then give fewer --workers): run the command again, what is done is kept"
                     )
-                    lost += 1
                 else:
                     idle[pipe] = process
-                    done += not isinstance(outcome, OSError)
+                lost += isinstance(outcome, WorkerDied | NotFetched)
+                done += not isinstance(outcome, WorkerDied | NotFetched)
                 if isinstance(outcome, OSError) or (lost == _MAX_LOST and not done):
                     raise outcome
                 yield one, outcome
@@ -111,7 +111,7 @@ def _work(pipe: Connection, setup: Callable[[Any], Work], recipe: Any) -> None:
         one = pipe.recv()
         try:
             outcome = work(one)
-        except (InputError, OSError) as error:
+        except (InputError, OSError, NotFetched) as error:
             outcome = error
         except Mismatch as error:
             outcome = Mismatch(f"{one.path}: {error}")
