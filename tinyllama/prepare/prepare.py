@@ -7,10 +7,12 @@ can be traced to its shards.
 """
 
 import contextlib
+import fcntl
 import os
 import re
+import sys
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -86,8 +88,14 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
     when there are more of them than may be skipped. Raises RuntimeError, after all others are packed too, naming each
     input whose worker died twice or whose ids the fast encoder got wrong.
     """
+    started = time.monotonic()
+    recipe = _recipe(fields, options)
     try:
-        return _prepare(inputs, fields, options)
+        if not options.finish:
+            options.output.mkdir(parents=True, exist_ok=True)
+        there = options.output.is_dir()
+        with _locked(options.output, options.task) if there else contextlib.nullcontext():
+            return _prepare(inputs, recipe, options, started)
     except ConnectionError:  # of a pipe, ours to a worker or the one that is read by `head`
         raise
     except OSError as error:  # the output's: those of the inputs and of the tokenizer are reported as InputErrors
@@ -97,10 +105,36 @@ def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
         ) from None
 
 
-def _prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
-    started = time.monotonic()
+@contextlib.contextmanager
+def _locked(output: Path, task: tuple[int, int] | None) -> Iterator[None]:
+    """Let one run at a time, or one of each task, work in ``output``; another one, as of a requeued job, waits.
+
+    The lock ends with the process that holds it, on whichever machine that is. Where there are no locks, none is held.
+    """
+    path = output / ".lock"
+    place = (0, 0) if task is None else (1, task[0])  # bytes of it, from where on: 0 are all
+    with open(path, "ab") as file:
+        try:
+            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
+        except (BlockingIOError, PermissionError):
+            print(f"waiting for another run that works in {output}", file=sys.stderr, flush=True)
+            fcntl.lockf(file, fcntl.LOCK_EX, *place)
+        except OSError:
+            pass  # no locks on this file system
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            with _locked(output, task):  # that run was the last and has removed the file
+                yield
+            return
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # another task works on
+                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path.unlink()
+
+
+def _prepare(inputs: Sequence[Input], recipe: _Recipe, options: Options, started: float) -> str:
     output, task = options.output, options.task
-    recipe = _recipe(fields, options)
     mine = inputs if task is None else inputs[task[0] :: task[1]]
     infos = _done(inputs, mine, recipe)
     todo = [one for one in mine if one.shard not in infos]
@@ -207,7 +241,6 @@ def _remove_stale(output: Path, shards: set[str] | None) -> None:
 
 def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dict[str, Info], dict[str, str]]:
     """Pack the inputs; return the metadata of each shard that was made, and the error of each bad input."""
-    recipe.output.mkdir(parents=True, exist_ok=True)
     (recipe.output / MANIFEST).unlink(missing_ok=True)  # it must not list a shard that is about to change
     infos: dict[str, Info] = {}
     bad: dict[str, str] = {}
