@@ -23,9 +23,10 @@ from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
-_ROWS = 4  # of a parquet file at a time: each may be of the longest, and more at a time are no faster
+_ROWS = 64  # of a parquet file at a time, or fewer that take _ROW_BYTES
+_ROW_BYTES = 1 << 25
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
-_RATIO = 500  # text does not compress better; what does is a bomb
+_RATIO = 500  # of the sizes before and after compression: no text's is as high
 _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
@@ -211,8 +212,7 @@ class DocumentReader:
         text_key = self.fields.text_key
         if self.path.suffix == ".parquet":
             table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
-            self._check_ratio(table.metadata)
-            schema, batches = table.schema_arrow, table.iter_batches(_ROWS, columns=[text_key], use_threads=False)
+            schema, batches = table.schema_arrow, self._batches(table)
         else:
             source = pyarrow.memory_map(str(self.path))
             batches = pyarrow.ipc.open_stream(source)
@@ -230,15 +230,28 @@ class DocumentReader:
             column = batch.column(text_key)
             yield column.dictionary_decode() if encoded else column
 
-    def _check_ratio(self, metadata: Any) -> None:
-        """Refuse what would not fit into memory: a page is decompressed whole."""
-        for number in range(metadata.num_row_groups):
-            group = metadata.row_group(number)
-            for column in map(group.column, range(group.num_columns)):
-                size = column.total_uncompressed_size
-                if size > self.fields.longest and size > _RATIO * column.total_compressed_size:
-                    what = f"row group {number + 1}: column {column.path_in_schema!r} is {size:,} bytes in "
-                    raise self._error(f"{what}{column.total_compressed_size:,} compressed ones, which is no text")
+    def _batches(self, table: Any) -> Iterator[Any]:
+        """The text column of a parquet file; what is decoded at a time is bounded in bytes."""
+        for number in range(table.num_row_groups):
+            rows = self._rows_at_a_time(table, number)
+            yield from table.iter_batches(rows, row_groups=[number], columns=[self.fields.text_key], use_threads=False)
+
+    def _rows_at_a_time(self, table: Any, number: int) -> int:
+        from pyarrow import compute, parquet
+
+        text_key, group = self.fields.text_key, table.metadata.row_group(number)
+        columns = map(group.column, range(group.num_columns))
+        column = next(column for column in columns if column.path_in_schema == text_key)
+        size, compressed = column.total_uncompressed_size, column.total_compressed_size
+        if size > max(self.fields.longest, _RATIO * compressed):  # and a page is decompressed whole
+            what = f"row group {number + 1}: {size:,} bytes of text in {compressed:,} compressed ones"
+            raise self._error(f"{what}, which no text can be")
+        largest = size // max(1, column.num_values)
+        if column.has_dictionary_page and size > _ROW_BYTES // _ROWS:  # one entry of it can be the text of every row
+            encoded = parquet.ParquetFile(self.path, pre_buffer=False, read_dictionary=[text_key])
+            batch = next(encoded.iter_batches(1, row_groups=[number], columns=[text_key], use_threads=False))
+            largest = max(largest, compute.max(compute.binary_length(batch.column(0).dictionary)).as_py() or 0)
+        return max(1, min(_ROWS, _ROW_BYTES // max(1, largest)))
 
     def _whole(self, file: BinaryIO) -> Iterator[TextChunk]:
         if self._unwanted():
