@@ -215,6 +215,14 @@ def test_whatever_reading_raises_is_the_files_error(tmp_path, monkeypatch, error
     )
 
 
+@pytest.mark.parametrize("kind", KINDS, ids=str)
+def test_a_row_that_is_null(tmp_path, kind):
+    path = tmp_path / "a.arrow"
+    write_arrow(path, pa.table({"text": pa.array(["one", None], kind)}).to_batches())
+    with pytest.raises(InputError, match="row 2: 'text' is null, not a string"):
+        list(DocumentReader(path, Fields()))
+
+
 @pytest.mark.parametrize("size", [3, 300])
 def test_a_row_that_is_not_utf8(tmp_path, short, size):
     payload = b"ab" + b"x" * size + b"\xff"

@@ -97,6 +97,14 @@ def test_a_row_many_times(tmp_path, tokenizer_file):
     assert packed(path, tokenizer_file, f"Fields(fraction={FRACTION})") == kept(path, 25)
 
 
+def test_a_row_of_arrow_many_times(tmp_path, tokenizer_file):
+    path = tmp_path / "a.arrow"
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 25, pa.int8()), pa.array(["x " * (15 * MB)]))
+    with pa.ipc.new_stream(path, pa.schema({"text": text.type})) as stream:
+        stream.write_batch(pa.record_batch({"text": text}))
+    assert packed(path, tokenizer_file, f"Fields(fraction={FRACTION})") == kept(path, 25)
+
+
 def test_a_page_of_blanks(tmp_path, tokenizer_file):
     path = tmp_path / "a.parquet"
     table = pa.table({"text": [" " * (16 * MB)] * 8})

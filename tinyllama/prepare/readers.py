@@ -13,7 +13,7 @@ import json
 import random
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -204,7 +204,7 @@ class DocumentReader:
             kind = self.path.suffix.removeprefix(".")
             raise self._error(f"not a readable {kind} file ({reason})", "download it again") from None
 
-    def _columns(self) -> Iterator[Any]:
+    def _columns(self) -> Iterator[Iterable[Any]]:
         """The text column of a table, some rows at a time."""
         import pyarrow
         from pyarrow import parquet
@@ -228,7 +228,7 @@ class DocumentReader:
             raise self._error(f"column {text_key!r} holds {kind}, not strings", _NAME_THE_KEY)
         for batch in batches:
             column = batch.column(text_key)
-            yield column.dictionary_decode() if encoded else column
+            yield (value.value for value in column) if encoded else column  # decoded, it can be of any size
 
     def _batches(self, table: Any) -> Iterator[Any]:
         """The text column of a parquet file; what is decoded at a time is bounded in bytes."""
