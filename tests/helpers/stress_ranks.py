@@ -3,9 +3,9 @@
     python stress_ranks.py [--mount] DISTURBANCES SEED ARGUMENTS...
 
 ARGUMENTS are train.py's; with --mount, in a mount namespace of its own, the run's folder is on a small disk of its own.
-Prints a line of JSON for each start: what was done to it, the newest complete step that it found and the one that it
-resumed from (null: it did not come so far), the launcher's exit code, what the watchdog said, and the step and file
-that were damaged afterwards. Torch is imported once: launcher and ranks are forks.
+Prints a line of JSON for each start: what was done to it and whether it came to that, the newest sound step that it
+found and the one that it resumed from (null: it did not come so far), the launcher's exit code, what the watchdog said,
+and the step and file that were damaged afterwards. Torch is imported once: launcher and ranks are forks.
 """
 
 import contextlib
@@ -242,6 +242,12 @@ def start(argv: list[str], kind: str | None, folder: Folder, choice: random.Rand
     return os.waitstatus_to_exitcode(status), came[0] == 1
 
 
+def sound(folder: Folder, damaged: set[int]) -> list[Path]:
+    """The steps that are complete, and not among those that we have ``damaged``, by their inodes."""
+    steps = [path for _, path in names.step_dirs(folder.path / "checkpoints")]
+    return [path for path in steps if path.stat().st_ino not in damaged and reader.problem(path) is None]
+
+
 def main() -> None:
     mount, words = sys.argv[1] == "--mount", sys.argv[1 + (sys.argv[1] == "--mount") :]
     disturbances, seed, *argv = words
@@ -255,27 +261,34 @@ def main() -> None:
     del waiting[int(disturbances) :]
     folder = Folder(Path(cli.parse(PretrainArgs, argv).out_dir), mount)
     events, done = folder.path / "events.jsonl", False
+    damaged: set[int] = set()
     while not done:
         kind = waiting.pop(0) if waiting else None
-        newest, _ = reader.newest(folder.path / "checkpoints")
+        before = sound(folder, damaged)
         said = events.stat().st_size if events.exists() else 0
         code, came = start(argv, kind, folder, choice)
         folder.restore()
         lines = events.read_text()[said:].splitlines() if events.exists() else []
         resumed = [event["step"] for event in map(json.loads, lines) if event["event"] == "start"]
         diagnosis = folder.path / "heartbeat" / watchdog.DIAGNOSIS
-        result = {"kind": kind, "newest": (names.step_of(newest) if newest else 0), "exit": code, "damaged": None}
-        result |= {"resumed": resumed[0] if resumed else None}
-        result |= {"diagnosis": diagnosis.read_text() if diagnosis.exists() else None}
-        last, _ = reader.newest(folder.path / "checkpoints")
+        result = {
+            "kind": kind,
+            "newest": names.step_of(before[-1]) if before else 0,
+            "resumed": resumed[0] if resumed else None,
+            "exit": code,
+            "diagnosis": diagnosis.read_text() if diagnosis.exists() else None,
+            "damaged": None,
+        }
         if kind in TO_A_FILE and came:
-            came = last is not None
-            if last:
+            *others, last = sound(folder, damaged) or [None]
+            came = bool(others)  # there is one to resume from
+            if others:
                 file = choice.choice([file for file in sorted(last.iterdir()) if file.name != "config.yaml"])
+                damaged.add(last.stat().st_ino)
                 TO_A_FILE[kind](file, choice)
                 result["damaged"] = [names.step_of(last), file.name]
         done = code == 0 and not came  # one whose folder is gone is not done
-        if kind and not came and not done:  # killed before there was a step, perhaps
+        if kind and not came and not done:  # killed before there was a step to resume from, perhaps
             waiting.append(kind)
         print(json.dumps(result | {"came": came}), flush=True)
     folder.keep()
