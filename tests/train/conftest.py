@@ -23,7 +23,7 @@ def world() -> Iterator[Callable[[int], World]]:
 
     yield get
     for started in worlds.values():
-        started.kill()
+        started.end()
 
 
 @pytest.fixture
