@@ -63,8 +63,13 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         if lines is None:
             raise
         for line in lines:
-            print(f"error: {printable(line)}", file=sys.stderr)
+            print_error(line)
         sys.exit(2)
+
+
+def print_error(error: str) -> None:
+    """Print one error of the input, in one line whatever it quotes."""
+    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
 
 
 def input_errors(error: InputError | OSError) -> Sequence[str] | None:

@@ -4,7 +4,6 @@ import atexit
 import os
 import signal
 import socket
-import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -278,7 +277,7 @@ def _print_once(errors: Sequence[str]) -> bool:
         )
         for error in errors:
             if store.add(f"found/{error}", 1) == 1:
-                print(f"error: {error}", file=sys.stderr, flush=True)
+                cli.print_error(error)
                 store.set(f"printed/{error}", "")
         # the launcher may end the others as soon as one has ended
         store.wait([f"printed/{error}" for error in errors])
