@@ -110,8 +110,11 @@ def test_a_gpu_that_torch_has_no_kernel_for(monkeypatch: pytest.MonkeyPatch) -> 
     [
         ({}, []),
         ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_NTASKS_PER_NODE": "8"}, []),
-        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8"}, ["give --nodes and --ntasks-per-node, one task a GPU"]),
-        ({"SLURM_JOB_ID": "7", "SLURM_JOB_NAME": "bash"}, ["give another --job-name, or use torchrun inside"]),
+        ({"SLURM_JOB_ID": "7", "SLURM_NTASKS": "16", "SLURM_TASKS_PER_NODE": "8(x2)"}, []),
+        (
+            {"SLURM_JOB_ID": "7", "SLURM_NTASKS": "8", "SLURM_TASKS_PER_NODE": "5,3"},
+            ["give --nodes and --ntasks-per-node, one task a GPU"],
+        ),
     ],
 )
 def test_what_slurm_says(monkeypatch: pytest.MonkeyPatch, env: dict[str, str], wrong: list[str]) -> None:

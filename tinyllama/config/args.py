@@ -165,16 +165,12 @@ class OpsArgs:
     """reference, or chunked: without the logits in full"""
 
 
-SHELL_JOB_NAMES = ("bash", "interactive")
-"""Names of a Slurm job that Lightning takes for a shell: it then ignores Slurm and starts its own ranks."""
-
-
 @dataclass(frozen=True)
 class ParallelArgs:
     """How the model is laid over the ranks."""
 
     devices: Count | None = None
-    """ranks on this machine when started by plain python; null: one a GPU, or one CPU; not for srun and torchrun"""
+    """ranks on this machine when started by plain python; null: one a GPU, or one CPU; not for other launchers"""
     shard: Literal["full", "node", "none"] | Count = "full"
     """ranks that share one copy of the weights: all, those of a node, one, or this many"""
     reshard_after_forward: bool = True

@@ -23,7 +23,7 @@ from packaging.requirements import Requirement
 from packaging.version import Version
 
 from tinyllama import InputError
-from tinyllama.config.args import SHELL_JOB_NAMES, OptimArgs
+from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import named_config
 from tinyllama.ops import choice
 from tinyllama.throughput import peak_flops
@@ -235,11 +235,8 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
             yield Finding(OK, "slurm", "here, and this is no job of it")
         return
     yield Finding(OK, "slurm", f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NODELIST', '?')}")
-    if (name := env.get("SLURM_JOB_NAME")) in SHELL_JOB_NAMES:
-        text = f"the job is called {name}: Lightning takes it for a shell and starts its own ranks"
-        yield Finding(WRONG, "slurm", text, "give another --job-name, or use torchrun inside")
-    if "SLURM_NTASKS" in env and "SLURM_NTASKS_PER_NODE" not in env:
-        text = "--ntasks is given without --ntasks-per-node"
+    if "SLURM_NTASKS" in env and "," in (layout := env.get("SLURM_TASKS_PER_NODE", "")):
+        text = f"the tasks are spread unevenly over the nodes: {layout}"
         yield Finding(WRONG, "slurm", text, "give --nodes and --ntasks-per-node, one task a GPU")
     tasks, gpus_here = re.match(r"\d+", env.get("SLURM_NTASKS_PER_NODE", "")), torch.cuda.device_count()
     if tasks and gpus_here and int(tasks[0]) != gpus_here:

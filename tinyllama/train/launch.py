@@ -21,10 +21,12 @@ from lightning.fabric.plugins.environments import (
 
 from tinyllama import InputError
 from tinyllama.config import cli
-from tinyllama.config.args import SHELL_JOB_NAMES, ParallelArgs
+from tinyllama.config.args import ParallelArgs
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """what a launcher sets for each process, be it torchrun, Kubernetes or a script"""
+SHELL_JOB_NAMES = ("bash", "interactive")
+"""names of a Slurm job in whose single task somebody types, and means ``python`` to start ranks of its own"""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 30.0
 """seconds that a rank with an error waits for others that may have the same one"""
@@ -161,7 +163,7 @@ def _launch_by_variables(tasks: int) -> Launch:
     if _number("LOCAL_WORLD_SIZE", 0) == size and not _torchrun_serves():
         address = "127.0.0.1"
     rank, local_rank = _number("RANK", below=size), _number("LOCAL_RANK", 0, below=local_size)
-    return Launch(launcher, rank, local_rank, size, local_size, address, _number("MASTER_PORT", least=1, below=2**16))
+    return Launch(launcher, rank, local_rank, size, local_size, address, _number("MASTER_PORT", below=2**16))
 
 
 def _launch_by_srun(tasks: int) -> Launch:
