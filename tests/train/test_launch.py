@@ -267,3 +267,20 @@ def test_a_rank_whose_launcher_is_gone_ends(
     _, rest, errors = launcher.end()  # once nobody holds its stdout any more
     assert rest == last
     assert errors == ("the launcher of this rank is gone: the rank ends\n" if watched else "")
+
+
+@pytest.mark.slow
+def test_ranks_whose_torchrun_was_killed_save_and_end(
+    start: Callable[..., Process], config_file: Path, tmp_path: Path
+) -> None:
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "pretrain/train.py"]
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", "--train.max_steps", "1000000"]
+    flags += ["--checkpoint.interval", "1000000"]
+    launcher = start({}, sys.executable, *command, *flags)
+    while launcher.line().split()[:2] != ["step", "2/1000000"]:
+        pass
+    os.kill(launcher.pid, signal.SIGKILL)
+    _, said, errors = launcher.end()
+    assert "stopped by SIGTERM at step " in said, errors
+    (saved,) = (tmp_path / "run" / "checkpoints").glob("step-*[0-9]")
+    assert int(saved.name[-8:]) == int(metrics(tmp_path / "run")[-1]["step"])
