@@ -11,6 +11,7 @@ from runs import branch, column, metrics
 
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
+from tinyllama.throughput import duration
 
 # the first 20 steps have 8 samples of 32 tokens each: 160 samples, 5,120 tokens
 BATCH_16, BATCH_4, BATCH_12 = (["--train.global_batch_size", size] for size in (16, 4, 12))
@@ -89,6 +90,11 @@ def test_samples_and_tokens_are_those_of_the_budget(world, resumed, tmp_path: Pa
     assert all(int(row["tokens_up"]) + int(row["tokens_down"]) == int(row["tokens"]) for row in trained)
     assert float(trained[-1]["lr"]) == 1e-3  # min_lr, at the last step
     assert column(out, "lr") == sorted(column(out, "lr")[:5]) + sorted(column(out, "lr")[5:], reverse=True)
+    # the time left is that of the steps that are left, at today's batch
+    for row in trained[20:]:
+        seconds = (steps - int(row["step"])) * batch / float(row["tokens_per_second"])
+        (line,) = [line for line in said.splitlines() if line.startswith(f"step {row['step']}/{steps}  loss ")]
+        assert line.endswith(f"  {duration(seconds)} left")
     # the same command again has nothing to do
     again = world(ranks).train(*resumed, *flags)
     assert f"step-{steps:08d} at step {steps}" in again
