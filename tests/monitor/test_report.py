@@ -453,7 +453,7 @@ def hostile_run(run: Path) -> Path:
 
 
 def test_any_name_text_and_loss_makes_a_page(make_run: Callable[..., Path], tmp_path: Path, script: Any) -> None:
-    for name in ("<b>x</b>", "@PLOTLY@ @DATA@", "__proto__", "\u202ea\nb\x1b"):
+    for name in ("<img src=x onerror=alert(1)>", "@PLOTLY@ @DATA@", "__proto__", "\u202ea\nb\x1b"):
         run = hostile_run(make_run(name))
         page = tmp_path / "report.html"
         code, out, err = script("report", run, "--output", page)
