@@ -1,11 +1,15 @@
 """What comes from files and other libraries is one line where it is printed, whatever it holds and however long."""
 
 import json
+import os
+import socket
+import sys
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from processes import Process
 
 from tinyllama import InputError, printable
 from tinyllama.checkpoint import resume
@@ -70,6 +74,28 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
         f"error: cannot use {tmp_path}/a\\nerror: b\\x1b[2J/inside (Not a directory): fix it or choose another path\n"
     )
     assert (end.value.code, capsys.readouterr().err) == (2, said)
+
+
+RANK = """
+from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.train.launch import as_rank
+def fail():
+    raise InputError("a\\x1b[2J\\nerror: b: mend it")
+cli.run(lambda: as_rank(fail))
+"""
+
+
+def test_an_error_of_many_ranks_is_one_line() -> None:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
+    ranks = [
+        Process(sys.executable, "-c", RANK, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)
+    ]
+    ends = [rank.end() for rank in ranks]
+    assert [code for code, _, _ in ends] == [2, 2]
+    assert "".join(said for _, _, said in ends) == "error: a\\x1b[2J\\nerror: b: mend it\n"
 
 
 def is_one_line(error: str) -> bool:

@@ -25,7 +25,7 @@ import yaml
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorStorageMetadata
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
 from tinyllama.checkpoint import hashes, metadata, names, state
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.model import ModelConfig
@@ -286,5 +286,4 @@ def _read(path: Path) -> bytes:
 
 def _one_line(error: Exception) -> str:
     """Return what ``error`` says, cut and escaped: it may quote a damaged file."""
-    text = " ".join(str(error).split())[:300]
-    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in text) or type(error).__name__
+    return printable(" ".join(str(error).split()) or type(error).__name__, 300)
