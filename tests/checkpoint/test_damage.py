@@ -240,6 +240,16 @@ def test_the_hashes_must_be_there_or_not_at_all(step: Path) -> None:
         assert name in (refusal(step) or "")
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../outside", "other.distcp", "x" * 300])
+def test_only_the_files_of_the_step_are_hashed(name: str, step: Path) -> None:
+    hashed = reader.read_hashes(step)
+    assert hashed is not None
+    (step / "state.json").write_bytes(hashes.seal(reader.read_state(step), hashed | {name: "0" * 32}))
+    assert (reader.problem(step) or "").startswith("its state.json does not have the hashes of its files: ")
+    with pytest.raises(reader.DamagedError):
+        reader.verify(step, "give another")
+
+
 # what may stand in the place of a file, and has no end or no content
 PLACES: dict[str, Callable[[Path], object]] = {
     "nothing": lambda path: None,

@@ -267,6 +267,18 @@ def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.Captur
             resume.to_resume(run, how)
 
 
+def test_a_run_whose_every_step_is_broken_does_not_start_anew(saved: Path, tmp_path: Path) -> None:
+    for step in (7, 20):
+        (copy(saved, step_dir(tmp_path / "checkpoints", step), step) / "config.yaml").unlink()
+    step = tmp_path / "checkpoints" / "step-00000020"
+    with pytest.raises(InputError) as error:
+        resume.to_resume(tmp_path, "auto")
+    hint = f"move {tmp_path}/checkpoints away to start anew"
+    why = "config.yaml is missing"
+    assert str(error.value) == f"{step} is no complete checkpoint ({why}), and no step before it is complete: {hint}"
+    assert resume.to_resume(tmp_path, "never") is None
+
+
 @pytest.mark.parametrize("what", [torch.load, torch.save, eval, print])
 def test_a_pickle_may_name_nothing_but_metadata(what: Callable[..., object], saved: Path, tmp_path: Path) -> None:
     step_dir = copy(saved, tmp_path / "step-00000007", 7)

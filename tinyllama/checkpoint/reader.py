@@ -190,9 +190,9 @@ def problem(step_dir: Path) -> str | None:
             if hashed is not None and hashed.get(name) != hashes.of_bytes(_read(step_dir / name)):
                 return f"{name} does not match its hash"
         read_model_config(step_dir)
-        stored = _Reader(step_dir).metadata.storage_data.values()
-        if hashed is not None and (unknown := {entry.relative_path for entry in stored} - hashed.keys()):
-            return f"its state.json has no hash of {min(unknown)}"
+        files = {entry.relative_path for entry in _Reader(step_dir).metadata.storage_data.values()}
+        if hashed is not None and (others := (files | {"config.yaml", ".metadata"}) ^ hashed.keys()):
+            return f"its state.json does not have the hashes of its files: {min(others)!r:.100}"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
     except OSError as error:
@@ -217,9 +217,12 @@ def verify(step_dir: Path, hint: str) -> None:
 
     def damage(name: str) -> str | None:
         try:
+            _size(step_dir / name)
             return None if hashes.of_file(step_dir / name) == hashed[name] else f"{name} does not match its hash"
         except OSError as error:
             return f"{name}: {error.strerror}"
+        except ValueError as error:
+            return str(error)
 
     with ThreadPoolExecutor(8) as pool:
         found = list(filter(None, pool.map(damage, mine)))

@@ -32,6 +32,9 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
         )
     latest, passed_over = newest(out_dir / "checkpoints")
     if how == "auto":
+        if passed_over and latest is None:
+            hint = f"move {out_dir / 'checkpoints'} away to start anew"
+            raise InputError(f"{passed_over[0]}, and no step before it is complete: {hint}")
         for problem in passed_over:
             print(f"passed over: {printable(problem)}")
         return latest
