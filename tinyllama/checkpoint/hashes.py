@@ -48,6 +48,12 @@ def of_file(path: Path) -> str:
     return digest.hexdigest()
 
 
+def last_files(state: dict[str, Any], config: str, hashes: dict[str, str]) -> dict[str, bytes]:
+    """Return the files that make ``hashes``' files a step, by name: config.yaml, and state.json with all hashes."""
+    payload = config.encode()
+    return {"config.yaml": payload, "state.json": seal(state, hashes | {"config.yaml": of_bytes(payload)})}
+
+
 def seal(state: dict[str, Any], hashes: dict[str, str]) -> bytes:
     """Return the bytes of a state.json that holds ``state`` and ``hashes`` by file name, its own among them."""
     sealed = hashes | {"state.json": _of_content(state, hashes)}
@@ -56,7 +62,10 @@ def seal(state: dict[str, Any], hashes: dict[str, str]) -> bytes:
 
 def unseal(payload: bytes) -> tuple[dict[str, Any], dict[str, str] | None]:
     """Return what ``seal`` was given, without hashes if an earlier version wrote it. Raises ValueError for damage."""
-    state = json.loads(payload)
+    try:
+        state = json.loads(payload)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"its state.json is no JSON: {error}") from error
     if not isinstance(state, dict):
         raise ValueError("its state.json is no object")
     algorithm, hashes = state.pop("hash_algorithm", None), state.pop("hashes", None)

@@ -101,7 +101,10 @@ def read_hashes(step_dir: Path) -> dict[str, str] | None:
 
 def read_settings(step_dir: Path) -> dict[str, Any]:
     """Read config.yaml."""
-    settings = yaml.load(_read(step_dir / "config.yaml"), _Loader)
+    try:
+        settings = yaml.load(_read(step_dir / "config.yaml"), _Loader)
+    except (yaml.YAMLError, RecursionError) as error:
+        raise ValueError(f"its config.yaml is no YAML: {error}") from error
     if not isinstance(settings, dict) or not isinstance(settings.get("train", {}), dict):
         raise ValueError("its config.yaml does not hold settings")
     return settings
@@ -269,7 +272,7 @@ class _Reader(dcp.FileSystemReader):
 class _Loader(yaml.SafeLoader):
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for a tree of any size
-            raise yaml.YAMLError("its config.yaml has an alias")
+            raise yaml.YAMLError("it has an alias")
         return super().compose_node(parent, index)
 
 

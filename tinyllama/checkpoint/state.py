@@ -82,6 +82,8 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "model": _or_none(lambda value: isinstance(value, dict)),
     "bos_id": _or_none(_is_count),
     "eos_id": _or_none(_is_count),
+    "eos_ids": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "bos": _or_none(lambda value: isinstance(value, bool)),
     "tokenizer_sha256": _or_none(_is_text),
     "wandb_id": lambda value: _is_text(value) and 0 < len(value) <= 128,
     "converted_from": lambda value: isinstance(value, str),

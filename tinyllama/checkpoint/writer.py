@@ -164,10 +164,9 @@ class Checkpointer:
 
     def _publish(self, final: Path, state: dict[str, Any], hashed: dict[str, str]) -> None:
         """Rank 0, when every rank's files, which ``hashed`` names, have reached the disk."""
-        unfinished, config = _unfinished(final), self.config.encode()
-        atomic.write(unfinished / "config.yaml", config)
-        sealed = hashes.seal(state, hashed | {"config.yaml": hashes.of_bytes(config)})
-        atomic.write(unfinished / "state.json", sealed)  # and the names of all files with it
+        unfinished = _unfinished(final)
+        for name, payload in hashes.last_files(state, self.config, hashed).items():
+            atomic.write(unfinished / name, payload)  # and the names of all files with it
         is_in_the_way = os.path.lexists(final)  # broken, or the run would have resumed from it
         if is_in_the_way:
             final.rename(final.with_name(f"{final.name}.broken-{secrets.token_hex(4)}"))

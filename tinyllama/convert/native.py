@@ -35,8 +35,8 @@ def write(output: Path, weights: Weights) -> Path:
     with folder.create(output, weights.path, {"from": str(weights.path)}) as partial:
         step_dir = names.step_dir(partial, 0)
         step_dir.mkdir()
-        writer = HashingWriter(step_dir)
         tensors = {f"model.{name}": tensor for name, tensor in weights.load().items()}
+        writer = HashingWriter(step_dir)
         with warnings.catch_warnings():  # DCP warns that there is no process group, which is intended
             warnings.simplefilter("ignore", UserWarning)
             try:
@@ -45,11 +45,9 @@ def write(output: Path, weights: Weights) -> Path:
                 cause = error.failures[0][0]
                 hidden = cause.__context__  # torch.save hides an OSError behind a RuntimeError
                 raise hidden if isinstance(hidden, OSError) else cause from None
-        settings = cli.dump({"model": asdict(weights.config)}).encode()
-        (step_dir / "config.yaml").write_bytes(settings)
-        (step_dir / "state.json").write_bytes(
-            hashes.seal(state, writer.hashes | {"config.yaml": hashes.of_bytes(settings)})
-        )
+        config = cli.dump({"model": asdict(weights.config)})
+        for name, payload in hashes.last_files(state, config, writer.hashes).items():
+            (step_dir / name).write_bytes(payload)
         for name in TOKENIZER_FILES:
             if (weights.path / name).is_file():
                 shutil.copyfile(weights.path / name, partial / name)
