@@ -222,6 +222,8 @@ def test_every_field_of_a_state_must_be_what_a_run_has_saved(step: Path) -> None
     assert hashed is not None
     assert state.keys() == FIELDS.keys()
     for name, value in itertools.product(state, VALUES):
+        if json.dumps(value) == json.dumps(state[name]):
+            continue  # no damage
         plain = whole | {name: value}
         forged = hashes.seal(state | {name: value}, hashed)
         for payload, good in ((json.dumps(plain).encode(), False), (forged, value in GOOD.get(name, []))):
