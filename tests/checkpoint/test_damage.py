@@ -205,7 +205,7 @@ GOOD: dict[str, list[Any]] = {
     "recent": [[]],
     "data": [None, {}, {"a": 1}],
     "model": [None, {}, {"a": 1}],
-    **dict.fromkeys(("bos_id", "eos_id", "tokenizer_sha256"), [None]),
+    **dict.fromkeys(("bos_id", "eos_id", "tokenizer_sha256", "wandb_id"), [None]),
     "eos_ids": [[]],
     "bos": [None, True],
     "converted_from": ["x\x00", "y" * 9999],
