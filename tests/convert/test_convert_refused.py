@@ -217,7 +217,11 @@ def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script
         ("numbers.pth", sizes, "transformer.wte.weight is missing"),
         ("int8.pth", sizes, "int8.pth has transformer.ln_f.weight in torch.int8"),
         ("whole.pth", ["--model.name", "tinyllama_2b"], "is not known"),
-        ("whole.pth", [*sizes, "--model.tie_embeddings", "perhaps"], "model.tie_embeddings cannot be 'perhaps': expected bool"),
+        (
+            "whole.pth",
+            [*sizes, "--model.tie_embeddings", "perhaps"],
+            "model.tie_embeddings cannot be 'perhaps': expected bool",
+        ),
         ("run", ["--model.n_layer", "3"], "says its model's sizes itself"),
         ("nothing.pth", sizes, "holds no complete checkpoint"),
         ("run", [], "holds no complete checkpoint"),

@@ -227,6 +227,12 @@ def test_names_of_a_compiled_or_wrapped_model_are_those_of_the_model(wrap, kind,
     wrapped = {wrap(name): tensor for name, tensor in stored(kind, state).items()}
     found = open_weights(WRITERS[kind](tmp_path / "there", wrapped), CONFIG)
     assert all(torch.equal(found.read(name), tensor) for name, tensor in state.items())
+    if kind == "upstream":  # with the names of its older version
+        older = zip(("fc_1", "fc_2", "proj"), ("swiglu.w1", "swiglu.w2", "swiglu.w3"), strict=True)
+        for theirs, ours in older:
+            state = {name.replace(f".mlp.{ours}.", f".mlp._orig_mod.{theirs}."): t for name, t in state.items()}
+        found = open_weights(write_upstream(tmp_path / "older", {wrap(name): t for name, t in state.items()}), CONFIG)
+        assert all(torch.equal(found.read(name), tensor) for name, tensor in weights().items())
     twice = wrapped | {name: tensor + 1 for name, tensor in stored(kind, state).items() if name.startswith("lm_head")}
     if len(twice) > len(wrapped):
         with pytest.raises(InputError, match="has parameters both with and without _orig_mod, "):

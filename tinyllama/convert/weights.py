@@ -132,13 +132,12 @@ def _open_hf(path: Path) -> Weights:
 def _open_upstream(path: Path, config: ModelConfig) -> Weights:
     content = _unpickle(path)
     state = content.get("model", content) if isinstance(content, dict) else {}
+    found = state.items() if isinstance(state, Mapping) else ()
     tensors = {}
-    for name, tensor in state.items() if isinstance(state, Mapping) else ():
-        if isinstance(name, str) and _is_plain(tensor):
-            for plain, fused in PLAIN_MLP.items():
-                name = name.replace(plain, fused)
-            tensors[name] = tensor
-    tensors = _unwrapped(path, tensors)
+    for name, tensor in _unwrapped(path, {k: v for k, v in found if isinstance(k, str) and _is_plain(v)}).items():
+        for plain, fused in PLAIN_MLP.items():
+            name = name.replace(plain, fused)
+        tensors[name] = tensor
     dtype = _check(path, config, _shapes_and_dtypes(tensors), layout.shapes)
     # upstream trained with Llama's tokenizer; its files lack the number of tokens
     metadata = _metadata({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
