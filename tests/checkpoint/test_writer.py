@@ -47,14 +47,14 @@ class Ranks(Group):
 def ranks(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("ranks") / "store", count=2, world_size=2)
     yield started
-    started.kill()
+    started.end()
 
 
 @pytest.fixture(scope="module")
 def parent(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Ranks]:
     started = Ranks(tmp_path_factory.mktemp("parent") / "store", count=1, world_size=0)
     yield started
-    started.kill()
+    started.end()
 
 
 @pytest.fixture(scope="module")
