@@ -24,12 +24,17 @@ SMALL = (
     "--train.global_batch_size 8 --train.micro_batch_size 2 --train.precision fp32 --optim.warmup_steps 1 "
     "--checkpoint.interval 2 --eval.interval 2 --eval.max_samples 4 --log.interval 1"
 )
+# what mpirun would set, for one rank
+MPI = "MASTER_ADDR=127.0.0.1 MASTER_PORT=0 " + " ".join(
+    f"OMPI_COMM_WORLD_{name}" for name in ("RANK=0", "SIZE=1", "LOCAL_RANK=0", "LOCAL_SIZE=1")
+)
 # what stands in a guide, and what is run in its place
 INSTEAD = [
     # what is started otherwise here
     (r"^srun --nodes 2 --ntasks-per-node 8 python ", "torchrun --nproc-per-node 2 "),
     (r"^torchrun (--nnodes 2 )?--nproc-per-node \d+ (--rdzv\S+ \S+ )*", "torchrun --nproc-per-node 2 "),
     (r"^sbatch scripts/slurm/pretrain.sbatch ", "bash -n scripts/slurm/pretrain.sbatch && python pretrain/train.py "),
+    (r"^mpirun -np 16 .* bash -c '(.*)'$", rf"export {MPI}; \1"),
     (r"^sbatch (\S+/acceptance.sbatch) (.*)", r"bash -n \1 && python pretrain/train.py \2 --dry_run"),
     (r"^(scripts/)?(\w+\.py )", r"python scripts/\2"),
     (r"^\.venv/bin/", ""),
@@ -60,7 +65,9 @@ INSTEAD = [
     (r"--tasks commonsense", "--perplexity data/slimpajama_validation"),
     (r"scripts/doctor\.py(.*)", r"scripts/doctor.py\1 || [ $? = 1 ]"),  # it may find something
 ]
-RUN = re.compile(r"(python|torchrun|bash -n|make --dry-run|pytest --collect-only|grep|tail) .*")
+RUN = re.compile(
+    r"(python|torchrun|export MASTER_ADDR=.* exec python|bash -n|make --dry-run|pytest --collect-only|grep|tail) .*"
+)
 # what is not run, and why
 NOT_RUN = {
     r"pip install( .*)?": "from the network; .ci/run installs the package and its extras",
@@ -68,12 +75,12 @@ NOT_RUN = {
     r"hf (download .*|auth login)": "a terabyte from the network, behind an account",
     r"wandb sync": "sends to an account",
     r"scancel .*": "needs a job; tests/slurm signals one",
-    r"mpirun .*": "needs an MPI; tests/train/test_launch.py sets the variables",
+    r"srun -n 1": "part of a command; tests/slurm runs it",
 }
 # what stands between backticks and is a message, not a command
 MESSAGES = re.compile(
-    r"nothing is wrong|train\.global_batch_size 1024 is not .*|cannot resume from .*|\.\.\. belongs to .*"
-    r"|STOPPED says .*|skipped step .*|ops\.attention flash_attn cannot .*|wandb is off .*|mpirun started .*"
+    r"\.\.\. .*|nothing is wrong|train\.global_batch_size 1024 is not .*|cannot resume from .*|STOPPED says .*"
+    r"|skipped step .*|ops\.attention flash_attn cannot .*|wandb is off .*|mpirun started .*"
 )
 
 
