@@ -350,7 +350,7 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
 
 
 def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
-    """Ten steps of the run's optimizer on given gradients, of which it must reject the fourth.
+    """Ten steps of the run's optimizer on given gradients; the fourth, of NaNs, is rejected and must change nothing.
 
     Rank 0 saves the full tensors to the file ``argv[0]``. Gives the collectives of each step.
     """
@@ -367,14 +367,23 @@ def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
             mesh, placements = parameter.device_mesh, parameter.placements
             parameter.grad = distribute_tensor(full, mesh, placements, src_data_rank=None)
         optimizer.optimizer.found_inf = torch.tensor(float(number == 3))
+        before = [shard(tensor).clone() for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
         with _Calls() as calls:
             optimizer.step()
+        after = [shard(tensor) for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
+        if number > 0:  # the first step makes the state
+            assert all(map(torch.equal, before, after)) == (number == 3)
         counted.append({name: count for name, count in calls.counts.items() if "c10d" in name})
     tensors = reader.tensors(gpt, optimizer.optimizer)
     full = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
     if fabric.is_global_zero:
         torch.save(full, file)
     return counted
+
+
+def shard(tensor: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of it."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def dtypes(argv: list[str]) -> dict[str, list[str]]:

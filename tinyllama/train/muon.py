@@ -65,11 +65,15 @@ class Matrix:
 
     def split(self, full: Tensor) -> list[Tensor]:
         """The parts of ``full``, (rows, columns), each with its rows together."""
+        if len(self.sizes) == 1:
+            return [full]
         by_group = full.unflatten(0, (self.groups, -1))  # (groups, rows of a group, columns)
         return [part.flatten(0, 1) for part in by_group.split(self.sizes, dim=1)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
         """The matrix of these parts."""
+        if len(parts) == 1:
+            return parts[0]
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
@@ -155,11 +159,11 @@ class Muon(torch.optim.Optimizer):
         """Update every parameter. Collective."""
         self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._adamw.step()
-        skip = self._accept if self.found_inf is None else self.found_inf
-        directions = self._directions(skip.bool())
+        found_inf = self._accept if self.found_inf is None else self.found_inf
+        directions = self._directions(found_inf.bool())
         updates = self._return(self._orthogonalized(self._collect(directions)))
         group = self.param_groups[0]
-        lr = group["lr"] * (1 - skip)
+        lr = group["lr"] * (1 - found_inf)
         decay = 1 - lr * group["weight_decay"]
         for matrix, update, factor in zip(self._matrices, updates, (-lr * self._scales).unbind(), strict=True):
             weight = local(matrix.parameter)
@@ -193,7 +197,10 @@ class Muon(torch.optim.Optimizer):
         mine = owners[self._shard]
         numels = [[split.numel(index, shard) for index in mine] for shard in range(split.shards)]
         received = self._all_to_all([[shards[index] for index in owner] for owner in owners], numels)
-        full = {index: torch.cat(pieces) for index, *pieces in zip(mine, *received, strict=True)}
+        full = {
+            index: torch.cat(pieces) if len(pieces) > 1 else pieces[0]
+            for index, *pieces in zip(mine, *received, strict=True)
+        }
         return {index: flat.view(self._matrices[index].parameter.shape) for index, flat in full.items()}
 
     def _return(self, updates: dict[int, Tensor]) -> list[Tensor]:
@@ -245,25 +252,25 @@ class Muon(torch.optim.Optimizer):
 
 def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
     """Orthogonalize each of these matrices, those of one shape in one batch."""
-    tall = [rows > columns for rows, columns in (matrix.shape for matrix in matrices)]
-    wide = [matrix.mT if turn else matrix for matrix, turn in zip(matrices, tall, strict=True)]
     batches = defaultdict(list)
-    for number, matrix in enumerate(wide):
+    for number, matrix in enumerate(matrices):
         batches[matrix.shape].append(number)
+    done: dict[int, Tensor] = {}
     for numbers in batches.values():
-        done = orthogonalize(torch.stack([wide[number] for number in numbers]))
-        for number, update in zip(numbers, done, strict=True):
-            wide[number] = update
-    return [matrix.mT if turn else matrix for matrix, turn in zip(wide, tall, strict=True)]
+        batch = torch.stack([matrices[number] for number in numbers])
+        done |= zip(numbers, orthogonalize(batch).unbind(), strict=True)
+    return [done[number] for number in range(len(matrices))]
 
 
 def orthogonalize(x: Tensor) -> Tensor:
-    """Take all singular values of a batch of matrices, (B, m, n) with m <= n, to about 1, by Newton-Schulz."""
+    """Take all singular values of a batch of matrices, (B, m, n), to about 1, by Newton-Schulz."""
     a, b, c = QUINTIC
+    tall = x.shape[1] > x.shape[2]
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(ITERATIONS):
-        square = x @ x.mT  # (B, m, m)
-        x = torch.baddbmm(x, torch.baddbmm(square, square, square, beta=b, alpha=c), x, beta=a)
+        square = x.mT @ x if tall else x @ x.mT  # (B, s, s), s the shorter side
+        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
+        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
