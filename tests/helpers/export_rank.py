@@ -36,7 +36,7 @@ def save(rank: int, store: str, run: Path) -> None:
     init_weights(model, seed=1)
     keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
     checkpointer = Checkpointer(run / "checkpoints", config=cli.dump({"model": asdict(CONFIG)}), facts=FACTS, **keep)
-    checkpointer.save(TrainState(step=3, samples=3, tokens=9), model, torch.optim.AdamW(model.parameters()))
+    checkpointer.save(TrainState(step=3, samples=3, tokens=9), model, torch.optim.AdamW(model.parameters(), fused=True))
     dist.destroy_process_group()
 
 
