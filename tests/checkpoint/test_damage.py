@@ -47,7 +47,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             asynchronous=False,
         )
         state = TrainState(7, 56, 448, validated=4, skipped=2, skipped_in_a_row=1, recent=[[3.5, 1.25], [3.25, 1.0]])
-        step_dir = saver.save(state, model, torch.optim.AdamW(model.parameters()))
+        step_dir = saver.save(state, model, torch.optim.AdamW(model.parameters(), fused=True))
     finally:
         dist.destroy_process_group()
     assert step_dir is not None
