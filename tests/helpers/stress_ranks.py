@@ -91,7 +91,7 @@ class Folder:
             self._bind()
 
     def keep(self) -> None:
-        """Copy what is there to where it is after the end of the namespace."""
+        """Copy what is there to where it is seen after the end of the namespace."""
         if self.mounted:
             self.unmount()
             shutil.copytree(self._disk / "run", self.path, dirs_exist_ok=True)
@@ -248,8 +248,8 @@ def sound(folder: Folder, damaged: set[int]) -> list[Path]:
 
 
 def main() -> None:
-    mount, words = sys.argv[1] == "--mount", sys.argv[1 + (sys.argv[1] == "--mount") :]
-    disturbances, seed, *argv = words
+    mount = sys.argv[1] == "--mount"
+    disturbances, seed, *argv = sys.argv[1 + mount :]
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1)  # ranks whose launcher is dead become ours
     lock.BEAT = 0.2  # a tiny run would be over before it looks at its folder
     choice = random.Random(int(seed))
