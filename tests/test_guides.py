@@ -75,7 +75,6 @@ NOT_RUN = {
     r"hf (download .*|auth login)": "a terabyte from the network, behind an account",
     r"wandb sync": "sends to an account",
     r"scancel .*": "needs a job; tests/slurm signals one",
-    r"srun -n 1": "part of a command; tests/slurm runs it",
 }
 MESSAGES = {"nothing is wrong"}  # between backticks, as a command is
 
