@@ -367,6 +367,8 @@ def test_the_table_shows_the_published_scores_beside():
     assert "TinyLlama-1.1B step 1431k" in text
     assert text.splitlines()[-1].split() == ["this", "checkpoint", "30.00"]
     assert harness.table([harness.Score(1, 2, "own", "acc", 0.25, 0)]).split() == ["own", "acc", "0.2500"]
+    hostile = harness.table([harness.Score(1, 2, "own\x1b[2J\n", "acc", 0.25, 0)])
+    assert hostile.split() == [r"own\x1b[2J\n", "acc", "0.2500"]
 
 
 def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, tmp_path, script, tokenizer_file):

@@ -47,6 +47,16 @@ def test_subsets_and_what_was_left_out_over_all_shards():
     assert progress.total([]) == nothing
 
 
+def test_names_from_files_are_printed_in_one_line(capsys):
+    figures = {"documents": 1, "tokens": 2, "bytes": 3}
+    info = {"documents": 1, "tokens": 2, "repaired": 0, "dropped": {"b\nc": 4}, "subsets": {"a\x1b[2J": figures}}
+    assert [line.split()[0] for line in progress.table(info).splitlines()] == ["subset", r"a\x1b[2J", "all", "of"]
+    assert progress.counts(info) == r"1 documents (4 of b\nc left out), 2 tokens"
+    one = Input("/in", "a\n\x1b[2J.txt", 5)
+    progress.Progress([one]).add(one, info)
+    assert capsys.readouterr().err.startswith(r"[1/1] a\n\x1b[2J.txt: 1 documents")
+
+
 def test_counts_in_words():
     noted = "7 of RedPajamaGithub left out, 2,005 not of the fraction, 1,034 with lone surrogates replaced"
     assert progress.counts(progress.total(INFOS)) == f"1,003 documents ({noted}), 6,200 tokens"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from tinyllama import InputError, atomic
+from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dirs
 from tinyllama.checkpoint.resume import stopped_file
@@ -249,7 +249,7 @@ def published() -> list[dict[str, str]]:
 
 def table(scores: Sequence[Score]) -> str:
     """Format ``scores`` for the terminal, in percent, with published scores of the same tasks and metrics."""
-    shown = {(score.task, score.metric): score.value for score in scores}
+    shown = {(printable(score.task, 80), printable(score.metric, 80)): score.value for score in scores}
     rows: dict[str, dict[tuple[str, str], float]] = {}
     for row in published():
         if (row["task"], row["metric"]) in shown:

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
+from tinyllama import printable
 from tinyllama.prepare.inputs import Input
 from tinyllama.throughput import duration
 
@@ -41,7 +42,8 @@ class Progress:
             return
         result = "not packed" if isinstance(outcome, Exception) else counts(outcome)
         left = f"{duration(seconds * self._left / (self._bytes - self._left or 1))} left"
-        print(f"[{self._done}/{self._shards}] {one.name}: {result}; {rate}, {left}", file=sys.stderr, flush=True)
+        name = printable(one.name, 200)
+        print(f"[{self._done}/{self._shards}] {name}: {result}; {rate}, {left}", file=sys.stderr, flush=True)
 
     def close(self) -> None:
         """Leave the bar as it is."""
@@ -77,7 +79,8 @@ def table(info: Info) -> str:
     keys = ("documents", "tokens", "bytes")
     everything = {key: sum(figures[key] for figures in info["subsets"].values()) for key in keys}
     dropped = {_why(reason): {"documents": count} for reason, count in info["dropped"].items()}
-    rows = [*info["subsets"].items(), ("all", everything), *dropped.items()]
+    subsets = {printable(subset, 80): figures for subset, figures in info["subsets"].items()}
+    rows = [*subsets.items(), ("all", everything), *dropped.items()]
     width = max(len(name) for name, _ in [("subset", {}), *rows])
     lines = [f"{'subset':{width}}" + "".join(f"{key:>22}" for key in keys)]
     for name, figures in rows:
@@ -86,4 +89,4 @@ def table(info: Info) -> str:
 
 
 def _why(reason: str) -> str:
-    return "not of the fraction" if reason == "fraction" else f"of {reason} left out"
+    return "not of the fraction" if reason == "fraction" else f"of {printable(reason, 80)} left out"
