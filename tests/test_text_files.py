@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tinyllama.prepare.inputs import Input
+
 ROOT = Path(__file__).parents[1]
 SOURCES = [path for folder in ("tinyllama", "pretrain", "scripts") for path in sorted((ROOT / folder).rglob("*.py"))]
 OPEN = {"open": 0, "read_text": None, "write_text": None}  # where the mode stands among the arguments of a method
@@ -46,15 +48,16 @@ def test_every_text_file_is_opened_as_utf8() -> None:
     assert {path: found for path in SOURCES if (found := in_locale_encoding(path.read_text(encoding="utf-8")))} == {}
 
 
-def test_a_reason_is_read_back_in_a_locale_without_its_letters(tmp_path: Path) -> None:
-    (tmp_path / "a.bad").write_bytes("größer als erlaubt: 漢字".encode())
-    code = (
-        "import locale, sys; from pathlib import Path; from types import SimpleNamespace\n"
-        "from tinyllama.prepare.prepare import _read_bad\n"
-        "assert locale.getpreferredencoding() != 'UTF-8', locale.getpreferredencoding()\n"
-        "print(ascii(_read_bad(Path(sys.argv[1]), SimpleNamespace(shard='a'))))"
-    )
+def test_a_reason_is_read_back_in_a_locale_without_its_letters(tokenizer_file: Path, tmp_path: Path) -> None:
+    source, output = tmp_path / "raw", tmp_path / "out"
+    source.mkdir()
+    output.mkdir()
+    (source / "a.txt").write_text("a", encoding="utf-8")
+    reason = "größer als erlaubt: 漢字"
+    # what a task leaves of an input that it could not pack
+    (output / f"{Input('', 'a.txt', 1).shard}.bad").write_bytes(reason.encode())
     env = os.environ | {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
-    command = [sys.executable, "-c", code, tmp_path]
-    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, text=True)
-    assert done.stdout == ascii("größer als erlaubt: 漢字") + "\n", done.stderr
+    flags = ["--source", source, "--tokenizer", tokenizer_file, "--output", output, "--finish"]
+    command = [sys.executable, "scripts/prepare_text.py", *flags]
+    done = subprocess.run(command, env=env, cwd=ROOT, capture_output=True, encoding="ascii")
+    assert (done.returncode, done.stderr) == (2, f"error: {reason.encode('ascii', 'backslashreplace').decode()}\n")
