@@ -315,7 +315,7 @@ from tinyllama.data.loader import Loader
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 
-batches_a_round, rounds = 1024, 4  # 2,048 samples, of which 1,024 are located at once: as often in each round
+batches_a_round, rounds = 1024, 5  # 2,048 samples, of which 1,024 are located at once: as often in each round
 datasets = [open_packed(path) for path in sys.argv[1:]]
 mixture = Mixture([29, 11], [0.7, 0.3], 0, [dataset.fingerprint for dataset in datasets])
 sizes = {"block_size": 3, "vocab_size": 60_000, "global_batch_size": 8, "micro_batch_size": 2}
@@ -327,8 +327,9 @@ with Loader(datasets, mixture, **sizes, rank=0, world_size=1, start_sample=0) as
             next(batches)
         held.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.reset_peak()
-# the smallest object kept for each batch takes 32 bytes with its place in a list; the queue moves a few kB
-assert held[-1] - held[0] < 16 * batches_a_round * (rounds - 1), held
+# after a first round, in which modules are imported: the smallest object kept for each batch takes 24 bytes with its
+# place in a list; the queue moves a few kB
+assert held[-1] - held[1] < 16 * batches_a_round * (rounds - 2), held
 """
 
 
