@@ -48,7 +48,7 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
         return answer
 
     try:
-        assert run("train_signalled", "7", "0")["result"] == 75  # a signal in step 7
+        assert run("train_signalled", "6", "0")["result"] == 75  # a signal in step 6
         for last in (12, 12):  # two that died on the way to a checkpoint after steps they had told of
             assert run("train")["result"] == 0
             shutil.rmtree(out / "checkpoints" / f"step-{last:08d}")
