@@ -41,12 +41,13 @@ def check_json(content: dict[str, Any]) -> None:
         raise ValueError(f"its state.json has no {missing[0]}")
 
 
-def _is_count(value: Any) -> bool:
+def is_count(value: Any) -> bool:
+    """Return whether ``value`` is a number of things, which 64 bits hold."""
     return type(value) is int and 0 <= value < 2**62
 
 
 def _is_count_or_unknown(value: Any) -> bool:
-    return _is_count(value) or (type(value) is int and value == -1)
+    return is_count(value) or (type(value) is int and value == -1)
 
 
 def _is_pair(value: Any) -> bool:
@@ -69,20 +70,20 @@ def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
 
 FIELDS: dict[str, Callable[[Any], bool]] = {
     "format_version": lambda value: type(value) is int and value == 1,
-    "step": _is_count,
-    "samples": _is_count,
-    "tokens": _is_count,
+    "step": is_count,
+    "samples": is_count,
+    "tokens": is_count,
     "validated": _is_count_or_unknown,
-    "skipped": _is_count,
-    "skipped_in_a_row": _is_count,
+    "skipped": is_count,
+    "skipped_in_a_row": is_count,
     "warmup_samples": _is_count_or_unknown,
     "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
-    "world_size": lambda value: _is_count(value) and value > 0,
+    "world_size": lambda value: is_count(value) and value > 0,
     "data": _or_none(lambda value: isinstance(value, dict)),
     "model": _or_none(lambda value: isinstance(value, dict)),
-    "bos_id": _or_none(_is_count),
-    "eos_id": _or_none(_is_count),
-    "eos_ids": lambda value: isinstance(value, list) and all(map(_is_count, value)),
+    "bos_id": _or_none(is_count),
+    "eos_id": _or_none(is_count),
+    "eos_ids": lambda value: isinstance(value, list) and all(map(is_count, value)),
     "bos": _or_none(lambda value: isinstance(value, bool)),
     "tokenizer_sha256": _or_none(_is_text),
     "converted_from": lambda value: isinstance(value, str),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tinyllama import InputError, printable
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.convert import folder, layout
 from tinyllama.model import assign_full
@@ -150,20 +151,16 @@ def _shapes_and_dtypes(tensors: Mapping[str, Tensor]) -> dict[str, tuple[torch.S
 
 def _metadata(content: Mapping[str, Any]) -> dict[str, Any]:
     """Select the metadata of Weights; values of a wrong type count as unknown."""
-    metadata = {key: content.get(key) if _is_count(content.get(key)) else None for key in COUNTS}
+    metadata = {key: content.get(key) if is_count(content.get(key)) else None for key in COUNTS}
     for key, kind in (("tokenizer_sha256", str), ("bos", bool)):
         metadata[key] = content.get(key) if isinstance(content.get(key), kind) else None
     eos_ids = content.get("eos_ids")
     every = [metadata["eos_id"], *(eos_ids if isinstance(eos_ids, list) else [])]
-    return metadata | {"eos_ids": list(dict.fromkeys(filter(_is_count, every)))}
+    return metadata | {"eos_ids": list(dict.fromkeys(filter(is_count, every)))}
 
 
 def _listed(value: Any) -> list[Any]:
     return value if isinstance(value, list) else [value]
-
-
-def _is_count(value: Any) -> bool:
-    return type(value) is int and 0 <= value < 2**62
 
 
 def _is_plain(value: Any) -> bool:
