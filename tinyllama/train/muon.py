@@ -8,10 +8,11 @@ alone computes its update. A step needs three collectives, however many matrices
 in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
 """
 
+import functools
 import itertools
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar, cast
 
@@ -165,22 +166,22 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         lr = group["lr"] * (1 - found_inf)
         decay = 1 - lr * group["weight_decay"]
+        move = one_kernel(move_weights, self._scales.is_cuda)
         for matrix, update, factor in zip(self._matrices, updates, (-lr * self._scales).unbind(), strict=True):
-            weight = local(matrix.parameter)
-            weight.mul_(decay).addcmul_(update.view_as(weight), factor)
+            move(local(matrix.parameter).view(-1), update.view(-1), decay, factor)
 
     def _directions(self, skip: Tensor) -> list[Tensor]:
         """Nesterov's momentum of this rank's shard of each matrix, for which the momenta take in the gradients."""
         directions = []
+        direct = one_kernel(take_direction, self._scales.is_cuda)
         for parameter in (matrix.parameter for matrix in self._matrices):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
             momentum, gradient = local(state["momentum"]), local(parameter.grad)
-            gradient = torch.where(skip, momentum, gradient)  # which leaves the momentum as it is, bit for bit
-            momentum.lerp_(gradient, 1 - MOMENTUM)
-            directions.append(gradient.lerp(momentum, MOMENTUM).to(self._dtype))
+            direction = direct(momentum.view(-1), gradient.reshape(-1), skip, self._dtype)
+            directions.append(direction.view(momentum.shape))
         return directions
 
     def _orthogonalized(self, owned: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -265,13 +266,58 @@ def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
 def orthogonalize(x: Tensor) -> Tensor:
     """Take all singular values of a batch of matrices, (B, m, n), to about 1, by Newton-Schulz."""
     a, b, c = QUINTIC
-    tall = x.shape[1] > x.shape[2]
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
+    tall = x.shape[1] > x.shape[2]
+    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
+        return orthogonalize_long(x.mT).mT if tall else orthogonalize_long(x)
     for _ in range(ITERATIONS):
         square = x.mT @ x if tall else x @ x.mT  # (B, s, s), s the shorter side
         polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
         x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
     return x
+
+
+def orthogonalize_long(x: Tensor) -> Tensor:
+    """Return the same iterations of ``x``, (B, s, l), with fewer operations where l is at least twice s.
+
+    All but the first and last of them work on x x^T, which is smaller (Gram Newton-Schulz, tridao.me/blog/2026). In
+    bfloat16 its rounding would be amplified, in float16 it is not, if x x^T is computed anew after two iterations.
+    """
+    a, b, c = QUINTIC
+    dtype = x.dtype
+    x = x.half() if dtype == torch.bfloat16 else x
+    for iterations in (2, ITERATIONS - 2):
+        gram = x @ x.mT  # (B, s, s)
+        total = None  # the product of all polynomials
+        for iteration in range(iterations):
+            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # without its constant term, a
+            if total is None:
+                total = polynomial + a * torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
+            else:
+                total = torch.baddbmm(total, polynomial, total, beta=a)
+            if iteration + 1 < iterations:
+                left = torch.baddbmm(gram, polynomial, gram, beta=a)
+                gram = torch.baddbmm(left, left, polynomial, beta=a)
+        x = total @ x
+    return x.to(dtype)
+
+
+def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take a gradient into the momentum, in place, and return Nesterov's direction; ``skip``: the momentum stays."""
+    gradient = torch.where(skip, momentum, gradient)  # which leaves the momentum as it is, bit for bit
+    momentum.lerp_(gradient, 1 - MOMENTUM)
+    return gradient.lerp(momentum, MOMENTUM).to(dtype)
+
+
+def move_weights(weight: Tensor, update: Tensor, decay: Tensor, factor: Tensor) -> None:
+    """Multiply the weights by ``decay`` and add ``factor`` times the update, in place."""
+    weight.mul_(decay).addcmul_(update, factor)
+
+
+@functools.cache
+def one_kernel(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
+    """``function`` of flat tensors, on a GPU as one kernel: it takes as long as memory does."""
+    return torch.compile(function, dynamic=True, fullgraph=True) if on_gpu else function
 
 
 def local(tensor: Tensor) -> Tensor:
