@@ -57,6 +57,9 @@ def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any,
         linears = [torch.nn.Linear(*sizes, bias=False, device="cuda", dtype=torch.bfloat16) for sizes in ((C, H),) * 2]
         linears.append(torch.nn.Linear(H, C, bias=False, device="cuda", dtype=torch.bfloat16))
         return (normal(samples, T, C), *linears), 6 * N * C * H / 1e12, 0
+    if operation == "symmetric_matmul":
+        x = normal(config.n_layer, C, H).detach()  # of every block's w1
+        return (x, x.mT), 2 * config.n_layer * C * C * H / 1e12, 0
     V = config.padded_vocab_size
     targets = torch.randint(config.vocab_size, (samples, T), device="cuda")
     return (normal(samples, T, C), normal(V, C), targets), 2 * N * C * V / 1e12, 0
@@ -75,26 +78,23 @@ def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samp
         before = torch.cuda.memory_allocated()
         with torch.no_grad():
             forward = microseconds(lambda: call(*inputs))
-        outputs = call(*inputs)
-        weights = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else [outputs])]
-        del outputs
+        line["forward_us"] = round(forward, 1)
+        line |= {"forward_tflops": round(tflop / forward * 1e6)} if tflop else {}
+        line |= {"forward_gb_per_second": round(gb / forward * 1e6)} if gb else {}
         wanted = [p for x in inputs for p in (x.parameters() if isinstance(x, torch.nn.Module) else [x])]
         wanted = [p for p in wanted if isinstance(p, Tensor) and p.requires_grad]
-
-        def both() -> None:
-            torch.autograd.grad(call(*inputs), wanted, weights)  # backward() would accumulate gradients
-
-        total = microseconds(both)
+        if wanted:
+            outputs = call(*inputs)
+            weights = [torch.randn_like(y) for y in (outputs if isinstance(outputs, tuple) else [outputs])]
+            del outputs
+            # backward() would accumulate gradients
+            total = microseconds(lambda: torch.autograd.grad(call(*inputs), wanted, weights))
+            line["forward_backward_us"] = round(total, 1)
+            times = 3.5 if operation == "attention" else 3  # its forward pass has two matmuls, its backward pass five
+            line |= {"forward_backward_tflops": round(times * tflop / total * 1e6)} if tflop else {}
     except (RuntimeError, AssertionError) as error:  # out of memory, or a shape that the kernel does not support
         return line | {"error": str(error).splitlines()[0]}
-    line |= {"forward_us": round(forward, 1), "forward_backward_us": round(total, 1)}
-    line["peak_memory_gib"] = round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)
-    if tflop:
-        # attention's forward pass has two matmuls, its backward pass five
-        times = 3.5 if operation == "attention" else 3
-        speeds = {"forward_tflops": tflop / forward, "forward_backward_tflops": times * tflop / total}
-        return line | {key: round(speed * 1e6) for key, speed in speeds.items()}
-    return line | {"forward_gb_per_second": round(gb / forward * 1e6)}
+    return line | {"peak_memory_gib": round((torch.cuda.max_memory_allocated() - before) / 2**30, 2)}
 
 
 def ceilings() -> list[dict[str, Any]]:

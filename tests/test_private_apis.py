@@ -87,6 +87,11 @@ TABLE = [
     # without an underscore, but in no library's documentation
     Private("quack.gemm_interface.gemm_gated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
     Private("quack.gemm_interface.gemm_dgated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
+    Private(
+        "quack.gemm_interface.gemm_symmetric",
+        ("tinyllama/ops/symmetric_matmul.py",),
+        "quack documents no symmetric matmul",
+    ),
     Private("quack.rmsnorm.rmsnorm_fwd", ("tinyllama/ops/rms_norm.py",), QUACK),
     Private("quack.rmsnorm.rmsnorm_bwd", ("tinyllama/ops/rms_norm.py",), QUACK),
     Private(

@@ -18,7 +18,13 @@ from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
 from tinyllama.ops.rope import rope, rope_tables
 
 # backends that run anywhere; ops/choice.py chooses those of a run
-OPS = {"attention": "sdpa", "rms_norm": "reference", "swiglu": "reference", "cross_entropy": "reference"}
+OPS = {
+    "attention": "sdpa",
+    "rms_norm": "reference",
+    "swiglu": "reference",
+    "cross_entropy": "reference",
+    "symmetric_matmul": "reference",
+}
 
 
 class Cache(Protocol):

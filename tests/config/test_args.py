@@ -148,7 +148,13 @@ DEFAULTS: dict[str, Any] = {
         "resume": "auto",
         "init_from": None,
     },
-    "ops": {"attention": "auto", "rms_norm": "auto", "swiglu": "auto", "cross_entropy": "auto"},
+    "ops": {
+        "attention": "auto",
+        "rms_norm": "auto",
+        "swiglu": "auto",
+        "cross_entropy": "auto",
+        "symmetric_matmul": "auto",
+    },
     "parallel": {"devices": None, "shard": "full", "reshard_after_forward": True, "sync_every_micro_batch": False},
     "eval": {"interval": 1000, "max_samples": 2048},
     "checkpoint": {

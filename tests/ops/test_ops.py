@@ -7,7 +7,7 @@ import torch
 
 from tinyllama import InputError
 from tinyllama.config.model import named_config
-from tinyllama.ops import attention, choice, cross_entropy, float8, rms_norm, swiglu
+from tinyllama.ops import attention, choice, cross_entropy, float8, rms_norm, swiglu, symmetric_matmul
 from tinyllama.ops.attention import reference
 from tinyllama.ops.backend import Backend
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
@@ -249,6 +249,24 @@ def test_swiglu_gates_with_its_first_matrix(backend, device, dtype):
     close(forward_backward(modules, x, *matrices), expected, dtype, "swiglu")
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", symmetric_matmul.BACKENDS)
+@pytest.mark.parametrize("shape", [(1, 8, 8), (3, 40, 136), (2, 264, 72)])
+def test_symmetric_matmul_is_the_scaled_product_and_the_scaled_sum(backend, device, shape, dtype):
+    call = usable("symmetric_matmul", backend, device, dtype)
+    x = normal(*shape, dtype=dtype, device=device).detach() / shape[2] ** 0.5
+    wide, exact = x, x.double() @ x.double().mT
+    for a in (wide, wide.mT.contiguous().mT):  # each of the layouts that the iterations have
+        square = call(a, a.mT)
+        cubic = call(square, square, square, alpha=0.5, beta=-3.0)
+        rounded = square.double()
+        for found, expected in ((square, exact), (cubic, 0.5 * rounded @ rounded - 3 * rounded)):
+            assert found.dtype == dtype
+            limit = {torch.float32: 1e-6, torch.bfloat16: 5e-3, torch.float16: 1e-3}[dtype]
+            assert (found.double() - expected).norm() <= limit * expected.norm()
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("device", ["cpu", gpu])
 @pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
@@ -319,7 +337,9 @@ def test_what_is_not_counted_and_how_much_is_done_at_a_time():
 
 def test_auto_is_what_runs_anywhere_on_a_cpu():
     chosen = choice.resolve({}, CONFIG, CPU, precision="bf16")
-    assert chosen == {"attention": "sdpa"} | dict.fromkeys(("rms_norm", "swiglu", "cross_entropy"), "reference")
+    assert chosen == {"attention": "sdpa"} | dict.fromkeys(
+        ("rms_norm", "swiglu", "cross_entropy", "symmetric_matmul"), "reference"
+    )
     assert choice.describe(chosen).startswith("attention sdpa, rms_norm reference")
 
 
@@ -361,6 +381,7 @@ PUBLIC = {
     "rms_norm": ["reference", "torch", "quack"],
     "swiglu": ["reference", "quack", "xformers"],
     "cross_entropy": ["reference", "chunked"],
+    "symmetric_matmul": ["reference", "quack"],
 }
 # what each needs of a GPU: only there, 16 bits, at least this capability, sizes that are multiples of this
 NEEDS = {
@@ -372,6 +393,7 @@ NEEDS = {
     ("rms_norm", "quack"): (True, False, (9, 0), 8),
     ("swiglu", "quack"): (True, True, (9, 0), 8),
     ("swiglu", "xformers"): (True, False, (0, 0), 1),
+    ("symmetric_matmul", "quack"): (True, True, (9, 0), 8),
 }
 
 
@@ -386,15 +408,15 @@ def test_what_every_backend_needs():
 @pytest.mark.parametrize(
     ("capability", "precision", "masked", "expected"),
     [
-        ((8, 0), "bf16", False, ("flash_attn", "reference", "reference", "chunked")),
-        ((8, 9), "bf16", False, ("flash_attn", "reference", "reference", "chunked")),
-        ((9, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked")),
-        ((10, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked")),
-        ((9, 0), "float8", False, ("flash_attn_4", "quack", "reference", "chunked")),
-        ((9, 0), "bf16", True, ("flex", "quack", "quack", "chunked")),
-        ((9, 0), "fp32", False, ("sdpa", "reference", "reference", "reference")),
-        ((9, 0), "fp32", True, ("sdpa", "reference", "reference", "reference")),
-        ((7, 5), "bf16", False, ("reference", "reference", "reference", "chunked")),
+        ((8, 0), "bf16", False, ("flash_attn", "reference", "reference", "chunked", "reference")),
+        ((8, 9), "bf16", False, ("flash_attn", "reference", "reference", "chunked", "reference")),
+        ((9, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked", "quack")),
+        ((10, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked", "quack")),
+        ((9, 0), "float8", False, ("flash_attn_4", "quack", "reference", "chunked", "quack")),
+        ((9, 0), "bf16", True, ("flex", "quack", "quack", "chunked", "quack")),
+        ((9, 0), "fp32", False, ("sdpa", "reference", "reference", "reference", "reference")),
+        ((9, 0), "fp32", True, ("sdpa", "reference", "reference", "reference", "reference")),
+        ((7, 5), "bf16", False, ("reference", "reference", "reference", "chunked", "reference")),
     ],
 )
 def test_auto_on_a_gpu_that_has_everything(capability, precision, masked, expected, monkeypatch):
@@ -408,7 +430,7 @@ def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: False)
     chosen = choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")
-    assert tuple(chosen.values()) == ("sdpa_cudnn", "reference", "reference", "chunked")
+    assert tuple(chosen.values()) == ("sdpa_cudnn", "reference", "reference", "chunked", "reference")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")["attention"] == "sdpa_flash"
     old = Backend(call=print, cuda=True, capability=(9, 0))

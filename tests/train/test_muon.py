@@ -16,7 +16,15 @@ from tinyllama.checkpoint.names import step_dir
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.model import GPT, init_weights
-from tinyllama.train.muon import Assignment, Matrix, hidden_matrices, orthogonalize
+from tinyllama.ops import symmetric_matmul
+from tinyllama.train.muon import (
+    Assignment,
+    Matrix,
+    hidden_matrices,
+    iterate_on_gram,
+    iterate_on_matrix,
+    orthogonalize,
+)
 from tinyllama.train.optim import build_optimizer
 
 LR, DECAY = 1e-2, 0.3
@@ -185,6 +193,26 @@ def big() -> list[Matrix]:
     """The hidden matrices of the 1.1B."""
     with torch.device("meta"):
         return hidden_matrices(GPT(named_config("tinyllama_1.1b")))
+
+
+@pytest.mark.parametrize("shape", [(2, 16, 32), (1, 24, 200), (3, 130, 40)])
+def test_iterations_on_x_x_t_are_those_on_x(shape: tuple[int, ...]) -> None:
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    x /= x.norm(dim=(1, 2), keepdim=True)
+    wide = x if shape[1] < shape[2] else x.mT
+    expected = iterate_on_matrix(wide, symmetric_matmul.reference)
+    torch.testing.assert_close(iterate_on_gram(wide, symmetric_matmul.reference), expected, rtol=0, atol=1e-12)
+    # in 16 bits both round; on x x^T they may be no worse
+    exact = expected if wide is x else expected.mT
+    errors = [
+        (found.double() - target).norm() / target.norm()
+        for found, target in (
+            (orthogonalize(x.bfloat16()), exact),
+            (iterate_on_matrix(wide.bfloat16(), symmetric_matmul.reference), expected),
+        )
+    ]
+    assert errors[0] < 0.02, errors
+    assert errors[1] < 0.03, errors
 
 
 def test_every_matrix_has_one_owner_and_owners_have_about_the_same_to_do() -> None:

@@ -163,6 +163,8 @@ class OpsArgs:
     """reference, quack (the gate inside the products' kernels) or xformers"""
     cross_entropy: str = "auto"
     """reference, or chunked: without the logits in full"""
+    symmetric_matmul: str = "auto"
+    """of Muon's iterations: reference, or quack (half of a symmetric product is computed)"""
 
 
 @dataclass(frozen=True)

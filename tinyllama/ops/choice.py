@@ -6,7 +6,7 @@ import torch
 
 from tinyllama import InputError
 from tinyllama.config.model import ModelConfig
-from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
+from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu, symmetric_matmul
 from tinyllama.ops.backend import Backend
 
 OPERATIONS: dict[str, dict[str, Backend]] = {
@@ -14,6 +14,7 @@ OPERATIONS: dict[str, dict[str, Backend]] = {
     "rms_norm": rms_norm.BACKENDS,
     "swiglu": swiglu.BACKENDS,
     "cross_entropy": cross_entropy.BACKENDS,
+    "symmetric_matmul": symmetric_matmul.BACKENDS,
 }
 """backends of each operation by name, the reference first"""
 
@@ -22,6 +23,7 @@ SIZES = {
     "rms_norm": ("n_embd",),
     "swiglu": ("n_embd", "intermediate_size"),
     "cross_entropy": (),
+    "symmetric_matmul": ("n_embd", "intermediate_size"),
 }
 """sizes of a model that concern an operation's kernels"""
 
@@ -34,6 +36,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
         "rms_norm": ("quack",),
         "swiglu": ("quack",),
         "cross_entropy": ("chunked",),
+        "symmetric_matmul": ("quack",),
     },
 }
 

@@ -8,7 +8,6 @@ alone computes its update. A step needs three collectives, however many matrices
 in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
 """
 
-import functools
 import itertools
 import math
 from collections import defaultdict
@@ -25,8 +24,10 @@ from torch.distributed.tensor import DTensor
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
+from tinyllama.ops import symmetric_matmul
 
 T = TypeVar("T")
+Multiply = Callable[..., Tensor]
 
 MOMENTUM = 0.95
 ITERATIONS = 5
@@ -137,6 +138,7 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, model: GPT, args: OptimArgs, dtype: torch.dtype) -> None:
         self._matrices = hidden_matrices(model)
         self._dtype = dtype
+        self._multiply = symmetric_matmul.BACKENDS[model.ops["symmetric_matmul"]].call
         hidden = [matrix.parameter for matrix in self._matrices]
         of_muon = set(hidden)
         others = [parameter for parameter in model.parameters() if parameter not in of_muon]
@@ -161,33 +163,37 @@ class Muon(torch.optim.Optimizer):
         self._adamw.found_inf = self.found_inf  # type: ignore[attr-defined]
         self._adamw.step()
         found_inf = self._accept if self.found_inf is None else self.found_inf
-        directions = self._directions(found_inf.bool())
+        directions = self._directions(found_inf)
         updates = self._return(self._orthogonalized(self._collect(directions)))
         group = self.param_groups[0]
         lr = group["lr"] * (1 - found_inf)
         decay = 1 - lr * group["weight_decay"]
-        move = one_kernel(move_weights, self._scales.is_cuda)
         for matrix, update, factor in zip(self._matrices, updates, (-lr * self._scales).unbind(), strict=True):
-            move(local(matrix.parameter).view(-1), update.view(-1), decay, factor)
+            weight = local(matrix.parameter)
+            weight.mul_(decay).addcmul_(update.view_as(weight), factor)
 
-    def _directions(self, skip: Tensor) -> list[Tensor]:
-        """Nesterov's momentum of this rank's shard of each matrix, for which the momenta take in the gradients."""
+    def _directions(self, found_inf: Tensor) -> list[Tensor]:
+        """Nesterov's momentum of this rank's shard of each matrix, up to a factor; the momenta take in the gradients.
+
+        Where ``found_inf`` is 1 a momentum takes in 0 with a weight of 0, which leaves it as it is, bit for bit.
+        """
+        skip, weight = found_inf.bool(), (1 - MOMENTUM) * (1 - found_inf)
         directions = []
-        direct = one_kernel(take_direction, self._scales.is_cuda)
         for parameter in (matrix.parameter for matrix in self._matrices):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
-            momentum, gradient = local(state["momentum"]), local(parameter.grad)
-            direction = direct(momentum.view(-1), gradient.reshape(-1), skip, self._dtype)
-            directions.append(direction.view(momentum.shape))
+            momentum, gradient = local(state["momentum"]), local(parameter.grad).masked_fill_(skip, 0)
+            momentum.lerp_(gradient, weight)
+            direction = torch.empty_like(momentum, dtype=self._dtype)
+            directions.append(torch.add(momentum, gradient, alpha=(1 - MOMENTUM) / MOMENTUM, out=direction))
         return directions
 
     def _orthogonalized(self, owned: dict[int, Tensor]) -> dict[int, Tensor]:
         """The updates of these matrices, by number."""
         parts = [part for index, full in owned.items() for part in self._matrices[index].split(full)]
-        done = iter(orthogonalize_all(parts))
+        done = iter(orthogonalize_all(parts, self._multiply))
         matrices = {index: self._matrices[index] for index in owned}
         return {index: matrix.join([next(done) for _ in matrix.sizes]) for index, matrix in matrices.items()}
 
@@ -251,7 +257,7 @@ class Muon(torch.optim.Optimizer):
         return self._mesh.get_group(name)
 
 
-def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
+def orthogonalize_all(matrices: list[Tensor], multiply: Multiply = symmetric_matmul.reference) -> list[Tensor]:
     """Orthogonalize each of these matrices, those of one shape in one batch."""
     batches = defaultdict(list)
     for number, matrix in enumerate(matrices):
@@ -259,65 +265,54 @@ def orthogonalize_all(matrices: list[Tensor]) -> list[Tensor]:
     done: dict[int, Tensor] = {}
     for numbers in batches.values():
         batch = torch.stack([matrices[number] for number in numbers])
-        done |= zip(numbers, orthogonalize(batch).unbind(), strict=True)
+        done |= zip(numbers, orthogonalize(batch, multiply).unbind(), strict=True)
     return [done[number] for number in range(len(matrices))]
 
 
-def orthogonalize(x: Tensor) -> Tensor:
-    """Take all singular values of a batch of matrices, (B, m, n), to about 1, by Newton-Schulz."""
-    a, b, c = QUINTIC
+def orthogonalize(x: Tensor, multiply: Multiply = symmetric_matmul.reference) -> Tensor:
+    """Take all singular values of a batch of matrices, (B, m, n), to about 1, by Newton-Schulz.
+
+    ``multiply`` is a backend of ops/symmetric_matmul.py.
+    """
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    tall = x.shape[1] > x.shape[2]
-    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
-        return orthogonalize_long(x.mT).mT if tall else orthogonalize_long(x)
+    iterate = iterate_on_gram if max(x.shape[1:]) >= 2 * min(x.shape[1:]) else iterate_on_matrix
+    return iterate(x.mT, multiply).mT if x.shape[1] > x.shape[2] else iterate(x, multiply)
+
+
+def iterate_on_matrix(x: Tensor, multiply: Multiply) -> Tensor:
+    """Return p(x) x, (B, s, l), after all iterations, p being the polynomial of x x^T."""
+    a, b, c = QUINTIC
     for _ in range(ITERATIONS):
-        square = x.mT @ x if tall else x @ x.mT  # (B, s, s), s the shorter side
-        polynomial = torch.baddbmm(square, square, square, beta=b, alpha=c)
-        x = torch.baddbmm(x, x, polynomial, beta=a) if tall else torch.baddbmm(x, polynomial, x, beta=a)
+        square = multiply(x, x.mT)  # (B, s, s)
+        polynomial = multiply(square, square, square, alpha=c, beta=b)
+        x = torch.baddbmm(x, polynomial, x, beta=a)
     return x
 
 
-def orthogonalize_long(x: Tensor) -> Tensor:
-    """Return the same iterations of ``x``, (B, s, l), with fewer operations where l is at least twice s.
+def iterate_on_gram(x: Tensor, multiply: Multiply) -> Tensor:
+    """Return the same with fewer operations, if s is much smaller than l: most products are of (B, s, s).
 
-    All but the first and last of them work on x x^T, which is smaller (Gram Newton-Schulz, tridao.me/blog/2026). In
-    bfloat16 its rounding would be amplified, in float16 it is not, if x x^T is computed anew after two iterations.
+    The polynomials are those of one symmetric matrix, so that they and their products commute and are symmetric (Gram
+    Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz). bfloat16 would round too much for it; float16 does
+    not, with x x^T computed anew after two iterations.
     """
     a, b, c = QUINTIC
     dtype = x.dtype
     x = x.half() if dtype == torch.bfloat16 else x
+    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
     for iterations in (2, ITERATIONS - 2):
-        gram = x @ x.mT  # (B, s, s)
-        total = None  # the product of all polynomials
-        for iteration in range(iterations):
-            polynomial = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)  # without its constant term, a
-            if total is None:
-                total = polynomial + a * torch.eye(len(gram[0]), dtype=gram.dtype, device=gram.device)
+        square, product = multiply(x, x.mT), identity
+        for remaining in reversed(range(iterations)):
+            polynomial = multiply(square, square, square, alpha=c, beta=b)  # lacks its constant term, a
+            if product is identity:
+                product = polynomial + a * identity
             else:
-                total = torch.baddbmm(total, polynomial, total, beta=a)
-            if iteration + 1 < iterations:
-                left = torch.baddbmm(gram, polynomial, gram, beta=a)
-                gram = torch.baddbmm(left, left, polynomial, beta=a)
-        x = total @ x
+                product = multiply(polynomial, product, product, beta=a)
+            if remaining:
+                half_way = multiply(polynomial, square, square, beta=a)
+                square = multiply(half_way, polynomial, half_way, beta=a)
+        x = product @ x
     return x.to(dtype)
-
-
-def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, dtype: torch.dtype) -> Tensor:
-    """Take a gradient into the momentum, in place, and return Nesterov's direction; ``skip``: the momentum stays."""
-    gradient = torch.where(skip, momentum, gradient)  # which leaves the momentum as it is, bit for bit
-    momentum.lerp_(gradient, 1 - MOMENTUM)
-    return gradient.lerp(momentum, MOMENTUM).to(dtype)
-
-
-def move_weights(weight: Tensor, update: Tensor, decay: Tensor, factor: Tensor) -> None:
-    """Multiply the weights by ``decay`` and add ``factor`` times the update, in place."""
-    weight.mul_(decay).addcmul_(update, factor)
-
-
-@functools.cache
-def one_kernel(function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
-    """``function`` of flat tensors, on a GPU as one kernel: it takes as long as memory does."""
-    return torch.compile(function, dynamic=True, fullgraph=True) if on_gpu else function
 
 
 def local(tensor: Tensor) -> Tensor:
