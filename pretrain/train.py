@@ -184,7 +184,8 @@ class Training:
         changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
         if changed:
             lines += ["changed  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())]
-        self.log.event("start", *lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed)
+        origin = {"resumed_from": str(run.resume) if run.resume else None}
+        self.log.event("start", *lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed, **origin)
 
     def step(self) -> None:
         """One optimizer step; nothing in it waits for the device."""

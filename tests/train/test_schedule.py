@@ -1,3 +1,4 @@
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -91,7 +92,7 @@ def test_constant_stays() -> None:
     assert rates(4, warmup_steps=2, min_lr=0.3, schedule="constant") == [0.5, 1.0, 1.0, 1.0, 1.0]
 
 
-def test_a_cooldown_branches_off_a_checkpoint_by_flags(world, config_file: Path, tmp_path: Path) -> None:
+def test_a_cooldown_branches_off_a_checkpoint_by_flags(world, config_file: Path, tmp_path: Path, script: Any) -> None:
     trunk, cooldown = tmp_path / "trunk", tmp_path / "cooldown"
     settings = ["--config", config_file, "--optim.min_lr", 0]
     world(1).train(*settings, "--out_dir", trunk, "--optim.schedule", "constant")
@@ -103,3 +104,16 @@ def test_a_cooldown_branches_off_a_checkpoint_by_flags(world, config_file: Path,
     assert "optim.schedule constant -> wsd" in said
     assert column(cooldown, "lr") == pytest.approx([1e-2 * min(1.0, (30 - step) / 8) for step in range(20, 31)])
     assert column(cooldown, "loss")[0] == column(trunk, "loss")[20]  # the same data go on
+
+    # and is compared with it from the first step of both, which the trunk has done
+    code, out, err = script("compare_runs", trunk, cooldown, "--json")
+    assert (code, err) == (0, "")
+    found = json.loads(out)
+    losses = column(trunk, "val_loss")
+    assert [run["tokens"] for run in found["runs"]] == [40 * 8 * 32, 31 * 8 * 32]
+    assert [run["branched_from"] for run in found["runs"]] == [None, str(start)]
+    assert [row["tokens"] for row in found["losses"]] == [0, 20 * 8 * 32, 31 * 8 * 32]
+    assert [row["losses"] for row in found["losses"]][:2] == [[losses[0]] * 2, [losses[1]] * 2]
+    assert found["losses"][2]["losses"][1] == found["runs"][1]["loss"] == column(cooldown, "val_loss")[-1]
+    assert found["settings"]["optim.schedule"] == ["constant", "wsd"]
+    assert found["settings"]["train.max_steps"] == [40, 31]

@@ -52,7 +52,7 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
     """Raise InputError that names every value that is not what it was when ``step_dir`` was saved."""
     if not any(saved.values()):  # what convert_hf_checkpoint.py writes
         raise InputError(f"{step_dir} holds weights and no run to resume: give it as train.init_from")
-    then, today = _leaves(saved), _leaves(now)
+    then, today = leaves(saved), leaves(now)
     changes = [
         f"{key} was {then.get(key, 'absent')} and is {today.get(key, 'absent')}"
         for key in {**then, **today}
@@ -66,12 +66,12 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
 
 def changed(step_dir: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
     """Return the settings that have changed since ``step_dir`` was saved: [then, now] by key."""
-    then, today = (_leaves(settings, lists=False) for settings in (read_settings(step_dir), now))
+    then, today = (leaves(settings, lists=False) for settings in (read_settings(step_dir), now))
     keys = [key for key in today if key in then and key not in ("out_dir", "train.resume")]
     return {key: [then[key], today[key]] for key in keys if then[key] != today[key]}
 
 
-def _leaves(tree: Any, prefix: str = "", lists: bool = True) -> dict[str, Any]:
+def leaves(tree: Any, prefix: str = "", lists: bool = True) -> dict[str, Any]:
     """Return the values in ``tree`` by dotted keys; without ``lists``, a list is one value."""
     if isinstance(tree, dict):
         children = {f"{prefix}.{key}".lstrip("."): child for key, child in tree.items()}
@@ -79,4 +79,4 @@ def _leaves(tree: Any, prefix: str = "", lists: bool = True) -> dict[str, Any]:
         children = {f"{prefix}[{i}]": child for i, child in enumerate(tree)}
     else:
         return {prefix: tree}
-    return {key: value for name, child in children.items() for key, value in _leaves(child, name, lists).items()}
+    return {key: value for name, child in children.items() for key, value in leaves(child, name, lists).items()}

@@ -210,8 +210,13 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     A row that is, or was when killed, being written is left out, and so is one that was damaged.
     """
     text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
+    return parse_metrics(text[: text.rfind("\n") + 1])
+
+
+def parse_metrics(text: str) -> list[dict[str, Any]]:
+    """Return the rows in ``text``, a header and complete lines, without those that were damaged."""
     rows = []
-    for cells in complete_rows(text[: text.rfind("\n") + 1]):
+    for cells in complete_rows(text):
         numbers = [name for name in cells if name in COLUMNS or name.startswith("tokens_")]
         with contextlib.suppress(ValueError):
             row = cells | {name: _number(cells[name]) for name in numbers}

@@ -20,6 +20,7 @@ import numpy as np
 import yaml
 
 from tinyllama import InputError, __version__, atomic, printable
+from tinyllama.checkpoint.names import step_of
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_metrics
@@ -96,14 +97,31 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     events = read_events(out_dir / "events.jsonl", counts)
     smooth(rows)
     thinned = thin(rows, buckets)
+    origin = branched_from(out_dir)
+    branch = {} if origin is None else {"branched from": printable(origin)}
     return {
         "name": out_dir.resolve().name,
-        "summary": {"state": state(events, out_dir / "metrics.csv")} | summary(rows, events, model),
+        "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | summary(rows, events, model),
         "columns": {name: [row.get(name) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
         "events": events,
         "evaluations": _table(out_dir / "eval.csv"),
     }
+
+
+def branched_from(out_dir: Path) -> Path | None:
+    """Return the step directory of another run that the run in ``out_dir`` continues, by the path it was given as."""
+    file = out_dir / "events.jsonl"
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
+        try:
+            event = json.loads(line)
+            if event["event"] == "start":
+                step_dir = Path(event["resumed_from"])
+                is_own = step_dir.parent.parent.resolve() == out_dir.resolve()  # of a run whose first events are gone
+                return None if is_own or step_of(step_dir) != event["step"] else step_dir
+        except (ValueError, KeyError, TypeError, OSError, *NOT_IN_MEMORY):
+            continue  # damaged, or of a version that did not record it
+    return None
 
 
 def state(events: list[Row], metrics: Path) -> str:
