@@ -1,6 +1,6 @@
 """Write a checkpoint's weights, with our names and in the saved dtype, into one safetensors file.
 
-python scripts/export_checkpoint.py CHECKPOINT FILE
+python scripts/export_checkpoint.py CHECKPOINT FILE [--average 5]
 """
 
 from pathlib import Path
@@ -8,6 +8,7 @@ from pathlib import Path
 from tinyllama.checkpoint import reader
 from tinyllama.config import cli
 from tinyllama.convert import tensor_file
+from tinyllama.convert.average import open_average, source
 from tinyllama.convert.weights import open_weights
 
 
@@ -18,10 +19,12 @@ def main() -> None:
     parser.add_argument(
         "file", type=Path, help="the file to write, such as model.safetensors; an existing one is replaced"
     )
+    parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N steps up to it, in float32")
     args = parser.parse_args()
     step_dir = reader.resolve(args.checkpoint)
-    tensor_file.export(open_weights(step_dir), args.file)
-    print(f"{step_dir} -> {args.file}: {args.file.stat().st_size / 1e9:.3f} GB")
+    weights = open_weights(step_dir) if args.average is None else open_average(step_dir, args.average)
+    tensor_file.export(weights, args.file)
+    print(f"{source(weights)} -> {args.file}: {args.file.stat().st_size / 1e9:.3f} GB")
 
 
 if __name__ == "__main__":

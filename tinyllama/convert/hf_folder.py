@@ -30,6 +30,8 @@ def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, sh
     if config.padded_vocab_size > config.vocab_size:  # the padding rows are not tokens
         generation["suppress_tokens"] = list(range(config.vocab_size, config.padded_vocab_size))
     mark = {key: metadata[key] for key in ("step", "tokens", "bos")} | {"model": asdict(config)}
+    if "averaged_steps" in metadata:
+        mark["averaged_steps"] = metadata["averaged_steps"]
     mark["tokenizer_sha256"] = tokenizer.sha256 if tokenizer else metadata["tokenizer_sha256"]
     with folder.create(output, weights.path, mark) as partial:
         if tokenizer is not None:  # first, because it can be refused

@@ -37,13 +37,14 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def export(weights: Weights, file: Path) -> None:
     """Write all ``weights`` by our names into ``file``, completely or not at all; it replaces an existing file.
 
-    Its metadata has step, tokens, our version and the model's sizes as JSON. Raises InputError for a ``file`` that
-    cannot be written or belongs to the weights.
+    Its metadata has step, tokens, the steps of a mean, our version and the model's sizes as JSON. Raises InputError for
+    a ``file`` that cannot be written or belongs to the weights.
     """
     if weights.path.resolve() in (file.resolve(), *file.resolve().parents):
         raise InputError(f"{file} is part of {weights.path}, which is to be exported: give another file")
     metadata = {"tinyllama": __version__, "model": json.dumps(asdict(weights.config))}
-    metadata |= {key: str(weights.metadata[key]) for key in ("step", "tokens")}
+    keys = ("step", "tokens", "averaged_steps")
+    metadata |= {key: str(weights.metadata[key]) for key in keys if key in weights.metadata}
     try:
         if not file.name or (file.exists() and not file.is_file()):
             raise InputError(f"{file} is no file but a folder or a device: give a file, such as model.safetensors")

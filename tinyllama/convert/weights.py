@@ -46,7 +46,7 @@ class Weights:
     """of all tensors as read"""
     metadata: dict[str, Any]
     """step, tokens, tokenizer_sha256, bos_id, eos_id, and bos, whether documents begin with bos_id; None where unknown;
-    eos_ids are all that end a text, eos_id among them"""
+    eos_ids are all that end a text, eos_id among them; averaged_steps only of a mean, which steps it is of"""
     read: Callable[[str], Tensor]
     """returns one full tensor by our name, on the CPU, in its own memory"""
 
