@@ -6,12 +6,16 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from tinyllama import InputError
 from tinyllama.config.args import DataArgs, OpsArgs, OptimArgs, ParallelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.config.model import named_config
+from tinyllama.model import GPT
 from tinyllama.throughput import flops_per_token, peak_flops
 from tinyllama.tools import plan
+from tinyllama.train.muon import hidden_matrices, orthogonalize
 
 ROOT = Path(__file__).parents[2]
 CONFIG = named_config("tinyllama_1.1b")
@@ -78,6 +82,60 @@ def test_muon_needs_the_memory_of_one_moment_for_hidden_matrices() -> None:
     muon = replace(settings(), optim=OptimArgs(name="muon"))
     state = plan.memory(muon, CONFIG, shard=16, micro_batch=1, accumulation=1)["optimizer (fp32)"]
     assert state == (8 * CONFIG.num_params() - 4 * 968_884_224) / 16
+
+
+def muon(gpus: int, shard: Any, gpus_per_node: int = 8, **train: Any) -> plan.Muon:
+    gpu = plan.GPUS["h100"]
+    args = replace(settings(**train), optim=OptimArgs(name="muon"))
+    return plan.muon(args, CONFIG, plan.Cluster(gpu, gpus, gpus_per_node, gpu.network), shard)
+
+
+def test_muons_flops_are_those_of_its_matmuls() -> None:
+    for rows, cols in ((2048, 2048), (5632, 2048), (256, 2048), (2048, 256), (768, 1535), (768, 1536), (1, 1)):
+        with torch.device("meta"), FlopCounterMode(display=False) as counter:
+            orthogonalize(torch.empty(1, rows, cols))
+        assert counter.get_total_flops() == plan.newton_schulz_flops(rows, cols), (rows, cols)
+
+
+def test_muons_iterations_are_divided_over_the_ranks_matrix_by_matrix() -> None:
+    with torch.device("meta"):
+        matrices = hidden_matrices(GPT(CONFIG))
+    flops = [sum(plan.newton_schulz_flops(*shape) for shape in matrix.shapes) for matrix in matrices]
+    rate = 0.57 * 989.5e12
+    assert muon(1, "full") == plan.Muon(pytest.approx(sum(flops) / rate), 0.0)
+    assert muon(16, "full").iterations == muon(16, "none").iterations == pytest.approx(sum(flops) / rate / 16)
+    assert muon(128, 8).iterations == pytest.approx(max(flops) / rate)  # more ranks than there are matrices
+    assert plan.muon(settings(), CONFIG, plan.Cluster(plan.GPUS["h100"], 16, 8, 400), "full") == (0.0, 0.0)
+
+
+def test_muons_exchange_is_of_the_bytes_of_the_hidden_matrices() -> None:
+    hidden, link, network, hop = 968_884_224, 360e9, 0.8 * 50e9, 3e-6
+    assert muon(8, "full").exchange == pytest.approx(2 * (2 * hidden / 8) * 7 / 8 / link + 14 * hop)
+    assert muon(8, "full", precision="fp32").exchange == pytest.approx(2 * (4 * hidden / 8) * 7 / 8 / link + 14 * hop)
+    assert muon(8, "none").exchange == pytest.approx(2 * hidden * 7 / 8 / link + 7 * hop)
+    # two nodes: 7 of 15 peers are in the node
+    each = 2 * hidden / 16 / 16
+    assert muon(16, "full").exchange == pytest.approx(2 * each * (7 / link + 8 / network) + 30 * hop)
+    # a copy a node: half of the matrices in each; the rings over the copies share the network of a node's GPUs
+    each = 2 * hidden / 8 / 2
+    assert muon(16, "node").exchange == pytest.approx(2 * each * 7 / 8 / link + each / network + (14 + 1) * hop)
+
+
+def test_muons_time_is_part_of_a_step_and_of_the_plan() -> None:
+    gpu = plan.GPUS["h100"]
+    cluster = plan.Cluster(gpu, 16, 8, gpu.network)
+    adamw, args = settings(), replace(settings(), optim=OptimArgs(name="muon"))
+    before = plan.speed(adamw, CONFIG, cluster, "full", 50_000, 8)
+    after = plan.speed(args, CONFIG, cluster, "full", 50_000, 8)
+    assert before.muon == (0.0, 0.0)
+    assert 2_097_152 / after.tokens_per_second == pytest.approx(2_097_152 / before.tokens_per_second + sum(after.muon))
+    found = list(plan.summary(args, CONFIG, cluster, 50_000, "measured"))
+    (line,) = [line for line in found if "Muon" in line]
+    assert line == (
+        f"           and Muon {sum(after.muon):.3f} s: iterations {1000 * after.muon.iterations:.1f} ms, "
+        f"exchange {1000 * after.muon.exchange:.1f} ms"
+    )
+    assert len(found) == len(list(plan.summary(adamw, CONFIG, cluster, 50_000, "measured"))) + 1
 
 
 def test_a_chunked_loss_needs_no_logits_in_full() -> None:

@@ -20,6 +20,7 @@ USABLE = 0.95
 """share of a GPU's memory that tensors can use; CUDA's context, NCCL's buffers and fragmentation take the rest"""
 HOP_SECONDS = 3e-6  # latency of a hop of a ring, however little it carries
 NETWORK = 0.8  # share of a network's rate that NCCL reaches
+MUON_MFU = 0.57  # share of the dense peak that Muon's matmuls reach: 560 to 590 TFLOP/s, measured on an H100
 
 
 @dataclass(frozen=True)
@@ -163,17 +164,71 @@ def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str 
     return Traffic(gather_s, scatter_s + all_reduce_s)
 
 
+class Muon(NamedTuple):
+    """Hold the seconds that an optimizer step takes longer with Muon than with AdamW."""
+
+    iterations: float
+    exchange: float
+    """sending shards of the matrices to their owners, and the updates back"""
+
+
+def muon(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int) -> Muon:
+    """Return the seconds that Muon adds to a step, none of which anything overlaps.
+
+    The iterations of each hidden matrix are computed once in the world, by the rank that owns it, and a rank with one
+    matrix takes as long as that takes: max(sum / ranks, largest) / (MUON_MFU x peak), of ``newton_schulz_flops``.
+
+    For the exchange, the matrices are divided over the copies of the model. A copy's r ranks send (r - 1) / r of its
+    h / copies hidden parameters to their owners and as many back; then each shard's updates are gathered over the
+    copies. The rest of the step reads and writes as many bytes as AdamW's, and is not counted. Measured for the 1.1B on
+    one H100, with the iterations as they were at first: 107 ms more than AdamW, of which iterations 83.
+    """
+    if args.optim.name != "muon":
+        return Muon(0.0, 0.0)
+    d, wide, kv = config.n_embd, config.intermediate_size, config.n_query_groups * config.head_size
+    fused = newton_schulz_flops(d, d) + 2 * newton_schulz_flops(kv, d)  # q, k and v have one owner
+    matrices = [fused, newton_schulz_flops(d, d), *3 * [newton_schulz_flops(wide, d)]]
+    busiest = max(config.n_layer * sum(matrices) / cluster.gpus, max(matrices))
+    peak = peak_flops(cluster.gpu.device)
+    assert peak is not None  # a test checks every GPU of the table
+
+    shard = cluster.shard(how)
+    copies = cluster.gpus // shard
+    shard_bytes = (4 if args.train.precision == "fp32" else 2) * config.num_hidden / shard
+    near = min(shard, cluster.gpus_per_node)  # ranks of a node, whose link all-to-all shares; the others by the network
+    per_rank = shard_bytes / copies / shard
+    to_owners_s = per_rank * (near - 1) / (cluster.gpu.link * 1e9)
+    to_owners_s += per_rank * (shard - near) / (NETWORK * cluster.network / 8 * 1e9)
+    to_copies_s = (copies - 1) / copies * shard_bytes / cluster.bandwidth(copies, apart=shard)
+    hops = 2 * (shard - 1) + copies - 1
+    return Muon(busiest / (MUON_MFU * peak), 2 * to_owners_s + to_copies_s + hops * HOP_SECONDS)
+
+
+def newton_schulz_flops(rows: int, cols: int) -> int:
+    """Return the FLOPs of Muon's five iterations of a matrix (tinyllama/train/muon.py).
+
+    A matmul of (m, k) and (k, n) takes 2 m k n. With s the shorter and l the longer side, each iteration has two of
+    (s, s) and (s, l) and one of (s, s): 5 (4 s^2 l + 2 s^3) in all. Where l >= 2 s they work on the Gram matrix, with
+    four of (s, s) and (s, l), and 14 of (s, s).
+    """
+    short, long = sorted((rows, cols))
+    if long >= 2 * short:
+        return 8 * short**2 * long + 28 * short**3
+    return 5 * (4 * short**2 * long + 2 * short**3)
+
+
 class Speed(NamedTuple):
     """Hold the figures of one step of a cluster."""
 
     compute: float  # seconds
     communication: float  # seconds
     waiting: float  # seconds of the communication that no compute overlaps
+    muon: Muon
     tokens_per_second: float  # of the whole cluster
 
 
 def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, rate: float, micro: int) -> Speed:
-    """Estimate a step where one GPU alone computes ``rate`` tokens a second, ``micro`` samples at a time.
+    """Estimate a step where one GPU alone computes ``rate`` tokens a second with AdamW, ``micro`` samples at a time.
 
     Each pass of a micro-batch overlaps its own collectives, at best. The backward pass computes twice as much as the
     forward pass: it multiplies for the gradients of inputs and of weights (arXiv:2001.08361, section 2.1).
@@ -191,7 +246,8 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
         waiting_s += max(forward_s - micro_batch_s / 3, 0) + max(backward_s - micro_batch_s * 2 / 3, 0)
     compute_s = micro_batches * micro_batch_s
     tokens = cluster.gpus * micro_batches * micro * config.block_size
-    return Speed(compute_s, communication_s, waiting_s, tokens / (compute_s + waiting_s))
+    update = muon(args, config, cluster, how)
+    return Speed(compute_s, communication_s, waiting_s, update, tokens / (compute_s + waiting_s + sum(update)))
 
 
 def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Path | None) -> tuple[float, str]:
@@ -232,12 +288,16 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
         yield f"           largest micro-batch that fits and divides the batch: {largest}, {each_step} of them a step"
     else:
         yield "           none fits: shard over more GPUs, or --train.activation_checkpointing full"
-    compute, communication, waiting, tokens_per_s = speed(args, config, cluster, args.parallel.shard, rate, micro)
+    step = speed(args, config, cluster, args.parallel.shard, rate, micro)
+    tokens_per_s, update_s = step.tokens_per_second, sum(step.muon)
     yield f"speed      {tokens_per_s:,.0f} tokens/s, {tokens_per_s / gpus:,.0f} a GPU ({source})"
     yield (
-        f"step       {compute + waiting:.2f} s: compute {compute:.2f} s; communication {communication:.2f} s, "
-        f"of which {waiting:.2f} s are waited for"
+        f"step       {step.compute + step.waiting + update_s:.2f} s: compute {step.compute:.2f} s; communication "
+        f"{step.communication:.2f} s, of which {step.waiting:.2f} s are waited for"
     )
+    if update_s:
+        iterations_ms, exchange_ms = (1000 * seconds for seconds in step.muon)
+        yield f"           and Muon {update_s:.3f} s: iterations {iterations_ms:.1f} ms, exchange {exchange_ms:.1f} ms"
     if tokens := total_tokens(args, config):
         hours = tokens / tokens_per_s / 3600
         yield f"time       {hours / 24:,.1f} days, {hours * gpus:,.0f} GPU-hours for {tokens:,} tokens"
