@@ -26,6 +26,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tinyllama import InputError
@@ -421,6 +422,7 @@ def release_groups() -> None:
     if dist.is_initialized():
         for group in set(dist.distributed_c10d._pg_map) - {dist.group.WORLD}:
             dist.destroy_process_group(group)
+        _clear_sharding_prop_cache()  # it holds the meshes of a run, which equal the next one's, with their groups
     if len(os.listdir("/proc/self/fd")) > 100:  # a process may have 256 where the limit is low
         gc.unfreeze()
         gc.collect()

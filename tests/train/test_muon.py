@@ -3,16 +3,23 @@
 import itertools
 import shutil
 import zlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
+import torch.distributed as dist
 import yaml
 from runs import branch, column, tensors
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor.debug import _clear_sharding_prop_cache
+from torch.testing._internal.distributed.fake_pg import FakeStore
+from torch.utils._python_dispatch import TorchDispatchMode
 
-from tinyllama.checkpoint.names import step_dir
+from tinyllama.checkpoint.names import step_dir, step_dirs
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.model import GPT, init_weights
@@ -141,27 +148,39 @@ def test_bf16_iterations_move_weights_as_fp32_ones_do_within_2_percent(
         assert (found[key] - plain.end[key]).abs().max() < 1e-6, key
 
 
-def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path) -> None:
-    straight = tmp_path / "straight"
-    world(2).train("--config", tmp_path / "muon.yaml", "--out_dir", straight)
-    resumed, elsewhere = (branch(straight, 10).rename(tmp_path / name) for name in ("resumed", "elsewhere"))
-    world(2).train("--config", tmp_path / "muon.yaml", "--out_dir", resumed)
+@pytest.mark.parametrize(("size", "shard"), [(2, "full"), (4, 2)], ids=["sharded", "two copies"])
+def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path, size: int, shard: object) -> None:
+    straight, settings = tmp_path / "straight", ["--config", tmp_path / "muon.yaml", "--parallel.shard", shard]
+    world(size).train(*settings, "--out_dir", straight)
+    resumed = branch(straight, 10)
+    world(size).train(*settings, "--out_dir", resumed)
     assert column(resumed, "loss") == column(straight, "loss")
     before, after = (tensors(step_dir(run / "checkpoints", 20)) for run in (straight, resumed))
     assert before.keys() == after.keys()
     assert all(torch.equal(tensor, after[name]) for name, tensor in before.items())
     assert column(straight, "loss")[-1] < 0.85 * column(straight, "loss")[0]
 
-    # and on other ranks as AdamW's does: 2 -> 1 -> 4
-    world(1).train("--config", tmp_path / "muon.yaml", "--out_dir", elsewhere, "--checkpoint.interval", 5)
-    shutil.rmtree(step_dir(elsewhere / "checkpoints", 20))
-    world(4).train("--config", tmp_path / "muon.yaml", "--out_dir", elsewhere)
-    assert column(elsewhere, "loss")[-5:] == pytest.approx(column(straight, "loss")[-5:], rel=1e-5)
+
+def test_a_run_resumes_on_other_ranks_as_adamw_does(world, muon, tmp_path: Path) -> None:
+    straight, elsewhere = tmp_path / "straight", tmp_path / "elsewhere"
+    world(1).train("--config", tmp_path / "muon.yaml", "--out_dir", straight)
+    settings = ["--config", tmp_path / "muon.yaml", "--out_dir", elsewhere, "--checkpoint.interval", 5]
+    for size, shard, until in ((2, "full", 5), (1, "full", 10), (4, 2, 20)):  # at last there are two copies
+        world(size).train(*settings, "--parallel.shard", shard)
+        for step, path in step_dirs(elsewhere / "checkpoints"):
+            if step > until:
+                shutil.rmtree(path)
+    assert column(elsewhere, "loss") == pytest.approx(column(straight, "loss"), rel=1e-5)
+    one, other = (tensors(step_dir(run / "checkpoints", 20)) for run in (straight, elsewhere))
+    for name, tensor in one.items():
+        assert (tensor - other[name]).abs().max() < 1e-5, name
 
 
-def test_a_step_that_is_not_finite_is_skipped(world, muon, tmp_path: Path) -> None:
+@pytest.mark.parametrize("shard", ["full", "none"])
+def test_a_step_that_is_not_finite_is_skipped(world, muon, tmp_path: Path, shard: str) -> None:
     skipping = ["--config", tmp_path / "muon.yaml", "--train.on_nonfinite", "skip", "--train.max_steps", 10]
-    assert [a["result"] for a in world(2)("train_poisoned", 1, 8, *skipping, "--out_dir", tmp_path / "run")] == [0, 0]
+    skipping += ["--parallel.shard", shard, "--out_dir", tmp_path / "run"]
+    assert [answer["result"] for answer in world(2)("train_poisoned", 1, 8, *skipping)] == [0, 0]
     assert column(tmp_path / "run", "skipped") == [0] * 7 + [1] * 3
     assert all(tensor.isfinite().all() for tensor in tensors(step_dir(tmp_path / "run" / "checkpoints", 10)).values())
 
@@ -225,25 +244,89 @@ def test_every_matrix_has_one_owner_and_owners_have_about_the_same_to_do() -> No
         assert max(assignment.loads) < 1.06 * sum(assignment.loads) / (copies * shards)
 
 
-@pytest.mark.parametrize(("copies", "shards", "megabytes"), [(1, 16, 229.376), (2, 8, 337.117184), (16, 1, 1855.97952)])
-def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(copies: int, shards: int, megabytes: float) -> None:
-    """The busiest, in bf16. One all-gather of the weights of all parameters takes 2,063 MB of each."""
-    matrices = big()
-    assignment = Assignment(matrices, copies, shards)
-    sizes = [matrix.parameter.numel() for matrix in matrices]
-    assert sum(sizes) == 968_884_224
+@pytest.fixture
+def fake_world() -> Iterator[Callable[..., DeviceMesh]]:
+    """A function that makes this process a rank of a world whose other ranks there are not, and returns its mesh."""
+
+    def join(rank: int, copies: int, shards: int) -> DeviceMesh:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=copies * shards)
+        return init_device_mesh("cpu", (copies, shards), mesh_dim_names=("replicate", "shard"))
+
+    yield join
+    dist.destroy_process_group()
+    _clear_sharding_prop_cache()
+
+
+class Sent(TorchDispatchMode):
+    """The collectives that are called, and the bytes that this rank sends in them."""
+
+    def __init__(self, mesh: DeviceMesh) -> None:
+        super().__init__()
+        self.copies, (_, self.shard) = mesh.shape[0], mesh.get_coordinate()
+        self.calls: list[str] = []
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = str(func)
+        if name == "c10d.alltoall_base_.default":
+            _, sent, _, _, sizes, *_ = args
+            self.bytes += (len(sent) - sizes[self.shard]) * sent.element_size()
+        elif name == "c10d.allgather_.default":
+            self.bytes += (self.copies - 1) * args[1][0].nbytes
+        if name.startswith("c10d"):
+            self.calls.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+def sent_bytes(assignment: Assignment, sizes: list[int], copy: int, shard: int) -> int:
+    """What a rank sends in a step, in bf16."""
 
     def of_shard(indices: Iterable[int], shard: int) -> int:
         return sum(assignment.numel(index, shard) for index in indices)
 
-    most = 0
-    for copy, shard in itertools.product(range(copies), range(shards)):
-        owners = assignment.owned[copy]
-        to_owners = sum(of_shard(owner, shard) for owner in owners) - of_shard(owners[shard], shard)
-        back = sum(sizes[index] for index in owners[shard]) - of_shard(owners[shard], shard)
-        to_copies = (copies - 1) * max(sum(of_shard(owner, shard) for owner in other) for other in assignment.owned)
-        most = max(most, 2 * (to_owners + back + to_copies))
-    assert most == megabytes * 1e6
+    owners = assignment.owned[copy]
+    to_owners = sum(of_shard(owner, shard) for owner in owners) - of_shard(owners[shard], shard)
+    back = sum(sizes[index] for index in owners[shard]) - of_shard(owners[shard], shard)
+    most = max(sum(of_shard(owner, shard) for owner in other) for other in assignment.owned)
+    return 2 * (to_owners + back + (assignment.copies - 1) * most)
+
+
+@pytest.mark.parametrize(
+    ("copies", "shards", "calls", "megabytes"),
+    [
+        (1, 16, ["c10d.alltoall_base_.default"] * 2, 229.376),
+        (2, 8, ["c10d.alltoall_base_.default"] * 2 + ["c10d.allgather_.default"], 337.117184),
+        (16, 1, ["c10d.allgather_.default"], 1855.97952),
+    ],
+)
+def test_collectives_and_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(
+    fake_world, copies: int, shards: int, calls: list[str], megabytes: float
+) -> None:
+    """The busiest, in bf16. One all-gather of the weights of all parameters takes 2,063 MB of each."""
+    matrices = big()
+    sizes = [matrix.parameter.numel() for matrix in matrices]
+    assert sum(sizes) == 968_884_224
+    assignment = Assignment(matrices, copies, shards)
+    by_rank = {
+        (copy, shard): sent_bytes(assignment, sizes, copy, shard)
+        for copy, shard in itertools.product(range(copies), range(shards))
+    }
+    copy, shard = max(by_rank, key=by_rank.__getitem__)
+    assert by_rank[copy, shard] == megabytes * 1e6
+
+    # and that is what a step on that rank does
+    mesh = fake_world(copy * shards + shard, copies, shards)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        model = GPT(named_config("tinyllama_1.1b"))
+        fully_shard(model, mesh=mesh)
+        optimizer = build_optimizer(model, OptimArgs(name="muon"))
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        optimizer.found_inf = torch.zeros(())
+        with Sent(mesh) as sent:
+            optimizer.step()
+    print(f"{copies} copies of {shards} shards: {len(sent.calls)} collectives, {sent.bytes / 1e6:.1f} MB")
+    assert (sent.calls, sent.bytes) == (calls, megabytes * 1e6)
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 37])
