@@ -1,6 +1,8 @@
 """Muon on ranks against a plain implementation, and what a step of it takes."""
 
 import itertools
+import json
+import re
 import shutil
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -12,6 +14,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from runs import branch, column, tensors
+from safetensors.torch import load_file
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -183,6 +186,18 @@ def test_a_step_that_is_not_finite_is_skipped(world, muon, tmp_path: Path, shard
     assert [answer["result"] for answer in world(2)("train_poisoned", 1, 8, *skipping)] == [0, 0]
     assert column(tmp_path / "run", "skipped") == [0] * 7 + [1] * 3
     assert all(tensor.isfinite().all() for tensor in tensors(step_dir(tmp_path / "run" / "checkpoints", 10)).values())
+
+
+def test_transformers_loads_what_muon_has_trained(world, muon, tmp_path: Path, script: Any) -> None:
+    world(2).train("--config", tmp_path / "muon.yaml", "--out_dir", tmp_path / "run", "--train.max_steps", 10)
+    hf = tmp_path / "hf"
+    code, out, err = script("convert_lit_checkpoint", tmp_path / "run", hf, "--verify")
+    assert code == 0, err
+    assert re.search(r"^verify: max \|logit difference\| to transformers \d", out, re.MULTILINE)
+    assert json.loads((hf / "config.json").read_text())["architectures"] == ["LlamaForCausalLM"]
+    found, ours = load_file(hf / "model.safetensors"), tensors(step_dir(tmp_path / "run" / "checkpoints", 10))
+    down = found["model.layers.1.mlp.down_proj.weight"]
+    assert torch.equal(down, ours["model.transformer.h.1.mlp.swiglu.w3.weight"])
 
 
 def test_the_state_of_another_optimizer_is_refused(world, muon, tmp_path: Path) -> None:
