@@ -53,7 +53,7 @@ INSTEAD = [
     (r"\bTEXTS\b", "my_texts"),
     (r"--benchmark FILE", "--config configs/pretrain/tinyllama_1.1b.yaml --gpus 8 --gpu h200 --benchmark steps.jsonl"),
     # sizes
-    (r"(pretrain/train\.py .*)", rf"\1 {SMALL}"),
+    (r"(pretrain/train\.py [^;]*)", rf"\1 {SMALL}"),
     (r"(scripts/train_tokenizer\.py .*)", r"\1 --vocab_size 400"),  # there is one, which is left as it is
     (r"(scripts/generate\.py .*)", r"\1 --max_new_tokens 2"),
     (r"(scripts/benchmark_checkpoint\.py)", r"\1 --model quickstart --rounds 1"),
@@ -67,6 +67,7 @@ INSTEAD = [
 ]
 RUN = re.compile(
     r"(python|torchrun|export MASTER_ADDR=.* exec python|bash -n|make --dry-run|pytest --collect-only|grep|tail) .*"
+    r"|for \w+ in .*; do python .*; done"
 )
 OF_LAUNCHERS = ("--ntasks-per-node", "--rdzv-endpoint")
 """flags in the guides that are none of our scripts'"""
@@ -87,13 +88,20 @@ def spans(guide: str) -> list[str]:
     return [" ".join(span.split()) for span in re.findall(r"`([^`]+)`", text)]
 
 
+def one_line(loop: re.Match[str]) -> str:
+    """A loop of the shell, with a command a line, as one."""
+    first, *others = loop[0].splitlines()
+    return f"{first} {'; '.join(others)}"
+
+
 def commands(guide: str) -> list[str]:
-    """The commands in the guide's blocks, one a line, without their comments, then those in its text.
+    """The commands in the guide's blocks, one a line or a loop, without their comments, then those in its text.
 
     In the text, two words or more are one, unless they are flags, a setting with its value, or a message.
     """
     blocks = re.findall(r"```(?:bash)?\n(.*?)```", (ROOT / guide).read_text(), re.DOTALL)
-    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    whole = [re.sub(r"^for .*?^done$", one_line, block.replace("\\\n", " "), flags=re.S | re.M) for block in blocks]
+    lines = [line for block in whole for line in block.splitlines()]
     plain = [" ".join(re.sub(r"(^|\s)# .*|\s{2,}#.*", "", line).split()) for line in lines]
     named = [span for span in spans(guide) if re.match(r"[^-\s]\S*[^:\s] ", span) and span not in MESSAGES]
     return [line for line in plain if line] + named
