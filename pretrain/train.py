@@ -239,7 +239,8 @@ class Training:
             reshard(self.gpt)
         if val_loss is not None:
             self.state.validated = step
-            self.log.row({"step": step, "tokens": self.state.tokens, "val_loss": val_loss})
+            val_bpb = evaluate.bits_per_byte(val_loss, self.run.validation)
+            self.log.row({"step": step, "tokens": self.state.tokens, "val_loss": val_loss, "val_bpb": val_bpb})
 
     def save_is_due(self) -> bool:
         """Every checkpoint.interval, before a stop and at the end."""

@@ -1,6 +1,6 @@
 """Show what a folder of packed tokens holds, and check it.
 
-python scripts/inspect_packed.py data/slimpajama [--tokenizer FILE]
+python scripts/inspect_packed.py data/slimpajama [--tokenizer FILE] [--block_size 2048]
 python scripts/inspect_packed.py data/slimpajama --verify    # hash every shard; those that differ are named, exit 2
 """
 
@@ -18,8 +18,12 @@ def main() -> None:
     parser.add_argument("folder", type=Path, help="the --output of a prepare command, or upstream's chunk files")
     parser.add_argument("--verify", action="store_true", help="hash every shard again and compare")
     parser.add_argument("--tokenizer", type=Path, help="shows text: the beginning, and the most frequent tokens")
+    parser.add_argument(
+        "--block_size", type=int, default=2048, help="context to compare documents with (default: 2048)"
+    )
     args = parser.parse_args()
-    figures = inspect_packed(args.folder, args.verify, Tokenizer(args.tokenizer) if args.tokenizer else None)
+    tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None
+    figures = inspect_packed(args.folder, args.verify, tokenizer, args.block_size)
     figures = {printable(key, 80): value for key, value in figures.items()}
     width = max(map(len, figures))
     for key, value in figures.items():

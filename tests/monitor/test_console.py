@@ -118,11 +118,11 @@ def test_what_is_kept_of_checkpoints(run: Run, policy: dict[str, Any], said: str
 
 
 def test_numbers_have_their_units() -> None:
-    row = {"loss": 1.23456, "val_loss": 2.34567, "lr": 4e-4, "grad_norm": 1.23456, "tokens_per_second": 12345.6}
-    row |= {"mfu": 0.5678, "max_memory_gb": 12.346, "skipped": 2}
+    row = {"loss": 1.23456, "val_loss": 2.34567, "val_bpb": 0.98765, "lr": 4e-4, "grad_norm": 1.23456}
+    row |= {"tokens_per_second": 12345.6, "mfu": 0.5678, "max_memory_gb": 12.346, "skipped": 2}
     assert numbers(row) == [
-        *("loss 1.2346", "val_loss 2.3457", "lr 4.000e-04", "grad_norm 1.235", "12,346 tokens/s", "mfu 56.8%"),
-        *("memory 12.35 GB", "skipped 2"),
+        *("loss 1.2346", "val_loss 2.3457", "val_bpb 0.9877", "lr 4.000e-04", "grad_norm 1.235"),
+        *("12,346 tokens/s", "mfu 56.8%", "memory 12.35 GB", "skipped 2"),
     ]
     assert numbers({"loss": 0.0, "mfu": None, "skipped": 0}) == ["loss 0.0000"]
     assert list(FORMATS) == [key for key in row if key != "skipped"]

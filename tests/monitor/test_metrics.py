@@ -77,9 +77,9 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
     good = (run.out_dir / "metrics.csv").read_text()
     head, last = good.splitlines()
     for cells in (
-        *["2,,1,1", "2,16", "2,abc,2" + "," * 8, "2,16,abc,def" + "," * 7, "²,16" + "," * 9, "-2,16" + "," * 9],
-        *["9" * 5000 + ",16" + "," * 9, "2," + "9" * 400 + "," * 9, '2,"' + "9" * 200_000 + '"' + "," * 9],
-        *["2,16" + "," * 10, '2,"16' + "," * 9, "2," + "," * 9, "2,16,1e" + "," * 8, ""],
+        *["2,,1,1", "2,16", "2,abc,2" + "," * 9, "2,16,abc,def" + "," * 8, "²,16" + "," * 10, "-2,16" + "," * 10],
+        *["9" * 5000 + ",16" + "," * 10, "2," + "9" * 400 + "," * 10, '2,"' + "9" * 200_000 + '"' + "," * 10],
+        *["2,16" + "," * 11, '2,"16' + "," * 10, "2," + "," * 10, "2,16,1e" + "," * 9, ""],
     ):
         (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
         assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [float("inf")], cells
@@ -255,7 +255,8 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
 
 def full_row(step: int, **changes: Any) -> dict[str, Any]:
     """A value in every column, written in two digits or more."""
-    numbers = {"loss": 7.25, "val_loss": 7.75, "lr": 4e-4, "grad_norm": 1.25, "tokens_per_second": 1500.5, "mfu": 0.45}
+    numbers = {"loss": 7.25, "val_loss": 7.75, "val_bpb": 1.25, "lr": 4e-4, "grad_norm": 1.5}
+    numbers |= {"tokens_per_second": 1500.5, "mfu": 0.45}
     return {"step": step, "tokens": 32 * step} | numbers | {"max_memory_gb": 37.12, "skipped": 12} | changes
 
 
@@ -263,8 +264,8 @@ def test_every_column_is_written_where_its_name_stands(run: Run) -> None:
     RunLog(run, None, is_rank_zero=True).row(full_row(3))
     lines = (run.out_dir / "metrics.csv").read_text().splitlines()
     assert lines == [
-        "step,tokens,loss,val_loss,lr,grad_norm,tokens_per_second,mfu,max_memory_gb,skipped,tokens_packed",
-        "3,96,7.25,7.75,0.0004,1.25,1500.5,0.45,37.12,12,96",
+        "step,tokens,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,mfu,max_memory_gb,skipped,tokens_packed",
+        "3,96,7.25,7.75,1.25,0.0004,1.5,1500.5,0.45,37.12,12,96",
     ]
 
 

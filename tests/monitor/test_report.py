@@ -39,6 +39,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                     row |= {"max_memory_gb": 2 + step / 100, "tokens_prose": step * 3072, "tokens_code": step * 1024}
                 if step % 10 == 0:
                     row["val_loss"] = height + 1 / (step + 1)
+                    row["val_bpb"] = row["val_loss"] / 3
                 writer.writerow(row)
         events = [{"time": 0, "event": "start", "step": 0, "world_size": 2}]
         for n, step in enumerate((10, 20, 30)):
@@ -73,6 +74,7 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
         "model": "quickstart, 1,311,872 parameters",
         "progress": "step 40, 163,840 tokens",
         "validation loss": "4.0244 (best 4.0244 at step 40)",
+        "bits per byte": "1.3415",
         "training loss": "4.0217",
         "speed": "1,020 tokens/s, MFU 52.0%",
         "peak memory": "2.40 GB",
@@ -277,7 +279,7 @@ def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
         {"step": 1, "tokens": 100, "loss": 8.0, "tokens_per_second": 10.0, "mfu": 0.25, "max_memory_gb": 3.0},
         {"step": 2, "tokens": 200, "val_loss": 7.5},
         {"step": 3, "tokens": 300, "loss": 7.0, "tokens_per_second": 40.0, "mfu": 0.75, "max_memory_gb": 5.5},
-        {"step": 1400, "tokens": 140000, "loss": 7.25, "val_loss": 8.5, "tokens_per_second": None, "mfu": None},
+        {"step": 1400, "tokens": 140000, "loss": 7.25, "val_loss": 8.5, "val_bpb": 3.25, "mfu": None},
     ]
     events = [
         {"kind": kind, "time": time} for kind, time in (("start", 60), ("restart", 70), ("skip", 80), ("skip", 120))
@@ -286,6 +288,7 @@ def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
         "model": "quickstart, 1,311,872 parameters",
         "progress": "step 1,400, 140,000 tokens",
         "validation loss": "8.5000 (best 7.5000 at step 2)",
+        "bits per byte": "3.2500",
         "training loss": "7.2500",
         "speed": "20 tokens/s, MFU 50.0%",  # 300 tokens in 10 s and 5 s; nobody knows of the others
         "peak memory": "5.50 GB",
@@ -399,6 +402,7 @@ def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callabl
     for plot, name, column in [
         ("loss", "training, as logged", "loss"),
         ("loss", "validation", "val_loss"),
+        ("val_bpb", "val_bpb", "val_bpb"),
         *((name, name, name) for name in ("lr", "grad_norm", "tokens_per_second", "mfu", "max_memory_gb")),
     ]:
         (found,) = [one for one in shown(browser, plot) if one["name"] == name]

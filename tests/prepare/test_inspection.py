@@ -59,6 +59,8 @@ def test_figures(folder):
         "documents": 3,
         "mean_document_length": 3.0,
         "max_document_length": 5,
+        "bytes_per_token": "unknown",
+        "over 2,048 tokens": "0.00% of the documents, 0.00% of the tokens",
         "vocab_size": 100,
         "max_token": 10,
         "tokenizer_sha256": "ab" * 32,
@@ -112,12 +114,12 @@ def test_threads_read_every_index(folder):
     try:
         with ThreadPoolExecutor(8) as threads:
             shard = {"name": "a", "documents": 2, "tokens": 4}
-            found = list(threads.map(lambda _: inspection._document_ends(folder, shard), range(3000)))
+            found = list(threads.map(lambda _: inspection._index(folder, shard), range(3000)))
     finally:
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)
         gc.callbacks.remove(busy)
-    assert all(ends is not None and ends.tolist() == [3, 4] for ends in found)
+    assert all(index is not None and index[0].tolist() == [3, 4] for index in found)
 
 
 def test_ids_outside_the_vocabulary_name_the_shard(folder):
@@ -271,6 +273,81 @@ def test_shares_and_text(tokenizer_file, tmp_path):
     other.write_bytes(tokenizer_file.read_bytes() + b"\x9a\x3f\x00")
     with pytest.raises(InputError, match="is not what .* was made with"):
         inspect_packed(tmp_path / "out", tokenizer=Tokenizer(other))
+
+
+def prepared(tmp_path: Path, tokenizer_file: Path, rows: dict[str, list[tuple[str, str]]]) -> Path:
+    """A folder prepared from SlimPajama's records, (subset, text) each, by file."""
+    from tinyllama.prepare.inputs import Fields, find_inputs
+    from tinyllama.prepare.prepare import Options, prepare
+
+    (tmp_path / "in").mkdir()
+    for name, records in rows.items():
+        lines = [json.dumps({"text": text, "meta": {"redpajama_set_name": subset}}) for subset, text in records]
+        (tmp_path / "in" / name).write_text("\n".join(lines))
+    options = Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece")
+    prepare(find_inputs(tmp_path / "in", (".jsonl",)), Fields(subsets=True), options)
+    return tmp_path / "out"
+
+
+@pytest.mark.usefixtures("one_process")
+def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp_path):
+    # digits are tokens of their own, and a blank is put before each text: "123" is four tokens, and eos
+    rows = {
+        "a.jsonl": [("Web", "1" * 9), ("Book", "2" * 4), ("Web", "3" * 8), ("Book", "4" * 18)],  # 11, 6, 10, 20 tokens
+        "b.jsonl": [("Book", "漢"), ("Book", "5" * 8)],  # ▁, three bytes and eos: 5 tokens, 3 bytes; 10 tokens
+        "c.jsonl": [("Web", "6" * 9)],  # 11 tokens
+    }
+    folder = prepared(tmp_path, tokenizer_file, rows)
+    figures = inspect_packed(folder, block_size=10)
+    assert figures["tokens"] == 73
+    assert figures["bytes_per_token"] == round(59 / 73, 3)
+    assert figures["over 10 tokens"] == f"{3 / 7:.2%} of the documents, {42 / 73:.2%} of the tokens"
+    assert figures["bytes_per_token of Book"] == round(33 / 41, 3)
+    assert figures["over 10 tokens of Book"] == f"25.00% of the documents, {20 / 41:.2%} of the tokens"
+    assert figures["bytes_per_token of Web"] == round(26 / 32, 3)
+    assert figures["over 10 tokens of Web"] == f"{2 / 3:.2%} of the documents, {22 / 32:.2%} of the tokens"
+    assert inspect_packed(folder)["over 2,048 tokens of Web"] == "0.00% of the documents, 0.00% of the tokens"
+    assert (
+        inspect_packed(folder, block_size=1)["over 1 tokens of Web"]
+        == "100.00% of the documents, 100.00% of the tokens"
+    )
+
+    done = command(folder, "--block_size", 10)
+    assert re.search(r"^over 10 tokens of Book +25\.00% of the documents, 48\.78% of the tokens$", done.stdout, re.M)
+    done = command(folder, "--block_size", 0)
+    assert (done.returncode, done.stderr) == (2, "error: --block_size 0 is not a context length: give 1 or more\n")
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_an_older_folder_does_not_record_is_unknown(tokenizer_file, tmp_path):
+    rows = {"a.jsonl": [("Web", "1"), ("Book", "2")], "b.jsonl": [("Web", "1")], "c.jsonl": [("Dump", "1")]}
+    folder = prepared(tmp_path, tokenizer_file, rows)
+    np.save(folder / "a.jsonl.idx.npy", np.load(folder / "a.jsonl.idx.npy"))  # the ends alone
+    figures = inspect_packed(folder, block_size=1)
+    assert figures["over 1 tokens"] == "100.00% of the documents, 100.00% of the tokens"
+    for subset in ("Web", "Book", "Dump"):  # a.jsonl could be anyone's
+        assert figures[f"over 1 tokens of {subset}"] == ("unknown")
+        assert figures[f"bytes_per_token of {subset}"] == round(1 / 3, 3)
+    path = folder / "manifest.json"
+    manifest = json.loads(path.read_bytes())
+    manifest["subsets"]["Web"].pop("bytes")
+    path.write_text(json.dumps(manifest))
+    figures = inspect_packed(folder)
+    assert (figures["bytes_per_token"], figures["bytes_per_token of Web"]) == ("unknown", "unknown")
+    assert figures["bytes_per_token of Book"] == round(1 / 3, 3)
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("numbers", [np.zeros(3, "<u2"), np.zeros((1, 2), "<u2"), b"rest"], ids=str)
+def test_numbers_of_subsets_that_do_not_fit_are_damage(tokenizer_file, tmp_path, numbers):
+    folder = prepared(tmp_path, tokenizer_file, {"a.jsonl": [("Web", "1"), ("Book", "2")]})
+    with open(folder / "a.jsonl.idx.npy", "wb") as file:
+        np.save(file, np.array([3, 6], np.uint64))
+        file.write(numbers) if isinstance(numbers, bytes) else np.save(file, numbers)
+    with pytest.raises(
+        InputError, match=r"a\.jsonl\.idx\.npy is missing or does not fit its \.bin: delete a\.jsonl\.json"
+    ):
+        inspect_packed(folder)
 
 
 def test_upstream_chunks(tmp_path):

@@ -111,7 +111,10 @@ def test_every_fact_of_a_shard(tmp_path, tokenizer_file, monkeypatch, flush, cut
     of_all = {"format_version": 1, "dtype": "uint16", "vocab_size": 400} | policy | figures
     name = "chunk1--a.jsonl"
     assert (output / f"{name}.bin").read_bytes() == stored
-    assert np.load(output / f"{name}.idx.npy").tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
+    with open(output / f"{name}.idx.npy", "rb") as file:
+        assert np.load(file).tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
+        assert np.load(file).tolist() == [1, 0, 1, 1, 1]  # RedPajamaBook 0, RedPajamaC4 1
+        assert not file.read()
     assert facts(output, name) == of_all | more | counts | {
         "name": name,
         "encoded_by": VERSION,

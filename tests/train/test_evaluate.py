@@ -1,9 +1,13 @@
+import json
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from tinyllama.data.loader import Batch
-from tinyllama.train.evaluate import loss_sum
+from tinyllama.data.packed import open_packed
+from tinyllama.train.evaluate import bits_per_byte, loss_sum
 
 CPU = torch.device("cpu")
 
@@ -79,3 +83,34 @@ def test_a_loss_that_is_no_number_makes_the_sum_none() -> None:
     total = loss_sum(lambda ids, targets: torch.tensor(torch.nan), [batch(0)], CPU)
     assert total is not None
     assert total.isnan().tolist() == [True, False]
+
+
+def test_bits_per_byte_are_those_of_all_tokens_over_the_bytes_of_text(packed_folder) -> None:
+    def held_out(name: str, documents: list[list[int]], **subsets: dict[str, int]):
+        folder = packed_folder([documents], name=name)
+        manifest = json.loads((folder / "manifest.json").read_bytes()) | {"subsets": subsets}
+        (folder / "manifest.json").write_text(json.dumps(manifest))
+        return open_packed(folder)
+
+    loss = 2.5 * math.log(2)  # bits a token
+    one = held_out("one", [[5, 6, 7, 2], [8, 2]], C4={"tokens": 4, "bytes": 9}, Book={"tokens": 2, "bytes": 3})
+    assert one.num_bytes == 12
+    assert bits_per_byte(loss, [one]) == pytest.approx(2.5 * 6 / 12)  # each eos is a token
+    two = held_out("two", [[5, 2]], C4={"tokens": 2, "bytes": 8})
+    assert bits_per_byte(loss, [one, two]) == pytest.approx(2.5 * 8 / 20)
+    empty = held_out("empty", [[2]], C4={"tokens": 1, "bytes": 0})
+    assert bits_per_byte(loss, [empty]) is None
+    assert bits_per_byte(loss, [one, empty]) == pytest.approx(2.5 * 7 / 12)
+    for name, subsets in (
+        ("none", {}),
+        ("no bytes", {"C4": {"tokens": 2}}),
+        ("of some tokens", {"C4": {"tokens": 1, "bytes": 8}}),
+        ("of one subset", {"C4": {"tokens": 1, "bytes": 8}, "Book": {"tokens": 1}}),
+    ):
+        unknown = held_out(name, [[5, 2]], **subsets)
+        assert unknown.num_bytes is None, name
+        assert bits_per_byte(loss, [one, unknown]) is None, name
+
+
+def test_a_run_without_validation_data_has_no_bits_per_byte() -> None:
+    assert bits_per_byte(1.0, []) is None

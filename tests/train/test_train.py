@@ -427,7 +427,11 @@ def test_validation_is_the_mean_over_every_held_out_token(world, config_file: Pa
 
     out = tmp_path / "run"
     config = yaml.safe_load(config_file.read_text())
-    world(2).train("--config", config_file, "--out_dir", out, "--train.micro_batch_size", 4)
+    manifest = Path(config["data"]["validation"][0]["path"]) / "manifest.json"
+    figures = json.loads(manifest.read_bytes())
+    figures["subsets"] = {".": {"tokens": figures["tokens"], "bytes": 3 * figures["tokens"]}}
+    manifest.write_text(json.dumps(figures))
+    said = world(2).train("--config", config_file, "--out_dir", out, "--train.micro_batch_size", 4)
     model = GPT(named_config(**config["model"]))
     model.load_state_dict(reader.load_weights(out / "checkpoints" / "step-00000040"))
     held_out = open_packed(config["data"]["validation"][0]["path"])
@@ -436,6 +440,10 @@ def test_validation_is_the_mean_over_every_held_out_token(world, config_file: Pa
         expected = model(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
     assert column(out, "val_loss")[-1] == pytest.approx(expected.item(), abs=1e-6)
     assert [row["step"] for row in metrics(out) if row["val_loss"]] == ["0", "20", "40"]
+    losses, bits = ([float(row[name]) for row in metrics(out) if row["val_loss"]] for name in ("val_loss", "val_bpb"))
+    assert bits == pytest.approx([loss / np.log(2) / 3 for loss in losses])
+    assert f"val_loss {losses[-1]:.4f}  val_bpb {bits[-1]:.4f}  " in said
+    assert f"val_bpb  {bits[-1]:.4f} bits per byte at step 40" in said
 
 
 def test_what_a_run_leaves_behind(world, config: dict[str, Any], config_file: Path, tmp_path: Path) -> None:

@@ -1,9 +1,11 @@
 """Packed tokens on disk, both ways: shards of raw little-endian tokens, a manifest, and reading across them.
 
 A dataset is one flat folder. Each shard is three files: ``NAME.bin`` (tokens, uint16 when the vocabulary is smaller
-than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard) and ``NAME.json``, its
-metadata. Every file appears complete or not at all, ``NAME.json`` last: a shard that has it is done. ``manifest.json``
-lists the shards by name; the token stream is their concatenation in that order, and nothing in it is padding.
+than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard; where a shard has
+documents of several subsets, a second array follows, the uint16 number of each one's in NAME.json) and ``NAME.json``,
+its metadata. Every file appears complete or not at all, ``NAME.json`` last: a shard that has it is done.
+``manifest.json`` lists the shards by name; the token stream is their concatenation in that order, and nothing in it is
+padding.
 """
 
 import functools
@@ -86,9 +88,10 @@ class ShardWriter:
         if ids.size:
             self.max_token = max(self.max_token, int(ids.max()))
 
-    def finish(self, **metadata: Any) -> dict[str, Any]:
+    def finish(self, subset_numbers: np.ndarray | None = None, **metadata: Any) -> dict[str, Any]:
         """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``metadata``.
 
+        ``subset_numbers`` (documents,) says to which of the sorted ``metadata["subsets"]`` each document belongs.
         ``metadata`` must be the same for every run on the same input: no times, hosts or process numbers.
         ``max_token`` is -1 in a shard without tokens.
         """
@@ -105,6 +108,8 @@ class ShardWriter:
         )
         index = io.BytesIO()
         np.save(index, np.array(self._ends, dtype="<u8"))
+        if subset_numbers is not None:
+            np.save(index, subset_numbers.astype("<u2"))
         # an older shard of this name is not done from here on: its json must never describe the new tokens
         (self._folder / f"{self.name}.json").unlink(missing_ok=True)
         atomic.write(self._folder / f"{self.name}.idx.npy", index.getvalue())
@@ -171,6 +176,7 @@ class PackedDataset:
     eos: bool | None = None  # each document ends with eos_id
     bos_id: int | None = None
     eos_id: int | None = None
+    num_bytes: int | None = None  # of the documents' text, without bos and eos; None: not recorded
 
     def __post_init__(self) -> None:
         self._file = functools.lru_cache(maxsize=OPEN_FILES)(self._open)
@@ -297,4 +303,11 @@ def _open_manifest(path: Path) -> PackedDataset:
     keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "max_token", "bos", "eos", "bos_id", "eos_id")
     documents = sum(shard["documents"] for shard in shards)
     stated = {key: manifest[key] for key in keys}
+    stated["num_bytes"] = _num_bytes(manifest["subsets"], ends[-1] if ends else 0)
     return PackedDataset(path, dtype=dtype, files=files, ends=ends, documents=documents, **stated)
+
+
+def _num_bytes(subsets: dict[str, dict[str, Any]], tokens: int) -> int | None:
+    """Bytes of text of all subsets; None where some tokens are in none, or in one that does not say its bytes."""
+    known = [figures for figures in subsets.values() if isinstance(figures.get("bytes"), int)]
+    return sum(figures["bytes"] for figures in known) if sum(f["tokens"] for f in known) == tokens else None

@@ -16,7 +16,7 @@ from tinyllama.model import from_weights
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
 from tinyllama.prepare.prepare import Options, prepare
 from tinyllama.tokenizer import Tokenizer
-from tinyllama.train.evaluate import loss_sum
+from tinyllama.train.evaluate import bits_per_byte, loss_sum
 
 DECODE_CHUNK = 1 << 20  # tokens that are decoded at once
 
@@ -69,8 +69,9 @@ def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch
     if math.isnan(loss):
         raise InputError(f"the loss of {weights.path} is not a number, nor then are some of its weights: give another")
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
-    if num_bytes := count_bytes(dataset, tokenizer):
-        values["bits_per_byte"] = loss / math.log(2) * dataset.tokens / num_bytes
+    dataset.num_bytes = dataset.num_bytes or count_bytes(dataset, tokenizer)
+    if (bits := bits_per_byte(loss, [dataset])) is not None:
+        values["bits_per_byte"] = bits
     step, tokens = weights.metadata["step"], weights.metadata["tokens"]
     return [Score(step, tokens, name, metric, value, None) for metric, value in values.items()]
 

@@ -29,6 +29,7 @@ Summary = Iterator[tuple[str, str]]
 FORMATS = {
     "loss": "loss {:.4f}",
     "val_loss": "val_loss {:.4f}",
+    "val_bpb": "val_bpb {:.4f}",
     "lr": "lr {:.3e}",
     "grad_norm": "grad_norm {:.3f}",
     "tokens_per_second": "{:,.0f} tokens/s",
@@ -179,6 +180,8 @@ def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float],
     if losses:
         (last, at), (best, best_at) = losses[-1], min(losses)
         yield "val_loss", f"{last:.4f} at step {at:,}, best {best:.4f} at step {best_at:,}"
+    if bits := [(row["val_bpb"], row["step"]) for row in rows if row.get("val_bpb") is not None]:
+        yield "val_bpb", f"{bits[-1][0]:.4f} bits per byte at step {bits[-1][1]:,}"
     if trained := [row for row in rows if row.get("loss") is not None]:
         yield "loss", f"{trained[-1]['loss']:.4f} at step {trained[-1]['step']:,}"
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"

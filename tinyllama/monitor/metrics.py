@@ -24,9 +24,10 @@ from tinyllama.train.run import Run
 
 COLUMNS = ("step", "tokens", *FORMATS, "skipped")
 """Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
-token), learning rate, gradient norm before clipping, tokens a second over the whole world, model FLOPs utilization
-(0 to 1), peak memory of rank 0 (GB: of the GPU, else of the process), steps skipped so far. Then, for each source, a
-column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is empty."""
+token), the latter in bits per byte of text where the validation data record their bytes, learning rate, gradient norm
+before clipping, tokens a second over the whole world, model FLOPs utilization (0 to 1), peak memory of rank 0 (GB: of
+the GPU, else of the process), steps skipped so far. Then, for each source, a column ``tokens_FOLDER``: tokens drawn
+from it so far. A cell without a value is empty."""
 
 
 class RunLog:

@@ -139,6 +139,8 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
         best, at = min(validated)
         found["validation loss"] = f"{_loss(validated[-1][0])} (best {_loss(best)} at step {at:,.0f})"
+    if bits := [row["val_bpb"] for row in rows if row.get("val_bpb") is not None]:
+        found["bits per byte"] = _loss(bits[-1])
     if trained := [row for row in rows if row.get("loss") is not None]:
         found["training loss"] = _loss(trained[-1]["loss"])
         found["speed"] = f"{mean_speed(trained):,.0f} tokens/s"

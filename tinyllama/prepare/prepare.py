@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import time
+from array import array
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -271,8 +272,9 @@ def _packer(recipe: _Recipe) -> Work:
         with one.fetched() as path:
             reader = DocumentReader(path, recipe.fields, one.name)
             with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
-                subsets = _write(writer, encoder.stream(reader.chunks()), recipe, one)
+                subsets, numbers = _write(writer, encoder.stream(reader.chunks()), recipe, one)
                 return writer.finish(
+                    numbers,
                     **recipe.policy,
                     encoded_by=encoder.name,
                     source={"name": one.name, "bytes": reader.size, "blake2b": reader.blake2b},
@@ -286,12 +288,18 @@ def _packer(recipe: _Recipe) -> Work:
 
 def _write(
     writer: packed.ShardWriter, chunks: Iterable[TokenChunk], recipe: _Recipe, one: Input
-) -> dict[str, dict[str, int]]:
-    """Write the documents, many at a time; returns documents, tokens and bytes of text of each subset."""
+) -> tuple[dict[str, dict[str, int]], np.ndarray | None]:
+    """Write the documents, many at a time.
+
+    Returns documents, tokens and bytes of text of each subset, sorted by name, and, if there are several, the number of
+    each document's in that order.
+    """
     policy = recipe.policy
     begin, end = ([np.array([policy[f"{name}_id"]], np.uint32)] if policy[name] else [] for name in ("bos", "eos"))
     folder = one.name.partition("/")[0] if "/" in one.name else "."  # StarCoder's languages; SlimPajama says itself
     figures: dict[str, list[int]] = {}
+    seen: dict[str, int] = {}  # numbers of the subsets in the order in which they are met
+    numbers = array("H")
     parts: list[np.ndarray] = []
     ends: list[int] = []
     size, begun = 0, False
@@ -301,17 +309,24 @@ def _write(
         parts += new
         size += tokens
         begun = not is_last
+        subset = subset or folder
         documents, all_tokens, all_bytes = figures.get(subset, (0, 0, 0))
         figures[subset] = [documents + is_last, all_tokens + tokens, all_bytes + num_bytes]
         if is_last:
             ends.append(size)
+            numbers.append(seen.setdefault(subset, len(seen)))
         if size >= _FLUSH:
             writer.append(np.concatenate(parts), ends)
             parts, ends, size = [], [], 0
     if parts:
         writer.append(np.concatenate(parts), ends)
     keys = ("documents", "tokens", "bytes")
-    return {subset or folder: dict(zip(keys, figures[subset], strict=True)) for subset in sorted(figures)}
+    names = sorted(figures)
+    subsets = {name: dict(zip(keys, figures[name], strict=True)) for name in names}
+    if len(names) < 2:
+        return subsets, None
+    in_order = np.array([names.index(name) for name in seen], np.uint16)
+    return subsets, in_order[np.array(numbers)]
 
 
 def _some(names: Sequence[str]) -> str:

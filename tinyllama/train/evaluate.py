@@ -1,12 +1,14 @@
 """How well a model predicts held-out tokens."""
 
-from collections.abc import Callable, Iterable
+import math
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from tinyllama.data.loader import Batch, on_device
+from tinyllama.data.packed import PackedDataset
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
 
 
@@ -43,3 +45,18 @@ def mean_loss(
     dist.all_reduce(total)
     loss, num_tokens = total.tolist()
     return loss / num_tokens
+
+
+def bits_per_byte(loss: float, datasets: Sequence[PackedDataset]) -> float | None:
+    """Return a mean loss in nats a token as bits a byte of text, which compares across tokenizers; None: not known.
+
+    loss / ln 2 * tokens / bytes, where tokens and bytes are those of the whole ``datasets``, however many of their
+    blocks were scored. A bos or eos is a token with a loss of its own and has no bytes, so that the end of a document
+    costs bits, too. The bytes are those of the documents in UTF-8, as prepared; upstream's chunk files do not record
+    them.
+    """
+    num_bytes = [dataset.num_bytes for dataset in datasets]
+    if None in num_bytes or not any(num_bytes):
+        return None
+    tokens = sum(dataset.tokens for dataset in datasets)
+    return loss / math.log(2) * tokens / sum(filter(None, num_bytes))
