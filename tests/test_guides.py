@@ -66,10 +66,11 @@ INSTEAD = [
     (r"scripts/doctor\.py(.*)", r"scripts/doctor.py\1 || [ $? = 1 ]"),  # it may find something
 ]
 RUN = re.compile(
-    r"(python|torchrun|export MASTER_ADDR=.* exec python|bash -n|make --dry-run|pytest --collect-only|grep|tail) .*"
+    r"(python|torchrun|export MASTER_ADDR=.* exec python|bash -n|make --dry-run|pytest --collect-only|grep|tail"
+    r"|mkdir|mv) .*"
     r"|for \w+ in .*; do python .*; done"
 )
-OF_LAUNCHERS = ("--ntasks-per-node", "--rdzv-endpoint")
+OF_LAUNCHERS = ("--ntasks-per-node", "--rdzv-endpoint", "--include", "--revision")
 """flags in the guides that are none of our scripts'"""
 # what is not run, and why
 NOT_RUN = {
@@ -138,12 +139,17 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     words = ["the", "little", "llama", "walked", "along", "a", "river", "and", "others", "followed", "to", "town"]
     texts = [" ".join(rng.choice(words, 60)) for _ in range(40)]
     for split in ("train", "validation"):
-        folder = tmp_path / "raw" / "SlimPajama-627B" / split / "chunk1"
+        mirror, part = ("SlimPajama-627B", "chunk1") if split == "train" else ("SlimPajama-627B-DC", "RedPajamaC4")
+        folder = tmp_path / "raw" / mirror / split / part
         folder.mkdir(parents=True)
         for number in range(2):
             lines = [json.dumps({"text": text, "meta": {"redpajama_set_name": "RedPajamaC4"}}) for text in texts]
             packed = zstandard.compress("\n".join(lines).encode())
             (folder / f"example_{split}_{number}.jsonl.zst").write_bytes(packed)
+    crawl = tmp_path / "raw" / "fineweb-edu" / "data" / "CC-MAIN-2024-10"
+    crawl.mkdir(parents=True)
+    for number in range(2):
+        pq.write_table(pa.table({"text": texts * 5}), crawl / f"train-{number:05d}-of-00014.parquet")
     python = tmp_path / "raw" / "starcoderdata" / "python"
     python.mkdir(parents=True)
     pq.write_table(pa.table({"content": texts, "max_stars_count": [1] * 40}), python / "train-0.parquet")
