@@ -32,7 +32,7 @@ import zstandard
 from pyarrow import parquet
 
 from tinyllama.config import cli
-from tinyllama.prepare.inputs import Fields, Input, find_inputs
+from tinyllama.prepare.inputs import Fields, Input, Inputs, find_inputs
 from tinyllama.prepare.prepare import Options, _packer, _recipe, prepare
 from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import huge_pages
@@ -181,7 +181,7 @@ def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
 def whole(folder: Path, tokenizer: Path, output: Path, workers: int) -> Work:
     """Prepare all SlimPajama shards with worker processes."""
-    inputs = [one for one in find_inputs(folder, (".jsonl.zst",)) if not one.name.startswith("small")]
+    inputs = Inputs(one for one in find_inputs(folder, (".jsonl.zst",)) if not one.name.startswith("small"))
 
     def work() -> int:
         prepare(inputs, SHARDS["slimpajama"][1], Options(tokenizer, output, workers=workers))

@@ -1,7 +1,9 @@
+import bz2
 import errno
 import gzip
 import hashlib
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -30,9 +32,9 @@ def jsonl(texts: list[str], key: str = "text") -> bytes:
 
 
 def compress(ending: str, payload: bytes) -> bytes:
-    if ending.endswith(".gz"):
-        return gzip.compress(payload)
-    return zstandard.compress(payload) if ending.endswith(".zst") else payload
+    kinds = {".gz": gzip, ".zst": zstandard, ".zstd": zstandard, ".xz": lzma, ".bz2": bz2}
+    kind = kinds.get(ending[ending.rindex(".") :].lower())
+    return kind.compress(payload) if kind else payload
 
 
 def read(path: Path, **fields) -> list[str]:
@@ -48,7 +50,9 @@ def fault(path: Path, **fields) -> str:
     return message
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize(
+    "ending", [*(ending for ending in ENDINGS if "js" in ending), ".JSONL", ".Json.Zst", ".NDJSON.XZ"]
+)
 def test_jsonl_gives_the_texts_and_the_hash_of_the_raw_bytes(tmp_path, ending):
     path = tmp_path / f"a{ending}"
     path.write_bytes(compress(ending, jsonl(TEXTS)))
@@ -62,7 +66,7 @@ def test_jsonl_gives_the_texts_and_the_hash_of_the_raw_bytes(tmp_path, ending):
     assert reader.size == path.stat().st_size
 
 
-@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".txt"])
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".json.xz", ".ndjson.bz2", ".parquet", ".txt"])
 def test_nothing_in_a_file_is_no_document(tmp_path, ending):
     path = tmp_path / f"a{ending}"
     if ending == ".parquet":
@@ -118,6 +122,37 @@ def test_gz_of_many_members(tmp_path):
     assert read(path) == TEXTS
 
 
+@pytest.mark.parametrize(("ending", "padding"), [(".jsonl.xz", bytes(8)), (".jsonl.xz", b""), (".jsonl.bz2", b"")])
+def test_streams_behind_one_another(tmp_path, ending, padding):
+    path = tmp_path / f"a{ending}"
+    frames = [compress(ending, jsonl([text])) + padding for text in [*TEXTS, *TEXTS]]
+    path.write_bytes(b"".join(frames))
+    assert read(path) == [*TEXTS, *TEXTS]
+    for rest in (b"x", frames[0][:20], bytes(8) + b"x"):  # lzma and bz2 themselves end there without a word
+        path.write_bytes(b"".join(frames) + rest)
+        assert "download it again" in fault(path)
+    path.write_bytes(bytes(1000))  # room that was made for a download
+    assert "download it again" in fault(path)
+
+
+def test_an_xz_file_that_asks_for_much_memory(tmp_path):
+    path = tmp_path / "a.jsonl.xz"
+    filters = [{"id": lzma.FILTER_LZMA2, "dict_size": 1 << 28}]
+    path.write_bytes(lzma.compress(jsonl(TEXTS), filters=filters))
+    assert "Memory usage limit" in fault(path)
+    path.write_bytes(lzma.compress(jsonl(TEXTS), preset=9 | lzma.PRESET_EXTREME))
+    assert read(path) == TEXTS
+
+
+@pytest.mark.parametrize("text", ['[{"text": "a"}]', '[\n {"text": "a"}\n]', '{\n "text": "a"\n}', "[" + " " * 100])
+@pytest.mark.parametrize("ending", [".json", ".json.gz"])
+def test_an_array_is_one_error_that_says_so(tmp_path, text, ending):
+    path = tmp_path / f"a{ending}"
+    path.write_bytes(compress(ending, b"\n" + text.encode()))
+    said = fault(path, longest=50)
+    assert f"{path}: line 2: begins an array or an object of many lines, not one a line: convert it" in said
+
+
 def test_zst_with_a_long_window(tmp_path):
     parameters = zstandard.ZstdCompressionParameters(window_log=28, enable_ldm=True)
     payload = zstandard.ZstdCompressor(compression_params=parameters).compressobj()
@@ -126,7 +161,7 @@ def test_zst_with_a_long_window(tmp_path):
     assert read(path) == TEXTS
 
 
-@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2"])
 def test_truncated_at_any_byte_is_a_fault(tmp_path, ending):
     whole = compress(ending, jsonl(TEXTS[:4]))
     path = tmp_path / f"a{ending}"
@@ -141,7 +176,7 @@ def test_truncated_behind_a_whole_frame(tmp_path):
     assert "ends in the middle" in fault(path)
 
 
-@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst"])
+@pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2"])
 def test_not_compressed_at_all(tmp_path, ending):
     path = tmp_path / f"a{ending}"
     path.write_bytes(jsonl(TEXTS))
@@ -259,6 +294,29 @@ def test_truncated_parquet(tmp_path):
     assert "not a readable parquet file" in fault(path, text_key="content")
 
 
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_a_column_of_type_null_has_no_documents(tmp_path, ending):
+    path = tmp_path / f"a{ending}"
+
+    def write(table: pa.Table) -> DocumentReader:
+        if ending == ".parquet":
+            pq.write_table(table, path)
+        else:
+            with pa.ipc.new_stream(path, table.schema) as stream:
+                stream.write_table(table)
+        return DocumentReader(path, Fields())
+
+    reader = write(pa.table({"text": pa.nulls(3), "id": [1, 2, 3]}))
+    assert list(reader) == []
+    assert reader.dropped == {"null": 3}
+    for table in (pa.table({"text": pa.nulls(0)}), pa.table({"other": pa.array([], pa.int8())}), pa.table({})):
+        reader = write(table)  # of no rows
+        assert list(reader) == []
+        assert reader.dropped == {}
+    write(pa.table({"other": pa.nulls(2)}))
+    assert "no column 'text', only ['other']" in fault(path)
+
+
 def test_a_text_file_is_one_document_byte_for_byte(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes("one\r\ntwo\n漢".encode())
@@ -308,13 +366,11 @@ def touch(*paths: Path) -> None:
 def test_find_inputs_in_order_of_their_shards(tmp_path):
     for name in ("chunk2/a.jsonl.zst", "chunk10/b.jsonl.zst", "chunk10/sub/c.jsonl.zst", "d.txt"):
         touch(tmp_path / name)
-    (tmp_path / "chunk3").symlink_to(tmp_path / "chunk2")
     inputs = find_inputs(tmp_path, (".jsonl.zst",))
     assert [one.shard for one in inputs] == [
         "chunk10--b.jsonl.zst",
         "chunk10--sub--c.jsonl.zst",
         "chunk2--a.jsonl.zst",
-        "chunk3--a.jsonl.zst",
     ]
     assert inputs[1] == Input(str(tmp_path / "chunk10/sub/c.jsonl.zst"), "chunk10/sub/c.jsonl.zst", 11)
 

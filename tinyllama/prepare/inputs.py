@@ -9,18 +9,30 @@ import os
 import re
 import shutil
 import tempfile
-from collections.abc import Collection, Container, Iterable, Iterator
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
+from tinyllama.prepare.listing import Listing, filesystem, is_folder, is_url, list_files, reason
 
-ENDINGS = (".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet", ".arrow", ".txt")
+COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
+RECORDS = (
+    *(kind + compressed for kind in (".jsonl", ".ndjson", ".json") for compressed in ("", *COMPRESSED)),
+    *(".parquet", ".arrow"),
+)
+ENDINGS = (*RECORDS, ".txt")
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python names the bytes of a path that are not
-_DATASETS_STATE = "state.json"  # beside the .arrow files of a dataset that ``datasets`` saved
+_SPLITS = "dataset_dict.json"  # beside the folders of the splits of a dataset that it saved
+_OF_DATASETS = ("state.json", "dataset_info.json", _SPLITS, "dataset_infos.json")
+_NO_CORPUS = re.compile(  # names of texts about a corpus
+    r"(licen[cs]e|copying|copyright|notice|readme|changelog|authors|checksums?|(md5|sha\d+)(sums?)?|robots|requirements"
+    r"|(file)?(list|names)|manifest|urls)([^a-z].*)?\.txt",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)
@@ -63,20 +75,20 @@ class Input:
 
         So it crosses the network once: a parquet file is read at random and then hashed from end to end.
         """
-        if "://" not in self.path:
+        if not is_url(self.path):
             yield Path(self.path)
             return
         with _folder() as folder:
             local = folder / self.name.rpartition("/")[2]
             try:
-                fs, path = _filesystem(self.path)
+                fs, path = filesystem(self.path)
                 fs.get_file(path, str(local))
             except InputError:
                 raise
             except Exception as error:  # each filesystem has types of its own
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise OSError(error.errno, error.strerror, f"{folder} ($TMPDIR)") from None
-                what = f"{self.path}: cannot be fetched ({_reason(error)})"
+                what = f"{self.path}: cannot be fetched ({reason(error)})"
                 if isinstance(error, FileNotFoundError | PermissionError):
                     raise InputError(f"{what}: check it and run again, what is done is kept") from None
                 raise NotFetched(f"{what}: check the network and run again, what is done is kept") from None
@@ -90,79 +102,119 @@ class NotFetched(RuntimeError):
     """The network's error, not the input's: the same input may be had later."""
 
 
-def find_inputs(source: str | Path, endings: tuple[str, ...], folders: Iterable[str] = (".",)) -> list[Input]:
-    """The files in and below ``source`` whose names end so, in the order of their shards; local links are followed.
+class Inputs(list[Input]):
+    """The input files of a dataset, in the order of their shards."""
 
-    ``folders`` narrows it to some folders of ``source``; a ``source`` that is a file is the one input. Raises
-    InputError for a folder that is missing or has no such file, for a file that cannot be reached, and for two inputs
-    that would make shards of one name.
+    notes: tuple[str, ...] = ()
+    """what a summary says of the files at the source that are no inputs, and of those that may be none"""
+
+
+def find_inputs(
+    source: str | Path, endings: tuple[str, ...], folders: Iterable[str] = (".",), split: str | None = None
+) -> Inputs:
+    """The files in and below ``source`` whose names end so, each real one once, in the order of their shards.
+
+    ``folders`` narrows it to some folders of ``source``, and ``split`` to the folder, or to the files, whose names say
+    that split; a ``source`` that is a file is the one input. What begins with a dot and what ``datasets`` keeps beside
+    its data are left out. Raises InputError for a folder that is missing or has no such file, for a file that cannot be
+    reached, and for two inputs that would make shards of one name.
     """
-    source = str(source)
-    listed = _list_remote if "://" in source else _list_local
+    source, folders = str(source), sorted(set(map(os.path.normpath, folders)))
+    if split and is_folder(where := f"{source.rstrip('/')}/{split}"):
+        source, split = where, None
+    listing = list_files(source, folders)
+    names = {name for name, _ in listing.files.values()}
+    dropped: Counter[str] = Counter()
+    found = []
+    for path, (name, size) in listing.files.items():
+        if path != source and _is_of_datasets(name, names):
+            dropped["that datasets keeps beside its data"] += 1
+        elif not name.lower().endswith(endings):
+            dropped[_ending(name)] += 1
+        elif not _is_of_split(name, split):
+            dropped["of other splits"] += 1
+        else:
+            found.append(Input(path, name, size))
+    found = _of_saved_splits(source, found, names, split)
+    for folder in folders:
+        if folder not in listing.again and not any(Path(one.name).is_relative_to(folder) for one in found):
+            raise _nothing(source, folder, listing, endings, split)
     inputs: dict[str, Input] = {}
     errors = []
-    for folder in sorted(set(folders)):
-        top, files = listed(source, folder)
-        found = [path for path in files if path.endswith(endings) and not _is_cache(path, files)]
-        if not found:
-            raise _nothing(source, folder, files, endings)
-        for path in sorted(found):
-            one = Input(path, path.removeprefix(top).lstrip("/"), files[path])
-            if _NOT_UTF8.search(path):
-                errors.append(f"{path!r}: its name is not UTF-8: rename it")
-            elif one.size < 0:
-                errors.append(f"{path}: cannot be opened (a link to nothing, or no permission): repair or remove it")
-            elif (other := inputs.setdefault(one.shard, one)) is not one:
-                errors.append(f"{path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
+    for one in sorted(found, key=lambda one: one.path):
+        if _NOT_UTF8.search(one.path):
+            errors.append(f"{one.path!r}: its name is not UTF-8: rename it")
+        elif one.path in listing.broken:
+            errors.append(f"{one.path}: {listing.broken[one.path]}")
+        elif (other := inputs.setdefault(one.shard, one)) is not one:
+            errors.append(f"{one.path}: would become the shard {one.shard}, as {other.path} does: rename one of them")
     if errors:
         raise InputError(*errors)
-    return [inputs[shard] for shard in sorted(inputs)]
+    result = Inputs(inputs[shard] for shard in sorted(inputs))
+    result.notes = tuple(_notes(listing, dropped, [one.name for one in result if one.path != source]))
+    return result
 
 
-def _list_local(source: str, folder: str) -> tuple[str, dict[str, int]]:
-    """The folder that names are relative to, and the files by path with their sizes, -1 where one cannot be opened."""
-
-    def stop(error: OSError) -> NoReturn:
-        raise InputError(f"{error.filename}: cannot be listed ({error.strerror}): check where the source files are")
-
-    top = Path(source)
-    if top.is_file():
-        return str(top.parent), {str(top): top.stat().st_size}
-    walk = os.walk(top / folder, onerror=stop, followlinks=True)
-    paths = [os.path.join(where, name) for where, _, names in walk for name in names]
-    return str(top), {path: _size(path) for path in paths}
+def _is_of_datasets(name: str, names: set[str]) -> bool:
+    """Whether ``datasets`` keeps this file beside the data: its notes, or a cache of a dataset that it saved."""
+    folder, slash, base = name.rpartition("/")
+    cached = base.startswith("cache-") and base.endswith(".arrow")
+    return base in _OF_DATASETS or (cached and any(f"{folder}{slash}{note}" in names for note in _OF_DATASETS))
 
 
-def _size(path: str) -> int:
-    try:
-        return os.stat(path).st_size
-    except OSError:
-        return -1
+def _ending(name: str) -> str:
+    """How the summary names the ending of a file."""
+    parts = name.rpartition("/")[2].lower().split(".")
+    ending = f".{'.'.join(parts[-2:])}" if len(parts) > 2 and f".{parts[-1]}" in COMPRESSED else f".{parts[-1]}"
+    return ending if len(parts) > 1 and len(ending) < 20 else "without an ending"
 
 
-def _list_remote(source: str, folder: str) -> tuple[str, dict[str, int]]:
-    fs, top = _filesystem(source)
-    try:
-        if fs.isfile(top):
-            return source.rpartition("/")[0], {source: fs.size(top)}
-        files = fs.find(top if folder == "." else f"{top.rstrip('/')}/{folder}", detail=True)
-    except Exception as error:  # each filesystem has types of its own
-        raise InputError(f"{source}: cannot be listed ({_reason(error)}): check the address and the rights") from None
-    return fs.unstrip_protocol(top), {fs.unstrip_protocol(path): info["size"] for path, info in files.items()}
+def _is_of_split(name: str, split: str | None) -> bool:
+    """Whether a file's folder is called ``split`` or its own name has that word: train-00000, c4-train.00000."""
+    if split is None:
+        return True
+    *folders, base = name.split("/")
+    return split in folders or bool(re.search(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", base, re.IGNORECASE))
 
 
-def _is_cache(path: str, files: Container[str]) -> bool:
-    """Whether ``datasets`` left this file of its cache beside those of a dataset that it saved."""
-    folder, name = os.path.split(path)
-    return name.startswith("cache-") and f"{folder}/{_DATASETS_STATE}" in files
+def _of_saved_splits(source: str, found: list[Input], names: set[str], split: str | None) -> list[Input]:
+    """Of datasets that were saved with several splits, the files of the one that is chosen."""
+    for top in sorted(name.removesuffix(_SPLITS) for name in names if re.search(f"(^|/){_SPLITS}$", name)):
+        splits = {one.name.removeprefix(top).partition("/")[0] for one in found if one.name.startswith(top)}
+        if len(splits) > 1:
+            raise InputError(f"{source}: {top or 'it'} has the splits {', '.join(sorted(splits))}: give one as --split")
+    return found
 
 
-def _nothing(source: str, folder: str, files: Collection[str], endings: tuple[str, ...]) -> InputError:
-    if list(files) == [source]:
-        return InputError(f"{source}: ends in none of {', '.join(endings)}: rename or convert it")
+def _nothing(source: str, folder: str, listing: Listing, endings: tuple[str, ...], split: str | None) -> InputError:
+    plain = [ending for ending in endings if not ending.endswith(COMPRESSED)]
+    compressed = f" (compressed ones too: {', '.join(COMPRESSED)})" if 0 < len(plain) < len(endings) else ""
+    if list(listing.files) == [source] and split is None:
+        return InputError(f"{source}: ends in none of {', '.join(plain or endings)}{compressed}: rename or convert it")
     where = source if folder == "." else f"{source.rstrip('/')}/{folder}"
     text = ", rename files of plain text to .txt or put them into a .jsonl" if ".txt" in endings else ""
-    return InputError(f"{where}: no file ending in {' or '.join(endings)} in or below it: check where they are{text}")
+    what = f"no file ending in {' or '.join(plain or endings)}{compressed}"
+    of_split = f" in a folder {split} or with {split} in its name" if split else ""
+    return InputError(f"{where}: {what}{of_split} in or below it: check where they are{text}")
+
+
+def _notes(listing: Listing, dropped: Counter[str], names: Collection[str]) -> Iterator[str]:
+    if listing.hidden:
+        dropped["that begin with a dot"] = listing.hidden
+    if dropped:
+        counts = sorted(dropped.items(), key=lambda item: (-item[1], item[0]))
+        yield f"not read: {some([f'{count:,} {what}' for what, count in counts], 12)}"
+    if listing.again:
+        links = [f"{name} ({path})" for name, path in sorted(listing.again.items())]
+        yield f"read once, where the names in brackets are: {some(links)}"
+    if notes := [name for name in names if _NO_CORPUS.fullmatch(name.rpartition("/")[2])]:
+        yield f"read as text; remove what is no part of the corpus: {some(notes, 10)}"
+
+
+def some(names: Sequence[str], most: int = 3) -> str:
+    """Return the first of ``names``, and how many more there are."""
+    more = f" and {len(names) - most:,} more" if len(names) > most else ""
+    return ", ".join(printable(name, 200) for name in names[:most]) + more
 
 
 @contextmanager
@@ -189,18 +241,3 @@ def _held(folder: Path) -> Iterator[None]:
         yield
     finally:
         os.close(handle)
-
-
-def _filesystem(url: str) -> tuple[Any, str]:
-    import fsspec
-
-    try:
-        return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as error:  # a package that is not installed, a protocol nobody knows
-        raise InputError(f"{url}: cannot be reached ({_reason(error)}): install it or correct the address") from None
-    except Exception as error:  # each filesystem has types of its own
-        raise InputError(f"{url}: cannot be reached ({_reason(error)}): check the address and the rights") from None
-
-
-def _reason(error: Exception) -> str:
-    return (str(error) or repr(error)).partition("\n")[0].rstrip(".")

@@ -24,7 +24,7 @@ from tinyllama.data import packed
 from tinyllama.data.metadata import MANIFEST, read_shard_info
 from tinyllama.prepare import progress
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
-from tinyllama.prepare.inputs import Fields, Input
+from tinyllama.prepare.inputs import Fields, Input, Inputs, some
 from tinyllama.prepare.progress import Info
 from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import Work, cores, over_workers
@@ -78,7 +78,7 @@ class _Recipe:
     slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
 
 
-def prepare(inputs: Sequence[Input], fields: Fields, options: Options) -> str:
+def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     """Pack every input that is not packed yet, write the manifest, and return a summary.
 
     The token stream is each document's tokens, with bos before and eos after them if so chosen. A shard is done when
@@ -134,7 +134,7 @@ def _locked(output: Path, task: tuple[int, int] | None) -> Iterator[None]:
                 path.unlink()
 
 
-def _prepare(inputs: Sequence[Input], recipe: _Recipe, options: Options, started: float) -> str:
+def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) -> str:
     output, task = options.output, options.task
     mine = inputs if task is None else inputs[task[0] :: task[1]]
     infos = _done(inputs, mine, recipe)
@@ -146,7 +146,7 @@ def _prepare(inputs: Sequence[Input], recipe: _Recipe, options: Options, started
         bad = {shard: marker.read_text(encoding="utf-8") for shard, marker in markers.items() if marker.exists()}
         if missing := sorted(markers.keys() - bad.keys()):
             raise InputError(
-                f"{output}: {len(missing)} of {len(mine)} shards are missing ({_some(missing)}): "
+                f"{output}: {len(missing)} of {len(mine)} shards are missing ({some(missing)}): "
                 "run the tasks that make them first"
             )
         todo = []
@@ -169,7 +169,10 @@ def _prepare(inputs: Sequence[Input], recipe: _Recipe, options: Options, started
         for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
             if marker.name.removesuffix(_BAD) not in bad:
                 marker.unlink(missing_ok=True)
-    lines = [progress.table(total)] + [f"skipped: {bad[shard]}" for shard in sorted(bad)]
+    empty = [infos[shard]["source"]["name"] for shard in sorted(infos) if _is_empty(infos[shard])]
+    lines = [progress.table(total), *inputs.notes]
+    lines += [f"without a document: {len(empty):,} files ({some(empty)})"] * bool(empty)
+    lines += [f"skipped: {bad[shard]}" for shard in sorted(bad)]
     lines += [recipe.slow] * bool(made and recipe.slow)
     took = duration(time.monotonic() - started)
     lines.append(f"{output}: {len(infos):,} shards ({len(made):,} new), {progress.counts(total)}, {took}")
@@ -213,7 +216,7 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
     shards = {file.rpartition(".")[0] for file in files if file.endswith((".bin", ".json")) and file != MANIFEST}
     if unknown := shards - {one.shard for one in inputs}:
         raise InputError(
-            f"{output}: {len(unknown)} shards belong to no input ({_some(sorted(unknown))}): "
+            f"{output}: {len(unknown)} shards belong to no input ({some(sorted(unknown))}): "
             "remove them or use another --output"
         )
     infos = {}
@@ -329,5 +332,6 @@ def _write(
     return subsets, in_order[np.array(numbers)]
 
 
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+def _is_empty(info: Info) -> bool:
+    """Whether there was nothing in the input, not even something to leave out."""
+    return not info["documents"] and not any(info["dropped"].values())

@@ -89,4 +89,5 @@ def table(info: Info) -> str:
 
 
 def _why(reason: str) -> str:
-    return "not of the fraction" if reason == "fraction" else f"of {printable(reason, 80)} left out"
+    why = {"fraction": "not of the fraction", "null": "rows of a column of type null"}
+    return why.get(reason) or f"of {printable(reason, 80)} left out"

@@ -1,8 +1,8 @@
 """Readers of raw text: one input file in, its documents out one at a time, in memory that does not grow with the file.
 
-The name's ending says how a file is read: ``.jsonl``, ``.jsonl.gz``, ``.jsonl.zst`` (one JSON object a line),
-``.parquet``, ``.arrow`` (one row a document; ``.arrow`` is what ``datasets`` saves), ``.txt`` (one document, byte for
-byte).
+The name's ending says how a file is read: ``.jsonl``, ``.ndjson``, ``.json``, compressed or not (one JSON object
+a line), ``.parquet``, ``.arrow`` (one row a document; ``.arrow`` is what ``datasets`` saves), ``.txt`` (one document,
+byte for byte).
 """
 
 import codecs
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
 from tinyllama import InputError
-from tinyllama.prepare.inputs import Fields
+from tinyllama.prepare.inputs import COMPRESSED, Fields
 from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
@@ -61,7 +61,7 @@ class DocumentReader:
     blake2b: str = field(init=False)
     """of the file's raw bytes, hexadecimal"""
     dropped: dict[str, int] = field(init=False)
-    """documents left out, by their subset or ``fraction``"""
+    """documents left out, by their subset, as not of the ``fraction``, or as rows of a column of type ``null``"""
     repaired: int = field(init=False)
     """documents that had lone surrogates"""
 
@@ -81,14 +81,14 @@ class DocumentReader:
             self.dropped["fraction"] = 0
         self._draws = random.Random(f"{self.fields.seed} {self.name}")  # random() of a text seed is the same everywhere
         self.repaired = 0
-        suffix = self.path.suffix
+        suffix = self._suffix
         try:
             raw = Hashed(self.path)
             with io.BufferedReader(raw, BUFFER) as file:
                 head = file.peek()
                 if head.startswith(_LFS_POINTER):
                     raise self._error("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
-                if not head and suffix in (".gz", ".zst"):
+                if not head and suffix in COMPRESSED:
                     raise self._error("has no bytes, which is no compressed file", "download it again")
                 if suffix in (".parquet", ".arrow"):
                     yield from self._rows()
@@ -106,6 +106,10 @@ class DocumentReader:
         except Exception as error:  # of a library that this file is too much for
             raise self._error(f"cannot be read ({type(error).__name__}: {error})".replace("\n", " ")) from error
 
+    @property
+    def _suffix(self) -> str:
+        return self.path.suffix.lower()
+
     def _unwanted(self) -> bool:
         """Whether the next document is none of the fraction that is kept."""
         unwanted = self.fields.fraction < 1 and self._draws.random() >= self.fields.fraction
@@ -115,15 +119,22 @@ class DocumentReader:
 
     def _lines(self, file: BinaryIO) -> Iterator[tuple[str, bytes]]:
         """Each line that is not blank, and how errors name it."""
-        stream, longest = decompressed(file, self.path.suffix), self.fields.longest
+        stream, longest = decompressed(file, self._suffix), self.fields.longest
         try:
+            is_first = True
             for number in itertools.count(1):
                 line = stream.readline(longest + 1)
+                if is_first and re.match(rb"\s*(\[|\{\s*\n)", line):
+                    hint = "convert it, as with jq -c '.[]' a.json > a.jsonl, or remove it"
+                    raise self._error(
+                        f"line {number}: begins an array or an object of many lines, not one a line", hint
+                    )
                 if len(line) > longest:
                     raise self._too_long(f"line {number}:")
                 if not line:
                     return
                 if not line.isspace():
+                    is_first = False
                     yield f"line {number}:", line
         except EOFError:
             raise self._error("ends in the middle of its compressed data", "download it again") from None
@@ -201,7 +212,7 @@ class DocumentReader:
                     yield TextChunk(text, "", is_last=True)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0]
-            kind = self.path.suffix.removeprefix(".")
+            kind = self._suffix.removeprefix(".")
             raise self._error(f"not a readable {kind} file ({reason})", "download it again") from None
 
     def _columns(self) -> Iterator[Iterable[Any]]:
@@ -210,7 +221,7 @@ class DocumentReader:
         from pyarrow import parquet
 
         text_key = self.fields.text_key
-        if self.path.suffix == ".parquet":
+        if self._suffix == ".parquet":
             table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
             schema, batches = table.schema_arrow, self._batches(table)
         else:
@@ -219,9 +230,14 @@ class DocumentReader:
             schema = batches.schema
             if source.read_at(len(_ARROW_END), max(0, source.size() - len(_ARROW_END))) != _ARROW_END:
                 raise self._error("is cut short, it has no end mark", "download it again")
-        if text_key not in schema.names:
+        kind = schema.field(text_key).type if text_key in schema.names else None
+        if kind in (None, pyarrow.null()):  # as tables of no rows have it
+            rows = table.metadata.num_rows if self._suffix == ".parquet" else sum(batch.num_rows for batch in batches)
+            if kind is not None and rows:
+                self.dropped["null"] = rows
+            if kind is not None or not rows:
+                return
             raise self._error(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
-        kind = schema.field(text_key).type
         encoded = pyarrow.types.is_dictionary(kind)
         kind = kind.value_type if encoded else kind
         if str(kind) not in ("string", "large_string", "string_view"):

@@ -1,13 +1,15 @@
 """Bytes of a raw file: hashed on their way in, and decompressed."""
 
+import bz2
 import gzip
 import hashlib
 import io
+import lzma
 from pathlib import Path
 from typing import Any, BinaryIO
 
 BUFFER = 1 << 20  # bytes at a time
-_ZSTD_PIECE = 1 << 11  # bytes of zstandard decompressed at a time: of every four, 128 kB can come
+_XZ_MEMORY = 1 << 27  # that xz may take: its highest level takes half of it
 
 
 class Hashed(io.FileIO):
@@ -29,45 +31,93 @@ def decompressed(file: BinaryIO, suffix: str) -> Any:
     """The text of a file of JSON lines: EOFError or OSError where it is cut short or damaged."""
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
-    return io.BufferedReader(_Zstd(file), BUFFER) if suffix == ".zst" else file
+    kinds: dict[str, type[_Frames]] = {".zst": _Zstd, ".zstd": _Zstd, ".xz": _Xz, ".bz2": _Bz2}
+    return io.BufferedReader(kinds[suffix](file), BUFFER) if suffix in kinds else file
 
 
-class _Zstd(io.RawIOBase):
-    """The decompressed bytes of zstandard frames; EOFError where the last frame is cut short.
+class _Frames(io.RawIOBase):
+    """The decompressed bytes of frames, one behind another; EOFError where the last one is cut short.
 
-    zstandard's own reader ends there without a word.
+    The readers of zstandard, lzma and bz2 end there, or at a frame that is none, without a word. What is decompressed
+    at a time is bounded.
     """
 
-    def __init__(self, file: BinaryIO) -> None:
-        import zstandard
+    piece = BUFFER  # compressed bytes that are read at a time
+    padding = b""  # bytes that may stand behind a frame
 
-        self._error = zstandard.ZstdError
-        # frames written with --long=31 ask for a window of 2 GiB; others take what they need
-        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+    def __init__(self, file: BinaryIO) -> None:
         self._file = file
         self._frame: Any = None  # the frame being read
         self._rest = b""  # compressed, behind the end of the last frame
+        self._padding = b""  # none before the first frame
         self._ready = memoryview(b"")  # decompressed, not handed out yet
+
+    def begin(self) -> Any:
+        """Return what decompresses the next frame."""
+        raise NotImplementedError
+
+    def decompress(self, compressed: bytes) -> bytes:
+        """Return some bytes of the frame; OSError where it is damaged."""
+        try:
+            return self._frame.decompress(compressed, BUFFER)
+        except lzma.LZMAError as error:
+            raise OSError(error) from None
 
     def readable(self) -> bool:  # noqa: D102
         return True
 
     def readinto(self, buffer: Any) -> int:
         while not self._ready:
-            piece = self._rest or self._file.read(_ZSTD_PIECE)
-            if not piece:
+            # there may be more to come of what a frame was given
+            waits = self._frame is not None and not getattr(self._frame, "needs_input", True)
+            piece = b"" if waits else self._rest or self._file.read(self.piece)
+            if not piece and not waits:
                 if self._frame is not None:
                     raise EOFError
                 return 0
-            self._frame = self._frame or self._decompressor.decompressobj()
-            try:
-                self._ready = memoryview(self._frame.decompress(piece))
-            except self._error as error:
-                raise OSError(error) from None
-            self._rest = self._frame.unused_data
+            self._rest = b""
+            if self._frame is None:
+                piece = piece.lstrip(self._padding)
+                if not piece:
+                    continue
+                self._frame = self.begin()
+            self._ready = memoryview(self.decompress(piece))
             if self._frame.eof:
-                self._frame = None
+                self._rest, self._frame, self._padding = self._frame.unused_data, None, self.padding
         count = min(len(buffer), len(self._ready))
         buffer[:count] = self._ready[:count]
         self._ready = self._ready[count:]
         return count
+
+
+class _Zstd(_Frames):
+    piece = 1 << 11  # of every four bytes 128 kB can come, and there is no bound to give
+
+    def __init__(self, file: BinaryIO) -> None:
+        import zstandard
+
+        super().__init__(file)
+        self._error = zstandard.ZstdError
+        # frames written with --long=31 ask for a window of 2 GiB; others take what they need
+        self._decompressor = zstandard.ZstdDecompressor(max_window_size=1 << 31)
+
+    def begin(self) -> Any:
+        return self._decompressor.decompressobj()
+
+    def decompress(self, compressed: bytes) -> bytes:
+        try:
+            return self._frame.decompress(compressed)
+        except self._error as error:
+            raise OSError(error) from None
+
+
+class _Bz2(_Frames):
+    def begin(self) -> Any:
+        return bz2.BZ2Decompressor()
+
+
+class _Xz(_Frames):
+    padding = b"\0"
+
+    def begin(self) -> Any:
+        return lzma.LZMADecompressor(lzma.FORMAT_XZ, _XZ_MEMORY)
