@@ -1,7 +1,9 @@
 """Small files of much text: a worker's memory is bounded by the longest document, whatever a file decompresses to."""
 
+import bz2
 import gzip
 import json
+import lzma
 import random
 import subprocess
 import sys
@@ -75,6 +77,24 @@ def test_one_line_of_gz(tmp_path, tokenizer_file):
     path.write_bytes(gzip.compress(b'{"text": "fine"}\n{"text": "' + b"\\n" * (40 * MB), 1))
     assert path.stat().st_size < 500_000
     assert packed(path, tokenizer_file).startswith(f"{path}: line 2: longer than 33,554,432 bytes")
+
+
+@pytest.mark.parametrize("kind", ["xz", "bz2"])
+def test_one_line_of_many_streams(tmp_path, tokenizer_file, kind):
+    path = tmp_path / f"a.jsonl.{kind}"
+    compress = {"xz": lzma.compress, "bz2": bz2.compress}[kind]
+    path.write_bytes(compress(b'{"text": "fine"}\n{"text": "') + compress(b"x" * (16 * MB)) * 50)
+    assert path.stat().st_size < 150_000
+    assert packed(path, tokenizer_file).startswith(f"{path}: line 2: longer than 33,554,432 bytes")
+
+
+@pytest.mark.parametrize("kind", ["xz", "bz2"])
+def test_many_lines_of_one_stream(tmp_path, tokenizer_file, kind):
+    path = tmp_path / f"a.json.{kind}"
+    compress = lzma.LZMACompressor(preset=0) if kind == "xz" else bz2.BZ2Compressor()
+    line = json.dumps({"text": " " * MB}).encode() + b"\n"
+    path.write_bytes(b"".join(compress.compress(line) for _ in range(50)) + compress.flush())
+    assert packed(path, tokenizer_file, f"Fields(fraction={FRACTION})") == kept(path, 50)
 
 
 def test_a_torn_line_of_escapes(tmp_path, tokenizer_file):

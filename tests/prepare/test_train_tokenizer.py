@@ -125,6 +125,50 @@ def test_the_lines_of_all_files_in_and_below_a_folder(tmp_path):
     assert list(train_tokenizer.lines(sources)) == ["four", "five", "six", "one", "", "two", "three", "eight"]
 
 
+def test_every_source_that_prepare_text_takes(tmp_path):
+    import bz2
+    import zipfile
+
+    import fsspec
+
+    (tmp_path / "A.NDJSON.BZ2").write_bytes(bz2.compress(b'{"body": "one"}\n'))
+    (tmp_path / ".hidden.jsonl").write_text("{")
+    with zipfile.ZipFile(tmp_path / "b.zip", "w") as archive:
+        archive.writestr("c.jsonl", '{"body": "two"}\n')
+    (tmp_path / "with:colon.txt").write_text("four")
+    fs = fsspec.filesystem("memory")
+    fs.pipe("/corpus/d.jsonl", b'{"body": "three", "text": "five"}\n')
+    sources = [f"{tmp_path}/A.NDJSON.BZ2:body", f"zip://*.jsonl::{tmp_path}/b.zip:body", "memory://corpus:body"]
+    sources += [f"{tmp_path}/with:colon.txt", "memory://corpus", "memory://corpus/d.jsonl:"]
+    assert list(train_tokenizer.lines(sources)) == ["one", "two", "three", "four", "five", "five"]
+    fs.rm("/corpus", recursive=True)
+
+
+@pytest.mark.parametrize(
+    ("source", "path", "key"),
+    [
+        ("a.jsonl", "a.jsonl", "text"),
+        ("a.jsonl:content", "a.jsonl", "content"),
+        ("hf://datasets/a/b", "hf://datasets/a/b", "text"),
+        ("hf://datasets/a/b@main/c:content", "hf://datasets/a/b@main/c", "content"),
+        ("https://host:8080/a.jsonl", "https://host:8080/a.jsonl", "text"),
+        ("https://host:8080/a.jsonl:content", "https://host:8080/a.jsonl", "content"),
+        ("zip://*.jsonl::a.zip", "zip://*.jsonl::a.zip", "text"),
+        ("zip://*.jsonl::a.zip:content", "zip://*.jsonl::a.zip", "content"),
+        ("zip://::s3://bucket/a.zip", "zip://::s3://bucket/a.zip", "text"),
+    ],
+)
+def test_the_key_is_behind_the_last_colon(source, path, key):
+    assert train_tokenizer.with_key(source) == (path, key)
+
+
+def test_what_is_not_read_is_said(tmp_path, capsys):
+    for name in ("a.txt", "b.md"):
+        (tmp_path / name).write_text("one")
+    assert list(train_tokenizer.lines([str(tmp_path)])) == ["one"]
+    assert capsys.readouterr().err == f"{tmp_path}: not read: 1 .md\n"
+
+
 def test_32000_pieces_where_no_number_is_given(raw, tmp_path, script):
     code, out, err = script("train_tokenizer", "--source", raw[0], "--output", tmp_path / "tokenizer.model")
     assert (code, out) == (2, "")

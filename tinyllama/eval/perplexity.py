@@ -41,7 +41,7 @@ def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: i
 
 
 def _texts(path: Path) -> bool:
-    return any(file.name.endswith(ENDINGS) for file in path.rglob("*"))
+    return any(file.name.lower().endswith(ENDINGS) for file in path.rglob("*"))
 
 
 def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch_size: int) -> list[Score]:

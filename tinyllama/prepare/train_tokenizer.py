@@ -1,11 +1,11 @@
 """A sentencepiece BPE vocabulary trained on raw text, with Llama 2's settings."""
 
 import io
+import os
 import random
 import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
@@ -51,14 +51,25 @@ def train(paths: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def lines(paths: list[str]) -> Iterator[str]:
-    """Yield every line of every document at ``paths``, each PATH[:KEY]."""
-    for one_path in paths:
-        path, _, key = one_path.partition(":")
-        for one in find_inputs(Path(path), ENDINGS):
+def lines(sources: list[str]) -> Iterator[str]:
+    """Yield every line of every document at ``sources``, each PATH[:KEY]; what is not read is printed."""
+    for one_source in sources:
+        source, key = with_key(one_source)
+        inputs = find_inputs(source, ENDINGS)
+        for note in inputs.notes:
+            print(f"{source}: {note}", file=sys.stderr)
+        for one in inputs:
             with one.fetched() as file:
-                for text in DocumentReader(file, Fields(text_key=key or "text")):
+                for text in DocumentReader(file, Fields(text_key=key)):
                     yield from text.splitlines()
+
+
+def with_key(source: str) -> tuple[str, str]:
+    """Split PATH[:KEY] at the colon that begins the key, which those of a URL or of a file's name do not."""
+    path, colon, key = source.rpartition(":")
+    if not colon or path.endswith(":") or "/" in key or os.path.exists(source):
+        return source, "text"
+    return path, key or "text"
 
 
 def bounded(lines: Iterable[str], size: int, long: Counter[str]) -> Iterator[str]:
