@@ -81,6 +81,8 @@ def tokenizer_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def packed_folder(tmp_path: Path):
     """A function that packs shards, each a list of documents' token ids, into a folder and returns its path."""
+    from packed import add
+
     from tinyllama.data.packed import ShardWriter, write_manifest
 
     def pack(shards: list[list[list[int]]], name: str = "packed", vocab_size: int = 400, **facts) -> Path:
@@ -91,7 +93,7 @@ def packed_folder(tmp_path: Path):
         for shard, documents in zip(names, shards, strict=True):
             with ShardWriter(folder, shard, vocab_size) as writer:
                 for document in documents:
-                    writer.add(document)
+                    add(writer, document)
                 writer.finish(**policy | facts)
         write_manifest(folder, names)
         return folder

@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from packed import add
 
 from tinyllama import atomic
 from tinyllama.data.packed import ShardWriter, write_manifest
@@ -97,7 +98,7 @@ def test_no_handle_is_left_open(tmp_path):
 
 def test_a_shard_is_on_the_disk_before_it_is_done_and_before_it_is_listed(tmp_path, disk):
     with ShardWriter(tmp_path, "a", 100) as writer:
-        writer.add([1, 2, 3])
+        add(writer, [1, 2, 3])
         writer.finish(**FACTS)
     assert_durable(disk, tmp_path / "a.idx.npy", tmp_path / "a.bin", tmp_path / "a.json")
     assert (tmp_path / "a.bin").read_bytes() == bytes([1, 0, 2, 0, 3, 0])

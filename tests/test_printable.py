@@ -1,6 +1,5 @@
 """What comes from files and other libraries is one line where it is printed, whatever it holds and however long."""
 
-import json
 import os
 import socket
 import sys
@@ -9,6 +8,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from packed import change
 from processes import Process
 
 from tinyllama import InputError, printable
@@ -144,12 +144,11 @@ def test_the_reason_in_stopped_is_one_line(tmp_path: Path, capsys: pytest.Captur
 
 def test_names_of_subsets_are_a_line_each(packed_folder, script) -> None:
     folder = packed_folder([[list(range(100))]])
-    manifest = json.loads((folder / "manifest.json").read_text())
     figures = {"documents": 1, "tokens": 100, "bytes": 100}
-    manifest["subsets"] = {text: figures for text, _ in HOSTILE.values()} | {"x" * 10**6: figures}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    subsets = {text: figures for text, _ in HOSTILE.values()} | {"x" * 10**6: figures}
+    change(folder / "manifest.json", subsets=subsets)
     before = len(script("inspect_packed", packed_folder([[list(range(100))]], name="other"))[1].splitlines())
     code, out, err = script("inspect_packed", folder)
     assert (code, err) == (0, "")
     assert all(line.isprintable() and len(line) < 200 for line in out.splitlines())
-    assert len(out.splitlines()) == before + len(manifest["subsets"])
+    assert len(out.splitlines()) == before + len(subsets)

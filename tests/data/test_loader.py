@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from packed import add
 
 from tinyllama import InputError
 from tinyllama.data.loader import Batch, Loader, on_device, validation_batches
@@ -27,7 +28,7 @@ def pack(folder, tokens, num_shards=1, vocab_size=VOCAB):
     names = [f"shard-{shard:02d}" for shard in range(num_shards)]
     for name, part in zip(names, np.array_split(tokens, num_shards), strict=True):
         with ShardWriter(folder, name, vocab_size) as writer:
-            writer.add(part)
+            add(writer, part)
             writer.finish(tokenizer_sha256="0", encoder="none", bos=False, eos=False, bos_id=None, eos_id=None)
     write_manifest(folder, names)
     return open_packed(folder)

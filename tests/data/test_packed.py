@@ -5,29 +5,20 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import POLICY, add, write_dataset, write_shard
 
 from tinyllama import InputError
 from tinyllama.data import metadata
 from tinyllama.data.packed import ShardWriter, open_packed, read_shard_info, write_manifest
 
-FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "sentencepiece", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
-
-
-def write_shard(folder: Path, name: str, documents, vocab_size: int = 100, **facts) -> dict:
-    with ShardWriter(folder, name, vocab_size) as writer:
-        for document in documents:
-            writer.add(document)
-        return writer.finish(**FACTS | facts)
-
-
-def write_dataset(folder: Path, shards: dict[str, list], vocab_size: int = 100) -> dict:
-    for name, documents in shards.items():
-        write_shard(folder, name, documents, vocab_size)
-    return write_manifest(folder, list(shards))
-
 
 def names(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
+
+
+def hash_of_the_rest(content: dict) -> str:
+    rest = {key: value for key, value in sorted(content.items()) if key != "metadata_blake2b"}
+    return hashlib.blake2b(json.dumps(rest, sort_keys=True).encode(), digest_size=32).hexdigest()
 
 
 # the bytes
@@ -43,7 +34,8 @@ def test_exact_bytes_and_facts(tmp_path):
     assert (ends.dtype, ends.tolist()) == (np.dtype("<u8"), [3, 4])
     assert info == json.loads((tmp_path / "a.jsonl.zst.json").read_text())
     assert info == read_shard_info(tmp_path, "a.jsonl.zst")
-    assert info == FACTS | {
+    assert info == POLICY | {
+        "metadata_blake2b": hash_of_the_rest(info),
         "format_version": 1,
         "name": "a.jsonl.zst",
         "dtype": "uint16",
@@ -76,7 +68,7 @@ def test_dtype_at_the_border(tmp_path, vocab_size, dtype, bytes_of_last):
 def test_token_outside_the_vocabulary(tmp_path, bad, kind):
     with pytest.raises(InputError, match=rf"s: token {bad} at position 1 is outside the vocabulary of 100: "):  # noqa: SIM117
         with ShardWriter(tmp_path, "s", 100) as writer:
-            writer.add(kind([99, bad, 5]))
+            add(writer, kind([99, bad, 5]))
     assert names(tmp_path) == []
 
 
@@ -95,7 +87,7 @@ def test_documents_come_in_pieces(tmp_path):
         writer.append(np.array([1, 99, 3, 4]), [2])  # a document, and the beginning of another
         writer.append(np.array([5]), [])
         writer.append(np.array([6, 7, 8], dtype=np.uint32), np.array([1, 2]))
-        info = writer.finish(**FACTS)
+        info = writer.finish(**POLICY)
     assert np.fromfile(tmp_path / "a.bin", "<u2").tolist() == [1, 99, 3, 4, 5, 6, 7, 8]
     assert np.load(tmp_path / "a.idx.npy").tolist() == [2, 6, 7]
     assert (info["tokens"], info["documents"], info["max_token"]) == (8, 3, 99)
@@ -112,7 +104,7 @@ def test_facts_cannot_replace_counts(tmp_path):
 
 def test_abandoned_writer_leaves_nothing(tmp_path):
     with ShardWriter(tmp_path, "a", 100) as writer:
-        writer.add([1, 2])
+        add(writer, [1, 2])
         assert [name.endswith(".tmp") for name in names(tmp_path)] == [True]
     assert names(tmp_path) == []
     with pytest.raises(KeyError), ShardWriter(tmp_path, "a", 100) as writer:
@@ -122,11 +114,11 @@ def test_abandoned_writer_leaves_nothing(tmp_path):
 
 def test_two_writers_on_one_shard(tmp_path):
     with ShardWriter(tmp_path, "a", 100) as one, ShardWriter(tmp_path, "a", 100) as two:
-        one.add([1, 2])
-        two.add([1, 2])
-        first = one.finish(**FACTS)
+        add(one, [1, 2])
+        add(two, [1, 2])
+        first = one.finish(**POLICY)
         before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.suffix != ".tmp"}
-        assert two.finish(**FACTS) == first
+        assert two.finish(**POLICY) == first
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
     assert read_shard_info(tmp_path, "a") == first
 
@@ -219,7 +211,8 @@ def test_manifest_says_it_all_in_order_of_name(tmp_path):
     manifest = write_manifest(tmp_path, ["b", "a", "Z"])
     assert manifest == json.loads((tmp_path / "manifest.json").read_text())
     keys = ("name", "tokens", "documents", "max_token", "blake2b")
-    assert manifest == FACTS | {
+    assert manifest == POLICY | {
+        "metadata_blake2b": hash_of_the_rest(manifest),
         "format_version": 1,
         "dtype": "uint16",
         "vocab_size": 100,
@@ -267,7 +260,7 @@ def test_manifest_needs_done_shards(tmp_path):
 def test_shards_that_disagree(tmp_path, key, value):
     for name in "abc":
         write_shard(tmp_path, name, [[1]], **({key: value} if name == "c" else {}))
-    with pytest.raises(InputError, match=f"{key} is {FACTS[key]} in shard a and {value} in shard c: prepare each"):
+    with pytest.raises(InputError, match=f"{key} is {POLICY[key]} in shard a and {value} in shard c: prepare each"):
         write_manifest(tmp_path, ["c", "b", "a"])
 
 

@@ -1,4 +1,3 @@
-import json
 import os
 import struct
 from pathlib import Path
@@ -7,26 +6,12 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed import change, write_dataset, write_shard
 
 from tinyllama import InputError
-from tinyllama.data.packed import OPEN_FILES, ShardWriter, check_datasets, open_packed, write_manifest
+from tinyllama.data.packed import OPEN_FILES, check_datasets, open_packed, write_manifest
 
-FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "sentencepiece", "bos": False, "eos": True, "bos_id": 1, "eos_id": 2}
-
-SHARD = {"name": "a", "tokens": 3, "documents": 1, "max_token": 3, "blake2b": ""}
-
-
-def write_shard(folder: Path, name: str, documents, vocab_size: int = 100, **facts) -> dict:
-    with ShardWriter(folder, name, vocab_size) as writer:
-        for document in documents:
-            writer.add(document)
-        return writer.finish(**FACTS | facts)
-
-
-def write_dataset(folder: Path, shards: dict[str, list], vocab_size: int = 100) -> dict:
-    for name, documents in shards.items():
-        write_shard(folder, name, documents, vocab_size)
-    return write_manifest(folder, list(shards))
+SHARD = {"name": "a", "tokens": 3, "documents": 1, "max_token": 3, "blake2b": "0" * 64}
 
 
 @pytest.fixture
@@ -151,8 +136,17 @@ def test_open_wrong_size(tmp_path, size):
     [
         ({"format_version": 2}, "format version 2 with uint16 tokens is not known here"),
         ({"dtype": "uint64"}, "format version 1 with uint64 tokens is not known here"),
-        ({"shards": []}, "its fingerprint is not that of its shards"),
-        ({"fingerprint": "0"}, "its fingerprint is not that of its shards"),
+        ({"shards": []}, "it lists no shards"),
+        ({"fingerprint": "0" * 64}, "its fingerprint is not that of its shards"),
+        ({"fingerprint": "0"}, "fingerprint is missing or of a wrong type or value"),
+        ({"documents": 2}, "documents 2 is not that of its shards"),
+        ({"tokens": 4}, "tokens 4 is not that of its shards"),
+        ({"max_token": 4}, "max_token 4 is not that of its shards"),
+        ({"vocab_size": 3}, "max_token 3 is outside the vocabulary of 3"),
+        ({"vocab_size": 65536}, "a vocabulary of 65536 is not stored as uint16"),
+        ({"eos_id": 100}, "eos_id 100 is outside the vocabulary of 100"),
+        ({"eos_id": None}, "eos_id is null, and documents have eos"),
+        ({"bos": True, "bos_id": None}, "bos_id is null, and documents have bos"),
         ({"dtype": []}, r"format version 1 with \[\] tokens is not known here"),
         *(({key: None}, f"{key} is missing") for key in ("shards", "fingerprint", "vocab_size")),
         *(({"shards": [SHARD | {key: {}}]}, rf"shards\[0\]\.{key} is missing or of a wrong") for key in SHARD),
@@ -161,8 +155,8 @@ def test_open_wrong_size(tmp_path, size):
     ],
 )
 def test_open_changed_manifest(tmp_path, changes, message):
-    manifest = write_dataset(tmp_path, {"a": [[1, 2, 3]]})
-    (tmp_path / "manifest.json").write_text(json.dumps(manifest | changes))
+    write_dataset(tmp_path, {"a": [[1, 2, 3]]})
+    change(tmp_path / "manifest.json", **changes)
     with pytest.raises(InputError, match=rf"manifest.json(:| is damaged) \(?{message}.*: (rerun|use)"):
         open_packed(tmp_path)
 
@@ -217,7 +211,11 @@ def test_datasets_that_a_model_cannot_read(tmp_path):
         ({"eos": False}, r"one was prepared with bos False, eos True \(.*other with bos False, eos False \(ids 1, 2\)"),
         ({"bos_id": 3}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids 3, 2\): prepare them alike"),
         ({"eos_id": 0}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids 1, 0\): prepare them alike"),
-        ({"eos_id": None}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids 1, None\): prepare them alike"),
+        ({"bos_id": None}, r"\(ids 1, 2\) and .*other with bos False, eos True \(ids None, 2\): prepare them alike"),
+        (
+            {"eos": False, "eos_id": None},
+            r"\(ids 1, 2\) and .*other with bos False, eos False \(ids 1, None\): ",
+        ),
     ],
 )
 def test_datasets_must_agree_on_bos_and_eos(packed_folder, changes, message):

@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 import torch
 from models import CONFIG, given, weights
+from packed import change
 
 from tinyllama import InputError
 from tinyllama.convert import hf_folder
@@ -70,9 +71,8 @@ def test_the_scores_are_those_of_transformers(batch_size, hf_dir, reference, tok
     assert found["loss"] == pytest.approx(loss, rel=1e-6)
     assert found["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
     assert found["bits_per_byte"] == pytest.approx(loss * len(stream) / math.log(2) / num_bytes, rel=1e-6)
-    manifest = json.loads((folder / "manifest.json").read_bytes())
-    manifest["subsets"] = {".": {"tokens": len(stream), "bytes": 2 * num_bytes}}  # what is recorded is believed
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    # what is recorded is believed
+    change(folder / "manifest.json", subsets={".": {"tokens": len(stream), "bytes": 2 * num_bytes}})
     recorded = scores(open_weights(hf_dir), folder, tokenizer, batch_size)["bits_per_byte"]
     assert recorded == pytest.approx(found["bits_per_byte"] / 2)
 

@@ -9,10 +9,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import add, change
 
 from tinyllama import InputError
+from tinyllama.data import files
 from tinyllama.data.packed import ShardWriter, write_manifest
-from tinyllama.prepare import inspection
+from tinyllama.prepare import inspection, prepare
+from tinyllama.prepare.inputs import Fields, find_inputs
 from tinyllama.prepare.inspection import inspect_packed
 
 ROOT = Path(__file__).parents[2]
@@ -32,7 +35,7 @@ def folder(tmp_path):
     for name, documents in {"a": [[5, 6, 2], [2]], "b": [[7, 8, 9, 10, 2]], "c": []}.items():
         with ShardWriter(tmp_path, name, 100) as writer:
             for document in documents:
-                writer.add(document)
+                add(writer, document)
             writer.finish(**facts)
     write_manifest(tmp_path, ["a", "b", "c"])
     return tmp_path
@@ -113,13 +116,12 @@ def test_threads_read_every_index(folder):
     sys.setswitchinterval(1e-6)
     try:
         with ThreadPoolExecutor(8) as threads:
-            shard = {"name": "a", "documents": 2, "tokens": 4}
-            found = list(threads.map(lambda _: inspection._index(folder, shard), range(3000)))
+            found = list(threads.map(lambda _: files.read_index(folder / "a.idx.npy", 2, 4), range(3000)))
     finally:
         gc.set_threshold(*before)
         sys.setswitchinterval(interval)
         gc.callbacks.remove(busy)
-    assert all(index is not None and index[0].tolist() == [3, 4] for index in found)
+    assert all(ends is not None and ends.tolist() == [3, 4] for ends in found)
 
 
 def test_ids_outside_the_vocabulary_name_the_shard(folder):
@@ -132,11 +134,15 @@ def test_ids_outside_the_vocabulary_name_the_shard(folder):
 
 def test_a_manifest_with_wrong_totals(folder):
     path = folder / "manifest.json"
-    path.write_text(json.dumps(json.loads(path.read_bytes()) | {"documents": 0}))
-    assert inspect_packed(folder)["mean_document_length"] == 3.0  # its shards' counts are what is checked
+    change(path, documents=0)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged \(9 tokens in 0 documents.*\): rerun"):
+        inspect_packed(folder)
+    change(path, documents=4)
+    with pytest.raises(InputError, match=r"manifest\.json is damaged \(documents 4 is not that of its shards\): rerun"):
+        inspect_packed(folder)
     for subsets in ([], {"C4": 1}):
-        path.write_text(json.dumps(json.loads(path.read_bytes()) | {"subsets": subsets}))
-        with pytest.raises(InputError, match=r"manifest\.json is damaged \(subsets.* wrong type\): rerun"):
+        change(path, documents=3, subsets=subsets)
+        with pytest.raises(InputError, match=r"manifest\.json is damaged \(subsets.* wrong type or value\): rerun"):
             inspect_packed(folder)
 
 
@@ -147,7 +153,7 @@ def dataset(folder, shards: dict[str, list[list[int]]], vocab_size: int = 100, *
     for name, documents in shards.items():
         with ShardWriter(folder, name, vocab_size) as writer:
             for document in documents:
-                writer.add(document)
+                add(writer, document)
             writer.finish(**stated | policy)
     write_manifest(folder, list(shards))
     return folder
@@ -277,26 +283,24 @@ def test_shares_and_text(tokenizer_file, tmp_path):
 
 def prepared(tmp_path: Path, tokenizer_file: Path, rows: dict[str, list[tuple[str, str]]]) -> Path:
     """A folder prepared from SlimPajama's records, (subset, text) each, by file."""
-    from tinyllama.prepare.inputs import Fields, find_inputs
-    from tinyllama.prepare.prepare import Options, prepare
-
     (tmp_path / "in").mkdir()
     for name, records in rows.items():
         lines = [json.dumps({"text": text, "meta": {"redpajama_set_name": subset}}) for subset, text in records]
         (tmp_path / "in" / name).write_text("\n".join(lines))
-    options = Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece")
-    prepare(find_inputs(tmp_path / "in", (".jsonl",)), Fields(subsets=True), options)
+    options = prepare.Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece")
+    prepare.prepare(find_inputs(tmp_path / "in", (".jsonl",)), Fields(subsets=True), options)
     return tmp_path / "out"
 
 
 @pytest.mark.usefixtures("one_process")
-def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp_path):
+def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp_path, monkeypatch):
     # digits are tokens of their own, and a blank is put before each text: "123" is four tokens, and eos
     rows = {
         "a.jsonl": [("Web", "1" * 9), ("Book", "2" * 4), ("Web", "3" * 8), ("Book", "4" * 18)],  # 11, 6, 10, 20 tokens
         "b.jsonl": [("Book", "漢"), ("Book", "5" * 8)],  # ▁, three bytes and eos: 5 tokens, 3 bytes; 10 tokens
         "c.jsonl": [("Web", "6" * 9)],  # 11 tokens
     }
+    monkeypatch.setattr(prepare, "CONTEXTS", (1, 10))
     folder = prepared(tmp_path, tokenizer_file, rows)
     figures = inspect_packed(folder, block_size=10)
     assert figures["tokens"] == 73
@@ -306,7 +310,9 @@ def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp
     assert figures["over 10 tokens of Book"] == f"25.00% of the documents, {20 / 41:.2%} of the tokens"
     assert figures["bytes_per_token of Web"] == round(26 / 32, 3)
     assert figures["over 10 tokens of Web"] == f"{2 / 3:.2%} of the documents, {22 / 32:.2%} of the tokens"
-    assert inspect_packed(folder)["over 2,048 tokens of Web"] == "0.00% of the documents, 0.00% of the tokens"
+    figures = inspect_packed(folder, block_size=9)
+    assert figures["over 9 tokens"] == f"{5 / 7:.2%} of the documents, {62 / 73:.2%} of the tokens"
+    assert figures["over 9 tokens of Web"] == "not recorded"
     assert (
         inspect_packed(folder, block_size=1)["over 1 tokens of Web"]
         == "100.00% of the documents, 100.00% of the tokens"
@@ -320,34 +326,18 @@ def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp
 
 @pytest.mark.usefixtures("one_process")
 def test_what_an_older_folder_does_not_record_is_unknown(tokenizer_file, tmp_path):
-    rows = {"a.jsonl": [("Web", "1"), ("Book", "2")], "b.jsonl": [("Web", "1")], "c.jsonl": [("Dump", "1")]}
+    rows = {"a.jsonl": [("Web", "1"), ("Book", "2")], "b.jsonl": [("Web", "1")]}
     folder = prepared(tmp_path, tokenizer_file, rows)
-    np.save(folder / "a.jsonl.idx.npy", np.load(folder / "a.jsonl.idx.npy"))  # the ends alone
-    figures = inspect_packed(folder, block_size=1)
-    assert figures["over 1 tokens"] == "100.00% of the documents, 100.00% of the tokens"
-    for subset in ("Web", "Book", "Dump"):  # a.jsonl could be anyone's
-        assert figures[f"over 1 tokens of {subset}"] == ("unknown")
-        assert figures[f"bytes_per_token of {subset}"] == round(1 / 3, 3)
-    path = folder / "manifest.json"
-    manifest = json.loads(path.read_bytes())
-    manifest["subsets"]["Web"].pop("bytes")
-    path.write_text(json.dumps(manifest))
+    manifest = json.loads((folder / "manifest.json").read_bytes())
+    for key in ("bytes", "documents_over_2048"):
+        del manifest["subsets"]["Web"][key]
+    change(folder / "manifest.json", subsets=manifest["subsets"])
     figures = inspect_packed(folder)
+    assert figures["over 2,048 tokens"] == "0.00% of the documents, 0.00% of the tokens"
+    assert figures["over 2,048 tokens of Book"] == "0.00% of the documents, 0.00% of the tokens"
+    assert figures["over 2,048 tokens of Web"] == "not recorded"
     assert (figures["bytes_per_token"], figures["bytes_per_token of Web"]) == ("unknown", "unknown")
     assert figures["bytes_per_token of Book"] == round(1 / 3, 3)
-
-
-@pytest.mark.usefixtures("one_process")
-@pytest.mark.parametrize("numbers", [np.zeros(3, "<u2"), np.zeros((1, 2), "<u2"), b"rest"], ids=str)
-def test_numbers_of_subsets_that_do_not_fit_are_damage(tokenizer_file, tmp_path, numbers):
-    folder = prepared(tmp_path, tokenizer_file, {"a.jsonl": [("Web", "1"), ("Book", "2")]})
-    with open(folder / "a.jsonl.idx.npy", "wb") as file:
-        np.save(file, np.array([3, 6], np.uint64))
-        file.write(numbers) if isinstance(numbers, bytes) else np.save(file, numbers)
-    with pytest.raises(
-        InputError, match=r"a\.jsonl\.idx\.npy is missing or does not fit its \.bin: delete a\.jsonl\.json"
-    ):
-        inspect_packed(folder)
 
 
 def test_upstream_chunks(tmp_path):

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import change
 
 from tinyllama import InputError
 from tinyllama.config import cli
@@ -219,21 +220,23 @@ def test_no_document_at_all(tmp_path, tokenizer_file):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"tokens": None}, r"damaged \(tokens is missing or of a wrong type\)"),
-        ({"source": None}, r"damaged \(source is missing or of a wrong type\)"),
-        ({"subsets": {"a": 1}}, r"damaged \(subsets.a is missing or of a wrong type\)"),
-        ({"dropped": {"a": "1"}}, r"damaged \(dropped.a is missing or of a wrong type\)"),
+        ({"tokens": None}, r"damaged \(tokens is missing or of a wrong type or value\)"),
+        ({"source": None}, r"damaged \(source is missing or of a wrong type or value\)"),
+        ({"subsets": {"a": 1}}, r"damaged \(subsets.a is missing or of a wrong type or value\)"),
+        ({"dropped": {"a": "1"}}, r"damaged \(dropped.a is missing or of a wrong type or value\)"),
         ({"dtype": []}, r"format version 1 with \[\] tokens is not known"),
-        (None, "damaged .*Is a directory.*: delete chunk0--0.jsonl.json and rerun"),
+        (None, "damaged .*not a regular file.*: delete chunk0--0.jsonl.json and rerun"),
     ],
 )
 def test_facts_of_a_shard_that_are_damaged(tmp_path, tokenizer_file, changes, message):
     source, output = write(tmp_path / "in"), tmp_path / "out"
     pack(source, tokenizer_file, output)
     path = output / "chunk0--0.jsonl.json"
-    info = json.loads(path.read_bytes())
-    path.unlink()
-    path.mkdir() if changes is None else path.write_text(json.dumps(info | changes))
+    if changes is None:
+        path.unlink()
+        path.mkdir()
+    else:
+        change(path, **changes)
     (fault,) = faults(source, tokenizer_file, output)
     assert re.search(message, fault)
 

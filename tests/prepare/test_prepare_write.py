@@ -5,11 +5,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from packed import SHORT
 
 from tinyllama.data.packed import ShardWriter
 from tinyllama.prepare import encode, prepare
 from tinyllama.prepare.encode import TokenChunk
 from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
+from tinyllama.prepare.prepare import CONTEXTS
 from tinyllama.tokenizer import Tokenizer
 
 FACTS = {"tokenizer_sha256": "ab" * 32, "encoder": "none", "bos": True, "eos": True, "bos_id": 1, "eos_id": 2}
@@ -44,8 +46,8 @@ def test_bos_and_eos_are_the_documents_not_its_parts(tmp_path, monkeypatch, flus
     tokens = [len(document) for document in expected]
     assert (info["documents"], info["tokens"]) == (5, sum(tokens))
     assert subsets == {
-        "a": {"documents": 2, "tokens": tokens[1] + tokens[4], "bytes": 327},
-        "b": {"documents": 3, "tokens": tokens[0] + tokens[2] + tokens[3], "bytes": 19},
+        "a": {"documents": 2, "tokens": tokens[1] + tokens[4], "bytes": 327} | SHORT,
+        "b": {"documents": 3, "tokens": tokens[0] + tokens[2] + tokens[3], "bytes": 19} | SHORT,
     }
 
 
@@ -55,7 +57,7 @@ def test_documents_of_no_subset_are_their_folders(tmp_path, name, folder):
     with ShardWriter(tmp_path, "x", 100) as writer:
         document = TokenChunk(np.array([5, 6], dtype=np.uint32), 7, "", True)
         assert prepare._write(writer, [document], recipe, Input("", name, 0)) == {
-            folder: {"documents": 1, "tokens": 3, "bytes": 7}
+            folder: {"documents": 1, "tokens": 3, "bytes": 7} | SHORT
         }
 
 
@@ -71,5 +73,12 @@ def test_a_long_document_is_one_document(tmp_path, tokenizer_file, monkeypatch):
     assert np.fromfile(tmp_path / "a.jsonl.bin", "<u2").tolist() == sum(documents, [])
     ends = np.cumsum([len(document) for document in documents]).tolist()
     assert np.load(tmp_path / "a.jsonl.idx.npy").tolist() == ends
-    assert info["subsets"] == {".": {"documents": 3, "tokens": ends[-1], "bytes": sum(map(len, texts))}}
+    lengths = np.diff(ends, prepend=0)
+    long = {
+        f"{key}_over_{context}": int(value)
+        for context in CONTEXTS
+        for key, value in (("documents", (lengths > context).sum()), ("tokens", lengths[lengths > context].sum()))
+    }
+    assert long["documents_over_512"] > 0
+    assert info["subsets"] == {".": {"documents": 3, "tokens": ends[-1], "bytes": sum(map(len, texts))} | long}
     assert info["documents"] == 3

@@ -143,6 +143,8 @@ def no_job_left(cluster: Cluster) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model on tiny data; its learning rate does not hang on the number of steps."""
+    from packed import add
+
     from tinyllama.data.packed import ShardWriter, write_manifest
 
     folder = tmp_path_factory.mktemp("data")
@@ -150,7 +152,7 @@ def config_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     rng = np.random.default_rng(0)
     with ShardWriter(folder, "shard-00000", 256) as writer:
         for start in rng.integers(3, 250, 400):
-            writer.add([int(3 + (start + i) % 250) for i in range(rng.integers(20, 90))] + [2])
+            add(writer, [int(3 + (start + i) % 250) for i in range(rng.integers(20, 90))] + [2])
         writer.finish(**policy)
     write_manifest(folder, ["shard-00000"])
     config = {

@@ -1,9 +1,9 @@
-import json
 import math
 
 import numpy as np
 import pytest
 import torch
+from packed import change
 
 from tinyllama.data.loader import Batch
 from tinyllama.data.packed import open_packed
@@ -88,8 +88,7 @@ def test_a_loss_that_is_no_number_makes_the_sum_none() -> None:
 def test_bits_per_byte_are_those_of_all_tokens_over_the_bytes_of_text(packed_folder) -> None:
     def held_out(name: str, documents: list[list[int]], **subsets: dict[str, int]):
         folder = packed_folder([documents], name=name)
-        manifest = json.loads((folder / "manifest.json").read_bytes()) | {"subsets": subsets}
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        change(folder / "manifest.json", subsets=subsets)
         return open_packed(folder)
 
     loss = 2.5 * math.log(2)  # bits a token

@@ -1,14 +1,18 @@
 """Who may write into a run's folder: real processes, and files as they leave them."""
 
 import errno
+import hashlib
+import itertools
 import json
 import os
+import random
 import shutil
 import socket
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +62,9 @@ def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
         (file,) = out_dir.iterdir()
         owner = json.loads(file.read_text())
         assert file.name == "OWNER.json"
-        assert {**owner, "token": ""} == {"host": HERE, "pid": os.getpid(), "job_id": "77", "restarts": 0, "token": ""}
+        me = {"host": HERE, "pid": os.getpid(), "job_id": "77", "restarts": 0, "token": owner["token"]}
+        content = json.dumps(me, sort_keys=True).encode()
+        assert owner == me | {"blake2b": hashlib.blake2b(content, digest_size=16).hexdigest()}
         with pytest.raises(InputError) as error, RunLock(out_dir, "78"):
             pass
         assert [path.name for path in out_dir.iterdir()] == ["OWNER.json"]
@@ -177,9 +183,10 @@ def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path: Path, mo
     def full(owner: Any) -> str:
         raise OSError(errno.ENOSPC, "No space left on device")
 
+    run = RunLock(tmp_path, None)
     monkeypatch.setattr(lock.json, "dumps", full)
     with pytest.raises(InputError, match="cannot write .*OWNER.json: No space left on device: give an out_dir"):
-        RunLock(tmp_path, None).__enter__()
+        run.__enter__()
     assert list(tmp_path.iterdir()) == []
 
 
@@ -289,6 +296,49 @@ def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(
         assert json.loads(path.read_text())["host"] == HERE
 
 
+def damaged(text: bytes, values: int) -> Iterator[bytes]:
+    """Yield ``text`` with other values, a flipped bit first, at every byte of it, and with each field changed."""
+    rng = random.Random(5)
+    for at in range(len(text)):
+        flipped = text[at] ^ 1 << rng.randrange(8)
+        others = rng.sample([value for value in range(256) if value not in (text[at], flipped)], values - 1)
+        for value in (flipped, *others):
+            yield text[:at] + bytes([value]) + text[at + 1 :]
+    holder = json.loads(text)
+    changes = (None, True, -2, 1, 1.5, "x\x00", [], {}, 10**400, "y" * 9999, dead_pid(), "5", holder["pid"] + 1)
+    for name, value in itertools.product(holder, changes):
+        yield json.dumps(holder | {name: value}).encode()
+        yield json.dumps({key: field for key, field in holder.items() if key != name}).encode()
+    yield from (text[:length] for length in range(len(text)))
+
+
+@pytest.mark.parametrize("values", [1, pytest.param(10, marks=pytest.mark.slow)])
+def test_a_damaged_file_evicts_nobody_and_ends_nobody(values: int, tmp_path: Path, monkeypatch) -> None:
+    """Whatever the file of a live run says, nobody takes it for gone without a wait, nor does it end itself."""
+    ended: list[str] = []
+    monkeypatch.setattr(lock, "end_process", ended.append)
+    monkeypatch.setattr(lock, "BEAT", 1e6)
+    path = tmp_path / "OWNER.json"
+    tries = unreadable = 0
+    with RunLock(tmp_path, "5") as owner:
+        monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
+        other = RunLock(tmp_path, "5")
+        whole = path.read_bytes()
+        for content in damaged(whole, values):
+            tries += 1
+            path.write_bytes(content)
+            seen = lock._look(path)
+            assert other._why_gone(seen) is None, content
+            assert not seen.holder or owner._is_mine(seen.holder), content
+            unreadable += not seen.holder
+        path.write_bytes(whole)
+    print(f"{tries} tries: {unreadable} are nobody's, {tries - unreadable} are what was written")
+    assert ended == []
+    assert tries > 400
+    assert unreadable > 0.9 * tries
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("kind", ["dangling link", "link", "link to itself", "folder"])
 def test_what_is_no_file_in_the_place_of_the_file_is_named(kind: str, tmp_path: Path) -> None:
     path = tmp_path / "OWNER.json"
@@ -336,6 +386,7 @@ def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path)
 # a run that from a given time on holds a folder until its stdin ends
 RUN = """
 import sys, time
+from collections.abc import Iterator
 from pathlib import Path
 from tinyllama import InputError
 from tinyllama.train import lock
@@ -389,6 +440,7 @@ def test_a_run_whose_folder_is_gone_ends_itself_and_writes_nothing(how: str, tmp
 
 MOUNTED = """
 import subprocess, sys
+from collections.abc import Iterator
 from pathlib import Path
 folder, code = Path(sys.argv[1]), sys.argv[2]
 if subprocess.run(["mount", "-t", "tmpfs", "none", folder]).returncode:

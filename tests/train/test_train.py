@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from packed import change
 from runs import beating, branch, column, metrics, tensors
 
 from tinyllama.checkpoint import reader
@@ -430,7 +431,7 @@ def test_validation_is_the_mean_over_every_held_out_token(world, config_file: Pa
     manifest = Path(config["data"]["validation"][0]["path"]) / "manifest.json"
     figures = json.loads(manifest.read_bytes())
     figures["subsets"] = {".": {"tokens": figures["tokens"], "bytes": 3 * figures["tokens"]}}
-    manifest.write_text(json.dumps(figures))
+    change(manifest, subsets=figures["subsets"])
     said = world(2).train("--config", config_file, "--out_dir", out, "--train.micro_batch_size", 4)
     model = GPT(named_config(**config["model"]))
     model.load_state_dict(reader.load_weights(out / "checkpoints" / "step-00000040"))

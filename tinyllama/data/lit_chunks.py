@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from tinyllama import InputError
+from tinyllama.data.files import open_regular
 
 MAGIC = b"LITPKDS"
 HEADER = struct.Struct("<7sQBQ")  # magic, version, dtype code, tokens
@@ -29,11 +30,15 @@ def scan(folder: Path) -> dict[str, Any]:
     headers: list[tuple[str, np.dtype, int]] = []
     errors: list[str] = []
     for name in names:
-        with open(folder / name, "rb") as file:
-            head = file.read(EDGE)
-            size = file.seek(0, os.SEEK_END)
-            file.seek(max(0, size - EDGE))
-            tail = file.read()
+        try:
+            with open_regular(folder / name) as file:
+                head = file.read(EDGE)
+                size = file.seek(0, os.SEEK_END)
+                file.seek(max(0, size - EDGE))
+                tail = file.read(EDGE)
+        except OSError as problem:
+            errors.append(f"{folder / name} cannot be read ({problem.strerror}): move it out of the folder")
+            continue
         if error := _find_error(head, size):
             errors.append(f"{folder / name} {error}")
             continue

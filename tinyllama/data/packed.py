@@ -1,11 +1,9 @@
 """Packed tokens on disk, both ways: shards of raw little-endian tokens, a manifest, and reading across them.
 
 A dataset is one flat folder. Each shard is three files: ``NAME.bin`` (tokens, uint16 when the vocabulary is smaller
-than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard; where a shard has
-documents of several subsets, a second array follows, the uint16 number of each one's in NAME.json) and ``NAME.json``,
-its metadata. Every file appears complete or not at all, ``NAME.json`` last: a shard that has it is done.
-``manifest.json`` lists the shards by name; the token stream is their concatenation in that order, and nothing in it is
-padding.
+than 65536, else uint32), ``NAME.idx.npy`` (uint64 document ends, in tokens, within the shard) and ``NAME.json``, its
+metadata. Every file appears complete or not at all, ``NAME.json`` last: a shard that has it is done. ``manifest.json``
+lists the shards by name; the token stream is their concatenation in that order, and nothing in it is padding.
 """
 
 import functools
@@ -24,16 +22,18 @@ import numpy as np
 
 from tinyllama import InputError, atomic
 from tinyllama.data import lit_chunks
+from tinyllama.data.files import check_size, index_bytes, open_regular
 from tinyllama.data.metadata import (
     DIGEST_SIZE,
     DTYPES,
     FORMAT_VERSION,
     HINT,
     MANIFEST,
-    check_size,
+    dtype_of,
     fingerprint,
     read_manifest,
     read_shard_info,
+    seal,
     to_json,
 )
 
@@ -52,7 +52,7 @@ class ShardWriter:
     def __init__(self, directory: Path, name: str, vocab_size: int) -> None:
         self.name = name
         self.vocab_size = vocab_size
-        self.dtype = "uint16" if vocab_size < 65536 else "uint32"
+        self.dtype = dtype_of(vocab_size)
         self.max_token = -1
         self._folder = Path(directory)
         self._ends = array("Q")
@@ -67,10 +67,6 @@ class ShardWriter:
     def __exit__(self, *exc: object) -> None:
         self._file.close()
         self._tmp.unlink(missing_ok=True)  # finish() has renamed it
-
-    def add(self, ids: list[int] | np.ndarray) -> None:
-        """Append one document, its eos included; raises InputError for an id outside [0, vocab_size)."""
-        self.append(np.asarray(ids, dtype=np.int64), [len(ids)])
 
     def append(self, ids: np.ndarray, ends: Sequence[int] | np.ndarray) -> None:
         """Append tokens (n,) in which documents end at ``ends``, rising from 0 to n; what is behind the last goes on.
@@ -88,14 +84,13 @@ class ShardWriter:
         if ids.size:
             self.max_token = max(self.max_token, int(ids.max()))
 
-    def finish(self, subset_numbers: np.ndarray | None = None, **metadata: Any) -> dict[str, Any]:
+    def finish(self, **metadata: Any) -> dict[str, Any]:
         """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``metadata``.
 
-        ``subset_numbers`` (documents,) says to which of the sorted ``metadata["subsets"]`` each document belongs.
         ``metadata`` must be the same for every run on the same input: no times, hosts or process numbers.
         ``max_token`` is -1 in a shard without tokens.
         """
-        info = dict(
+        counted = dict(
             format_version=FORMAT_VERSION,
             name=self.name,
             dtype=self.dtype,
@@ -106,13 +101,10 @@ class ShardWriter:
             blake2b=self._blake2b.hexdigest(),
             **metadata,
         )
-        index = io.BytesIO()
-        np.save(index, np.array(self._ends, dtype="<u8"))
-        if subset_numbers is not None:
-            np.save(index, subset_numbers.astype("<u2"))
+        info = seal(counted)
         # an older shard of this name is not done from here on: its json must never describe the new tokens
         (self._folder / f"{self.name}.json").unlink(missing_ok=True)
-        atomic.write(self._folder / f"{self.name}.idx.npy", index.getvalue())
+        atomic.write(self._folder / f"{self.name}.idx.npy", index_bytes(np.array(self._ends, dtype="<u8")))
         self._file.close()
         atomic.sync(self._tmp)
         os.replace(self._tmp, self._folder / f"{self.name}.bin")
@@ -143,7 +135,7 @@ def write_manifest(directory: Path, names: list[str], **metadata: Any) -> dict[s
                 f"{info['name']}: prepare each setting into a folder of its own"
             )
     shards = [{key: info[key] for key in ("name", "tokens", "documents", "max_token", "blake2b")} for info in infos]
-    manifest = dict(
+    content = dict(
         format_version=FORMAT_VERSION,
         fingerprint=fingerprint(first["dtype"], shards),
         **{key: first.get(key) for key in _AGREED},
@@ -153,6 +145,7 @@ def write_manifest(directory: Path, names: list[str], **metadata: Any) -> dict[s
         shards=shards,
         **metadata,
     )
+    manifest = seal(content)
     atomic.write(Path(directory) / MANIFEST, to_json(manifest, indent=1))
     return manifest
 
@@ -225,7 +218,7 @@ class PackedDataset:
             out, start = out[count:], start + count
 
     def _open(self, number: int) -> io.FileIO:
-        return io.FileIO(self.path / self.files[number])
+        return open_regular(self.path / self.files[number])
 
 
 def open_packed(path: str | Path) -> PackedDataset:
@@ -294,17 +287,14 @@ def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_
 def _open_manifest(path: Path) -> PackedDataset:
     manifest = read_manifest(path)
     shards, dtype = manifest["shards"], DTYPES[manifest["dtype"]]
-    if manifest["fingerprint"] != fingerprint(manifest["dtype"], shards):
-        raise InputError(f"{path / MANIFEST}: its fingerprint is not that of its shards: {HINT}")
     files = [f"{shard['name']}.bin" for shard in shards]
     ends = list(accumulate(shard["tokens"] for shard in shards))
     for file, shard in zip(files, shards, strict=True):
         check_size(path / file, shard["tokens"] * dtype.itemsize, f"delete {shard['name']}.json and {HINT}")
-    keys = ("fingerprint", "vocab_size", "tokenizer_sha256", "max_token", "bos", "eos", "bos_id", "eos_id")
-    documents = sum(shard["documents"] for shard in shards)
-    stated = {key: manifest[key] for key in keys}
+    keys = ("fingerprint", "documents", "vocab_size", "tokenizer_sha256", "max_token", "bos", "eos", "bos_id", "eos_id")
+    stated: dict[str, Any] = {key: manifest.get(key) for key in keys}
     stated["num_bytes"] = _num_bytes(manifest["subsets"], ends[-1] if ends else 0)
-    return PackedDataset(path, dtype=dtype, files=files, ends=ends, documents=documents, **stated)
+    return PackedDataset(path, dtype=dtype, files=files, ends=ends, **stated)
 
 
 def _num_bytes(subsets: dict[str, dict[str, Any]], tokens: int) -> int | None:

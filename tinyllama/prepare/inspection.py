@@ -1,10 +1,7 @@
 """What a packed folder holds, in figures, and whether its files are still what was written."""
 
 import hashlib
-import io
-import threading
 from bisect import bisect_right
-from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -12,35 +9,14 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from tinyllama import InputError
-from tinyllama.data.metadata import DIGEST_SIZE, HINT, read_manifest, read_shard_info
+from tinyllama.checkpoint.state import is_count
+from tinyllama.data.files import open_regular, read_index
+from tinyllama.data.metadata import DIGEST_SIZE, HINT, read_manifest
 from tinyllama.data.packed import PackedDataset, first_outside, open_packed, vocabulary_error
 from tinyllama.prepare.workers import cores
 from tinyllama.tokenizer import Tokenizer
 
 SAMPLED = 1 << 22  # tokens at most, evenly over the stream, in which the most frequent ones are counted
-
-# numpy reads a header by ast.parse, which in Python 3.11 must not run in two threads at once (SystemError)
-_PARSING = threading.Lock()
-
-
-class _Lengths(NamedTuple):
-    """Some documents, in figures: how many, how many of them are longer than the context, and the tokens of those."""
-
-    documents: int
-    longer: int
-    tokens_of_longer: int
-
-
-class _Shard(NamedTuple):
-    """What the index of a shard says."""
-
-    histogram: np.ndarray
-    """(64,) documents of 0, 1, 2-3, 4-7 ... tokens"""
-    longest: int
-    all: _Lengths
-    subsets: dict[str, _Lengths] | None
-    """None: it was not recorded which documents are whose"""
-    errors: list[str]
 
 
 def inspect_packed(
@@ -73,12 +49,13 @@ def inspect_packed(
     if errors := [error for shard in checked for error in shard.errors]:
         raise InputError(*errors)
     histogram = sum((shard.histogram for shard in checked), np.zeros(64, dtype=np.int64))
+    longer, tokens_of_longer = sum(shard.longer for shard in checked), sum(shard.tokens_of_longer for shard in checked)
     figures |= {
         "documents": dataset.documents,
         "mean_document_length": round(dataset.tokens / dataset.documents, 1),
         "max_document_length": max(shard.longest for shard in checked),
         "bytes_per_token": _bytes_per_token(dataset.num_bytes, dataset.tokens),
-        f"over {block_size:,} tokens": _shares([shard.all for shard in checked], dataset.tokens),
+        f"over {block_size:,} tokens": _shares(longer, dataset.documents, tokens_of_longer, dataset.tokens),
         "vocab_size": dataset.vocab_size,
         "max_token": dataset.max_token,
         "tokenizer_sha256": dataset.tokenizer_sha256,
@@ -88,12 +65,15 @@ def inspect_packed(
     for power in np.flatnonzero(histogram).tolist():
         low, high = (0 if power == 0 else 1 << (power - 1)), (1 << power) - 1
         figures[f"documents of {low:,} to {high:,} tokens"] = int(histogram[power])
-    none = _Lengths(0, 0, 0)
     for subset, count in manifest["subsets"].items():
         figures[f"share of {subset}"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
         figures[f"bytes_per_token of {subset}"] = _bytes_per_token(count.get("bytes"), count["tokens"])
-        of_subset = [shard.subsets.get(subset, none) if shard.subsets is not None else None for shard in checked]
-        figures[f"over {block_size:,} tokens of {subset}"] = _shares(of_subset, count["tokens"])
+        recorded = [count.get(f"{key}_over_{block_size}") for key in ("documents", "tokens")]
+        figures[f"over {block_size:,} tokens of {subset}"] = (
+            "not recorded"
+            if not all(map(is_count, recorded))
+            else _shares(recorded[0], count["documents"], recorded[1], count["tokens"])
+        )
     return figures | _tokens(dataset, tokenizer)
 
 
@@ -124,72 +104,41 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
     return figures
 
 
-def _bytes_per_token(num_bytes: int | None, tokens: int) -> float | str:
-    return "unknown" if num_bytes is None or not tokens else round(num_bytes / tokens, 3)
+def _bytes_per_token(num_bytes: Any, tokens: int) -> float | str:
+    return "unknown" if not is_count(num_bytes) or not tokens else round(num_bytes / tokens, 3)
 
 
-def _shares(lengths: Sequence[_Lengths | None], tokens: int) -> str:
-    known = [one for one in lengths if one is not None]
-    if len(known) < len(lengths):
-        return "unknown"
-    documents, longer, of_longer = map(sum, zip(*known, strict=True))
-    return f"{longer / max(1, documents):.2%} of the documents, {of_longer / max(1, tokens):.2%} of the tokens"
+def _shares(longer: int, documents: int, tokens_of_longer: int, tokens: int) -> str:
+    of_documents, of_tokens = longer / max(1, documents), tokens_of_longer / max(1, tokens)
+    return f"{of_documents:.2%} of the documents, {of_tokens:.2%} of the tokens"
+
+
+class _Shard(NamedTuple):
+    """What the index of a shard says."""
+
+    histogram: np.ndarray
+    """(64,) documents of 0, 1, 2-3, 4-7 ... tokens"""
+    longest: int
+    longer: int
+    """documents longer than the context"""
+    tokens_of_longer: int
+    errors: list[str]
 
 
 def _check(folder: Path, shard: dict[str, Any], verify: bool, block_size: int) -> _Shard:
     """Read the index of a shard and, with ``verify``, its tokens; what is damaged is among the result."""
     errors = []
-    lengths, numbers = np.empty(0, np.int64), None
-    if index := _index(folder, shard):
-        lengths, numbers = np.diff(index[0], prepend=0), index[1]
-    else:
+    ends = read_index(folder / f"{shard['name']}.idx.npy", shard["documents"], shard["tokens"])
+    if ends is None:
         errors.append(".idx.npy is missing or does not fit its .bin")
     if verify:
-        with open(folder / f"{shard['name']}.bin", "rb") as file:
+        with open_regular(folder / f"{shard['name']}.bin") as file:
             found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE))
         if found.hexdigest() != shard["blake2b"]:
             errors.append(".bin is not what was written, its hash differs")
+    lengths = np.diff(ends if ends is not None else [], prepend=0)
     powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
     errors = [f"{folder / shard['name']}{error}: delete {shard['name']}.json and {HINT}" for error in errors]
-    subsets = None
-    if not errors:
-        try:
-            subsets = _subsets(folder, shard["name"], lengths, numbers, block_size)
-        except InputError as error:
-            errors.append(str(error))
-    everything = _longer(lengths, block_size)
-    return _Shard(np.bincount(powers, minlength=64), int(lengths.max(initial=0)), everything, subsets, errors)
-
-
-def _subsets(
-    folder: Path, name: str, lengths: np.ndarray, numbers: np.ndarray | None, block_size: int
-) -> dict[str, _Lengths] | None:
-    info = read_shard_info(folder, name)
-    names = sorted(info.get("subsets", ())) if info else []
-    if len(names) == 1:
-        return {names[0]: _longer(lengths, block_size)}
-    if numbers is None:
-        return None if len(lengths) else {}
-    return {name: _longer(lengths[numbers == i], block_size) for i, name in enumerate(names)}
-
-
-def _longer(lengths: np.ndarray, block_size: int) -> _Lengths:
     longer = lengths[lengths > block_size]
-    return _Lengths(len(lengths), len(longer), int(longer.sum()))
-
-
-def _index(folder: Path, shard: dict[str, Any]) -> tuple[np.ndarray, np.ndarray | None] | None:
-    """Ends of the documents and, where it was recorded, the number of each one's subset; None: missing or damaged."""
-    numbers = None
-    try:
-        content = io.BytesIO((folder / f"{shard['name']}.idx.npy").read_bytes())
-        with _PARSING:
-            array = np.load(content)
-            if content.tell() < len(content.getbuffer()):
-                numbers = np.load(content)
-        ends = array.astype(np.int64)
-    except Exception:  # numpy's, and those of what it parses a header with
-        return None
-    whole = ends.shape == (shard["documents"],) and ends.max(initial=0) == shard["tokens"]
-    fits = numbers is None or numbers.shape == ends.shape
-    return (ends, numbers) if whole and fits and (np.diff(ends, prepend=0) >= 0).all() else None
+    histogram, longest = np.bincount(powers, minlength=64), int(lengths.max(initial=0))
+    return _Shard(histogram, longest, len(longer), int(longer.sum()), errors)

@@ -7,12 +7,13 @@ can be traced to its shards.
 """
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
 import sys
 import time
-from array import array
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,8 +21,10 @@ from pathlib import Path
 import numpy as np
 
 from tinyllama import InputError, atomic
+from tinyllama.checkpoint.state import is_count
 from tinyllama.data import packed
-from tinyllama.data.metadata import MANIFEST, read_shard_info
+from tinyllama.data.files import open_regular
+from tinyllama.data.metadata import MANIFEST, is_text, read_shard_info
 from tinyllama.prepare import progress
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
 from tinyllama.prepare.inputs import Fields, Input, Inputs, some
@@ -34,11 +37,13 @@ from tinyllama.tokenizer import Tokenizer
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 _BAD = ".bad"  # NAME.bad says why an input could not be packed
 _METADATA = {  # of NAME.json, besides those of every shard
-    "source": {"name": str, "bytes": int},
-    "subsets": {str: {"documents": int, "tokens": int, "bytes": int}},
-    "dropped": {str: int},
-    "repaired": int,
+    "source": {"name": is_text, "bytes": is_count},
+    "subsets": {str: {"documents": is_count, "tokens": is_count, "bytes": is_count}},
+    "dropped": {str: is_count},
+    "repaired": is_count,
 }
+CONTEXTS = tuple(1 << power for power in range(9, 18))
+"""context lengths, 512 to 131,072 tokens, for which the documents that are longer are counted"""
 _FLUSH = 1 << 16  # tokens written at a time, few enough to stay in a processor's cache
 
 
@@ -113,6 +118,8 @@ def _locked(output: Path, task: tuple[int, int] | None) -> Iterator[None]:
     The lock ends with the process that holds it, on whichever machine that is. Where there are no locks, none is held.
     """
     path = output / ".lock"
+    if path.exists() and not path.is_file():  # open would wait for the other end of a pipe
+        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
     place = (0, 0) if task is None else (1, task[0])  # bytes of it, from where on: 0 are all
     with open(path, "ab") as file:
         try:
@@ -143,7 +150,7 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     bad: dict[str, str] = {}
     if options.finish:
         markers = {one.shard: output / f"{one.shard}{_BAD}" for one in todo}
-        bad = {shard: marker.read_text(encoding="utf-8") for shard, marker in markers.items() if marker.exists()}
+        bad = {shard: _reason(marker) for shard, marker in markers.items() if marker.exists()}
         if missing := sorted(markers.keys() - bad.keys()):
             raise InputError(
                 f"{output}: {len(missing)} of {len(mine)} shards are missing ({some(missing)}): "
@@ -177,6 +184,15 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     took = duration(time.monotonic() - started)
     lines.append(f"{output}: {len(infos):,} shards ({len(made):,} new), {progress.counts(total)}, {took}")
     return "\n".join(lines)
+
+
+def _reason(marker: Path) -> str:
+    """Return what a NAME.bad says."""
+    try:
+        with open_regular(marker) as file:
+            return file.read(2**16).decode(errors="replace")
+    except OSError as error:
+        raise InputError(f"{marker} cannot be read ({error.strerror}): delete it and rerun its task") from None
 
 
 def _recipe(fields: Fields, options: Options) -> _Recipe:
@@ -275,9 +291,8 @@ def _packer(recipe: _Recipe) -> Work:
         with one.fetched() as path:
             reader = DocumentReader(path, recipe.fields, one.name)
             with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
-                subsets, numbers = _write(writer, encoder.stream(reader.chunks()), recipe, one)
+                subsets = _write(writer, encoder.stream(reader.chunks()), recipe, one)
                 return writer.finish(
-                    numbers,
                     **recipe.policy,
                     encoded_by=encoder.name,
                     source={"name": one.name, "bytes": reader.size, "blake2b": reader.blake2b},
@@ -291,45 +306,42 @@ def _packer(recipe: _Recipe) -> Work:
 
 def _write(
     writer: packed.ShardWriter, chunks: Iterable[TokenChunk], recipe: _Recipe, one: Input
-) -> tuple[dict[str, dict[str, int]], np.ndarray | None]:
-    """Write the documents, many at a time.
+) -> dict[str, dict[str, int]]:
+    """Write the documents, many at a time; returns the figures of each subset.
 
-    Returns documents, tokens and bytes of text of each subset, sorted by name, and, if there are several, the number of
-    each document's in that order.
+    They are documents, tokens, bytes of text, and how many documents are longer than each of ``CONTEXTS``, with how
+    many tokens.
     """
     policy = recipe.policy
     begin, end = ([np.array([policy[f"{name}_id"]], np.uint32)] if policy[name] else [] for name in ("bos", "eos"))
     folder = one.name.partition("/")[0] if "/" in one.name else "."  # StarCoder's languages; SlimPajama says itself
-    figures: dict[str, list[int]] = {}
-    seen: dict[str, int] = {}  # numbers of the subsets in the order in which they are met
-    numbers = array("H")
+    figures: dict[str, Counter[str]] = {}
     parts: list[np.ndarray] = []
     ends: list[int] = []
-    size, begun = 0, False
+    size = length = 0  # tokens in parts, of the document
+    begun = False
     for ids, num_bytes, subset, is_last in chunks:
         new = [*(() if begun else begin), ids, *(end if is_last else ())]
         tokens = sum(map(len, new))
         parts += new
         size += tokens
+        length += tokens
         begun = not is_last
-        subset = subset or folder
-        documents, all_tokens, all_bytes = figures.get(subset, (0, 0, 0))
-        figures[subset] = [documents + is_last, all_tokens + tokens, all_bytes + num_bytes]
+        counts = figures.setdefault(subset or folder, Counter())
+        counts.update(documents=int(is_last), tokens=tokens, bytes=num_bytes)
         if is_last:
             ends.append(size)
-            numbers.append(seen.setdefault(subset, len(seen)))
+            for context in CONTEXTS:
+                if length > context:
+                    counts.update({f"documents_over_{context}": 1, f"tokens_over_{context}": length})
+            length = 0
         if size >= _FLUSH:
             writer.append(np.concatenate(parts), ends)
             parts, ends, size = [], [], 0
     if parts:
         writer.append(np.concatenate(parts), ends)
-    keys = ("documents", "tokens", "bytes")
-    names = sorted(figures)
-    subsets = {name: dict(zip(keys, figures[name], strict=True)) for name in names}
-    if len(names) < 2:
-        return subsets, None
-    in_order = np.array([names.index(name) for name in seen], np.uint16)
-    return subsets, in_order[np.array(numbers)]
+    keys = ["documents", "tokens", "bytes", *(f"{key}_over_{n}" for n in CONTEXTS for key in ("documents", "tokens"))]
+    return {subset: {key: figures[subset][key] for key in keys} for subset in sorted(figures)}
 
 
 def _is_empty(info: Info) -> bool:

@@ -54,14 +54,15 @@ class Progress:
 def total(infos: Collection[Info]) -> Info:
     """Sum the figures of shards: documents, tokens, what was repaired, left out for each reason, and in each subset."""
     dropped: Counter[str] = Counter()
-    subsets: dict[str, Counter[str]] = {}
+    subsets: dict[str, dict[str, int]] = {}
     for info in infos:
         dropped.update(info["dropped"])
         for subset, figures in info["subsets"].items():
-            subsets.setdefault(subset, Counter()).update(figures)
+            known = subsets.setdefault(subset, dict.fromkeys(figures, 0))  # an older shard may record less
+            subsets[subset] = {key: known[key] + figures[key] for key in known if key in figures}
     return {key: sum(info[key] for info in infos) for key in ("documents", "tokens", "repaired")} | {
         "dropped": dict(sorted(dropped.items())),
-        "subsets": {subset: dict(subsets[subset]) for subset in sorted(subsets)},
+        "subsets": {subset: subsets[subset] for subset in sorted(subsets)},
     }
 
 

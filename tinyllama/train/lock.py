@@ -6,6 +6,7 @@ alive, and one whose file does not is gone.
 """
 
 import contextlib
+import hashlib
 import json
 import os
 import secrets
@@ -42,6 +43,7 @@ class RunLock:
             "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
             "token": secrets.token_hex(8),
         }
+        self._me["blake2b"] = _hash(self._me)
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="owner", daemon=True)
 
@@ -63,7 +65,7 @@ class RunLock:
         self._ended.set()
         self._heart.join()
         with contextlib.suppress(OSError):  # the run is over; what is left of its file grows stale
-            if _look(self._path).holder == self._me:
+            if self._is_mine(_look(self._path).holder):
                 self._path.unlink()
 
     def _create(self) -> bool:
@@ -121,13 +123,16 @@ class RunLock:
                 return why
         return f"silent for {STALE:.0f} s"
 
+    def _is_mine(self, holder: dict[str, Any]) -> bool:
+        return holder.get("token") == self._me["token"]
+
     def _beat(self) -> None:
         while not self._ended.wait(BEAT):
             with contextlib.suppress(OSError):  # of a file server that does not answer now
                 end_if_lost(self._path.parent, self._folder, self._path)
                 self._create()  # if somebody removed it: we are alive
-                # {}: another has begun to write there, or a disk failed
-                if _look(self._path).holder not in ({}, self._me):
+                holder = _look(self._path).holder
+                if holder and not self._is_mine(holder):  # {}: another has begun to write there, or a disk failed
                     end_process(f"another run has taken over {self._path.parent}: this one ends")
                 os.utime(self._path)
 
@@ -187,10 +192,17 @@ def _look(path: Path) -> _Look:
     try:
         holder = json.loads(text)
         kinds = {"host": str, "pid": int, "restarts": int}
-        complete = all(isinstance(holder[name], kind) for name, kind in kinds.items()) and 0 < holder["pid"] < 2**31
+        complete = all(type(holder[name]) is kind for name, kind in kinds.items()) and 0 < holder["pid"] < 2**31
+        complete &= holder.get("blake2b", _hash(holder)) == _hash(holder)  # earlier versions wrote none
     except (ValueError, TypeError, KeyError, RecursionError):
         complete = False
     return _Look(holder if complete else {}, text, status.st_ino, status.st_mtime_ns)
+
+
+def _hash(holder: dict[str, Any]) -> str:
+    """Return the hash of what an OWNER.json says besides its hash: a damaged pid or host must evict nobody."""
+    content = json.dumps({name: value for name, value in holder.items() if name != "blake2b"}, sort_keys=True)
+    return hashlib.blake2b(content.encode(), digest_size=16).hexdigest()
 
 
 def _alive(pid: int) -> bool:
