@@ -203,6 +203,7 @@ VALUES = (
 # what is no damage: the field is optional, or free
 GOOD: dict[str, list[Any]] = {
     "recent": [[]],
+    "decay_batch": [1.5],
     "data": [None, {}, {"a": 1}],
     "model": [None, {}, {"a": 1}],
     **dict.fromkeys(("bos_id", "eos_id", "tokenizer_sha256"), [None]),

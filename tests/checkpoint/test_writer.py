@@ -387,7 +387,8 @@ def test_every_number_of_a_run_is_saved_and_loaded(alone: Run, tmp_path: Path) -
     assert content == {
         "format_version": 1,
         **{"step": 5, "samples": 40, "tokens": 1280, "validated": 4, "skipped": 7, "skipped_in_a_row": 2},
-        **{"recent": recent, "warmup_samples": -1, "data": {"seed": 1}, "world_size": 1, "versions": versions},
+        **{"recent": recent, "warmup_samples": -1, "decay_batch": -1},
+        **{"data": {"seed": 1}, "world_size": 1, "versions": versions},
     }
     loaded = reader.load(tmp_path / "step-00000005", alone.model, alone.optimizer)
     assert loaded == TrainState(5, 40, 1280, validated=4, skipped=7, skipped_in_a_row=2, recent=recent)

@@ -150,3 +150,18 @@ def test_a_run_of_the_budget_alone_is_the_one_it_was(world, first: Path, tmp_pat
         assert column(resumed, name) == column(straight, name), name
     events = [json.loads(line) for line in (resumed / "events.jsonl").read_text().splitlines()]
     assert [event["changed"] for event in events if event["event"] == "start"] == [{}, {}]
+
+
+@pytest.mark.parametrize(("ranks", "batch"), [(1, 16), (2, 4)])
+def test_a_decay_under_way_goes_on_by_the_sample(world, resumed, tmp_path: Path, ranks: int, batch: int) -> None:
+    """Of 320 samples the last 30 steps of 8 are wsd's decay, to its end at the last step of today's batch."""
+    wsd = ["--optim.schedule", "wsd", "--optim.decay_steps", 30]
+    world(ranks).train(*resumed, *TOKENS, *wsd, "--train.global_batch_size", batch, "--checkpoint.interval", 5)
+    seen = range(160, 320, batch)  # before each step
+    expected = [1e-3 + 9e-3 * (320 - batch - samples) / 240 for samples in seen]
+    out = tmp_path / "run"
+    assert column(out, "lr")[20:] == pytest.approx(expected)
+    assert reader.read_state(step_dir(out / "checkpoints", 20 + len(seen)))["decay_batch"] == 8
+    again = branch(out, 20 + len(seen) - 5)
+    world(1).train(*resumed[:2], "--out_dir", again, *TOKENS, *wsd, "--train.global_batch_size", batch)
+    assert column(again, "lr") == column(out, "lr")

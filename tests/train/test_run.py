@@ -1,5 +1,6 @@
 """A run, resolved: what is done counts as it was done, and the rest as the settings are today."""
 
+import itertools
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -24,11 +25,20 @@ def make_run(packed_folder: Callable[..., Path], tmp_path: Path) -> Callable[...
     """A function that resolves a run on 100 blocks, from settings of train.* and what is done."""
     folder = packed_folder([[[3] * (T + 1)] * BLOCKS], eos=False)
 
-    def make(done: TrainState | None = None, warmup_steps: int = 5, **train: Any) -> Run:
+    def make(
+        done: TrainState | None = None, warmup_steps: int = 5, decay_steps: int | None = None, **train: Any
+    ) -> Run:
+        """With ``decay_steps``, on the schedule wsd."""
         args = PretrainArgs(
             model=ModelArgs(name="quickstart", block_size=T),
             data=DataArgs(sources=[Source(str(folder))]),
-            optim=OptimArgs(lr=1.0, min_lr=0.1, warmup_steps=warmup_steps),
+            optim=OptimArgs(
+                lr=1.0,
+                min_lr=0.1,
+                warmup_steps=warmup_steps,
+                schedule="wsd" if decay_steps else "cosine",
+                decay_steps=decay_steps,
+            ),
             train=TrainArgs(**{"global_batch_size": 8} | train),
         )
         mixture = Mixture([BLOCKS], [1.0], 0, ["x"])
@@ -46,7 +56,7 @@ def after(run: Run, steps: int) -> TrainState:
     ended = run.done.warmup_samples
     if run.done.step < warmup <= step:
         ended = samples - (step - warmup) * batch
-    return TrainState(step=step, samples=samples, tokens=samples * T, warmup_samples=ended)
+    return TrainState(step=step, samples=samples, tokens=samples * T, warmup_samples=ended, decay_batch=run.decay_batch)
 
 
 # 20 of 40 steps at a batch of 8 are done: 160 of 320 samples
@@ -112,6 +122,99 @@ def test_the_learning_rate_stays_on_its_curve_when_the_batch_changes(make_run, b
     for later in range(run.steps_left + 1):
         resumed = replace(run, done=after(run, later))
         assert [resumed.lr_at(step) for step in range(21, run.max_steps)] == rates
+
+
+def curve(run: Run) -> dict[int, float]:
+    """The learning rate by the samples seen before a step, of the steps that are left."""
+    batch, done = run.args.train.global_batch_size, run.done
+    return {done.samples + i * batch: run.lr_at(done.step + i) for i in range(run.steps_left)}
+
+
+# of 40 steps of 8 samples, the last 16 are wsd's decay, from step 23, which 184 samples precede; it ends after 312
+DECAY_START, DECAY_END = 184, 312
+ON_THE_LINE = {
+    "tokens": {"max_tokens": 320 * T},
+    "epochs": {"max_epochs": 3.2},
+}
+
+
+@pytest.mark.parametrize("budget", ON_THE_LINE)
+@pytest.mark.parametrize("batch", [2, 4, 8, 16, 32])
+@pytest.mark.parametrize("at", [24, 28, 32, 36])
+def test_a_decay_that_is_under_way_stays_on_its_line_when_the_batch_changes(make_run, budget, batch, at: int) -> None:
+    straight = make_run(**ON_THE_LINE[budget], decay_steps=16)
+    line = curve(straight)
+    assert line[DECAY_START] == 1.0
+    assert line[DECAY_END] == 0.1
+    run = make_run(after(straight, at), **ON_THE_LINE[budget], decay_steps=16, global_batch_size=batch)
+    # the last step is a larger or a smaller one, where the line ends
+    rates = curve(run)
+    assert len(rates) == (320 - at * 8) // batch
+    assert rates[320 - batch] == 0.1
+    steps = [one - other for one, other in itertools.pairwise(rates.values())]
+    assert steps == pytest.approx([0.9 * batch / 128] * len(steps))  # the slope in samples is what it was
+    assert rates[at * 8] == pytest.approx(line[at * 8], abs=0.9 * abs(batch - 8) / 128 + 1e-9)
+    for later in range(run.steps_left + 1):
+        resumed = replace(run, done=after(run, later))
+        assert [resumed.lr_at(step) for step in range(at, run.max_steps)] == list(rates.values())
+        # and of another change there
+        again = make_run(after(run, later), **ON_THE_LINE[budget], decay_steps=16, global_batch_size=8)
+        expected = {samples: 1 - 0.9 * (samples - DECAY_START) / 128 for samples in curve(again)}
+        assert curve(again) == pytest.approx(expected, abs=0.9 * 8 / 128)
+
+
+@pytest.mark.parametrize("batch", [1, 2, 4])
+def test_a_decay_that_has_not_begun_has_its_steps_at_todays_batch(make_run, batch: int) -> None:
+    straight = make_run(max_tokens=320 * T, decay_steps=16)
+    rates = list(
+        curve(make_run(after(straight, 20), max_tokens=320 * T, decay_steps=16, global_batch_size=batch)).values()
+    )
+    assert rates[-17:] == pytest.approx([1 - 0.9 * i / 16 for i in range(17)])
+    assert set(rates[:-17]) == {1.0}
+
+
+@pytest.mark.parametrize("batch", [16, 20])
+def test_a_decay_that_would_have_begun_at_todays_batch_begins_now(make_run, batch: int) -> None:
+    straight = make_run(max_tokens=320 * T, decay_steps=16, warmup_steps=1)
+    done = after(straight, 20)  # 160 samples are left, and 16 steps would be more
+    run = make_run(done, max_tokens=320 * T, decay_steps=16, global_batch_size=batch, warmup_steps=1)
+    rates = list(curve(run).values())
+    assert rates == pytest.approx([1 - 0.9 * i / (len(rates) - 1) for i in range(160 // batch)])
+    for later in range(run.steps_left + 1):
+        resumed = replace(run, done=after(run, later))
+        assert [resumed.lr_at(step) for step in range(20, run.max_steps)] == rates
+
+
+def test_a_decay_of_a_budget_in_steps_is_in_steps(make_run) -> None:
+    straight = make_run(max_steps=40, decay_steps=16)
+    run = make_run(after(straight, 30), max_steps=40, decay_steps=16, global_batch_size=32)
+    assert [run.lr_at(step) for step in range(40)] == [straight.lr_at(step) for step in range(40)]
+
+
+def test_a_decay_longer_than_the_run_is_refused_and_one_under_way_is_not(make_run) -> None:
+    straight = make_run(max_tokens=320 * T, decay_steps=34)
+    assert straight.lr_at(5) == 1.0
+    run = make_run(after(straight, 20), max_tokens=320 * T, decay_steps=34, global_batch_size=32)
+    assert run.max_steps == 25  # of which 34 are none
+    assert run.lr_at(20) == pytest.approx(straight.lr_at(20), abs=0.9 * 24 / 272)
+    for steps in (0, 4, 10):
+        done = after(make_run(max_tokens=320 * T), steps)
+        with pytest.raises(InputError, match=r"decay_steps 35 is more than the 34 steps between the run's warm-up and"):
+            assert make_run(done, max_tokens=320 * T, decay_steps=35).max_steps
+
+
+def test_an_older_checkpoint_in_a_decay_keeps_its_curve(make_run) -> None:
+    straight = make_run(max_tokens=320 * T, decay_steps=16)
+    done = replace(after(straight, 30), decay_batch=-1)
+    run = make_run(done, max_tokens=320 * T, decay_steps=16)
+    assert [run.lr_at(step) for step in range(41)] == [straight.lr_at(step) for step in range(41)]
+
+
+def test_a_longer_budget_moves_the_decay_to_its_end(make_run) -> None:
+    straight = make_run(max_tokens=320 * T, decay_steps=16)
+    run = make_run(after(straight, 30), max_tokens=640 * T, decay_steps=16, global_batch_size=16)
+    rates = list(curve(run).values())
+    assert rates == pytest.approx([1.0] * (25 - 17) + [1 - 0.9 * i / 16 for i in range(17)])
 
 
 def test_a_warm_up_is_in_steps_whatever_their_batch(make_run) -> None:

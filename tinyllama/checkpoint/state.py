@@ -25,6 +25,8 @@ class TrainState:
     """loss and gradient norm of the last steps, which tell a spike (train.skip_spikes)"""
     warmup_samples: int = -1
     """samples seen when the warm-up ended; -1 before that, and in checkpoints from before it was recorded"""
+    decay_batch: float = -1
+    """samples of each of the steps that optim.decay_steps counts; -1 in checkpoints from before it was recorded"""
 
 
 def from_json(content: dict[str, Any]) -> TrainState:
@@ -48,6 +50,10 @@ def is_count(value: Any) -> bool:
 
 def _is_count_or_unknown(value: Any) -> bool:
     return is_count(value) or (type(value) is int and value == -1)
+
+
+def _is_batch_or_unknown(value: Any) -> bool:
+    return type(value) in (int, float) and (0 < value < 2**62 or value == -1)
 
 
 def _is_pair(value: Any) -> bool:
@@ -77,6 +83,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "skipped": is_count,
     "skipped_in_a_row": is_count,
     "warmup_samples": _is_count_or_unknown,
+    "decay_batch": _is_batch_or_unknown,
     "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
     "world_size": lambda value: is_count(value) and value > 0,
     "data": _or_none(lambda value: isinstance(value, dict)),

@@ -93,7 +93,8 @@ class Run:
         """Learning rate of the 0-based step: on one curve of the run's budget, however the batch has changed."""
         optim, ahead = self.args.optim, self.schedule_offset
         at = step if step < optim.warmup_steps else step + ahead
-        return lr_at(at, self.max_steps + ahead, optim)
+        decay_steps = optim.decay_steps and optim.decay_steps * self.decay_batch / self.args.train.global_batch_size
+        return lr_at(at, self.max_steps + ahead, optim, decay_steps)
 
     @property
     def schedule_offset(self) -> int:
@@ -105,8 +106,22 @@ class Run:
         train, done, warmup = self.args.train, self.done, self.args.optim.warmup_steps
         if train.max_steps is not None or done.step <= warmup:
             return 0
-        samples = done.warmup_samples if done.warmup_samples >= 0 else done.samples * warmup // done.step
-        return (done.samples - samples) // train.global_batch_size - (done.step - warmup)
+        samples = done.samples - samples_of_warmup(self.args, done)
+        return samples // train.global_batch_size - (done.step - warmup)
+
+    @cached_property
+    def decay_batch(self) -> float:
+        """Samples of each of the steps that optim.decay_steps counts.
+
+        They are today's, unless a budget in tokens or epochs is resumed at another batch: a decay that is under way
+        stays as long as it was, and one that would have begun at today's batch begins now.
+        """
+        batch, decay_steps = self.args.train.global_batch_size, self.args.optim.decay_steps
+        if decay_steps is None or self.args.train.max_steps is not None or self.done.decay_batch <= 0:
+            return batch
+        left = max(self.steps_left - 1, 1)  # from the next step to the last
+        is_under_way = decay_steps * self.done.decay_batch > left * batch
+        return self.done.decay_batch if is_under_way else min(batch, left * batch / decay_steps)
 
     def resolved(self) -> dict[str, Any]:
         """The settings with the model's sizes written out: what config.yaml holds."""
@@ -180,9 +195,9 @@ def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Opt
         dist.broadcast_object_list(shared)  # a file system may show ranks different newest ones
         run = start_from(shared[0], run)
         if run.resume is None:
-            return run, TrainState()
+            return run, TrainState(decay_batch=run.decay_batch)
         try:
-            return run, reader.load(run.resume, model, optimizer)
+            return run, replace(reader.load(run.resume, model, optimizer), decay_batch=run.decay_batch)
         except reader.DamagedError as error:
             if run.args.train.resume != "auto":
                 raise
@@ -241,12 +256,22 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
     if done.step < warmup and steps <= warmup:
         raise InputError(f"optim.warmup_steps {warmup} does not end within the run's {steps} steps: lower it")
     stable_steps = steps - 1 - warmup
+    batch = train.global_batch_size
+    unit = done.decay_batch if done.decay_batch > 0 else batch
+    if train.max_steps is None and done.step > warmup and unit != batch:  # of the steps that decay_steps counts
+        left = (steps - done.step + 1) * batch  # one more, as the budget was rounded to whole steps of either batch
+        stable_steps = int((done.samples - samples_of_warmup(args, done) + left) / unit)
     if args.optim.decay_steps is not None and args.optim.decay_steps > stable_steps:
         raise InputError(
             f"optim.decay_steps {args.optim.decay_steps} is more than the {stable_steps} steps between the run's "
             "warm-up and its last step: lower it"
         )
     return steps
+
+
+def samples_of_warmup(args: PretrainArgs, done: TrainState) -> int:
+    """Samples seen when the warm-up ended, which is over."""
+    return done.warmup_samples if done.warmup_samples >= 0 else done.samples * args.optim.warmup_steps // done.step
 
 
 def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mixture:
