@@ -56,7 +56,7 @@ CONDENSED = {
 def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     hf_folder.write(tmp_path / "hf", given())
     assert read_json(tmp_path / "hf/config.json") == HF_CONFIG
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "suppress_tokens": list(range(400, 448))}
+    generation = {"bos_token_id": 2, "eos_token_id": 2, "suppress_tokens": list(range(400, 448))}
     assert read_json(tmp_path / "hf/generation_config.json") == generation
     mark = {"tinyllama": __version__, "step": 12, "tokens": 3456, "bos": False, "tokenizer_sha256": None}
     mark |= {"model": dataclasses.asdict(CONFIG)}
@@ -69,19 +69,25 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
     hf_folder.write(tmp_path / "more", given(config=condensed, metadata=metadata).cast("bfloat16"), tokenizer)
     assert read_json(tmp_path / "more/config.json") == HF_CONFIG | CONDENSED
-    generation = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    generation = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
     assert read_json(tmp_path / "more/generation_config.json") == generation
     mark |= {"model": dataclasses.asdict(condensed), "tokenizer_sha256": tokenizer.sha256}
     files = sorted([*files, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
     assert read_json(tmp_path / "more/export.json") == mark | {"files": files}
     assert read_json(tmp_path / "more/tokenizer_config.json") == {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"},
+        **{"bos_token": None, "eos_token": "</s>", "unk_token": "<unk>"},
         **{"pad_token": "<unk>", "padding_side": "left"},
         **{"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False},
         "model_max_length": 96,
     }
     assert (tmp_path / "more/tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
+
+    # data whose documents begin with bos
+    hf_folder.write(tmp_path / "bos", given(metadata=METADATA | {"bos": True}), tokenizer)
+    assert read_json(tmp_path / "bos/tokenizer_config.json")["bos_token"] == "<s>"
+    assert read_json(tmp_path / "bos/generation_config.json")["bos_token_id"] == 1
+    assert read_json(tmp_path / "bos/config.json") == HF_CONFIG
 
 
 def test_sizes_that_a_config_json_leaves_out_are_transformers_defaults():

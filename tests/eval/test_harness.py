@@ -106,7 +106,7 @@ def test_scores_are_those_of_lm_eval_on_the_exported_folder(
 
     hf_folder.write(tmp_path / "hf", open_weights(step_dir), Tokenizer(tokenizer_file))
     expected = lm_eval.simple_evaluate(
-        model=HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", batch_size=1, device="cpu", prefix_token_id=2),
+        model=HFLM(pretrained=str(tmp_path / "hf"), dtype="float32", batch_size=1, device="cpu"),
         tasks=["tiny_choice", "tiny_perplexity"],
         task_manager=TaskManager(include_path=str(tasks)),
         log_samples=False,
@@ -135,9 +135,12 @@ def test_scores_are_those_of_lm_eval_on_the_exported_folder(
 
 
 @pytest.mark.slow
-def test_the_first_token_of_a_text_follows_what_separates_documents(tasks, tokenizer_file, monkeypatch):
+def test_the_first_token_of_a_text_follows_what_separates_documents(tasks, tokenizer_file, tmp_path):
     """A model that knows what follows eos in the data, and nothing of bos, which the data never had."""
-    pytest.importorskip("lm_eval")
+    lm_eval = pytest.importorskip("lm_eval")
+    from lm_eval.models.huggingface import HFLM
+    from lm_eval.tasks import TaskManager
+
     tokenizer = Tokenizer(tokenizer_file)
     state = weights()
     documents = [torch.tensor([[2, *tokenizer.encode(text), 2]]) for text in SENTENCES]
@@ -162,6 +165,17 @@ def test_the_first_token_of_a_text_follows_what_separates_documents(tasks, token
         )
         bits = {score.metric: score.value for score in found}["bits_per_byte"]
         assert bits == pytest.approx(nats(prefix) / math.log(2) / num_bytes, rel=1e-4)
+        # and by lm-eval's own hand
+        folder = tmp_path / f"bos {policy}"
+        hf_folder.write(folder, given(model.state_dict(), metadata=metadata), tokenizer)
+        by_hand = lm_eval.simple_evaluate(
+            model=HFLM(pretrained=str(folder), dtype="float32", batch_size=1, device="cpu"),
+            tasks=["tiny_perplexity"],
+            task_manager=TaskManager(include_path=str(tasks)),
+            log_samples=False,
+            bootstrap_iters=0,
+        )["results"]
+        assert by_hand["tiny_perplexity"]["bits_per_byte,none"] == pytest.approx(bits, rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -177,7 +191,7 @@ def test_the_first_token_of_a_text_follows_what_separates_documents(tasks, token
 )
 def test_what_separates_documents_is_eos_unless_they_begin_with_bos(known, bos, expected, tokenizer_file):
     weights = given(metadata=METADATA | known | {"bos": bos})
-    assert harness.separator(weights, Tokenizer(tokenizer_file)) == expected
+    assert harness.prefix_token(weights, Tokenizer(tokenizer_file)) == expected
 
 
 def test_perplexity_of_packed_tokens_and_of_the_same_texts(packed_folder, step_dir, tokenizer_file, tmp_path, script):

@@ -1,10 +1,13 @@
-"""A process for launchers to start: ``fail ERROR...``, ``wait`` for the end, or say where the store is ``served``."""
+"""A process for launchers to start: ``fail ERROR...``, ``wait`` for the end, or say where it listens."""
 
 import os
 import signal
 import sys
 import threading
 from pathlib import Path
+
+import torch
+import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.config import cli
@@ -28,6 +31,19 @@ def wait() -> int:
     signal.signal(signal.SIGTERM, end)
     print(" ".join(thread.name for thread in threading.enumerate() if thread.name == "launcher"), flush=True)
     print(sys.stdin.readline().strip(), flush=True)
+    return 0
+
+
+def listeners() -> int:
+    """Print the addresses, in hexadecimal, at which this rank listens, once gloo has connected it with the others."""
+    fabric = build_fabric(find_world(ParallelArgs()), ParallelArgs(), TrainArgs())
+    fabric.launch()
+    dist.all_reduce(torch.ones(1))
+    sockets = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
+    lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
+    found = {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
+    print(*sorted(found), flush=True)
+    fabric.barrier()
     return 0
 
 

@@ -15,6 +15,7 @@ from runs import metrics
 
 from tinyllama import InputError
 from tinyllama.config.args import ParallelArgs
+from tinyllama.train import launch
 from tinyllama.train.launch import World, find_launch, find_world
 
 ROOT = Path(__file__).parents[2]
@@ -171,9 +172,9 @@ def test_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_where_ranks_meet(env: dict[str, str], address: str, port: int, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in env.items():
         monkeypatch.setenv(name, value)
-    launch = find_launch()
-    assert launch is not None
-    assert (launch.address, launch.port, launch.on_one_machine) == (address, port, address == "127.0.0.1")
+    found = find_launch()
+    assert found is not None
+    assert (found.address, found.port, found.on_one_machine) == (address, port, address == "127.0.0.1")
 
 
 @pytest.fixture
@@ -245,6 +246,42 @@ def test_on_one_machine_the_store_is_served_to_that_machine_only(start: Callable
             assert (code, said) == (0, "0100007F\n"), errors  # 127.0.0.1, the bytes reversed
 
 
+def test_on_one_machine_no_rank_listens_to_others(start: Callable[..., Process], monkeypatch) -> None:
+    """Neither the store nor gloo, by a launcher of variables and by torchrun, whose agent serves the store."""
+    for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        monkeypatch.delenv(name, raising=False)
+    ranks = [start(env, sys.executable, LAUNCHED, "listeners") for env in two_ranks()]
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LAUNCHED, "listeners"]
+    for process, lines in [(ranks[0], 1), (ranks[1], 1), (start({}, sys.executable, *torchrun), 2)]:
+        code, said, errors = process.end()
+        assert code == 0, errors
+        assert said == "0100007F\n" * lines  # 127.0.0.1, the bytes reversed
+
+
+INTERFACES: dict[str, tuple[dict[str, str], str | None]] = {
+    "python": ({}, "lo"),
+    "python with an interface": ({"NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1"}, "eth1"),
+    "srun on one node": (SRUN | STEP_OF_ONE | {"SLURM_STEP_NODELIST": "b", "SLURM_PROCID": "1"}, "lo"),
+    "srun": (SRUN | {"SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1"}, None),
+    "torchrun on one node": (TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_USE_AGENT_STORE": "True"}, "lo"),
+    "torchrun": (TORCHRUN, None),
+    "five variables": (FIVE, None),
+    "five variables, without GPUs": (FIVE | {"MASTER_ADDR": "10.0.0.7"}, None),
+    "PyTorchJob": (KUBERNETES, None),
+    "PyTorchJob's master": (KUBERNETES | {"RANK": "0", "MASTER_ADDR": "localhost"}, None),
+}
+
+
+@pytest.mark.parametrize("case", INTERFACES)
+def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    env, expected = INTERFACES[case]
+    names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+    monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names} | env)
+    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
+    launch.cluster_environment()
+    assert [os.environ.get(name) for name in names] == [expected, expected]
+
+
 @pytest.mark.parametrize(
     ("env", "watched", "last"),
     [
@@ -258,8 +295,8 @@ def test_a_rank_whose_launcher_is_gone_ends(
     start: Callable[..., Process], env: dict[str, str], watched: str, last: str
 ) -> None:
     variables = {name: value for name, value in (two_ranks()[1] | env).items() if value}
-    launch = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    launcher = start(variables, sys.executable, "-c", launch, sys.executable, LAUNCHED, "wait")
+    start_one = "import subprocess, sys; subprocess.run(sys.argv[1:])"
+    launcher = start(variables, sys.executable, "-c", start_one, sys.executable, LAUNCHED, "wait")
     assert launcher.line() == f"{watched}\n"
     os.kill(launcher.pid, signal.SIGKILL)
     if not watched:

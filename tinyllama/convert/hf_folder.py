@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import split_torch_state_dict_into_shards
 
 from tinyllama.convert import folder, layout, tensor_file
-from tinyllama.convert.tokenizer_files import pad_id, write_tokenizer
+from tinyllama.convert.tokenizer_files import pad_id, separator, write_tokenizer
 from tinyllama.convert.weights import Weights
 from tinyllama.tokenizer import Tokenizer
 
@@ -24,7 +24,8 @@ def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, sh
     first, bos_id = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (metadata["eos_id"], metadata["bos_id"])
     eos_ids = metadata["eos_ids"]
     eos_id = eos_ids if len(eos_ids) > 1 and first in eos_ids else first
-    generation: dict[str, Any] = {"bos_token_id": bos_id, "eos_token_id": eos_id}
+    start = separator(metadata["bos"], bos_id, first)  # of a text without a prompt
+    generation: dict[str, Any] = {"bos_token_id": start, "eos_token_id": eos_id}
     if tokenizer is not None:
         generation["pad_token_id"] = pad_id(tokenizer)
     if config.padded_vocab_size > config.vocab_size:  # the padding rows are not tokens
@@ -35,7 +36,7 @@ def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, sh
     mark["tokenizer_sha256"] = tokenizer.sha256 if tokenizer else metadata["tokenizer_sha256"]
     with folder.create(output, weights.path, mark) as partial:
         if tokenizer is not None:  # first, because it can be refused
-            write_tokenizer(partial, tokenizer, config.block_size)
+            write_tokenizer(partial, tokenizer, config.block_size, metadata["bos"])
         folder.write_json(partial / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))
         folder.write_json(partial / "generation_config.json", generation)
         _write_tensors(partial, weights, shard_bytes)

@@ -37,11 +37,21 @@ def pad_id(tokenizer: Tokenizer) -> int | None:
     return next((i for i in (tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id) if i is not None), None)
 
 
-def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None:
+def separator(bos: bool | None, bos_id: int | None, eos_id: int | None) -> int | None:
+    """Return the token before a document in the training data, on which a text's first token is conditioned.
+
+    It is eos, after the document before, unless documents are known to begin with bos.
+    """
+    ids = (bos_id, eos_id) if bos else (eos_id, bos_id)
+    return next((i for i in ids if i is not None), None)
+
+
+def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bool | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json, and copy the .model where there is one.
 
-    As in training there is no bos before a text. A literal ``</s>`` is a token here, as in every Hugging Face folder,
-    unless split_special_tokens=True asks for ours: text.
+    As in training there is no bos before a text. Where documents are not known to begin with ``bos`` the tokenizer
+    names none: lm-eval and others condition a text's first token on bos if there is one, and else on eos. A literal
+    ``</s>`` is a token here, as in every Hugging Face folder, unless split_special_tokens=True asks for ours: text.
     """
     import tokenizers
     from tokenizers import decoders
@@ -66,14 +76,15 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int) -> None
                 f"export without it, or use a BPE model with Llama's settings (normalizer identity, dummy prefix)"
             )
     fast.save(str(output / "tokenizer.json"))
-    ids = (tokenizer.bos_id, tokenizer.eos_id, pad_id(tokenizer))
-    bos, eos, pad = (None if i is None else fast.id_to_token(i) for i in ids)
+    names_bos = separator(bos, tokenizer.bos_id, tokenizer.eos_id) == tokenizer.bos_id
+    ids = (tokenizer.bos_id if names_bos else None, tokenizer.eos_id, pad_id(tokenizer))
+    bos_token, eos_token, pad_token = (None if i is None else fast.id_to_token(i) for i in ids)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is; LlamaTokenizer changes blanks
-        "bos_token": bos,
-        "eos_token": eos,
+        "bos_token": bos_token,
+        "eos_token": eos_token,
         "unk_token": getattr(fast.model, "unk_token", None),
-        "pad_token": pad,
+        "pad_token": pad_token,
         "padding_side": "left",  # so that a batch of prompts is continued where each of them ends
         "add_bos_token": False,
         "add_eos_token": False,

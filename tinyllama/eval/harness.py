@@ -19,6 +19,7 @@ from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dirs
 from tinyllama.checkpoint.resume import stopped_file
 from tinyllama.convert import hf_folder
+from tinyllama.convert.tokenizer_files import separator
 from tinyllama.convert.weights import Weights
 from tinyllama.tokenizer import Tokenizer
 
@@ -121,7 +122,7 @@ def evaluate(
             dtype="float32",
             batch_size=batch_size,
             max_length=weights.config.block_size,
-            prefix_token_id=separator(weights, tokenizer),
+            prefix_token_id=prefix_token(weights, tokenizer),
             device="cuda" if torch.cuda.is_available() else "cpu",
         )
         for group in groups.values():
@@ -143,15 +144,12 @@ def evaluate(
     return scores
 
 
-def separator(weights: Weights, tokenizer: Tokenizer) -> int | None:
-    """Return the token before a document in the training data, on which a text's first token is conditioned.
-
-    It is eos, after the document before, unless documents are known to begin with bos.
-    """
-    ids = [weights.metadata["eos_id"], tokenizer.eos_id, weights.metadata["bos_id"], tokenizer.bos_id]
-    if weights.metadata["bos"]:
-        ids = ids[2:] + ids[:2]
-    return next((i for i in ids if i is not None), None)
+def prefix_token(weights: Weights, tokenizer: Tokenizer) -> int | None:
+    """Return the token before a document in the training data, whose ids go before the tokenizer's."""
+    bos_id, eos_id = weights.metadata["bos_id"], weights.metadata["eos_id"]
+    bos_id = tokenizer.bos_id if bos_id is None else bos_id
+    eos_id = tokenizer.eos_id if eos_id is None else eos_id
+    return separator(weights.metadata["bos"], bos_id, eos_id)
 
 
 def _scores(weights: Weights, found: dict[str, Any], task: Task) -> Iterator[Score]:

@@ -55,7 +55,7 @@ class Launch:
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether every rank is on this machine, as far as can be told."""
+        """Whether every rank is on this machine and reaches rank 0 by its loopback, as far as can be told."""
         return self.size == self.local_size and self.address in LOOPBACK
 
 
@@ -204,17 +204,25 @@ def _number(name: str, default: int | None = None, *, least: int = 0, below: int
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """Return the launch as Fabric takes it. Rank 0 opens the ranks' store, on one machine for that machine only."""
+    """Return the launch as Fabric takes it. Rank 0 opens the ranks' store.
+
+    On one machine nothing of the ranks listens for others: neither the store, nor gloo or NCCL, unless their interfaces
+    are set.
+    """
     env, launch = os.environ, find_launch()
     environment = LightningEnvironment() if launch is None else TorchElasticEnvironment()
     if launch is not None:
+        alone = launch.on_one_machine or _number("LOCAL_WORLD_SIZE", 0) == launch.size
         values = (launch.rank, launch.local_rank, launch.size, launch.address, launch.port)
         env.update({name: str(value) for name, value in zip(VARIABLES, values, strict=True)})
         serves = launch.rank == 0 and launch.on_one_machine and not _torchrun_serves()
     else:
-        serves = not environment.creates_processes_externally
+        alone, serves = True, not environment.creates_processes_externally
         if serves:
             env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=env.get("MASTER_PORT", "0"))
+    if alone:  # gloo and NCCL else listen where every machine can reach them
+        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            env.setdefault(name, _loopback_interface())
     if serves and not dist.is_initialized():
         # the process group's own store shares the server of this one, for as long as this one is there
         environment.store = _loopback_store(int(env["MASTER_PORT"]))  # type: ignore[union-attr]
@@ -232,6 +240,10 @@ def _loopback_store(port: int) -> dist.TCPStore:
     return dist.TCPStore(
         "127.0.0.1", port, None, True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
     )
+
+
+def _loopback_interface() -> str:
+    return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
 def _torchrun_serves() -> bool:
