@@ -159,7 +159,7 @@ def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
 
     from tinyllama.tokenizer import Tokenizer
 
-    (output / "tokenizer.json").write_text(Tokenizer(tokenizer).json_without_added_tokens(), encoding="utf-8")
+    (output / "tokenizer.json").write_text(Tokenizer(tokenizer).json_for_text(), encoding="utf-8")
 
     def wanted(document: Any) -> bool:
         return document.metadata.get("meta", {}).get("redpajama_set_name") != "RedPajamaGithub"

@@ -12,6 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # a room is a folder or a file of the package; it imports from lower floors only
 FLOORS = [
+    {"sentencepiece_bpe", "tokenizer_trial"},
     {"atomic", "config", "tokenizer"},
     {"checkpoint", "ops", "throughput"},
     {"data", "model", "tools"},
@@ -21,7 +22,7 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # what runs where torch is not installed: preparing data is done by one process a core
-WITHOUT_TORCH = {"atomic", "config", "tokenizer", "throughput", "prepare"}
+WITHOUT_TORCH = {"atomic", "config", "sentencepiece_bpe", "tokenizer", "tokenizer_trial", "throughput", "prepare"}
 
 
 def module_name(path: Path) -> str:

@@ -149,9 +149,9 @@ def test_pieces_are_those_that_text_becomes(model, hf_json):
     assert Tokenizer(hf_json).pieces() is None
 
 
-def test_json_without_added_tokens_encodes_alike(tokenizer, model):
+def test_json_for_text_encodes_alike(tokenizer, model):
     reference = sentencepiece.SentencePieceProcessor(model_file=str(model))
-    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_for_text())
     assert bare.get_vocab() == {reference.id_to_piece(i): i for i in range(reference.vocab_size())}
     for text in ADVERSARIAL:
         assert bare.encode(text).ids == reference.encode(text), text
@@ -159,7 +159,7 @@ def test_json_without_added_tokens_encodes_alike(tokenizer, model):
 
 def test_json_of_a_model_without_bytes_has_one_unknown_for_many(tmp_path):
     tokenizer = Tokenizer(train(tmp_path / "other.model", byte_fallback=False, vocab_size=120))
-    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_for_text())
     text = "the 漢字かな交じり文 dog"
     assert tokenizer.encode(text).count(0) == 1
     assert bare.encode(text).ids == tokenizer.encode(text)
@@ -177,7 +177,7 @@ def test_merges_go_by_score(tmp_path):
         piece.score = score
     (tmp_path / "turned.model").write_bytes(proto.SerializeToString())
     tokenizer = Tokenizer(tmp_path / "turned.model")
-    bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_for_text())
     plain = Tokenizer(tmp_path / "plain.model")
     assert any(tokenizer.encode(text) != plain.encode(text) for text in CORPUS[:3])
     for text in (*CORPUS[:3], *ADVERSARIAL):
@@ -191,7 +191,7 @@ def test_pieces_that_are_made_in_several_ways(model, tmp_path):
     runs = train(tmp_path / "runs.model", corpus, vocab_size=320, allow_whitespace_only_pieces=True)
     for path, characters in ((runs, "ab "), (runs, "aab"), (model, "=- "), (model, "#*=/.0\n "), (model, "the an")):
         tokenizer = Tokenizer(path)
-        bare = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+        bare = tokenizers.Tokenizer.from_str(tokenizer.json_for_text())
         texts = ["".join(generator.choices(characters, k=generator.randint(1, 60))) for _ in range(500)]
         texts += [one * count for one in characters for count in range(1, 100)]
         for text in texts:

@@ -1,25 +1,45 @@
-"""Text to token ids and back, by sentencepiece (the reference) or a Hugging Face tokenizer.json; no torch."""
+"""Text to token ids and back, by sentencepiece (the reference) or a Hugging Face tokenizer.json; no torch.
+
+The ids of a text are those of the tokenizer's own library, with nothing put before or behind them, and no control token
+among them. A literal control token in a text is text, as in ``a </s> b``: sentencepiece never makes one from text, and
+of a tokenizer.json this holds for the tokens marked ``special``, for bos and eos, and for unk, which only stands for
+what the vocabulary lacks. All other added tokens, and all user-defined pieces, are ordinary vocabulary.
+"""
 
 import hashlib
 import json
+import random
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from tinyllama import InputError, printable
+from tinyllama import InputError, printable, sentencepiece_bpe, tokenizer_trial
 
 # what tokenizers of this family call the ends of a document, where no tokenizer_config.json says so
 BOS_TOKENS = ("<s>", "<|begin_of_text|>", "<bos>", "<|startoftext|>")
 EOS_TOKENS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
+_MAX_BYTES = 1 << 29  # of a tokenizer's file; the largest in use have 40 MB
+_MAX_ID = 2**31 - 2  # so that the size of the vocabulary is an int32, too
+_MAX_PIECES = 1 << 15  # of a large vocabulary that are among the hard texts
+_ALPHABETS = (
+    "aeinst \n",
+    " \t\r\nx0",
+    "".join(map(chr, range(0x20, 0x7F))),
+    "".join(map(chr, range(0x20, 0x600))),
+    "".join(map(chr, (*range(0x20, 0xD800), *range(0xE000, 0x11000), *range(0x1F300, 0x1FA00)))),
+    "e\u0301\u0327\u200d \u0300a\u00e9",
+)
+
 
 class Tokenizer:
     """A sentencepiece ``.model`` or a ``tokenizer.json``, given as the file or its folder (both: the ``.model``).
 
-    Raises InputError when there is no such file or it cannot be read.
+    Raises InputError when there is no such file, it cannot be read, or its library aborts, hangs or fails on it. What
+    could do so is tried in another process first, but not if the file has ``known_sha256``: it was tried before.
     """
 
     path: Path
@@ -39,19 +59,22 @@ class Tokenizer:
     encoder_version: str
     """its version"""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, known_sha256: str | None = None) -> None:
         self.path = _find(Path(path))
         try:
+            if self.path.stat().st_size > _MAX_BYTES:
+                raise InputError(f"tokenizer {self.path} has more than {_MAX_BYTES >> 20} MB: give another file")
             payload = self.path.read_bytes()
         except OSError as error:
             raise InputError(f"tokenizer {self.path}: {error.strerror}: give a file that can be read") from None
         self.sha256 = hashlib.sha256(payload).hexdigest()
         self._processor: Any = None  # sentencepiece's
-        self._bare: dict[str, Any] | None = None  # the tokenizer.json that encodes
+        self._text_json: dict[str, Any] | None = None  # the tokenizer.json that encodes text
+        self._whole_json: dict[str, Any] | None = None  # the same with its control tokens
         self._encode: Callable[[str], list[int]]
         self._decode: Callable[[list[int]], str]
         if self.path.suffix == ".json":
-            self._load_json(payload)
+            self._load_json(payload, is_known=self.sha256 == known_sha256)
         else:
             self._load_model(payload)
 
@@ -66,33 +89,72 @@ class Tokenizer:
             raise InputError(
                 f"text has the lone surrogate {text[error.start]!a} at character {error.start}: repair its \\u escapes"
             ) from None
-        return self._encode(text)
+        return self._guard(self._encode, text)
 
     def encode_utf8(self, text: bytes) -> np.ndarray:
         """``encode`` of UTF-8 into an array, without an object for each id."""
         if self._processor:
             return self._processor.encode(text, return_type="numpy")
-        return np.array(self._encode(text.decode()), dtype=np.uint32)
+        return np.array(self._guard(self._encode, text.decode()), dtype=np.uint32)
 
     def pieces(self) -> list[str] | None:
         """Return every piece of a sentencepiece model that text can become, bytes left out; None for another format."""
-        return _text_pieces(self._processor) if self._processor else None
+        return sentencepiece_bpe.text_pieces(self._processor) if self._processor else None
+
+    @property
+    def is_plain(self) -> bool:
+        """A sentencepiece model that segments text as it is, and can make every piece of it."""
+        return self._processor is not None and sentencepiece_bpe.is_plain(self._processor)
 
     def control_pieces(self) -> list[str]:
         """Return the pieces of a sentencepiece model that no text becomes: unk, bos, eos and other controls."""
         p = self._processor
         return [p.id_to_piece(i) for i in range(self.vocab_size) if p.is_control(i) or p.is_unknown(i)]
 
-    def json_without_added_tokens(self) -> str:
+    def whole_pieces(self) -> list[str]:
+        """Return what is a token as a whole, or looks like one: user-defined, added, control and byte pieces."""
+        if self._whole_json is not None:
+            vocab = self._whole_json["model"].get("vocab", {})
+            of_bytes = [piece for piece in map(_name, vocab) if re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+            return [token["content"] for token in self._whole_json["added_tokens"]] + of_bytes
+        p = self._processor
+        of_bytes = [p.id_to_piece(i) for i in range(self.vocab_size) if p.is_byte(i)]
+        return sentencepiece_bpe.user_defined_pieces(p) + self.control_pieces() + of_bytes
+
+    def hard_texts(self) -> Iterator[str]:
+        """Yield texts that tell this tokenizer from almost the same: where their ids are right, others are, too.
+
+        They are made of each piece that is a token as a whole (alone, inside a word, doubled, overlapping with itself,
+        next to blanks and behind a cut), of every piece of the vocabulary in a random order, and of random characters.
+        """
+        wholes = dict.fromkeys(form for piece in self.whole_pieces() for form in (piece, piece.replace("\u2581", " ")))
+        yield from wholes
+        pieces = list(wholes)
+        for batch in (pieces[start : start + 16] for start in range(0, len(pieces), 16)):
+            around = (f"{one} a{one}b{one}{one} {one}  {one}\n{one},{one[:-1]}{one}{one[1:]}" for one in batch)
+            yield "\n" + "".join(around)
+            yield "".join(batch)
+        rng = random.Random(0)
+        ids = rng.sample(range(self.vocab_size), min(self.vocab_size, _MAX_PIECES))
+        for start in range(0, len(ids), 64):
+            yield self.decode(ids[start : start + 64])
+        for alphabet in _ALPHABETS:
+            yield from ("".join(rng.choices(alphabet, k=60)) for _ in range(20))
+
+    def json_for_text(self) -> str:
         """Return a tokenizer.json that encodes text as this does, for libraries that read no other format.
 
-        A sentencepiece model is taken for one with Llama's settings; only comparing ids can tell whether it is.
+        Raises InputError for a sentencepiece model that has no such file. What encodes by it is still to be compared.
         """
-        return json.dumps(self._bare or _bpe_of_sentencepiece(self._processor))
+        return json.dumps(self._text_json or sentencepiece_bpe.tokenizer_json(self._processor))
+
+    def json_with_controls(self) -> str:
+        """Return a tokenizer.json without what cuts, pads or adds to a text; in it a literal ``</s>`` is a token."""
+        return json.dumps(self._whole_json or sentencepiece_bpe.tokenizer_json(self._processor))
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids below vocab_size; bos, eos and other control tokens give nothing."""
-        return self._decode([int(i) for i in ids])
+        return self._guard(self._decode, [int(i) for i in ids])
 
     def _load_model(self, payload: bytes) -> None:
         import sentencepiece
@@ -107,37 +169,66 @@ class Tokenizer:
             raise self._unreadable("a sentencepiece model")
         self.encoder, self.encoder_version = "sentencepiece", sentencepiece.__version__
         self.vocab_size = processor.vocab_size()
+        try:
+            processor.id_to_piece(list(range(self.vocab_size)))
+        except UnicodeDecodeError:
+            raise self._unreadable("a sentencepiece model", "a piece is not UTF-8") from None
         ids = (processor.bos_id(), processor.eos_id(), processor.unk_id())
         self.bos_id, self.eos_id, self.unk_id = (i if i >= 0 else None for i in ids)
         self._processor = processor
         self._encode, self._decode = processor.encode, processor.decode
 
-    def _load_json(self, payload: bytes) -> None:
+    def _load_json(self, payload: bytes, is_known: bool) -> None:
         import tokenizers
 
         try:
-            whole = tokenizers.Tokenizer.from_buffer(payload)
             content = json.loads(payload)
-        except Exception as error:  # the library has one type for every error
+            if not isinstance(content, dict):
+                raise ValueError("it is no JSON object")
+            # a post-processor would add bos, a truncation that came with a fine-tuned model would cut documents, and a
+            # dropout, which is for training, would draw the ids
+            content |= {"post_processor": None, "truncation": None, "padding": None}
+            if isinstance(content.get("model"), dict) and content["model"].get("dropout") is not None:
+                content["model"]["dropout"] = None
+            if not is_known and (reason := tokenizer_trial.error_of(content, self.sha256)):
+                raise ValueError(reason)
+            whole = tokenizers.Tokenizer.from_str(json.dumps(content))
+        except (Exception, RecursionError) as error:  # the library has one type for every error
             raise self._unreadable("a tokenizer.json", error) from None
-        # Added tokens would turn a literal </s> of a text into id 2, a post-processor would add bos, and a truncation
-        # that came with a fine-tuned model would cut documents: encode without them, decode with.
-        removed: dict[str, object] = {"added_tokens": [], "post_processor": None, "truncation": None, "padding": None}
-        self._bare = content | removed
-        bare = tokenizers.Tokenizer.from_str(json.dumps(self._bare))
         vocab = whole.get_vocab(with_added_tokens=True)
         self.encoder, self.encoder_version = "tokenizers", tokenizers.__version__
         if not vocab:
             raise self._unreadable("a tokenizer.json with a vocabulary")
+        self._check_ids(vocab)
         self.vocab_size = max(vocab.values()) + 1
-        self.bos_id = self._special_id("bos_token", BOS_TOKENS, vocab)
-        self.eos_id = self._special_id("eos_token", EOS_TOKENS, vocab)
-        self.unk_id = vocab.get(getattr(whole.model, "unk_token", None) or "")
+        bos, eos = (
+            self._special_token("bos_token", BOS_TOKENS, vocab),
+            self._special_token("eos_token", EOS_TOKENS, vocab),
+        )
+        unk = _unk_token(content["model"])
+        self.bos_id, self.eos_id, self.unk_id = (None if one is None else vocab.get(one) for one in (bos, eos, unk))
+        self._whole_json = content
+        special = [token["content"] for token in content.get("added_tokens") or [] if token["special"]]
+        self._text_json = _without(content, {*special, bos, eos, unk} - {None})
+        bare = tokenizers.Tokenizer.from_str(json.dumps(self._text_json))
         self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
 
-    def _special_id(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> int | None:
+    def _check_ids(self, vocab: dict[str, int]) -> None:
+        pieces: dict[int, str] = {}
+        for piece, number in vocab.items():
+            if pieces.setdefault(number, piece) != piece:
+                same = printable(f"{pieces[number]!r} and {piece!r}", 100)
+                raise self._unreadable("a tokenizer.json", f"{same} have the id {number}")
+        if max(pieces) > _MAX_ID:
+            raise self._unreadable(
+                "a tokenizer.json", f"{printable(repr(pieces[max(pieces)]), 50)} has the id {max(pieces)}"
+            )
+
+    def _special_token(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> str | None:
         config = self.path.with_name("tokenizer_config.json")
         try:
+            if config.exists() and not (config.is_file() or config.is_dir()):
+                raise ValueError("a pipe or a device")
             settings = json.loads(config.read_bytes()) if config.exists() else {}
         except (OSError, ValueError, RecursionError) as error:
             raise InputError(f"{config} is not JSON ({error}): repair or remove it") from None
@@ -149,59 +240,82 @@ class Tokenizer:
         if token is not None and not (isinstance(token, str) and token in vocab):
             shown = printable(repr(token), 80)
             raise InputError(f"{config}: {key} {shown} is not in {self.path.name}: take both from the same model")
-        return None if token is None else vocab[token]
+        return token
 
-    def _unreadable(self, kind: str, error: Exception | None = None) -> InputError:
+    def _guard(self, call: Callable[[Any], Any], argument: Any) -> Any:
+        try:
+            return call(argument)
+        except BaseException as error:  # a panic of the library is none of Exception
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            shown = f"{printable(repr(argument), 60)}: {printable(error, 200)}"
+            raise InputError(f"tokenizer {self.path} fails on {shown}: use another tokenizer") from None
+
+    def _unreadable(self, kind: str, error: Exception | str | None = None) -> InputError:
         reason = f" ({printable(error, 200)})" if error else ""
         return InputError(f"{self.path} is not {kind}{reason}: fetch it whole (a git-lfs pointer needs git lfs pull)")
 
 
-def _text_pieces(processor: Any) -> list[str]:
-    kinds = (processor.is_control, processor.is_byte, processor.is_unknown, processor.is_unused)
-    return [processor.id_to_piece(i) for i in range(processor.vocab_size()) if not any(kind(i) for kind in kinds)]
+def _name(entry: Any) -> str:
+    """Return the piece of an entry of a vocabulary, a Unigram model's being a list of pieces with their scores."""
+    return entry if isinstance(entry, str) else entry[0]
 
 
-def _bpe_of_sentencepiece(processor: Any) -> dict[str, Any]:
-    """Return the tokenizer.json of a sentencepiece BPE model with Llama's settings, without special tokens and decoder.
+def _unk_token(model: dict[str, Any]) -> str | None:
+    unk_id = model.get("unk_id")
+    return model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
 
-    A merge into a piece of better score goes first: not of lower id, as Llama 2 gave its runs of blanks low ids and the
-    lowest scores. The ways to merge into one piece have one score, and sentencepiece takes the leftmost in the text,
-    which a list of merges cannot say; they are in the order of their halves' ids, and the ids of a text have not been
-    seen to depend on it. transformers' converter needs protobuf, and merges bytes and control tokens, as the model
-    does not.
+
+def _without(content: dict[str, Any], controls: set[str]) -> dict[str, Any]:
+    """Return a tokenizer.json with the same ids, in which no text becomes one of ``controls``.
+
+    Added tokens that are controls are left out. Where others remain, or the model itself makes a control token of text,
+    as a Unigram model does of any piece of its vocabulary, controls get names that no text has: the library numbers
+    added tokens by their order. A single letter keeps its name in the model, as it is of the alphabet.
     """
-    ids = list(range(processor.vocab_size()))
-    vocab = dict(zip(processor.id_to_piece(ids), ids, strict=True))
-    mergeable = set(_text_pieces(processor))
-    merges = []
-    for piece in mergeable:
-        rank = (-processor.get_score(vocab[piece]), vocab[piece])
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in mergeable and right in mergeable:
-                merges.append((*rank, vocab[left], vocab[right], [left, right]))
-    bpe = {
-        "type": "BPE",
-        "unk_token": processor.id_to_piece(processor.unk_id()),
-        "fuse_unk": True,
-        "byte_fallback": any(processor.is_byte(ids)),
-        "vocab": vocab,
-        "merges": [halves for *_, halves in sorted(merges)],
-    }
-    blanks = [  # not Metaspace, which leaves out the prefix of a text that begins with a blank
-        {"type": "Prepend", "prepend": "\u2581"},
-        {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+    model, added = content["model"], content.get("added_tokens") or []
+    vocab = model["vocab"]
+    letters = {one for one in map(_name, vocab) if len(one) == 1}
+    controls = controls - letters
+    added = [token for token in added if token["content"] not in letters or not token["special"]]
+    prefix = model.get("continuing_subword_prefix") or ""
+    merges = [one.split(" ") if isinstance(one, str) else one for one in model.get("merges", [])]
+    kept = [
+        [left, right]
+        for left, right in merges
+        if left not in controls and right not in controls and left + right.removeprefix(prefix) not in controls
     ]
-    normalizer = {"type": "Sequence", "normalizers": blanks}
-    return {"version": "1.0", "added_tokens": [], "normalizer": normalizer, "model": bpe}
+    is_made_of_text = "merges" not in model or model.get("ignore_merges") or len(kept) < len(merges)
+    if not is_made_of_text and controls.issuperset(token["content"] for token in added):
+        return content | {"added_tokens": []}
+    salt = hashlib.sha256(repr([*map(_name, vocab)]).encode(errors="replace")).hexdigest()
+    names = {one: f"<control-{hashlib.sha256((salt + one).encode()).hexdigest()}>" for one in controls}
+    if isinstance(vocab, dict):
+        changes: dict[str, Any] = {"vocab": {names.get(piece, piece): number for piece, number in vocab.items()}}
+    else:
+        changes = {"vocab": [[names.get(piece, piece), score] for piece, score in vocab]}
+    if "merges" in model:
+        changes["merges"] = kept
+    if model.get("unk_token") in names:
+        changes["unk_token"] = names[model["unk_token"]]
+    added = [
+        token | {"content": names[token["content"]], "normalized": False} if token["content"] in names else token
+        for token in added
+    ]
+    return content | {"model": model | changes, "added_tokens": added}
 
 
 def _find(path: Path) -> Path:
     names = ("tokenizer.model", "tokenizer.json")
-    tried = [path / name for name in names] if path.is_dir() else [path]
-    for candidate in tried:
-        if candidate.is_file():
-            return candidate
+    try:
+        tried = [path / name for name in names] if path.is_dir() else [path]
+        for candidate in tried:
+            if candidate.is_file():
+                return candidate
+        if tried[0].exists():
+            raise InputError(f"tokenizer {tried[0]} is not a file: give a sentencepiece .model or a tokenizer.json")
+    except OSError as error:
+        raise InputError(f"tokenizer {path}: {error.strerror}: give a file that can be read") from None
     raise InputError(
         f"no tokenizer at {' or '.join(map(str, tried))}: give a sentencepiece .model, a tokenizer.json or their folder"
     )

@@ -190,17 +190,26 @@ def test_no_cut_is_known_where_text_is_normalized(tmp_path):
     assert encode._cuts(Tokenizer(tmp_path / "nfkc.model")) == (None, "")
 
 
-def test_a_tokenizer_of_which_no_cut_is_known(tmp_path, monkeypatch):
+def test_a_tokenizer_of_which_no_cut_is_known_is_cut_where_the_ids_near_by_stay(tmp_path, monkeypatch):
     import tokenizers
 
     model = tokenizers.models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")])
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     monkeypatch.setattr(encode, "CUT", 5)
     monkeypatch.setattr(encode, "WINDOW", 4)
-    assert parts(Encoder(Tokenizer(tmp_path), "sentencepiece"), [b"abababa", b"bab"]) == [
-        ([2, 2, 0], 5),
-        ([1, 2, 2], 5),
-    ]
+    assert parts(Encoder(Tokenizer(tmp_path), "sentencepiece"), [b"abababa", b"bab"]) == [([2, 2, 2], 6), ([2, 2], 4)]
+
+
+def test_where_no_cut_keeps_the_ids_it_is_behind_so_many_bytes(tmp_path, monkeypatch):
+    """A run of one letter: its pieces depend on where it began, so no place in it is safe."""
+    import tokenizers
+
+    model = tokenizers.models.BPE({"a": 0, "aa": 1, "aaaa": 2}, [("a", "a"), ("aa", "aa")])
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    monkeypatch.setattr(encode, "CUT", 401)
+    monkeypatch.setattr(encode, "WINDOW", 20)
+    found = parts(Encoder(Tokenizer(tmp_path), "sentencepiece"), [b"a" * 1000])
+    assert found == [([2] * 100 + [0], 401), ([2] * 100 + [0], 401), ([2] * 49 + [1], 198)]
 
 
 @pytest.mark.parametrize(

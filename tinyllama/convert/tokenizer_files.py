@@ -46,6 +46,13 @@ def separator(bos: bool | None, bos_id: int | None, eos_id: int | None) -> int |
     return next((i for i in ids if i is not None), None)
 
 
+def _inexact(tokenizer: Tokenizer, reason: str) -> InputError:
+    return InputError(
+        f"tokenizer {tokenizer.path} cannot be written as a tokenizer.json ({reason}): "
+        "export without it, or use a BPE model with Llama's settings (normalizer identity, dummy prefix)"
+    )
+
+
 def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bool | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json, and copy the .model where there is one.
 
@@ -56,25 +63,23 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bo
     import tokenizers
     from tokenizers import decoders
 
-    if tokenizer.encoder == "sentencepiece":
-        fast = tokenizers.Tokenizer.from_str(tokenizer.json_without_added_tokens())
+    is_model = tokenizer.encoder == "sentencepiece"
+    try:
+        fast = tokenizers.Tokenizer.from_str(tokenizer.json_with_controls())
+    except InputError as error:
+        raise _inexact(tokenizer, str(error)) from None
+    if is_model:
         fast.decoder = decoders.Sequence(
             [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
         )
         controls = [tokenizers.AddedToken(piece, normalized=False) for piece in tokenizer.control_pieces()]
         fast.add_special_tokens(controls)
-        shutil.copyfile(tokenizer.path, output / "tokenizer.model")
-    else:
-        fast = tokenizers.Tokenizer.from_file(str(tokenizer.path))
-        fast.post_processor = None
-        fast.no_truncation()
-        fast.no_padding()
-    for text in TEXTS:
+    fast.encode_special_tokens = True  # as in training; the file does not hold it
+    for text in (*TEXTS, *(tokenizer.hard_texts() if is_model else ())):
         if fast.encode(text).ids != tokenizer.encode(text):
-            raise InputError(
-                f"tokenizer {tokenizer.path} cannot be written as a tokenizer.json, which encodes {text!r} otherwise: "
-                f"export without it, or use a BPE model with Llama's settings (normalizer identity, dummy prefix)"
-            )
+            raise _inexact(tokenizer, f"{text[:60]!r} is encoded otherwise")
+    if is_model:
+        shutil.copyfile(tokenizer.path, output / "tokenizer.model")
     fast.save(str(output / "tokenizer.json"))
     names_bos = separator(bos, tokenizer.bos_id, tokenizer.eos_id) == tokenizer.bos_id
     ids = (tokenizer.bos_id if names_bos else None, tokenizer.eos_id, pad_id(tokenizer))

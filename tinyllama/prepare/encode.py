@@ -1,22 +1,25 @@
 """Text to token ids at speed: exactly those of the tokenizer's own library, which stays the reference while it runs.
 
-gigatoken is ten times as fast and young. So it is tried on ``GUARDS`` before anything is written, and one document in
-``SAMPLED`` is encoded by both. The tokens being the same, a dataset does not say which one made them; its shards do.
+gigatoken is ten times as fast and young. So it is tried on ``guards`` of the tokenizer before anything is written, and
+one document in ``SAMPLED`` is encoded by both. The tokens being the same, a dataset does not say which one made them;
+its shards do.
 
 Memory is bounded for every document: one of more than ``CUT`` bytes is encoded in parts, by both alike. It is cut where
 that changes no id: with Llama's tokenizer at a blank, a line end, a digit, or between letters that no piece has side by
-side. Only where ``WINDOW`` bytes have no such place, or none is known for the tokenizer, are the few ids at the cut
-others than those of the whole.
+side; with others, and where there is no such place, where the text around the cut has the same ids with and without it.
+Only where few places in ``WINDOW`` bytes promise that and none keeps it, as amid one letter repeated, are the few ids
+at the cut others than those of the whole.
 """
 
 import importlib.metadata
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
 from tinyllama.prepare.readers import TextChunk
 from tinyllama.tokenizer import Tokenizer
 
@@ -26,6 +29,14 @@ Encode = Callable[[bytes], np.ndarray]
 SAMPLED = 1000  # documents (or parts of long ones), of which one is encoded by both
 CUT = 1 << 20  # bytes; a document of more is cut at the first place behind so many where that changes no id
 WINDOW = 1 << 16  # bytes in which such a place is looked for
+_CONTEXT = 256  # bytes on either side of a cut whose ids are compared
+# places that cuts are tried at, and how many of each kind: before blanks, where the kind of character changes, anywhere
+_PLACES = (
+    (re.compile(rb"\S(?=\s)"), 16),
+    (re.compile(rb"\w(?=[^\w\s])|[^\w\s](?=\w)|[\x80-\xff](?=[\xc0-\xff])|[!-/:-@\[-`{-~](?=[!-/:-@\[-`{-~])"), 32),
+    (re.compile(rb"(?s:.)"), 16),
+)
+_PREFIXES = "\n.,;0aenxZ"  # letters of which one before a part that continues may let it keep its ids
 _RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of words in one only grows
 # texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
@@ -63,6 +74,17 @@ class TokenChunk(NamedTuple):
     """the document ends here"""
 
 
+class _Lead(NamedTuple):
+    """How to begin a part that continues a document, so that the library adds no blank to it."""
+
+    prefix: bytes
+    """encoded before the part"""
+    dropped: int
+    """the ids of the prefix"""
+    skipped: int
+    """bytes of the part: a blank, if the library put one behind the part before"""
+
+
 class Mismatch(RuntimeError):
     """The fast encoder returned other ids than the reference: a defect, and a shard that must not be written."""
 
@@ -83,6 +105,11 @@ class Encoder:
         self._encode: Encode = self._reference
         self._make: Callable[[], Encode] | None = None
         self._encoded = self._texts = 0  # bytes by the encoder there is, texts since renew
+        self._cuts, known = _cuts(tokenizer)
+        # how a part that continues may have to begin
+        letters = [one for one in _PREFIXES if tokenizer.unk_id not in tokenizer.encode(one)][:3]
+        lead = [_Lead(one.encode(), len(tokenizer.encode(one)), 0) for one in dict.fromkeys((known, "", *letters))]
+        self._leads = [*lead, _Lead(b"", 0, 1)]
         self.name = f"{tokenizer.encoder} {tokenizer.encoder_version}"
         if choice != "sentencepiece":
             try:
@@ -92,8 +119,6 @@ class Encoder:
                 if choice == "fast":
                     raise
                 self.fell_back = str(error)
-        self._cuts, prefix = _cuts(tokenizer)
-        self._prefix, self._dropped = prefix.encode(), len(tokenizer.encode(prefix))  # put before a part that continues
 
     def renew(self) -> None:
         """Forget what encoding has cached; before each shard, so that a shard's memory and time are its own."""
@@ -103,38 +128,71 @@ class Encoder:
 
     def stream(self, chunks: Iterable[TextChunk]) -> Iterator[TokenChunk]:
         """Encode each document, a long one in parts of its own cutting; raises Mismatch."""
-        rest, goes_on = bytearray(), False  # of a long document: what is not encoded yet, whether some of it is
+        rest, lead = bytearray(), None  # of a long document: what is not encoded yet; None: nothing of it is
         for text, subset, is_last in chunks:
             if is_last and not rest and len(text) <= CUT:
                 yield TokenChunk(self._checked(text), len(text), subset, is_last=True)
                 continue
             rest += text
-            while place := self._place(rest):
-                yield TokenChunk(self._checked(bytes(rest[:place]), goes_on), place, subset, is_last=False)
+            while cut := self._cut(rest, lead, is_last):
+                place, next_lead = cut
+                yield TokenChunk(self._checked(bytes(rest[:place]), lead), place, subset, is_last=False)
                 del rest[:place]
-                goes_on = True
+                lead = next_lead
             if is_last:
-                yield TokenChunk(self._checked(bytes(rest), goes_on), len(rest), subset, is_last=True)
-                rest, goes_on = bytearray(), False
+                yield TokenChunk(self._checked(bytes(rest), lead), len(rest), subset, is_last=True)
+                rest, lead = bytearray(), None
 
-    def _place(self, text: bytearray) -> int:
-        """Where to cut ``text``, the same however much more of the document is there; 0: not yet."""
+    def _cut(self, text: bytearray, lead: _Lead | None, is_last: bool) -> tuple[int, _Lead] | None:
+        """Return where to cut ``text``, which ``lead`` begins, and what begins the rest; None: not yet.
+
+        It is the same however much more of the document is there.
+        """
         if self._cuts and (found := self._cuts.search(text, CUT, CUT + WINDOW)):
-            return found.end()
-        if len(text) <= CUT + WINDOW:
-            return 0
+            return found.end(), self._leads[0]
+        if len(text) <= CUT + WINDOW + (0 if is_last else _CONTEXT):
+            return None
+        for pattern, most in _PLACES:
+            for found in itertools.islice(pattern.finditer(text, CUT - 1, CUT + WINDOW), most):
+                place = found.end()
+                if text[place] & 0xC0 != 0x80 and (kept := self._kept_by(text, place, lead)):
+                    return place, kept
         place = CUT
         while text[place] & 0xC0 == 0x80:  # inside a character
             place += 1
-        return place
+        return place, self._leads[0]
 
-    def _checked(self, text: bytes, goes_on: bool = False) -> np.ndarray:
-        """Ids of ``text``; ``goes_on``: of which the document has more before it."""
+    def _kept_by(self, text: bytearray, place: int, lead: _Lead | None) -> _Lead | None:
+        """Return what must begin ``text[place:]`` so that the cut changes no id nearby; None: nothing helps.
+
+        The text before the cut is tried from several places, as pieces of a run may depend on where it began.
+        """
+        end = min(place + _CONTEXT, len(text))
+        while end < len(text) and text[end] & 0xC0 == 0x80:
+            end += 1
+        right, first = bytes(text[place:end]), max(0, place - _CONTEXT)
+        starts = [i for i in range(first, min(first + 12, place)) if text[i] & 0xC0 != 0x80][:3] if first else [0]
+        leads = [one for one in self._leads if right[: one.skipped].isspace() or not one.skipped]
+        try:
+            for start in starts:
+                left = _begun(bytes(text[start:place]), None if start else lead)
+                whole, ahead = self._reference(left + right), self._reference(left)
+                if not np.array_equal(whole[: len(ahead)], ahead):
+                    return None
+                rest = whole[len(ahead) :]
+                leads = [
+                    one for one in leads if np.array_equal(rest, self._reference(_begun(right, one))[one.dropped :])
+                ]
+        except InputError:  # of a part that the library fails on
+            return None
+        return next(iter(leads), None)
+
+    def _checked(self, text: bytes, lead: _Lead | None = None) -> np.ndarray:
+        """Ids of ``text``; ``lead``: of which the document has more before it, and how to begin."""
         if self._make and self._encoded > _RENEWED:
             self._encode, self._encoded = self._make(), 0
         self._encoded += len(text)
-        if goes_on:
-            text = self._prefix + text
+        text = _begun(text, lead)
         ids = self._encode(text)
         if self._make and self._texts % SAMPLED == 0 and not np.array_equal(ids, self._reference(text)):
             raise Mismatch(
@@ -142,7 +200,11 @@ class Encoder:
                 "run with --encoder sentencepiece, and tell gigatoken's makers"
             )
         self._texts += 1
-        return ids[self._dropped :] if goes_on else ids
+        return ids[lead.dropped :] if lead else ids
+
+
+def _begun(text: bytes, lead: _Lead | None) -> bytes:
+    return lead.prefix + text[lead.skipped :] if lead else text
 
 
 def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
@@ -151,20 +213,33 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
         from gigatoken.gigatoken_rs import load_hf_json
     except ImportError:
         raise InputError("gigatoken is not installed: pip install gigatoken") from None
-    payload = tokenizer.json_without_added_tokens()
+    other = "use --encoder sentencepiece"
+    try:
+        payload = tokenizer.json_for_text()
+    except InputError as error:
+        raise InputError(f"gigatoken cannot read {tokenizer.path} ({error}): {other}") from None
 
     def make() -> Encode:
         return load_hf_json(payload).encode
 
-    other = "use --encoder sentencepiece"
     try:
         encode = make()
-    except Exception as error:  # the library's own types for what it does not support
-        raise InputError(f"gigatoken cannot read {tokenizer.path} ({error}): {other}") from None
-    for text in map(str.encode, GUARDS):
-        if not np.array_equal(encode(text), tokenizer.encode_utf8(text)):
-            raise InputError(f"gigatoken gives other ids than {tokenizer.path} for {text[:40]!r}: {other}")
+        for text in guards(tokenizer):
+            if not np.array_equal(encode(text.encode()), tokenizer.encode_utf8(text.encode())):
+                raise InputError(f"gigatoken gives other ids than {tokenizer.path} for {text.encode()[:40]!r}: {other}")
+    except InputError:
+        raise
+    except BaseException as error:  # the library's own types for what it does not support, or its panic
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        raise InputError(f"gigatoken cannot read {tokenizer.path} ({printable(error, 200)}): {other}") from None
     return make, encode
+
+
+def guards(tokenizer: Tokenizer) -> Iterator[str]:
+    """Yield texts on which the fast encoder must have the ids of ``tokenizer`` before anything is written."""
+    yield from GUARDS
+    yield from tokenizer.hard_texts()
 
 
 def _cuts(tokenizer: Tokenizer) -> tuple[re.Pattern[bytes] | None, str]:
@@ -177,7 +252,7 @@ def _cuts(tokenizer: Tokenizer) -> tuple[re.Pattern[bytes] | None, str]:
     before it. Other characters are looked at only if they are pieces themselves: the rest may be normalized into those,
     or be unknown together with their neighbours. (None, ""): nowhere that this knows of.
     """
-    pieces = set(tokenizer.pieces() or ())
+    pieces = set(tokenizer.pieces() or ()) if tokenizer.is_plain else set()
     pairs = {piece[i : i + 2] for piece in pieces for i in range(len(piece) - 1)}
     paired, ids = set("".join(pairs)), tokenizer.encode
 
