@@ -51,4 +51,4 @@ def test_ids_are_those_of_the_library_in_hundreds(tmp_path, monkeypatch, capsys)
     with capsys.disabled():
         print(f"\n{dict(counts)}")
     assert counts["tokenizers"] == 420
-    assert counts["accepted by the fast one"] > 80 * bool(find_spec("gigatoken"))
+    assert counts["accepted by the fast one"] > 60 * bool(find_spec("gigatoken"))

@@ -22,6 +22,7 @@ import numpy as np
 from tinyllama import InputError, printable
 from tinyllama.prepare.readers import TextChunk
 from tinyllama.tokenizer import Tokenizer
+from tinyllama.tokenizer_trial import is_failure
 
 Choice = Literal["auto", "fast", "sentencepiece"]
 Encode = Callable[[bytes], np.ndarray]
@@ -230,7 +231,7 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
     except InputError:
         raise
     except BaseException as error:  # the library's own types for what it does not support, or its panic
-        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+        if not is_failure(error):
             raise
         raise InputError(f"gigatoken cannot read {tokenizer.path} ({printable(error, 200)}): {other}") from None
     return make, encode

@@ -283,7 +283,7 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
 
 
 def _packer(recipe: _Recipe) -> Work:
-    tokenizer = Tokenizer(recipe.tokenizer)
+    tokenizer = Tokenizer(recipe.tokenizer, known_sha256=recipe.policy["tokenizer_sha256"])
     encoder = Encoder(tokenizer, recipe.encoder)
 
     def pack(one: Input) -> Info:
