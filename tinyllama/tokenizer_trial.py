@@ -35,6 +35,8 @@ try:
     tokenizer = tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())
     for text in texts:
         tokenizer.decode(tokenizer.encode(text).ids)
+    for number in range(min(tokenizer.get_vocab_size(), 10_000)):
+        tokenizer.decode([number])
 except BaseException as error:
     sys.stdout.buffer.write((str(error) or type(error).__name__).encode(errors="replace"))
 """
