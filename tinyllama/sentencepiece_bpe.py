@@ -98,6 +98,7 @@ def _refuse_inexact(processor: Any, vocab: dict[str, int], mergeable: set[str], 
         "it normalizes text, removes blanks or has unused pieces": not is_plain(processor),
         "it puts blanks behind words": bool(trainer.get(_BLANK_AS_SUFFIX, 0)),
         "pieces of several letters share a score": len(set(scores)) < len(scores),
+        "a user-defined piece has a blank": any(" " in piece for piece in user_defined),  # which it never finds
         "it has user-defined pieces and puts a blank before a text": bool(user_defined) and has_prefix,
     }
     if reason := next((reason for reason, is_so in reasons.items() if is_so), None):

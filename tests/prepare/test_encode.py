@@ -168,6 +168,22 @@ def test_digits_that_pieces_join_to_letters_are_no_place_to_cut(tmp_path, monkey
         assert stream(Encoder(tokenizer, "sentencepiece"), [text.encode()]) == tokenizer.encode(text), text
 
 
+def test_cuts_beside_user_defined_pieces_with_blanks(tmp_path, monkeypatch):
+    import sentencepiece
+
+    texts = iter(["the little llama walked along the river", "a day in the mountains"] * 20)
+    settings = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "minloglevel": 2}
+    settings |= {"vocab_size": 330, "remove_extra_whitespaces": False, "user_defined_symbols": ["w in", "e\\n"]}
+    sentencepiece.SentencePieceTrainer.train(sentence_iterator=texts, model_prefix=str(tmp_path / "a"), **settings)
+    tokenizer = Tokenizer(tmp_path / "a.model")
+    encoder = Encoder(tokenizer, "sentencepiece")
+    assert encoder._cuts is not None
+    monkeypatch.setattr(encode, "CUT", 1)
+    for text in ("low in the river", "w in w in  w w inw in", "one\\ntwo e e\\n", "e\\\n"):
+        assert len(parts(encoder, [text.encode()])) > 1
+        assert stream(encoder, [text.encode()]) == tokenizer.encode(text), text
+
+
 @llama
 def test_text_without_blanks_is_cut_where_no_piece_reaches_over(monkeypatch):
     tokenizer = Tokenizer(LLAMA)
