@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from tinyllama import InputError
 from tinyllama.data.packed import open_packed
 from tinyllama.prepare import encode
 from tinyllama.prepare.encode import Encoder, Mismatch
@@ -91,6 +92,43 @@ def test_the_fast_one_is_taken_and_gives_the_reference_s_ids(library, tokenizer_
     assert used(tokenizer_file)[1] == [text.encode() for text in texts]
     assert Encoder(tokenizer, "sentencepiece").name.startswith("sentencepiece ")
     assert len(made()) == 2
+
+
+@pytest.mark.parametrize("spelling", ["<|im_start|>", "<0x0A>", "</s>"])
+def test_a_piece_of_the_tokenizer_s_own_tells_a_wrong_one(library, tokenizer_file, monkeypatch, spelling):
+    """Guards are made of user-defined, control and byte pieces."""
+    import sentencepiece
+
+    path = library / "own.model"
+    corpus = iter(["the little llama walked along the river in the evening"] * 20)
+    settings = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 310}
+    settings |= {"remove_extra_whitespaces": False, "add_dummy_prefix": False, "user_defined_symbols": ["<|im_start|>"]}
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=corpus, model_writer=file, minloglevel=2, **settings)
+    tokenizer = Tokenizer(path)
+    assert Encoder(tokenizer, "auto").fell_back == ""
+    assert any(spelling in text for text in encode.guards(tokenizer))
+    monkeypatch.setenv("FAST_IS_WRONG_FOR", spelling)
+    assert "gigatoken gives other ids than" in Encoder(tokenizer, "auto").fell_back
+    with pytest.raises(InputError, match="gigatoken gives other ids than .*: use --encoder sentencepiece"):
+        Encoder(tokenizer, "fast")
+
+
+def test_what_no_tokenizer_json_equals_is_never_given_to_the_fast_one(library):
+    import sentencepiece
+
+    path = library / "own.model"
+    corpus = iter(["the little llama walked along the river in the evening"] * 20)
+    settings = {"model_type": "bpe", "byte_fallback": True, "normalization_rule_name": "identity", "vocab_size": 310}
+    settings |= {"remove_extra_whitespaces": False, "user_defined_symbols": ["walk"]}
+    with path.open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(sentence_iterator=corpus, model_writer=file, minloglevel=2, **settings)
+    encoder = Encoder(Tokenizer(path), "auto")
+    assert encoder.name.startswith("sentencepiece ")
+    assert "it has user-defined pieces and puts a blank before a text" in encoder.fell_back
+    with pytest.raises(InputError, match=r"gigatoken cannot read .*own.model \(no tokenizer.json can have the ids"):
+        Encoder(Tokenizer(path), "fast")
+    assert "gigatoken" not in sys.modules or made() == []
 
 
 @pytest.mark.parametrize(
