@@ -65,13 +65,12 @@ def text_pieces(processor: Any) -> list[str]:
 
 def user_defined_pieces(processor: Any) -> list[str]:
     """Return the pieces that are found in a text before it is segmented."""
-    found = []
-    for number, value in _fields(processor.serialized_model_proto()):
-        if number == _PIECE and value.endswith(_USER_DEFINED):
-            piece = dict(_fields(value))
-            if piece.get(3) == 4:
-                found.append(piece[1].decode())
-    return found
+    pieces = [value for number, value in _fields(processor.serialized_model_proto()) if number == _PIECE]
+    messages = [value for value in pieces if isinstance(value, bytes)]  # a damaged file may have other fields of 1
+    found = [
+        i for i, value in enumerate(messages) if value.endswith(_USER_DEFINED) and dict(_fields(value)).get(3) == 4
+    ]
+    return [processor.id_to_piece(i) for i in found]
 
 
 def is_plain(processor: Any) -> bool:
@@ -84,8 +83,11 @@ def is_plain(processor: Any) -> bool:
 
 def _specs(processor: Any) -> tuple[dict[int, Any], dict[int, Any]]:
     """Return the model's trainer_spec and normalizer_spec, by the numbers of their fields."""
-    model = dict(_fields(processor.serialized_model_proto()))
-    return dict(_fields(model.get(_TRAINER, b""))), dict(_fields(model.get(_NORMALIZER, b"")))
+    specs: dict[int, dict[int, Any]] = {_TRAINER: {}, _NORMALIZER: {}}
+    for number, value in _fields(processor.serialized_model_proto()):
+        if number in specs and isinstance(value, bytes):
+            specs[number] = dict(_fields(value))
+    return specs[_TRAINER], specs[_NORMALIZER]
 
 
 def _refuse_inexact(processor: Any, vocab: dict[str, int], mergeable: set[str], user_defined: list[str]) -> bool:
@@ -126,6 +128,6 @@ def _fields(message: bytes) -> Iterator[tuple[int, Any]]:
         if key & 7 == 0:
             yield key >> 3, number()
             continue
-        size = {1: 8, 2: 0, 5: 4}[key & 7] or number()
+        size = number() if key & 7 == 2 else {1: 8, 5: 4}.get(key & 7, 0)
         yield key >> 3, message[place : place + size]
         place += size
