@@ -287,8 +287,8 @@ def _without(content: dict[str, Any], controls: set[str]) -> dict[str, Any]:
         for left, right in merges
         if left not in controls and right not in controls and left + right.removeprefix(prefix) not in controls
     ]
-    is_made_of_text = "merges" not in model or model.get("ignore_merges") or len(kept) < len(merges)
-    if not is_made_of_text and controls.issuperset(token["content"] for token in added):
+    may_make_controls = "merges" not in model or model.get("ignore_merges") or len(kept) < len(merges)
+    if not may_make_controls and controls.issuperset(token["content"] for token in added):
         return content | {"added_tokens": []}
     salt = hashlib.sha256(repr([*map(_name, vocab)]).encode(errors="replace")).hexdigest()
     names = {one: f"<control-{hashlib.sha256((salt + one).encode()).hexdigest()}>" for one in controls}

@@ -24,12 +24,13 @@ TEXTS = (
 )
 # reads what the library is to load from stdin; says on stdout what went wrong
 _CHILD = """
-import json, resource, sys
+import contextlib, json, resource, sys
 seconds, memory, texts = json.loads(sys.argv[1])
 for limit, value in ((resource.RLIMIT_CPU, seconds), (resource.RLIMIT_AS, memory), (resource.RLIMIT_CORE, 0)):
     hard = resource.getrlimit(limit)[1]
     value = value if hard == resource.RLIM_INFINITY else min(value, hard)
-    resource.setrlimit(limit, (value, hard))
+    with contextlib.suppress(OSError, ValueError):  # of a system that has no such limit
+        resource.setrlimit(limit, (value, hard))
 import tokenizers
 try:
     tokenizer = tokenizers.Tokenizer.from_buffer(sys.stdin.buffer.read())

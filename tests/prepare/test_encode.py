@@ -216,6 +216,17 @@ def test_a_tokenizer_of_which_no_cut_is_known_is_cut_where_the_ids_near_by_stay(
     assert parts(Encoder(Tokenizer(tmp_path), "sentencepiece"), [b"abababa", b"bab"]) == [([2, 2, 2], 6), ([2, 2], 4)]
 
 
+def test_a_tokenizer_that_lacks_letters_encodes_what_it_can(tmp_path):
+    import tokenizers
+
+    model = tokenizers.models.WordLevel({"a": 0, "b": 1}, unk_token="<unk>")  # which it has not either
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(Tokenizer(tmp_path), "auto")
+    assert parts(encoder, [b"b"]) == [([1], 1)]
+    with pytest.raises(InputError, match="fails on 'c'"):
+        parts(encoder, [b"c"])
+
+
 def test_where_no_cut_keeps_the_ids_it_is_behind_so_many_bytes(tmp_path, monkeypatch):
     """A run of one letter: its pieces depend on where it began, so no place in it is safe."""
     import tokenizers

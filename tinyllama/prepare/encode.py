@@ -11,6 +11,7 @@ Only where few places in ``WINDOW`` bytes promise that and none keeps it, as ami
 at the cut others than those of the whole.
 """
 
+import contextlib
 import importlib.metadata
 import itertools
 import re
@@ -108,7 +109,7 @@ class Encoder:
         self._encoded = self._texts = 0  # bytes by the encoder there is, texts since renew
         self._cuts, known = _cuts(tokenizer)
         # how a part that continues may have to begin
-        letters = [one for one in _PREFIXES if tokenizer.unk_id not in tokenizer.encode(one)][:3]
+        letters = itertools.islice(_known_letters(tokenizer), 3)
         lead = [_Lead(one.encode(), len(tokenizer.encode(one)), 0) for one in dict.fromkeys((known, "", *letters))]
         self._leads = [*lead, _Lead(b"", 0, 1)]
         self.name = f"{tokenizer.encoder} {tokenizer.encoder_version}"
@@ -202,6 +203,13 @@ class Encoder:
             )
         self._texts += 1
         return ids[lead.dropped :] if lead else ids
+
+
+def _known_letters(tokenizer: Tokenizer) -> Iterator[str]:
+    for one in _PREFIXES:
+        with contextlib.suppress(InputError):  # of a tokenizer without unk
+            if tokenizer.unk_id not in tokenizer.encode(one):
+                yield one
 
 
 def _begun(text: bytes, lead: _Lead | None) -> bytes:
