@@ -3,8 +3,9 @@
     python scripts/prepare_slimpajama.py --source DIR --tokenizer FILE --output DIR [--split train] [--workers N]
         [--exclude RedPajamaGithub,...] [--fraction 0.1 --seed 0]
 
-DIR/train/chunk1/example_train_0.jsonl.zst becomes the shard chunk1--example_train_0.jsonl.zst. As a Slurm array of N
-tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
+DIR is a folder or hf://datasets/OWNER/NAME[@REVISION], as published (train/chunk1/example_train_0.jsonl.zst, which
+becomes the shard chunk1--example_train_0.jsonl.zst) or in parquet (data/train-00000-of-00100.parquet). As a Slurm array
+of N tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
 """
 
 import difflib
@@ -24,16 +25,18 @@ def main() -> None:
     """Parse, find the input files, prepare, print the summary."""
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
-    parser.add_argument("--split", default="train", help="folder of --source (default: train)")
+    parser.add_argument("--split", default="train", help="folder of --source, or word of its files' names (train)")
+    subsets = parser.add_mutually_exclusive_group()
     # StarCoder has the code
-    parser.add_argument("--exclude", default="RedPajamaGithub", help="subsets, with commas (default: RedPajamaGithub)")
+    subsets.add_argument("--exclude", default="RedPajamaGithub", help="subsets, with commas (default: RedPajamaGithub)")
+    subsets.add_argument("--keep_all_subsets", action="store_true", help="also documents that name no subset")
     args = parser.parse_args()
-    exclude = tuple(sorted(filter(None, set(args.exclude.split(",")))))
+    exclude = () if args.keep_all_subsets else tuple(sorted(filter(None, set(args.exclude.split(",")))))
     for name in set(exclude) - set(SUBSETS):
         nearest = ", ".join(difflib.get_close_matches(name, SUBSETS, 1, 0))
         raise InputError(f"--exclude {name}: SlimPajama has no such subset; did you mean {nearest}?")
-    inputs = find_inputs(f"{args.source.rstrip('/')}/{args.split}", (".jsonl.zst",))
-    fields = flags.fields(args, subsets=True, leave_out=exclude)
+    inputs = find_inputs(args.source, (".jsonl.zst", ".parquet"), split=args.split)
+    fields = flags.fields(args, subsets=True, leave_out=exclude, unnamed=args.keep_all_subsets)
     print(prepare(inputs, fields, flags.options(args)))
 
 

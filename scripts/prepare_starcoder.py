@@ -2,6 +2,7 @@
 
     python scripts/prepare_starcoder.py --source DIR --tokenizer FILE --output DIR [--languages python,go] [--workers N]
 
+DIR is a folder or hf://datasets/bigcode/starcoderdata[@REVISION];
 DIR/python/train-00000-of-00059.parquet becomes the shard python--train-00000-of-00059.parquet. As a Slurm array of N
 tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
 """

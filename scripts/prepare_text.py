@@ -2,8 +2,10 @@
 
     python scripts/prepare_text.py --source PATH --tokenizer FILE --output DIR [--text_key text] [--workers N]
 
-PATH is a file or a folder: .jsonl, .jsonl.gz and .jsonl.zst hold a document a line, .parquet and .arrow (a dataset that
-`datasets` saved) one a row, .txt is one.
+PATH is a file, a folder or a URL: .jsonl, .ndjson and .json (also .gz, .zst, .xz, .bz2) hold a document a line,
+.parquet and .arrow (a dataset that `datasets` saved) one a row, .txt is one. A dataset on the Hub is
+hf://datasets/OWNER/NAME[@REVISION], of which --config_name chooses a configuration, or a folder of it:
+hf://datasets/OWNER/NAME/FOLDER.
 """
 
 from tinyllama.config import cli
@@ -17,8 +19,9 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
     parser.add_argument("--text_key", default="text", help="key or column that holds the text (default: text)")
+    flags.add_choice(parser)
     args = parser.parse_args()
-    inputs = find_inputs(args.source, ENDINGS)
+    inputs = find_inputs(args.source, ENDINGS, split=args.split, config_name=args.config_name)
     print(prepare(inputs, flags.fields(args, text_key=args.text_key), flags.options(args)))
 
 

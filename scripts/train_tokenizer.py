@@ -2,8 +2,9 @@
 
 python scripts/train_tokenizer.py --source PATH[:KEY] ... --output tokenizer.model [--vocab_size 32000]
 
-PATH is a file or folder of raw text as prepare_text.py takes it, KEY the key or column that holds the text (default:
-text), as in raw/starcoder:content. Lines are sampled from all of it. A tokenizer that is there is left as it is.
+PATH is a file, a folder or a URL of raw text as prepare_text.py takes it, KEY the key or column that holds the text
+(default: text), as in raw/starcoder:content. Lines are sampled from all of it. A tokenizer that is there is left as it
+is.
 """
 
 import os
@@ -11,7 +12,7 @@ from pathlib import Path
 
 from tinyllama import InputError, atomic
 from tinyllama.config import cli
-from tinyllama.prepare import train_tokenizer
+from tinyllama.prepare import flags, train_tokenizer
 from tinyllama.tokenizer import Tokenizer
 
 
@@ -21,11 +22,12 @@ def main() -> None:
     parser.add_argument("--source", nargs="+", required=True, metavar="PATH[:KEY]", help="raw text")
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces (32000)")
+    flags.add_choice(parser)
     args = parser.parse_args()
     # not Path.exists, which raises for a name that is too long
     kept = ", which was there and is left as it is" if os.path.exists(args.output) else ""
     if not kept:
-        model = train_tokenizer.train(args.source, args.vocab_size)
+        model = train_tokenizer.train(args.source, args.vocab_size, args.split, args.config_name)
         try:
             args.output.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(args.output, model)

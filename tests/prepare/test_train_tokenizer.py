@@ -137,11 +137,11 @@ def test_every_source_that_prepare_text_takes(tmp_path):
         archive.writestr("c.jsonl", '{"body": "two"}\n')
     (tmp_path / "with:colon.txt").write_text("four")
     fs = fsspec.filesystem("memory")
-    fs.pipe("/corpus/d.jsonl", b'{"body": "three", "text": "five"}\n')
-    sources = [f"{tmp_path}/A.NDJSON.BZ2:body", f"zip://*.jsonl::{tmp_path}/b.zip:body", "memory://corpus:body"]
-    sources += [f"{tmp_path}/with:colon.txt", "memory://corpus", "memory://corpus/d.jsonl:"]
+    fs.pipe("/words/d.jsonl", b'{"body": "three", "text": "five"}\n')
+    sources = [f"{tmp_path}/A.NDJSON.BZ2:body", f"zip://*.jsonl::{tmp_path}/b.zip:body", "memory://words:body"]
+    sources += [f"{tmp_path}/with:colon.txt", "memory://words", "memory://words/d.jsonl:"]
     assert list(train_tokenizer.lines(sources)) == ["one", "two", "three", "four", "five", "five"]
-    fs.rm("/corpus", recursive=True)
+    fs.rm("/words", recursive=True)
 
 
 @pytest.mark.parametrize(

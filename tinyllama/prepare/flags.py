@@ -16,7 +16,12 @@ from tinyllama.prepare.workers import cores
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the shared flags to ``parser``."""
-    parser.add_argument("--source", required=True, help="where the raw files are: a path or an fsspec URL (s3://...)")
+    parser.add_argument(
+        "--source",
+        type=_source,
+        required=True,
+        help="where the raw files are: a path or an fsspec URL (s3://..., hf://datasets/OWNER/NAME)",
+    )
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model or tokenizer.json")
     parser.add_argument("--output", type=_folder, required=True, help="folder of the packed dataset")
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos")
@@ -51,6 +56,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--finish", action="store_true", help="only write the manifest, after all tasks")
 
 
+def add_choice(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that choose a part of a source."""
+    parser.add_argument(
+        "--split", help="folder of --source, or word of its files' names (default: all; train of a dataset on the Hub)"
+    )
+    parser.add_argument("--config_name", default="", help="configuration of a dataset on the Hub (default: its own)")
+
+
 def options(args: argparse.Namespace) -> Options:
     """Return the options of ``prepare`` that the flags ask for."""
     if os.path.realpath(args.output) == os.path.realpath(args.source):
@@ -63,8 +76,14 @@ def fields(args: argparse.Namespace, **more: Any) -> Fields:
     return Fields(fraction=args.fraction, seed=args.seed, longest=args.longest_document << 20, **more)
 
 
+def _source(text: str) -> str:
+    if not text:  # a shell variable that is not set: it would be taken for the current folder
+        raise argparse.ArgumentTypeError("'' is not a path: give one")
+    return text
+
+
 def _folder(text: str) -> Path:
-    if not text:  # a shell variable that is not set: Path would take it for the current folder
+    if not text:
         raise argparse.ArgumentTypeError("'' is not a folder: give its path")
     return Path(text)
 

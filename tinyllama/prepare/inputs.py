@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama import InputError, printable
+from tinyllama.prepare import hub
 from tinyllama.prepare.listing import Listing, filesystem, is_folder, is_url, list_files, reason
 
 COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
@@ -25,6 +26,7 @@ RECORDS = (
 )
 ENDINGS = (*RECORDS, ".txt")
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
+_REFUSED = (401, 403, 404, 410)  # a server's answers that are the same the next time
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python names the bytes of a path that are not
 _SPLITS = "dataset_dict.json"  # beside the folders of the splits of a dataset that it saved
 _OF_DATASETS = ("state.json", "dataset_info.json", _SPLITS, "dataset_infos.json")
@@ -42,7 +44,7 @@ class Fields:
     text_key: str = "text"
     """key of a JSON object, column of a table"""
     subsets: bool = False
-    """records are SlimPajama's: each must name its subset in ``meta.redpajama_set_name``"""
+    """records are SlimPajama's: each must name its subset as ``redpajama_set_name``, in ``meta`` or beside it"""
     leave_out: tuple[str, ...] = ()
     """subsets to leave out; needs ``subsets``"""
     fraction: float = 1.0
@@ -51,6 +53,8 @@ class Fields:
     """of those draws, together with the input's name"""
     longest: int = 32 << 20
     """bytes of a JSON line or of a row's text; a longer one is an error (a ``.txt`` is read in parts, however long)"""
+    unnamed: bool = False
+    """with ``subsets``: records that name none are kept, too"""
 
 
 @dataclass(frozen=True)
@@ -89,7 +93,8 @@ class Input:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise OSError(error.errno, error.strerror, f"{folder} ($TMPDIR)") from None
                 what = f"{self.path}: cannot be fetched ({reason(error)})"
-                if isinstance(error, FileNotFoundError | PermissionError):
+                status = getattr(getattr(error, "response", error), "status_code", 0)
+                if isinstance(error, FileNotFoundError | PermissionError) or status in _REFUSED:
                     raise InputError(f"{what}: check it and run again, what is done is kept") from None
                 raise NotFetched(f"{what}: check the network and run again, what is done is kept") from None
             try:
@@ -107,22 +112,39 @@ class Inputs(list[Input]):
 
     notes: tuple[str, ...] = ()
     """what a summary says of the files at the source that are no inputs, and of those that may be none"""
+    origin: str | None = None
+    """of a source on the Hugging Face Hub, the URL with the commit"""
 
 
 def find_inputs(
-    source: str | Path, endings: tuple[str, ...], folders: Iterable[str] = (".",), split: str | None = None
+    source: str | Path,
+    endings: tuple[str, ...],
+    folders: Iterable[str] = (".",),
+    split: str | None = None,
+    config_name: str | None = None,
 ) -> Inputs:
     """The files in and below ``source`` whose names end so, each real one once, in the order of their shards.
 
     ``folders`` narrows it to some folders of ``source``, and ``split`` to the folder, or to the files, whose names say
-    that split; a ``source`` that is a file is the one input. What begins with a dot and what ``datasets`` keeps beside
-    its data are left out. Raises InputError for a folder that is missing or has no such file, for a file that cannot be
-    reached, and for two inputs that would make shards of one name.
+    that split; a ``source`` that is a file is the one input. Of a whole dataset on the Hub, ``config_name`` chooses the
+    files of a configuration ("": of the default one); None takes the files as they lie. What begins with a dot and what
+    ``datasets`` keeps beside its data are left out. Raises InputError for a folder that is missing or has no such file,
+    for a file that cannot be reached, and for two inputs that would make shards of one name.
     """
-    source, folders = str(source), sorted(set(map(os.path.normpath, folders)))
+    source, folders, origin = str(source), sorted(set(map(os.path.normpath, folders))), None
+    if hub.SCHEME in source and is_url(source):
+        source, origin = hub.pinned(source)
+    chosen = None
+    if config_name is not None and hub.is_dataset(source):
+        chosen, split = hub.data_files(source, config_name, split), None
+    elif config_name:
+        raise InputError(f"--config_name {config_name}: {source} is no hf://datasets/OWNER/NAME: leave it out")
     if split and is_folder(where := f"{source.rstrip('/')}/{split}"):
         source, split = where, None
     listing = list_files(source, folders)
+    if chosen is not None:
+        listing.elsewhere = len(listing.files.keys() - chosen)
+        listing.files = {url: file for url, file in listing.files.items() if url in chosen}
     names = {name for name, _ in listing.files.values()}
     dropped: Counter[str] = Counter()
     found = []
@@ -151,6 +173,7 @@ def find_inputs(
     if errors:
         raise InputError(*errors)
     result = Inputs(inputs[shard] for shard in sorted(inputs))
+    result.origin = origin
     result.notes = tuple(_notes(listing, dropped, [one.name for one in result if one.path != source]))
     return result
 
@@ -199,6 +222,8 @@ def _nothing(source: str, folder: str, listing: Listing, endings: tuple[str, ...
 
 
 def _notes(listing: Listing, dropped: Counter[str], names: Collection[str]) -> Iterator[str]:
+    if listing.elsewhere:
+        dropped["of other configurations and splits"] = listing.elsewhere
     if listing.hidden:
         dropped["that begin with a dot"] = listing.hidden
     if dropped:

@@ -195,7 +195,8 @@ def filesystem(url: str) -> tuple[Any, str]:
 
 def unreachable(source: str, error: Exception) -> InputError:
     """Return what to tell the user of a source that could not be listed."""
-    return InputError(f"{source}: cannot be listed ({reason(error)}): check the address and the rights")
+    rights = "; gated and private datasets need hf auth login" if "hf://" in source else ""
+    return InputError(f"{source}: cannot be listed ({reason(error)}): check the address and the rights{rights}")
 
 
 def reason(error: Exception) -> str:

@@ -81,6 +81,7 @@ class _Recipe:
     fields: Fields
     policy: Info  # metadata of every shard: one that says otherwise is of another dataset
     slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
+    origin: Info = field(default_factory=dict)  # metadata of every shard of a source on the Hub: its commit
 
 
 def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
@@ -95,7 +96,7 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     input whose worker died twice or whose ids the fast encoder got wrong.
     """
     started = time.monotonic()
-    recipe = _recipe(fields, options)
+    recipe = _recipe(fields, options, inputs.origin)
     try:
         if not options.finish:
             options.output.mkdir(parents=True, exist_ok=True)
@@ -172,7 +173,7 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
         if not total["documents"]:
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
         figures = {key: total[key] for key in ("subsets", "dropped", "repaired")}
-        packed.write_manifest(output, list(infos), **figures, skipped=sorted(bad))
+        packed.write_manifest(output, list(infos), **figures, skipped=sorted(bad), **recipe.origin)
         for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
             if marker.name.removesuffix(_BAD) not in bad:
                 marker.unlink(missing_ok=True)
@@ -195,7 +196,7 @@ def _reason(marker: Path) -> str:
         raise InputError(f"{marker} cannot be read ({error.strerror}): delete it and rerun its task") from None
 
 
-def _recipe(fields: Fields, options: Options) -> _Recipe:
+def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Recipe:
     used = Tokenizer(options.tokenizer)
     for name, wanted, token in (("bos", options.bos, used.bos_id), ("eos", options.eos, used.eos_id)):
         if wanted and token is None:
@@ -217,7 +218,7 @@ def _recipe(fields: Fields, options: Options) -> _Recipe:
         "seed": fields.seed if fields.fraction < 1 else None,
     }
     chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
-    return _Recipe(options.output, used.path, chosen, fields, policy, slow)
+    return _Recipe(options.output, used.path, chosen, fields, policy, slow, {"origin": origin} if origin else {})
 
 
 def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
@@ -236,19 +237,28 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
             "remove them or use another --output"
         )
     infos = {}
+    own = {one.shard for one in mine}
+    for shard in sorted(shards - own)[:1]:  # another task's: all must agree, and not only in the end
+        _agrees(output, read_shard_info(output, shard), recipe)
     for one in mine:
         info = read_shard_info(output, one.shard, _METADATA)
         if info is None:
             continue
-        for key, value in recipe.policy.items():
-            if info.get(key) != value:
-                raise InputError(
-                    f"{output}: {key} was {info.get(key)!r} for shard {one.shard} and is {value!r} now: "
-                    "use another --output"
-                )
+        _agrees(output, info, recipe)
         if (info["source"]["name"], info["source"]["bytes"]) == (one.name, one.size):
             infos[one.shard] = info
     return infos
+
+
+def _agrees(output: Path, info: Info | None, recipe: _Recipe) -> None:
+    """Raise InputError if a shard is of another dataset than is being prepared."""
+    for key, value in (recipe.policy | {"origin": None} | recipe.origin).items():
+        if info and info.get(key) != value:
+            origin = f"give --source {info[key]}, or " if key == "origin" and info.get(key) else ""
+            raise InputError(
+                f"{output}: {key} was {info.get(key)!r} for shard {info['name']} and is {value!r} now: "
+                f"{origin}use another --output"
+            )
 
 
 def _remove_stale(output: Path, shards: set[str] | None) -> None:
@@ -294,6 +304,7 @@ def _packer(recipe: _Recipe) -> Work:
                 subsets = _write(writer, encoder.stream(reader.chunks()), recipe, one)
                 return writer.finish(
                     **recipe.policy,
+                    **recipe.origin,
                     encoded_by=encoder.name,
                     source={"name": one.name, "bytes": reader.size, "blake2b": reader.blake2b},
                     subsets=subsets,

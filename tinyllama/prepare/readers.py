@@ -18,16 +18,24 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
+import numpy as np
+
 from tinyllama import InputError
 from tinyllama.prepare.inputs import COMPRESSED, Fields
+from tinyllama.prepare.pages import batch_size, page_sizes
 from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROWS = 64  # of a parquet file at a time, or fewer that take _ROW_BYTES
 _ROW_BYTES = 1 << 25
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_PART = 4  # times the longest document, that a part of a table may decompress to
+_SUBSET = "redpajama_set_name"  # SlimPajama's key: in meta, or beside it in some copies
 _RATIO = 500  # of the sizes before and after compression: no text's is as high
 _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
+_LONG = 1 << 21  # bytes of a line whose values are counted before it is parsed: those of a shorter one take little
+_ELEMENT = 32  # bytes of the longest line that there are, at least, for each value and key: in memory they take 100
+_OPENING = np.isin(np.arange(256), list(b",:[{"))
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -40,6 +48,18 @@ class TextChunk(NamedTuple):
     """the subset that the document belongs to; "" where none is named"""
     is_last: bool
     """the document ends here"""
+
+
+def elements(line: bytes) -> int:
+    """Return how many values and keys a line of JSON has, or more: commas, colons and brackets outside strings."""
+    bare = line.replace(b"\\\\", b"").replace(b'\\"', b"")  # what is left of quotes begins or ends a string
+    count, inside = 0, np.uint8(0)
+    for start in range(0, len(bare), BUFFER):
+        piece = np.frombuffer(bare, np.uint8, min(BUFFER, len(bare) - start), start)
+        parity = (np.cumsum(piece == ord('"'), dtype=np.uint8) + inside) & 1
+        inside = parity[-1]
+        count += int(np.count_nonzero(_OPENING[piece] & (parity == 0)))
+    return count
 
 
 @dataclass
@@ -80,6 +100,8 @@ class DocumentReader:
         if self.fields.fraction < 1:
             self.dropped["fraction"] = 0
         self._draws = random.Random(f"{self.fields.seed} {self.name}")  # random() of a text seed is the same everywhere
+        folders = Path(self.name).parts[:-1]  # some copies have a folder for each subset
+        self._folder = next((folder for folder in folders if folder.startswith("RedPajama")), None)
         self.repaired = 0
         suffix = self._suffix
         try:
@@ -161,6 +183,9 @@ class DocumentReader:
             yield TextChunk(self._utf8(text), subset, is_last=True)
 
     def _loads(self, line: bytes, where: str) -> Any:
+        if len(line) > _LONG and (count := elements(line)) > self.fields.longest // _ELEMENT:
+            hint = "remove it, or raise --longest_document of the prepare command"
+            raise self._error(f"{where} {count:,} values and keys, which take too much memory", hint)
         # what orjson refuses, lone surrogates above all, json may take; and it says better what is wrong
         with contextlib.suppress(ImportError, ValueError):  # without orjson json gives the same, at half the speed
             import orjson
@@ -182,22 +207,33 @@ class DocumentReader:
 
     def _subset(self, record: dict[str, Any], where: str) -> str:
         meta = record.get("meta")
-        subset = meta.get("redpajama_set_name") if isinstance(meta, dict) else None
-        if not isinstance(subset, str):
-            raise self._error(
-                f"{where} no meta.redpajama_set_name, so not SlimPajama", "use prepare_text.py for other data"
-            )
-        return subset
+        if isinstance(meta, str):
+            with contextlib.suppress(ValueError, RecursionError):
+                meta = json.loads(meta)
+        inner = meta.get(_SUBSET) if isinstance(meta, dict) else None
+        for subset in (record.get(_SUBSET), inner, self._folder):
+            if isinstance(subset, str) and subset:
+                return subset
+        if self.fields.unnamed:
+            return ""
+        raise self._error(
+            f"{where} no meta.{_SUBSET}, and none beside meta, so no subset can be left out",
+            "give --keep_all_subsets to keep everything, or use prepare_text.py for other data",
+        )
 
     def _rows(self) -> Iterator[TextChunk]:
         import pyarrow
 
         row = 0
         try:
-            for column in self._columns():
-                for value in column:
+            for column, records in self._columns():
+                for value, record in zip(column, records, strict=False):
                     row += 1
                     if self._unwanted():
+                        continue
+                    subset = self._subset(record, f"row {row}:") if self.fields.subsets else ""
+                    if subset in self.fields.leave_out:
+                        self.dropped[subset] += 1
                         continue
                     buffer = value.as_buffer()
                     if buffer is None:
@@ -209,30 +245,31 @@ class DocumentReader:
                         text.isascii() or text.decode()  # pyarrow does not see to it
                     except UnicodeDecodeError:
                         raise self._error(f"row {row}: not UTF-8") from None
-                    yield TextChunk(text, "", is_last=True)
+                    yield TextChunk(text, subset, is_last=True)
         except (pyarrow.ArrowException, OSError) as error:
             reason = str(error).partition("\n")[0]
             kind = self._suffix.removeprefix(".")
             raise self._error(f"not a readable {kind} file ({reason})", "download it again") from None
 
-    def _columns(self) -> Iterator[Iterable[Any]]:
-        """The text column of a table, some rows at a time."""
+    def _columns(self) -> Iterator[tuple[Iterable[Any], Iterable[dict[str, Any]]]]:
+        """The text column of a table, some rows at a time, and what names the subset of each row."""
         import pyarrow
         from pyarrow import parquet
 
         text_key = self.fields.text_key
         if self._suffix == ".parquet":
             table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
-            schema, batches = table.schema_arrow, self._batches(table)
+            schema = table.schema_arrow
         else:
             source = pyarrow.memory_map(str(self.path))
-            batches = pyarrow.ipc.open_stream(source)
-            schema = batches.schema
+            stream = pyarrow.ipc.open_stream(source)
+            schema = stream.schema
             if source.read_at(len(_ARROW_END), max(0, source.size() - len(_ARROW_END))) != _ARROW_END:
                 raise self._error("is cut short, it has no end mark", "download it again")
+            self._check_batches()
         kind = schema.field(text_key).type if text_key in schema.names else None
         if kind in (None, pyarrow.null()):  # as tables of no rows have it
-            rows = table.metadata.num_rows if self._suffix == ".parquet" else sum(batch.num_rows for batch in batches)
+            rows = table.metadata.num_rows if self._suffix == ".parquet" else sum(batch.num_rows for batch in stream)
             if kind is not None and rows:
                 self.dropped["null"] = rows
             if kind is not None or not rows:
@@ -242,32 +279,47 @@ class DocumentReader:
         kind = kind.value_type if encoded else kind
         if str(kind) not in ("string", "large_string", "string_view"):
             raise self._error(f"column {text_key!r} holds {kind}, not strings", _NAME_THE_KEY)
-        for batch in batches:
+        naming = [name for name in (_SUBSET, "meta") if name in schema.names] if self.fields.subsets else []
+        is_struct = pyarrow.types.is_struct
+        leaves = [f"{name}.{_SUBSET}" if is_struct(schema.field(name).type) else name for name in naming]
+        for batch in self._batches(table, [text_key, *leaves]) if self._suffix == ".parquet" else stream:
             column = batch.column(text_key)
-            yield (value.value for value in column) if encoded else column  # decoded, it can be of any size
+            texts = (value.value for value in column) if encoded else column  # decoded, it can be of any size
+            there = [name for name in naming if name in batch.schema.names]  # a struct may lack the leaf
+            yield texts, batch.select(there).to_pylist() if there else itertools.repeat({})
 
-    def _batches(self, table: Any) -> Iterator[Any]:
-        """The text column of a parquet file; what is decoded at a time is bounded in bytes."""
-        for number in range(table.num_row_groups):
-            rows = self._rows_at_a_time(table, number)
-            yield from table.iter_batches(rows, row_groups=[number], columns=[self.fields.text_key], use_threads=False)
+    def _batches(self, table: Any, leaves: list[str]) -> Iterator[Any]:
+        """These columns of a parquet file; what is decoded at a time is bounded in bytes."""
+        with open(self.path, "rb") as file:
+            for number in range(table.num_row_groups):
+                rows = self._rows_at_a_time(file, table.metadata.row_group(number), number + 1, leaves)
+                yield from table.iter_batches(rows, row_groups=[number], columns=leaves, use_threads=False)
 
-    def _rows_at_a_time(self, table: Any, number: int) -> int:
-        from pyarrow import compute, parquet
+    def _rows_at_a_time(self, file: BinaryIO, group: Any, number: int, leaves: list[str]) -> int:
+        largest = 1
+        for column in map(group.column, range(group.num_columns)):
+            if not any(f"{column.path_in_schema}.".startswith(f"{leaf}.") for leaf in leaves):
+                continue
+            size, compressed = column.total_uncompressed_size, column.total_compressed_size
+            if size > max(self.fields.longest, _RATIO * compressed):
+                what = f"row group {number}: {size:,} bytes of text in {compressed:,} compressed ones"
+                raise self._error(f"{what}, which no text can be")
+            # no value is larger than the page, or the dictionary's page, that it stands in
+            largest = max(largest, *page_sizes(file, column), 1)
+        self._check_part(f"row group {number}: has a page", largest)
+        return max(1, min(_ROWS, _ROW_BYTES // largest))
 
-        text_key, group = self.fields.text_key, table.metadata.row_group(number)
-        columns = map(group.column, range(group.num_columns))
-        column = next(column for column in columns if column.path_in_schema == text_key)
-        size, compressed = column.total_uncompressed_size, column.total_compressed_size
-        if size > max(self.fields.longest, _RATIO * compressed):  # and a page is decompressed whole
-            what = f"row group {number + 1}: {size:,} bytes of text in {compressed:,} compressed ones"
-            raise self._error(f"{what}, which no text can be")
-        largest = size // max(1, column.num_values)
-        if column.has_dictionary_page and size > _ROW_BYTES // _ROWS:  # one entry of it can be the text of every row
-            encoded = parquet.ParquetFile(self.path, pre_buffer=False, read_dictionary=[text_key])
-            batch = next(encoded.iter_batches(1, row_groups=[number], columns=[text_key], use_threads=False))
-            largest = max(largest, compute.max(compute.binary_length(batch.column(0).dictionary)).as_py() or 0)
-        return max(1, min(_ROWS, _ROW_BYTES // max(1, largest)))
+    def _check_batches(self) -> None:
+        """Refuse an Arrow stream with a batch that decompresses to too much."""
+        import pyarrow
+
+        for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(pyarrow.memory_map(str(self.path)))):
+            self._check_part(f"message {number}: is a batch", batch_size(message))
+
+    def _check_part(self, what: str, size: int) -> None:
+        if size > _PART * self.fields.longest:
+            hint = "write it in smaller ones, or raise --longest_document of the prepare command"
+            raise self._error(f"{what} that decompresses to {size:,} bytes at once", hint)
 
     def _whole(self, file: BinaryIO) -> Iterator[TextChunk]:
         if self._unwanted():

@@ -15,7 +15,7 @@ MAX_LINES = 300_000  # of a large corpus; more lines change little and take minu
 MAX_BYTES = 4192  # of a line: sentencepiece drops longer ones, without a word
 
 
-def train(paths: list[str], vocab_size: int) -> bytes:
+def train(sources: list[str], vocab_size: int, split: str | None = None, config_name: str = "") -> bytes:
     """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many.
 
     Lines too long for sentencepiece are cut, and their number is printed.
@@ -23,7 +23,7 @@ def train(paths: list[str], vocab_size: int) -> bytes:
     import sentencepiece
 
     long: Counter[str] = Counter()
-    text = sample(bounded(lines(paths), MAX_BYTES, long), MAX_LINES)
+    text = sample(bounded(lines(sources, split, config_name), MAX_BYTES, long), MAX_LINES)
     if long["lines"]:
         print(f"{long['lines']:,} lines of more than {MAX_BYTES:,} bytes were cut for sentencepiece", file=sys.stderr)
     model = io.BytesIO()
@@ -51,11 +51,11 @@ def train(paths: list[str], vocab_size: int) -> bytes:
     return model.getvalue()
 
 
-def lines(sources: list[str]) -> Iterator[str]:
+def lines(sources: list[str], split: str | None = None, config_name: str = "") -> Iterator[str]:
     """Yield every line of every document at ``sources``, each PATH[:KEY]; what is not read is printed."""
     for one_source in sources:
         source, key = with_key(one_source)
-        inputs = find_inputs(source, ENDINGS)
+        inputs = find_inputs(source, ENDINGS, split=split, config_name=config_name)
         for note in inputs.notes:
             print(f"{source}: {note}", file=sys.stderr)
         for one in inputs:
