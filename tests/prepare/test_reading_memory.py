@@ -5,6 +5,7 @@ import gzip
 import json
 import lzma
 import random
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+
+from tinyllama.prepare.inputs import Fields
+from tinyllama.prepare.readers import DocumentReader, elements
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's peak of memory")
 
@@ -143,3 +147,96 @@ def test_zeros_beside_the_text(tmp_path, tokenizer_file):
     pq.write_table(table, path, compression="zstd", use_dictionary=False)
     assert pq.ParquetFile(path).metadata.row_group(0).column(1).total_compressed_size < 10_000
     assert packed(path, tokenizer_file, "Fields(fraction=1e-5)").startswith("5")  # a column that is not read
+
+
+def test_millions_of_values_in_a_line(tmp_path, tokenizer_file):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(b'{"text": "fine"}\n{"text": "a", "x": [' + b"[]," * (10 * MB) + b"[]]}\n")
+    said = packed(path, tokenizer_file)
+    assert said.startswith(f"{path}: line 2: {20 * MB + 6:,} values and keys, which take too much memory: remove it")
+
+
+@pytest.mark.parametrize(
+    ("line", "count"),
+    [
+        (b'{"a": [1, 2, {}], "b": "x"}', 8),
+        (b'["[,:{", 1]', 2),
+        (rb'["\"[,\\", "\\\",", [",\""]]', 4),
+        (b'["' + b"," * (3 * MB) + b'", [], []]', 5),
+        (b"[" + b"[]," * MB + b'"' + b"," * MB, 2 * MB + 1),  # torn
+    ],
+)
+def test_the_values_of_a_line_are_counted_outside_strings(line, count):
+    assert elements(line) == count
+
+
+def test_a_long_text_of_brackets_is_a_text(tmp_path, tokenizer_file):
+    path = tmp_path / "a.jsonl"
+    path.write_text(json.dumps({"text": '[],{"a":\\' * (2 * MB)}) + "\n")
+    assert packed(path, tokenizer_file, "Fields(fraction=1e-9)") == "0 {'fraction': 1}"
+    reader = DocumentReader(path, Fields())
+    assert [len(text) for text in reader] == [18 * MB]
+
+
+def compressible(count: int) -> list[str]:
+    """16 MB each, of which compression leaves a little more than a 500th."""
+    rng = np.random.default_rng(0)
+    return [rng.bytes(16 * MB // 400).hex() + " " * (16 * MB * 199 // 200) for _ in range(count)]
+
+
+PARQUET = {
+    "plain": {"use_dictionary": False},
+    "dictionary": {},
+    "prefixes": {"use_dictionary": False, "column_encoding": {"text": "DELTA_BYTE_ARRAY"}},
+    "lengths": {"use_dictionary": False, "column_encoding": {"text": "DELTA_LENGTH_BYTE_ARRAY"}},
+    "version 2": {"use_dictionary": False, "data_page_version": "2.0"},
+}
+
+
+@pytest.mark.parametrize("kind", ["plain", *(pytest.param(kind, marks=pytest.mark.slow) for kind in [*PARQUET][1:])])
+def test_a_page_that_is_compressed_less(tmp_path, tokenizer_file, kind):
+    path = tmp_path / "a.parquet"
+    pq.write_table(pa.table({"text": compressible(9)}), path, compression="zstd", **PARQUET[kind])
+    column = pq.ParquetFile(path).metadata.row_group(0).column(0)
+    assert 350 < column.total_uncompressed_size / column.total_compressed_size < 500
+    said = packed(path, tokenizer_file)
+    assert re.match(
+        rf"{path}: row group 1: a page decompresses to 150,99\d,\d+ bytes at once: write it in smaller", said
+    )
+
+
+def test_rows_of_which_few_are_long(tmp_path, tokenizer_file):
+    path = tmp_path / "a.parquet"
+    texts = (compressible(4) + ["b"] * 3000) * 2
+    schema = pa.schema({"text": pa.string()})
+    with pq.ParquetWriter(path, schema, compression="zstd", use_dictionary=False, data_page_size=MB) as writer:
+        writer.write_table(pa.table({"text": texts}))
+    assert packed(path, tokenizer_file, "Fields(fraction=1e-9)") == "0 {'fraction': 6008}"
+
+
+@pytest.mark.slow
+def test_values_that_begin_as_the_one_before(tmp_path, tokenizer_file):
+    path, table = tmp_path / "a.parquet", pa.table({"text": ["x" * (30 * MB)] * 64})
+    pq.write_table(table, path, use_dictionary=False, column_encoding={"text": "DELTA_BYTE_ARRAY"}, compression="zstd")
+    assert packed(path, tokenizer_file, "Fields(fraction=1e-9)") == "0 {'fraction': 64}"
+
+
+@pytest.mark.parametrize("rows", [3, 50])
+def test_a_compressed_batch_of_arrow(tmp_path, tokenizer_file, rows):
+    path, table = tmp_path / "a.arrow", pa.table({"text": [" " * (16 * MB)] * 50})
+    with pa.ipc.new_stream(path, table.schema, options=pa.ipc.IpcWriteOptions(compression="zstd")) as stream:
+        stream.write_table(table, max_chunksize=rows)
+    said = packed(path, tokenizer_file, "Fields(fraction=1e-9)")
+    size = 50 * 16 * MB + 51 * 4
+    too_large = f"{path}: batch 1 decompresses to {size:,} bytes at once: write it in smaller ones, or give the "
+    assert said.startswith(too_large if rows == 50 else "0 {'fraction': 50}")
+
+
+def test_a_compressed_dictionary_of_arrow(tmp_path, tokenizer_file):
+    path = tmp_path / "a.arrow"
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 25, pa.int8()), pa.array([" " * (100 * MB)]))
+    with pa.ipc.new_stream(
+        path, pa.schema({"text": text.type}), options=pa.ipc.IpcWriteOptions(compression="zstd")
+    ) as stream:
+        stream.write_batch(pa.record_batch({"text": text}))
+    assert packed(path, tokenizer_file).startswith(f"{path}: batch 1 decompresses to 104,857,608 bytes at once")

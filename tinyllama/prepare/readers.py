@@ -29,7 +29,8 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROWS = 64  # of a parquet file at a time, or fewer that take _ROW_BYTES
 _ROW_BYTES = 1 << 25
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
-_PART = 4  # times the longest document, that a part of a table may decompress to
+_PAGE = 4  # times the longest document, that a page of a parquet file may decompress to
+_BATCH = 2  # and a batch of an Arrow stream, of which two are in memory at a time
 _SUBSET = "redpajama_set_name"  # SlimPajama's key: in meta, or beside it in some copies
 _RATIO = 500  # of the sizes before and after compression: no text's is as high
 _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KEY, train_tokenizer.py PATH:KEY)"
@@ -306,7 +307,7 @@ class DocumentReader:
                 raise self._error(f"{what}, which no text can be")
             # no value is larger than the page, or the dictionary's page, that it stands in
             largest = max(largest, *page_sizes(file, column), 1)
-        self._check_part(f"row group {number}: has a page", largest)
+        self._check_size(f"row group {number}: a page", largest, _PAGE)
         return max(1, min(_ROWS, _ROW_BYTES // largest))
 
     def _check_batches(self) -> None:
@@ -314,12 +315,14 @@ class DocumentReader:
         import pyarrow
 
         for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(pyarrow.memory_map(str(self.path)))):
-            self._check_part(f"message {number}: is a batch", batch_size(message))
+            self._check_size(f"batch {number}", batch_size(message), _BATCH)
 
-    def _check_part(self, what: str, size: int) -> None:
-        if size > _PART * self.fields.longest:
-            hint = "write it in smaller ones, or raise --longest_document of the prepare command"
-            raise self._error(f"{what} that decompresses to {size:,} bytes at once", hint)
+    def _check_size(self, what: str, size: int, times: int) -> None:
+        if size > times * self.fields.longest:
+            hint = (
+                f"write it in smaller ones, or give the prepare command --longest_document {size // (times << 20) + 1}"
+            )
+            raise self._error(f"{what} decompresses to {size:,} bytes at once", hint)
 
     def _whole(self, file: BinaryIO) -> Iterator[TextChunk]:
         if self._unwanted():
