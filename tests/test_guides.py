@@ -46,6 +46,7 @@ INSTEAD = [
     (r"(-m gpu)$", r"\1 tests/test_gpu.py"),  # to import every test takes half a minute
     (r"^python -m venv$", "python -m venv --without-pip out/venv"),
     # the names of what is given
+    (r"--source hf://\S+ --config_name \S+", "--source my_texts"),
     (r"step-00005000", "step-00000002"),
     (r"\bRUN\b", "out/tinyllama_1.1b"),
     (r"\bDIR\b", "data/slimpajama"),
@@ -234,7 +235,7 @@ def test_every_recipe_is_told_of() -> None:
 
 def test_every_recipe_passes_a_dry_run(packed_folder, tmp_path: Path) -> None:
     """With its own settings but for the sizes, and tiny data in place of its folders; one process for all."""
-    data = packed_folder([[list(range(3, 250)) * 40]])
+    folders = [packed_folder([[list(range(3, 250)) * 40]], name) for name in ("one", "two")]
     env = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RUN_ID="tests")
     env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
     lines = []
@@ -250,8 +251,11 @@ def test_every_recipe_passes_a_dry_run(packed_folder, tmp_path: Path) -> None:
             "--train.init_from",
             "null",
         ]
-        flags += ["--data.sources", json.dumps([source | {"path": str(data)} for source in sources])]
-        flags += ["--data.validation", json.dumps([{"path": str(data)}])]
+        flags += [
+            "--data.sources",
+            json.dumps([s | {"path": str(data)} for s, data in zip(sources, folders, strict=False)]),
+        ]
+        flags += ["--data.validation", json.dumps([{"path": str(folders[0])}])]
         lines.append(json.dumps(["train", flags]))
     command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
     ran = subprocess.run(command, input="\n".join(lines) + "\n", env=env, cwd=ROOT, capture_output=True, text=True)

@@ -292,6 +292,9 @@ def test_sources_and_what_belongs_together() -> None:
     assert data(sources=[Source("a", 1), Source("b", 1, 0)], ramp_tokens=1) == ()
     assert data(sources=[Source("a", 1), Source("b", 0, 1)]) == (together,)
     assert data(sources=[Source("a", 1)], ramp_tokens=1) == (together,)
+    for other in ("a", "a/", "./a", "b/../a"):
+        (fault,) = data(sources=[Source("a"), Source("b"), Source(other)])
+        assert fault == f"data.sources: {other} and a are one folder: give it once, with both weights' sum"
     assert data(sources=[Source("a")], document_mask=True, restart_positions=True) == ()
     assert data(sources=[Source("a")], document_mask=True) == ()
     (fault,) = data(sources=[Source("a")], restart_positions=True)

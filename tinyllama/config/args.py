@@ -1,6 +1,7 @@
 """Settings of a pretraining run, one frozen dataclass per group, and the checks across them."""
 
 import importlib.util
+import os
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Literal
 
@@ -261,6 +262,13 @@ def check(args: PretrainArgs) -> ModelConfig:
             errors.append(
                 f"data.sources: {source.path} has weight {source.weight}, at last {last}: one must be above 0"
             )
+    folders: dict[str, str] = {}
+    for path in (source.path for source in args.data.sources):
+        if (real := os.path.realpath(path)) in folders:
+            errors.append(
+                f"data.sources: {path} and {folders[real]} are one folder: give it once, with both weights' sum"
+            )
+        folders.setdefault(real, path)
     if (args.data.ramp_tokens is None) != all(source.final_weight is None for source in args.data.sources):
         errors.append("data.ramp_tokens and a final_weight of a source belong together: give both or neither")
     if args.train.init_from is not None and args.train.resume not in ("auto", "never"):
