@@ -529,7 +529,7 @@ def test_resuming_another_run_says_what_differs(
         ],
         "data.sources[0].fingerprint was ": [
             "--data.sources",
-            json.dumps([{"path": down, "weight": 0.7}, {"path": down, "weight": 0.3}]),
+            json.dumps([{"path": down, "weight": 0.7}, {"path": up, "weight": 0.3}]),
         ],
     }
     written = (out / "metrics.csv").read_bytes()
