@@ -1,9 +1,13 @@
 """Which files at a source are its inputs, and what is said of the others."""
 
+import functools
 import os
 import socket
+import threading
 import zipfile
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from unittest import mock
 
 import fsspec
 import pytest
@@ -236,6 +240,28 @@ def test_patterns_and_caches_of_urls(tmp_path):
     fs.rm("/many", recursive=True)
 
 
+def test_one_file_over_http(tmp_path):
+    touch(tmp_path, "notes.txt")
+    (tmp_path / "a.jsonl").write_text('{"text": "one"}\n')
+    handler = functools.partial(SimpleHTTPRequestHandler, directory=tmp_path)
+    with (
+        mock.patch.object(SimpleHTTPRequestHandler, "log_message"),
+        ThreadingHTTPServer(("127.0.0.1", 0), handler) as server,
+    ):
+        thread = threading.Thread(target=server.serve_forever)
+        thread.start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        for source in (f"{url}/a.jsonl", f"{url}/a.jsonl?download=true", f"simplecache::{url}/a.jsonl"):
+            found = find_inputs(source, ENDINGS)
+            assert (names(found), texts(found)) == (["a.jsonl"], ["one"])
+        assert "ends in none of" in errors(f"{url}/", ENDINGS)[0]  # an index
+        assert errors(f"{url}/none.jsonl", ENDINGS)[0].startswith(f"{url}/none.jsonl: cannot be listed (not found")
+        server.shutdown()
+        thread.join()
+    (message,) = errors(f"{url}/a.jsonl", ENDINGS)
+    assert message.startswith(f"{url}/a.jsonl: cannot be listed (Cannot connect to host")
+
+
 def test_sources_that_are_nothing_are_one_line(tmp_path, archive):
     for source in (
         f"zip://::{tmp_path}/none.zip",
@@ -263,3 +289,14 @@ def test_the_summary_says_what_was_not_read(tmp_path, tokenizer_file, one_proces
         "without a document: 2 files (empty.txt, none.jsonl)",
     ]
     assert "4 shards (4 new), 2 documents" in lines[-1]
+
+
+def test_an_output_below_the_source_is_no_input(tmp_path, tokenizer_file, one_process):
+    touch(tmp_path, "a.txt", "b.jsonl.json", "c/manifest.json")
+    (tmp_path / "b.jsonl.json").write_text('{"text": "a document"}')
+    (tmp_path / "c/manifest.json").write_text('{"text": "another"}')
+    for _ in range(2):
+        found = find_inputs(tmp_path, ENDINGS)
+        assert names(found) == ["a.txt", "b.jsonl.json", "c/manifest.json"]
+        prepare(found, Fields(), Options(tokenizer_file, tmp_path / "packed"))
+    assert "4 of packed folders" in found.notes[0]

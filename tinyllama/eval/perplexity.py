@@ -41,7 +41,8 @@ def perplexity(weights: Weights, path: Path, tokenizer: Tokenizer, batch_size: i
 
 
 def _texts(path: Path) -> bool:
-    return any(file.name.lower().endswith(ENDINGS) for file in path.rglob("*"))
+    endings = tuple(ending for ending in ENDINGS if ending != ".json")  # packed shards have one, too
+    return any(file.name.lower().endswith(endings) for file in path.rglob("*"))
 
 
 def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch_size: int) -> list[Score]:

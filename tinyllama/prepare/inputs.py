@@ -16,8 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from tinyllama import InputError, printable
+from tinyllama.data.metadata import MANIFEST
 from tinyllama.prepare import hub
-from tinyllama.prepare.listing import Listing, filesystem, is_folder, is_url, list_files, reason
+from tinyllama.prepare.listing import Listing, filesystem, is_folder, is_url, list_files, reason, without_caches
 
 COMPRESSED = (".gz", ".zst", ".zstd", ".xz", ".bz2")
 RECORDS = (
@@ -131,7 +132,7 @@ def find_inputs(
     ``datasets`` keeps beside its data are left out. Raises InputError for a folder that is missing or has no such file,
     for a file that cannot be reached, and for two inputs that would make shards of one name.
     """
-    source, folders, origin = str(source), sorted(set(map(os.path.normpath, folders))), None
+    source, folders, origin = without_caches(str(source)), sorted(set(map(os.path.normpath, folders))), None
     if hub.SCHEME in source and is_url(source):
         source, origin = hub.pinned(source)
     chosen = None
@@ -146,11 +147,14 @@ def find_inputs(
         listing.elsewhere = len(listing.files.keys() - chosen)
         listing.files = {url: file for url, file in listing.files.items() if url in chosen}
     names = {name for name, _ in listing.files.values()}
+    packed = {os.path.dirname(name) for name in names if name.endswith(".idx.npy")}
     dropped: Counter[str] = Counter()
     found = []
     for path, (name, size) in listing.files.items():
         if path != source and _is_of_datasets(name, names):
             dropped["that datasets keeps beside its data"] += 1
+        elif path != source and _is_packed(name, names, packed):
+            dropped["of packed folders"] += 1
         elif not name.lower().endswith(endings):
             dropped[_ending(name)] += 1
         elif not _is_of_split(name, split):
@@ -185,6 +189,12 @@ def _is_of_datasets(name: str, names: set[str]) -> bool:
     return base in _OF_DATASETS or (cached and any(f"{folder}{slash}{note}" in names for note in _OF_DATASETS))
 
 
+def _is_packed(name: str, names: set[str], packed: set[str]) -> bool:
+    """Whether this is a file of ours, as where --output is below --source: NAME.json, or a manifest."""
+    folder, base = os.path.split(name)
+    return folder in packed and (base == MANIFEST or f"{name.removesuffix('.json')}.bin" in names)
+
+
 def _ending(name: str) -> str:
     """How the summary names the ending of a file."""
     parts = name.rpartition("/")[2].lower().split(".")
@@ -213,7 +223,8 @@ def _nothing(source: str, folder: str, listing: Listing, endings: tuple[str, ...
     plain = [ending for ending in endings if not ending.endswith(COMPRESSED)]
     compressed = f" (compressed ones too: {', '.join(COMPRESSED)})" if 0 < len(plain) < len(endings) else ""
     if list(listing.files) == [source] and split is None:
-        return InputError(f"{source}: ends in none of {', '.join(plain or endings)}{compressed}: rename or convert it")
+        hint = "give the address of one file" if source.startswith("http") else "rename or convert it"
+        return InputError(f"{source}: ends in none of {', '.join(plain or endings)}{compressed}: {hint}")
     where = source if folder == "." else f"{source.rstrip('/')}/{folder}"
     text = ", rename files of plain text to .txt or put them into a .jsonl" if ".txt" in endings else ""
     what = f"no file ending in {' or '.join(plain or endings)}{compressed}"

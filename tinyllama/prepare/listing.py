@@ -35,6 +35,13 @@ def is_url(source: str) -> bool:
     return ("://" in source or "::" in source) and not os.path.exists(source)
 
 
+def without_caches(source: str) -> str:
+    """Return ``source`` without ``simplecache::`` and the like before it: each file is fetched once, and whole."""
+    while source.startswith(_CACHES):
+        source = source.partition("::")[2]
+    return source
+
+
 def list_files(source: str, folders: Collection[str]) -> Listing:
     """List the files in and below ``folders`` of ``source``, or the one file that it is.
 
@@ -148,12 +155,11 @@ def _remote(source: str, folders: Collection[str]) -> Listing:
     chain = "".join(source.partition("::")[1:])  # where an archive is
     listing, base = Listing(), fs.unstrip_protocol(top)
     try:
-        if fs.isfile(top):
+        # over http there are files alone, and whether there is one also depends on the network
+        if source.startswith(_HTTP) or fs.isfile(top):
             files = {source: fs.info(top)}
             base = source.removesuffix(chain).rpartition("/")[0]
         else:
-            if source.startswith(_HTTP):
-                raise FileNotFoundError("there is no such file")
             if is_pattern := not fs.exists(top) and set(top) & set("*?["):
                 found = fs.glob(top, detail=True)
                 start = min(top.find(sign) for sign in is_pattern)
@@ -183,12 +189,12 @@ def filesystem(url: str) -> tuple[Any, str]:
     """Return the filesystem of ``url`` and the path there; raises InputError."""
     import fsspec
 
-    while url.startswith(_CACHES):  # a file is fetched once, and whole
-        url = url.partition("::")[2]
     try:
         return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as error:  # a package that is not installed, a protocol nobody knows
-        raise InputError(f"{url}: cannot be reached ({reason(error)}): install it or correct the address") from None
+        raise InputError(
+            f"{url}: cannot be reached ({reason(error)}): correct the address, install what it needs, or download it"
+        ) from None
     except Exception as error:  # each filesystem has types of its own
         raise InputError(f"{url}: cannot be reached ({reason(error)}): check the address and the rights") from None
 
@@ -201,4 +207,8 @@ def unreachable(source: str, error: Exception) -> InputError:
 
 def reason(error: Exception) -> str:
     """Return the first line of what an exception says."""
+    if isinstance(error, FileNotFoundError):
+        if isinstance(error.__cause__, Exception):  # fsspec's, of a server that does not answer
+            return reason(error.__cause__)
+        return error.strerror or f"not found: {error}"
     return (str(error) or repr(error)).partition("\n")[0].rstrip(".")
