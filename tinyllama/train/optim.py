@@ -25,7 +25,10 @@ def adamw(model: GPT, args: OptimArgs, dtype: torch.dtype) -> torch.optim.Optimi
     )
 
 
-OPTIMIZERS: dict[str, Callable[[GPT, OptimArgs, torch.dtype], torch.optim.Optimizer]] = {"adamw": adamw, "muon": Muon}
+OPTIMIZERS: dict[str, Callable[[GPT, OptimArgs, torch.dtype], torch.optim.Optimizer]] = {
+    "adamw": adamw,
+    "muon": Muon,
+}
 """Each takes the model, its settings and the dtype of a pass"""
 
 
