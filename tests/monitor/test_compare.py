@@ -303,6 +303,16 @@ def test_the_report_says_what_was_branched_from_what(make_run: MakeRun) -> None:
     assert "branched from" not in report.read_run(own)["summary"]  # its first events are gone
 
 
+def test_an_earlier_version_recorded_the_origin_in_the_settings_only(make_run: MakeRun) -> None:
+    trunk = make_run("trunk", {0: 9.0, 10: 5.0}, {10: 10.0})
+    origin = trunk / "checkpoints" / "step-00000010"
+    for resume, found in ((str(origin), origin), ("auto", None), (3, None)):
+        branch = make_run(f"branch_{resume}".replace("/", ""), {20: 3.0}, {20: 10.0}, train__resume=resume)
+        (branch / "events.jsonl").write_text('{"time": 1, "event": "start", "step": 10}\n')
+        assert report.branched_from(branch) == found
+        assert read_curve(branch).tokens == ([0, 100, 200] if found else [200])
+
+
 @pytest.mark.parametrize(
     "event",
     [

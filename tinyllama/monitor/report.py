@@ -82,7 +82,7 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
-        config = yaml.safe_load((out_dir / "config.yaml").read_text("utf-8"))
+        config = _read_config(out_dir)
         tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
         if not (0 < tokens_per_step < 2**63 and isinstance(model.name, str)):
@@ -116,11 +116,13 @@ def branched_from(out_dir: Path) -> Path | None:
         try:
             event = json.loads(line)
             if event["event"] == "start":
+                if "resumed_from" not in event:  # of a version that did not record it
+                    event |= {"resumed_from": _read_config(out_dir)["train"]["resume"]}
                 step_dir = Path(event["resumed_from"])
                 is_own = step_dir.parent.parent.resolve() == out_dir.resolve()  # of a run whose first events are gone
                 return None if is_own or step_of(step_dir) != event["step"] else step_dir
-        except (ValueError, KeyError, TypeError, OSError, *NOT_IN_MEMORY):
-            continue  # damaged, or of a version that did not record it
+        except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, *NOT_IN_MEMORY):
+            continue  # it was damaged
     return None
 
 
@@ -233,6 +235,10 @@ def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
     labels = {0: _loss(high, 3), height - 1: _loss(low, 3), height // 2: "loss"}
     lines = [f"{labels.get(i, ''):>8} │" + "".join(chr(0x2800 + c) for c in row) for i, row in enumerate(dots)]
     return [*lines, " " * 8 + " └" + "─" * width, " " * 10 + f"0{f'{right:,.0f} tokens':>{width - 1}}"]
+
+
+def _read_config(out_dir: Path) -> Any:
+    return yaml.safe_load((out_dir / "config.yaml").read_text("utf-8"))
 
 
 def _loss(loss: float, digits: int = 4) -> str:

@@ -209,7 +209,7 @@ def newton_schulz_flops(rows: int, cols: int) -> int:
 
     A matmul of (m, k) and (k, n) takes 2 m k n. With s the shorter and l the longer side, each iteration has two of
     (s, s) and (s, l) and one of (s, s): 5 (4 s^2 l + 2 s^3) in all. Where l >= 2 s they work on the Gram matrix, with
-    four of (s, s) and (s, l), and 14 of (s, s).
+    four of (s, s) and (s, l), and 14 of (s, s). That quack computes half of a symmetric product is not counted.
     """
     short, long = sorted((rows, cols))
     if long >= 2 * short:
