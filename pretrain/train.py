@@ -207,9 +207,8 @@ class Training:
         self.failed = self.log.record_skips(results)
         if due and not self.failed:
             speed = self.meter.end_interval()
-            row: Row = {"step": state.step, "tokens": state.tokens, "loss": results[-1].loss}
-            row |= {"lr": self.lr, "grad_norm": results[-1].grad_norm}
-            row |= {"tokens_per_second": speed, "skipped": state.skipped}
+            row: Row = {"step": state.step, "tokens": state.tokens, "loss": results[-1].loss, "lr": self.lr}
+            row |= {"grad_norm": results[-1].grad_norm, "tokens_per_second": speed, "skipped": state.skipped}
             row["mfu"] = speed * flops_per_token(run.config) / (self.peak * run.world.size) if self.peak else None
             row["max_memory_gb"] = max_memory_gb(self.fabric.device)
             self.log.row(row, seconds_left=(run.max_steps - state.step) * run.tokens_per_step / speed)

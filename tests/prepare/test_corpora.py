@@ -111,6 +111,25 @@ def dclm(source: Path) -> dict[str, list[str]]:
     return {shards[0]: TEXTS, shards[1]: TEXTS[::-1]}
 
 
+def dolma(source: Path) -> dict[str, list[str]]:
+    """allenai/dolma: JSON in gzip, the fields of its toolkit's document format; ``metadata`` differs by source."""
+    fields = {"source": "common-crawl", "added": "2023-04-11T09:57:03.044571+00:00", "created": "2020-01-17T12:48:23Z"}
+    records = [
+        {"id": f"doc {i}", "text": text} | fields | {"metadata": {"url": "https://example.org", "length": len(text)}}
+        for i, text in enumerate(TEXTS)
+    ]
+    write_records(source / "cc_en_head/cc_en_head-0000.json.gz", records)
+    return {"cc_en_head--cc_en_head-0000.json.gz": TEXTS}
+
+
+def c4(source: Path) -> dict[str, list[str]]:
+    """allenai/c4: JSON in gzip, a folder for each variant, text, timestamp and url; its shards say the split."""
+    records = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"} for text in TEXTS]
+    write_records(source / "en/c4-train.00000-of-01024.json.gz", records)
+    write_records(source / "en/c4-train.00001-of-01024.json.gz", records[:2])
+    return {"en--c4-train.00000-of-01024.json.gz": TEXTS, "en--c4-train.00001-of-01024.json.gz": TEXTS[:2]}
+
+
 def climbmix_text(source: Path) -> dict[str, list[str]]:
     """OptimalScale/ClimbMix: the text of Nemotron-ClimbMix, whose cluster each record keeps; a hundred parts."""
     write_records(source / "part_0.jsonl", [{"text": text, "cluster_id": 7} for text in TEXTS])
@@ -188,6 +207,8 @@ CORPORA: list[tuple[str, Callable[[Path], dict[str, list[str]]], list[str]]] = [
     ("prepare_text", fineweb_edu, []),
     ("prepare_text", fineweb_edu_sample, []),
     ("prepare_text", dclm, []),
+    ("prepare_text", dolma, []),
+    ("prepare_text", c4, []),
     ("prepare_text", climbmix_text, []),
     ("prepare_text", climbmix_shuffled, []),
     ("prepare_text", wikipedia, []),

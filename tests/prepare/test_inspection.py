@@ -107,6 +107,23 @@ def test_damaged_index(folder, ends):
         inspect_packed(folder)
 
 
+@pytest.mark.parametrize("kind", ["pipe", "device", "folder", "too long"])
+def test_an_index_that_is_no_file_of_its_size_is_not_read(folder, kind):
+    path = folder / "a.idx.npy"
+    content = path.read_bytes()
+    path.unlink()
+    if kind == "pipe":
+        os.mkfifo(path)
+    elif kind == "device":
+        path.symlink_to("/dev/zero")
+    elif kind == "folder":
+        path.mkdir()
+    else:
+        path.write_bytes(content + bytes(10_000))
+    with pytest.raises(InputError, match=r"a.idx.npy is missing or does not fit its .bin: delete a.json and rerun"):
+        inspect_packed(folder)
+
+
 def test_threads_read_every_index(folder):
     # what makes Python 3.11's ast fail in threads: a collector that runs Python in the middle of a parse
     busy = lambda *_: sum(range(200))  # noqa: E731
