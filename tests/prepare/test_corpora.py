@@ -219,6 +219,60 @@ CORPORA: list[tuple[str, Callable[[Path], dict[str, list[str]]], list[str]]] = [
 ]
 
 
+def stack_v2(source: Path) -> None:
+    """bigcode/the-stack-v2: the features of its card, ids of Software Heritage in place of the files' text."""
+    columns = {
+        "blob_id": ["0a" * 20],
+        "directory_id": ["0b" * 20],
+        "path": ["/src/a.py"],
+        "content_id": ["0c" * 20],
+        "detected_licenses": [["MIT"]],
+        "license_type": ["permissive"],
+        "repo_name": ["owner/name"],
+        "src_encoding": ["UTF-8"],
+        "length_bytes": pa.array([123], pa.int64()),
+    }
+    write_table(source / "data/Python/train-00000-of-00214.parquet", columns)
+
+
+def climbmix_tokens(source: Path) -> None:
+    """nvidia/Nemotron-ClimbMix: GPT-2's tokens, as its card says, which offers OptimalScale/ClimbMix for the text."""
+    write_records(source / "part_0.jsonl", [{"tokens": [464, 1310, 32660, 2611], "token_count": 4, "cluster_id": 7}])
+
+
+REFUSED = [
+    (
+        *(
+            "prepare_starcoder",
+            stack_v2,
+            "data/Python/train-00000-of-00214.parquet: no column 'content', only ['blob_id', ",
+        ),
+        "The Stack v2 names files at Software Heritage; fetch their text first, as its dataset card explains",
+    ),
+    (
+        *("prepare_text", stack_v2, "data/Python/train-00000-of-00214.parquet: no column 'text', only ['blob_id', "),
+        "The Stack v2 names files at Software Heritage; fetch their text first, as its dataset card explains",
+    ),
+    (
+        *("prepare_text", climbmix_tokens, "part_0.jsonl: line 1: no key 'text', only ['tokens', 'token_count', "),
+        "decode them, or take the text (of Nemotron-ClimbMix: OptimalScale/ClimbMix)",
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "write", "what", "hint"), REFUSED)
+def test_a_corpus_without_text_is_refused_with_what_to_do(
+    script: Any, tokenizer_file: Path, tmp_path: Path, name: str, write: Any, what: str, hint: str
+) -> None:
+    write(tmp_path / "raw")
+    code, said, err = prepared(script, name, tmp_path / "raw", tokenizer_file, tmp_path / "packed")
+    (line,) = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, said) == (2, "")
+    assert line.startswith(f"error: {tmp_path}/raw/{what}")
+    assert line.endswith(hint)
+    assert not (tmp_path / "packed" / "manifest.json").exists()
+
+
 def documents(folder: Path, tokenizer: Tokenizer) -> dict[str, list[str]]:
     """The decoded documents of each shard, without the eos that ends each."""
     found: dict[str, list[str]] = {}

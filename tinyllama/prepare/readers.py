@@ -37,6 +37,10 @@ _NAME_THE_KEY = "name the one that holds the text (prepare_text.py --text_key KE
 _LONG = 1 << 21  # bytes of a line whose values are counted before it is parsed: those of a shorter one take little
 _ELEMENT = 32  # bytes of the longest line that there are, at least, for each value and key: in memory they take 100
 _OPENING = np.isin(np.arange(256), list(b",:[{"))
+_WITHOUT_TEXT = {  # what corpora have in place of their text
+    "blob_id": "The Stack v2 names files at Software Heritage; fetch their text first, as its dataset card explains",
+    "tokens": "it holds a tokenizer's ids; decode them, or take the text (of Nemotron-ClimbMix: OptimalScale/ClimbMix)",
+}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -173,7 +177,7 @@ class DocumentReader:
             if not isinstance(record, dict):
                 raise self._error(f"{where} not a JSON object")
             if text_key not in record:
-                raise self._error(f"{where} no key {text_key!r}, only {list(record)[:10]}", _NAME_THE_KEY)
+                raise self._no_text(f"{where} no key", record)
             subset = self._subset(record, where) if self.fields.subsets else ""
             if subset in self.fields.leave_out:
                 self.dropped[subset] += 1
@@ -275,7 +279,7 @@ class DocumentReader:
                 self.dropped["null"] = rows
             if kind is not None or not rows:
                 return
-            raise self._error(f"no column {text_key!r}, only {schema.names[:10]}", _NAME_THE_KEY)
+            raise self._no_text("no column", schema.names)
         encoded = pyarrow.types.is_dictionary(kind)
         kind = kind.value_type if encoded else kind
         if str(kind) not in ("string", "large_string", "string_view"):
@@ -346,6 +350,11 @@ class DocumentReader:
     def _too_long(self, where: str) -> InputError:
         hint = "remove or split it, or raise --longest_document of the prepare command"
         return self._error(f"{where} longer than {self.fields.longest:,} bytes", hint)
+
+    def _no_text(self, what: str, names: Iterable[str]) -> InputError:
+        names = list(names)
+        hints = [hint for name, hint in _WITHOUT_TEXT.items() if name in names]
+        return self._error(f"{what} {self.fields.text_key!r}, only {names[:10]}", *hints[:1] or [_NAME_THE_KEY])
 
     def _error(self, what: str, hint: str = "repair or remove it") -> InputError:
         return InputError(f"{self.path}: {what}: {hint}")
