@@ -139,14 +139,14 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     rng = np.random.default_rng(0)
     words = ["the", "little", "llama", "walked", "along", "a", "river", "and", "others", "followed", "to", "town"]
     texts = [" ".join(rng.choice(words, 60)) for _ in range(40)]
-    for split in ("train", "validation"):
-        mirror, part = ("SlimPajama-627B", "chunk1") if split == "train" else ("SlimPajama-627B-DC", "RedPajamaC4")
-        folder = tmp_path / "raw" / mirror / split / part
-        folder.mkdir(parents=True)
-        for number in range(2):
-            lines = [json.dumps({"text": text, "meta": {"redpajama_set_name": "RedPajamaC4"}}) for text in texts]
-            packed = zstandard.compress("\n".join(lines).encode())
-            (folder / f"example_{split}_{number}.jsonl.zst").write_bytes(packed)
+    records = [{"text": text, "meta": {"redpajama_set_name": "RedPajamaC4"}} for text in texts]
+    mirror, sorted_mirror = (tmp_path / "raw" / name for name in ("SlimPajama-627B", "SlimPajama-627B-DC"))
+    (mirror / "data").mkdir(parents=True)
+    for number in range(2):
+        pq.write_table(pa.Table.from_pylist(records), mirror / "data" / f"train-{number:05d}-of-00250.parquet")
+    folder = sorted_mirror / "validation" / "RedPajamaC4"
+    folder.mkdir(parents=True)
+    (folder / "chunk_0.jsonl.zst").write_bytes(zstandard.compress("\n".join(map(json.dumps, records * 2)).encode()))
     crawl = tmp_path / "raw" / "fineweb-edu" / "data" / "CC-MAIN-2024-10"
     crawl.mkdir(parents=True)
     for number in range(2):

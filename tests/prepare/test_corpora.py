@@ -203,19 +203,43 @@ def slimpajama_dc(source: Path) -> dict[str, list[str]]:
     return {"RedPajamaBook--chunk_0.jsonl.zst": TEXTS, "RedPajamaGithub--chunk_0.jsonl.zst": []}
 
 
-CORPORA: list[tuple[str, Callable[[Path], dict[str, list[str]]], list[str]]] = [
-    ("prepare_text", fineweb_edu, []),
-    ("prepare_text", fineweb_edu_sample, []),
-    ("prepare_text", dclm, []),
-    ("prepare_text", dolma, []),
-    ("prepare_text", c4, []),
-    ("prepare_text", climbmix_text, []),
-    ("prepare_text", climbmix_shuffled, []),
-    ("prepare_text", wikipedia, []),
-    ("prepare_starcoder", starcoderdata, []),
-    ("prepare_starcoder", stack_v2_smol, []),
-    ("prepare_slimpajama", slimpajama, []),
-    ("prepare_slimpajama", slimpajama_dc, []),
+def slimpajama_reupload(source: Path) -> dict[str, list[str]]:
+    """gmongaras/SlimPajama-627B_Reupload: 250 parquet files, ``meta`` a struct; Github is left out."""
+    columns = {
+        "text": [*TEXTS, "left out"],
+        "meta": [{"redpajama_set_name": "RedPajamaC4"}] * len(TEXTS) + [{"redpajama_set_name": "RedPajamaGithub"}],
+    }
+    write_table(source / "data/train-00000-of-00250.parquet", columns)
+    return {"data--train-00000-of-00250.parquet": TEXTS}
+
+
+def slimpajama_6b(source: Path) -> dict[str, list[str]]:
+    """DKYoon/SlimPajama-6B: parquet, a hash in each name, three splits in one folder, an index that pandas has left."""
+    columns = {
+        "text": TEXTS,
+        "meta": [{"redpajama_set_name": "RedPajamaBook"}] * len(TEXTS),
+        "__index_level_0__": pa.array(range(len(TEXTS)), pa.int64()),
+    }
+    for name in ("train-00000-of-00048-ab2b35705f029d94", "validation-00000-of-00001-1", "test-00000-of-00001-2"):
+        write_table(source / f"data/{name}.parquet", columns)
+    return {"data--train-00000-of-00048-ab2b35705f029d94.parquet": TEXTS}
+
+
+CORPORA: list[tuple[str, Callable[[Path], dict[str, list[str]]]]] = [
+    ("prepare_text", fineweb_edu),
+    ("prepare_text", fineweb_edu_sample),
+    ("prepare_text", dclm),
+    ("prepare_text", dolma),
+    ("prepare_text", c4),
+    ("prepare_text", climbmix_text),
+    ("prepare_text", climbmix_shuffled),
+    ("prepare_text", wikipedia),
+    ("prepare_starcoder", starcoderdata),
+    ("prepare_starcoder", stack_v2_smol),
+    ("prepare_slimpajama", slimpajama),
+    ("prepare_slimpajama", slimpajama_dc),
+    ("prepare_slimpajama", slimpajama_reupload),
+    ("prepare_slimpajama", slimpajama_6b),
 ]
 
 
@@ -285,14 +309,14 @@ def documents(folder: Path, tokenizer: Tokenizer) -> dict[str, list[str]]:
     return found
 
 
-def prepared(script: Any, name: str, source: Path, tokenizer: Path, output: Path, *flags: str) -> tuple[int, str, str]:
+def prepared(script: Any, name: str, source: Path, tokenizer: Path, output: Path) -> tuple[int, str, str]:
     paths = ["--source", source, "--tokenizer", tokenizer, "--output", output]
-    return script(name, *paths, "--encoder", "sentencepiece", *flags)
+    return script(name, *paths, "--encoder", "sentencepiece")
 
 
-@pytest.mark.parametrize(("name", "write", "flags"), CORPORA, ids=[write.__name__ for _, write, _ in CORPORA])
+@pytest.mark.parametrize(("name", "write"), CORPORA, ids=[write.__name__ for _, write in CORPORA])
 def test_what_is_prepared_is_the_text_of_the_corpus(
-    script: Any, tokenizer_file: Path, tmp_path: Path, name: str, write: Any, flags: list[str]
+    script: Any, tokenizer_file: Path, tmp_path: Path, name: str, write: Any
 ) -> None:
     source, output = tmp_path / "raw", tmp_path / "packed"
     expected = write(source)
@@ -302,7 +326,7 @@ def test_what_is_prepared_is_the_text_of_the_corpus(
     cache.mkdir(parents=True)
     (cache / "a.parquet.metadata").write_text("87f09149ef4734204d70ed1d046ddc9ca3f2b8f9\n")
     (cache / "a.parquet.lock").touch()
-    code, said, err = prepared(script, name, source, tokenizer_file, output, *flags)
+    code, said, err = prepared(script, name, source, tokenizer_file, output)
     assert code == 0, err
     assert documents(output, Tokenizer(tokenizer_file)) == expected
     texts = [text for shard in expected.values() for text in shard]
