@@ -185,6 +185,42 @@ def test_faults_of_arrow_files(tmp_path):
     assert "not a readable arrow file" in fault("a")
 
 
+def test_an_arrow_stream_with_something_behind_it(tmp_path):
+    path = write_arrow(tmp_path / "a.arrow", [pa.record_batch({"text": ["one", "two"]})])
+    whole = path.read_bytes()
+    for more in (b"garbage", b"garbage" + whole[-8:], whole):  # two streams are no stream of both
+        path.write_bytes(whole + more)
+        with pytest.raises(InputError) as info:
+            list(DocumentReader(path, Fields()))
+        if more.endswith(whole[-8:]):
+            assert f"has {len(more)} bytes behind the end of its stream: write what it holds as one" in str(info.value)
+
+
+def test_arrow_files_that_are_no_stream(tmp_path):
+    table = pa.table({"text": ["one", "two"]})
+    for compression in (None, "zstd"):
+        with pa.ipc.new_file(
+            tmp_path / "a.arrow", table.schema, options=pa.ipc.IpcWriteOptions(compression=compression)
+        ) as f:
+            f.write_table(table)
+        with pytest.raises(
+            InputError, match=r"a\.arrow: is in Arrow's file format, as Feather is: write it as parquet"
+        ):
+            list(DocumentReader(tmp_path / "a.arrow", Fields()))
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("offsets", [[0, 1 << 30, 3], [0, 3, 1], [-1, 2, 3], [0, 2, 1 << 30]], ids=str)
+def test_texts_that_lie_outside_of_an_arrow_file(tmp_path, kind, offsets):
+    path = write_arrow(tmp_path / "a.arrow", [pa.record_batch([pa.array(["ab", "c"], kind)], names=["text"])])
+    size = np.int32 if kind == pa.string() else np.int64
+    right, wrong = (np.array(numbers, size).tobytes() for numbers in ([0, 2, 3], offsets))
+    assert path.read_bytes().count(right) == 1
+    path.write_bytes(path.read_bytes().replace(right, wrong))
+    with pytest.raises(InputError, match=r"a\.arrow: not a readable arrow file \(.*: download it again"):
+        list(DocumentReader(path, Fields()))
+
+
 def test_an_arrow_file_cut_short_anywhere(tmp_path):
     path = tmp_path / "a.arrow"
     table = pa.table({"text": ["one", "two", "three"]})

@@ -29,6 +29,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROWS = 64  # of a parquet file at a time, or fewer that take _ROW_BYTES
 _ROW_BYTES = 1 << 25
 _ARROW_END = b"\xff\xff\xff\xff\0\0\0\0"
+_ARROW_FILE = b"ARROW1"
 _PAGE = 4  # times the longest document, that a page of a parquet file may decompress to
 _BATCH = 2  # and a batch of an Arrow stream, of which two are in memory at a time
 _SUBSET = "redpajama_set_name"  # SlimPajama's key: in meta, or beside it in some copies
@@ -267,6 +268,8 @@ class DocumentReader:
             schema = table.schema_arrow
         else:
             source = pyarrow.memory_map(str(self.path))
+            if source.read_at(len(_ARROW_FILE), 0) == _ARROW_FILE:
+                raise self._error("is in Arrow's file format, as Feather is", "write it as parquet or as a stream")
             stream = pyarrow.ipc.open_stream(source)
             schema = stream.schema
             if source.read_at(len(_ARROW_END), max(0, source.size() - len(_ARROW_END))) != _ARROW_END:
@@ -289,6 +292,7 @@ class DocumentReader:
         leaves = [f"{name}.{_SUBSET}" if is_struct(schema.field(name).type) else name for name in naming]
         for batch in self._batches(table, [text_key, *leaves]) if self._suffix == ".parquet" else stream:
             column = batch.column(text_key)
+            _check_offsets(column)
             texts = (value.value for value in column) if encoded else column  # decoded, it can be of any size
             there = [name for name in naming if name in batch.schema.names]  # a struct may lack the leaf
             yield texts, batch.select(there).to_pylist() if there else itertools.repeat({})
@@ -315,11 +319,14 @@ class DocumentReader:
         return max(1, min(_ROWS, _ROW_BYTES // largest))
 
     def _check_batches(self) -> None:
-        """Refuse an Arrow stream with a batch that decompresses to too much."""
+        """Refuse an Arrow stream with a batch that decompresses to too much, or with more behind its end."""
         import pyarrow
 
-        for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(pyarrow.memory_map(str(self.path)))):
+        source = pyarrow.memory_map(str(self.path))
+        for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(source)):
             self._check_size(f"batch {number}", batch_size(message), _BATCH)
+        if rest := source.size() - source.tell():  # pyarrow would leave it out without a word
+            raise self._error(f"has {rest:,} bytes behind the end of its stream", "write what it holds as one stream")
 
     def _check_size(self, what: str, size: int, times: int) -> None:
         if size > times * self.fields.longest:
@@ -358,3 +365,11 @@ class DocumentReader:
 
     def _error(self, what: str, hint: str = "repair or remove it") -> InputError:
         return InputError(f"{self.path}: {what}: {hint}")
+
+
+def _check_offsets(column: Any) -> None:
+    """Raise ArrowInvalid for texts that do not lie in the column's own bytes: pyarrow believes what a file says."""
+    import pyarrow
+
+    plain = {pyarrow.string(): pyarrow.binary(), pyarrow.large_string(): pyarrow.large_binary()}.get(column.type)
+    (column.view(plain) if plain else column).validate(full=True)  # that it is UTF-8 is checked row by row
