@@ -1,5 +1,6 @@
 """Documents longer than what is read at once, and fractions: what a reader gives, computed without it."""
 
+import codecs
 import gzip
 import hashlib
 import json
@@ -183,6 +184,26 @@ def test_faults_of_arrow_files(tmp_path):
     whole = path.read_bytes()
     path.write_bytes(whole[:40])
     assert "not a readable arrow file" in fault("a")
+
+
+@pytest.mark.parametrize("ending", ["\n", "\r\n"])
+def test_json_lines_as_windows_writes_them(tmp_path, ending):
+    path = tmp_path / "a.jsonl"
+    lines = [json.dumps({"text": text}) for text in ("one\r\n", "\ufefftwo")]
+    path.write_bytes(codecs.BOM_UTF8 + ending.join([*lines, "", ""]).encode())
+    assert list(DocumentReader(path, Fields())) == ["one\r\n", "\ufefftwo"]
+    path.write_bytes("".join(codecs.BOM_UTF8.decode() + line + ending for line in lines).encode())
+    with pytest.raises(InputError, match="line 2: not valid JSON"):  # it begins a file, and nothing else
+        list(DocumentReader(path, Fields()))
+
+
+@pytest.mark.parametrize("ending", [".parquet", ".arrow"])
+def test_two_columns_of_one_name(tmp_path, ending):
+    table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
+    path = tmp_path / f"a{ending}"
+    write_arrow(path, table.to_batches()) if ending == ".arrow" else pq.write_table(table, path)
+    with pytest.raises(InputError, match="has 2 columns called 'text': keep the one that is meant"):
+        list(DocumentReader(path, Fields()))
 
 
 def test_an_arrow_stream_with_something_behind_it(tmp_path):

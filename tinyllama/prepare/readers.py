@@ -152,6 +152,8 @@ class DocumentReader:
             is_first = True
             for number in itertools.count(1):
                 line = stream.readline(longest + 1)
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)  # as Windows writes it; it is no part of the JSON
                 if is_first and re.match(rb"\s*(\[|\{\s*\n)", line):
                     hint = "convert it, as with jq -c '.[]' a.json > a.jsonl, or remove it"
                     raise self._error(
@@ -275,6 +277,8 @@ class DocumentReader:
             if source.read_at(len(_ARROW_END), max(0, source.size() - len(_ARROW_END))) != _ARROW_END:
                 raise self._error("is cut short, it has no end mark", "download it again")
             self._check_batches()
+        if (count := schema.names.count(text_key)) > 1:
+            raise self._error(f"has {count} columns called {text_key!r}", "keep the one that is meant")
         kind = schema.field(text_key).type if text_key in schema.names else None
         if kind in (None, pyarrow.null()):  # as tables of no rows have it
             rows = table.metadata.num_rows if self._suffix == ".parquet" else sum(batch.num_rows for batch in stream)
