@@ -5,7 +5,8 @@ python scripts/evaluate_harness.py CHECKPOINT|RUN --tokenizer FILE --tasks commo
 
 from pathlib import Path
 
-from tinyllama import InputError
+from tinyllama import InputError, printable
+from tinyllama.checkpoint.reader import DamagedError
 from tinyllama.config import cli
 from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.weights import open_weights
@@ -59,10 +60,12 @@ def main() -> None:
     for step_dir in harness.watch(args.checkpoint, names, POLL_SECONDS):
         try:
             score(step_dir)
+        except DamagedError as error:
+            print(f"passed over: {printable(error.problem)}", flush=True)
         except (InputError, OSError) as error:
             if step_dir.exists():
                 raise
-            print(f"{step_dir} was removed by its run while it was read: {error}", flush=True)
+            print(f"{step_dir} was removed by its run while it was read: {printable(error)}", flush=True)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ import yaml
 from models import CONFIG, METADATA, given, weights
 
 from tinyllama import InputError
-from tinyllama.checkpoint import names, reader
+from tinyllama.checkpoint import hashes, names, reader
 from tinyllama.convert import hf_folder
 from tinyllama.convert.weights import open_weights
 from tinyllama.data.packed import open_packed
@@ -274,6 +274,28 @@ def test_the_command_watches(step_dir, packed_folder, tokenizer_file, script):
     assert rows_of(run / "eval.csv") == first
     (run / "eval.csv").unlink()
     (run / "events.jsonl").unlink()
+
+
+@pytest.mark.parametrize("name", ["__0_0.distcp", "config.yaml", ".metadata", "state.json"])
+def test_a_damaged_step_is_passed_over_with_a_line(name, step_dir, packed_folder, tokenizer_file, tmp_path, script):
+    tokenizer = Tokenizer(tokenizer_file)
+    folder = packed_folder([[[*tokenizer.encode(text), 2] for text in SENTENCES]], tokenizer_sha256=tokenizer.sha256)
+    run = tmp_path / "run"
+    steps = [Path(shutil.copytree(step_dir, run / "checkpoints" / f"step-{step:08d}")) for step in (12, 13)]
+    state, hashed = reader.read_state(step_dir), reader.read_hashes(step_dir)
+    (steps[1] / "state.json").write_bytes(hashes.seal(state | {"step": 13}, hashed))
+    content = bytearray((steps[0] / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (steps[0] / name).write_bytes(content)
+    (run / "events.jsonl").write_text('{"event": "done"}\n')
+    args = ("--tokenizer", tokenizer_file, "--perplexity", folder, "--watch")
+    code, out, err = script("evaluate_harness", run, *args)
+    assert (code, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0].startswith(f"passed over: {steps[0]} ")
+    assert name in lines[0]
+    assert lines[1] == str(steps[1])
+    assert len(rows_of(run / "eval.csv")) == 3
 
 
 @pytest.mark.slow

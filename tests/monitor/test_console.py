@@ -14,6 +14,7 @@ from tinyllama.config.args import (
     DataArgs,
     ModelArgs,
     OptimArgs,
+    ParallelArgs,
     PretrainArgs,
     Source,
     TrainArgs,
@@ -21,8 +22,8 @@ from tinyllama.config.args import (
 )
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import FORMATS, mean_speed, numbers, same_command, start_summary
-from tinyllama.train.launch import World
+from tinyllama.monitor.console import FORMATS, end_summary, mean_speed, numbers, same_command, start_summary
+from tinyllama.train.launch import World, find_world
 from tinyllama.train.run import Run
 
 
@@ -137,10 +138,45 @@ def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:
 
 def test_the_same_command_names_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--out_dir", "my run"])
-    for name in ("TORCHELASTIC_RUN_ID", "SLURM_PROCID"):
-        monkeypatch.delenv(name, raising=False)
-    assert same_command() == "python pretrain/train.py --out_dir 'my run'"
-    monkeypatch.setenv("SLURM_PROCID", "0")
-    assert same_command() == "srun ... python pretrain/train.py --out_dir 'my run'"
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "x")
-    assert same_command() == "torchrun ... pretrain/train.py --out_dir 'my run'"
+    command = "pretrain/train.py --out_dir 'my run'"
+    job = {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_PROCID": "0"}  # of a batch script
+    step = {"SLURM_NTASKS": "2", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "1"}
+    ranks = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
+    for env, expected in (
+        ({}, f"python {command}"),
+        (job, f"python {command}"),
+        (job | step, f"srun ... python {command}"),
+        (ranks | {"TORCHELASTIC_RUN_ID": "x"}, f"torchrun ... {command}"),
+        (job | step | ranks | {"TORCHELASTIC_RUN_ID": "x", "SLURM_STEP_NUM_TASKS": "1"}, f"torchrun ... {command}"),
+        (ranks, f"the same command of your launcher, for python {command}"),
+        (job | step | ranks, f"the same command of your launcher, for python {command}"),
+        (ranks | {"OMPI_COMM_WORLD_SIZE": "2"}, f"the same command of your launcher, for python {command}"),
+    ):
+        with monkeypatch.context() as patch:
+            for name, value in env.items():
+                patch.setenv(name, value)
+            assert same_command(find_world(ParallelArgs()).launcher) == expected
+
+
+def test_the_end_summary_says_what_there_is_to_start_from(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain/train.py"])
+    stopped = list(end_summary(run, [], {"training": 1.0}, TrainState()))
+    assert stopped == [
+        ("time", "since this start: training 1s"),
+        ("saved", "nothing, as no step was done"),
+        ("next", "python pretrain/train.py    # starts anew"),
+    ]
+    elsewhere = replace(run, resume=Path("other/checkpoints/step-00000003"))
+    stopped = list(end_summary(elsewhere, [], {"training": 1.0}, TrainState(step=3)))
+    assert stopped[1:] == [
+        ("saved", "nothing, as no step was done"),
+        ("next", "python pretrain/train.py    # starts from other/checkpoints/step-00000003 again"),
+    ]
+    (run.out_dir / "checkpoints/step-00000003").mkdir(parents=True)
+    stopped = list(end_summary(run, [{"step": 3, "tokens": 1, "loss": 2.0}], {"training": 1.0}, TrainState(step=3)))
+    assert stopped[-4:] == [
+        ("saved", f"{run.out_dir}/checkpoints/step-00000003"),
+        ("next", "python pretrain/train.py    # resumes from there"),
+        ("", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"),
+        ("", f"python scripts/report.py {run.out_dir}"),
+    ]

@@ -68,6 +68,9 @@ def test_xformers_without_its_fused_swiglu_is_named(stub: Any, monkeypatch: Any,
     monkeypatch.setattr(doctor, "LIBRARIES", (doctor.Library("xformers", "a test", ""),))
     _, *found = doctor.libraries()
     assert ["no fused SwiGLU" in finding.text for finding in found] == [True] * notes
+    for finding in found:  # no wheel that has it installs beside the torch that is asked for
+        assert "pip install" not in str(finding.hint)
+        assert str(finding.hint).startswith("leave ops.swiglu at auto: wheels of older ones need torch 2.9.1 or older")
 
 
 def test_versions_that_are_not_asked_for(stub: Any) -> None:

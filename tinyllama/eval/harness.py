@@ -207,7 +207,8 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     """Yield each complete step of ``run`` that lacks scores for some of ``names``, oldest first, as it appears.
 
     It polls every ``seconds``, and ends when the run has reached its last step or has a STOPPED file. An interrupted
-    run may be resumed, so it keeps waiting for that. Raises InputError when there is no such run.
+    run may be resumed, so it keeps waiting for that. A damaged step is passed over with a line; a run that resumes may
+    replace it. Raises InputError when there is no such run.
     """
     if not ((run / "checkpoints").is_dir() or (run / "events.jsonl").is_file()):
         raise InputError(f"{run} is no run: give the out_dir of one that has begun")
@@ -215,12 +216,21 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     for row in read_scores(run / "eval.csv"):
         scored.setdefault(row["step"], set()).add(row["task"])
     seen = {int(step) for step, tasks in scored.items() if step and tasks.issuperset(names)}
+    problems: dict[int, str] = {}  # of each step at its last look
+    told: set[tuple[int, str]] = set()
     while True:
         over = _is_over(run)  # checked before listing the steps, so that the last one is not missed
         for step, path in step_dirs(run / "checkpoints"):
-            if step not in seen and reader.problem(path) is None:
+            if step in seen:
+                continue
+            if (why := reader.problem(path)) is None:
                 seen.add(step)
                 yield path
+            elif (step, why) not in told and (over or problems.get(step) == why):  # its run may be removing it
+                told.add((step, why))
+                print(f"passed over: {printable(path)} is damaged ({why})", flush=True)
+            else:
+                problems[step] = why
         if over:
             return
         time.sleep(seconds)

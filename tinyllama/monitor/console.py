@@ -1,6 +1,5 @@
 """Print a run's progress: a summary at either end and, between them, a bar in a terminal or else plain lines."""
 
-import os
 import shlex
 import shutil
 import sys
@@ -189,22 +188,22 @@ def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float],
     saved = step_dir(run.out_dir / "checkpoints", state.step)
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
     if state.step < run.max_steps:
-        yield "next", f"{same_command()}    # resumes from there"
+        from_where = f"starts from {run.resume} again" if run.resume else "starts anew"
+        from_where = "resumes from there" if saved.exists() else from_where
+        yield "next", f"{same_command(run.world.launcher)}    # {from_where}"
     else:
         hf = run.out_dir / "hf"
         yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER --verify"
-    yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
-    yield "", f"python scripts/report.py {run.out_dir}"
+    if saved.exists():
+        yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
+    if rows:
+        yield "", f"python scripts/report.py {run.out_dir}"
 
 
-def same_command() -> str:
-    """Return the command that started this process, but for a launcher's own flags, which its ranks cannot see."""
-    launcher = "python"
-    if "TORCHELASTIC_RUN_ID" in os.environ:
-        launcher = "torchrun ..."
-    elif "SLURM_PROCID" in os.environ:
-        launcher = "srun ... python"
-    return f"{launcher} {shlex.join(sys.argv)}"
+def same_command(launcher: str | None) -> str:
+    """Return the command that started this process, but for its launcher's own flags, which ranks cannot see."""
+    started = {None: "python", "torchrun": "torchrun ...", "srun": "srun ... python"}
+    return f"{started.get(launcher, 'the same command of your launcher, for python')} {shlex.join(sys.argv)}"
 
 
 def mean_speed(rows: list[dict[str, Any]]) -> float:

@@ -190,7 +190,9 @@ def libraries() -> Iterator[Finding]:
             if (finding.name, finding.state) == ("xformers", OK):
                 text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
                 if Version(importlib.metadata.version("xformers")) >= Version("0.0.34"):
-                    yield Finding(NOTE, "xformers", text, "pip install 'xformers<0.0.34', or leave ops.swiglu at auto")
+                    # each wheel before names one version of torch: 0.0.33.post2 is the last, and wants 2.9.1
+                    hint = "leave ops.swiglu at auto: wheels of older ones need torch 2.9.1 or older, beside which this"
+                    yield Finding(NOTE, "xformers", text, f"{hint} package does not install")
 
 
 def _try(library: Library) -> Finding:

@@ -7,7 +7,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import timedelta
 
 import torch
@@ -68,6 +68,8 @@ class World:
     """ranks on each node"""
     shard: int
     """ranks that share one copy of the weights"""
+    launcher: str | None = field(default=None, compare=False)
+    """who started the ranks, as in ``Launch``; None: a user, by plain ``python``"""
 
     @property
     def size(self) -> int:
@@ -102,7 +104,7 @@ def find_world(args: ParallelArgs) -> World:
     if size % shard:
         valid = ", ".join(str(n) for n in range(1, size + 1) if size % n == 0)
         raise InputError(f"parallel.shard {shard} does not divide the {size} ranks; valid: {valid}")
-    return World(size // local, local, shard)
+    return World(size // local, local, shard, launch.launcher if launch else None)
 
 
 def find_launch() -> Launch | None:
