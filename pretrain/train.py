@@ -144,7 +144,7 @@ class Training:
         self.checkpointer = Checkpointer(
             run.out_dir / "checkpoints",
             config=settings,
-            facts=run.data_metadata() | run.tokenizer_metadata() | log.metadata(),
+            metadata=run.data_metadata() | run.tokenizer_metadata() | log.metadata(),
             keep_last=args.checkpoint.keep_last,
             keep_every=args.checkpoint.keep_every,
             asynchronous=args.checkpoint.asynchronous,

@@ -42,7 +42,12 @@ def main() -> None:
         settings = cli.dump({"model": asdict(config)})
         savers = {
             name: Checkpointer(
-                Path(folder, name), config=settings, facts={}, keep_last=1, keep_every=None, asynchronous=name != "sync"
+                Path(folder, name),
+                config=settings,
+                metadata={},
+                keep_last=1,
+                keep_every=None,
+                asynchronous=name != "sync",
             )
             for name in ("sync", "async")
         }

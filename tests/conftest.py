@@ -137,7 +137,7 @@ def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> 
     from tinyllama.tokenizer import Tokenizer
 
     folder = tmp_path_factory.mktemp("run")
-    facts = {**METADATA, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
+    metadata = {**METADATA, "tokenizer_sha256": Tokenizer(tokenizer_file).sha256}
     model = from_weights(CONFIG, weights())
     optimizer = torch.optim.AdamW(model.parameters())
     model(torch.tensor([[1, 2, 3]]), torch.tensor([[2, 3, 4]])).backward()
@@ -150,9 +150,9 @@ def step_dir(tmp_path_factory: pytest.TempPathFactory, tokenizer_file: Path) -> 
         state = TrainState(step=12, samples=36, tokens=3456)
         resolved = cli.dump({"model": dataclasses.asdict(CONFIG)})
         for key in state.__dict__:
-            facts.pop(key, None)
+            metadata.pop(key, None)
         keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
-        checkpointer = Checkpointer(folder / "checkpoints", config=resolved, facts=facts, **keep)
+        checkpointer = Checkpointer(folder / "checkpoints", config=resolved, metadata=metadata, **keep)
         return checkpointer.save(state, model, optimizer)
     finally:
         dist.destroy_process_group()

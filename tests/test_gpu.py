@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.distributed as dist
 import yaml
+from checkpoints import load_weights
 from models import generate
 
-from tinyllama.checkpoint.reader import load_weights
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.model import GPT, OPS, Block, init_weights

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoints import load_weights
 
 from tinyllama.checkpoint.names import step_dir
-from tinyllama.checkpoint.reader import load_weights
 from tinyllama.monitor.metrics import read_metrics
 from tinyllama.monitor.watchdog import Heartbeat, read
 

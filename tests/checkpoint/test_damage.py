@@ -19,6 +19,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from checkpoint_rank import CONFIG
+from checkpoints import load_weights
 
 from tinyllama.checkpoint import hashes, reader
 from tinyllama.checkpoint.state import FIELDS, TrainState
@@ -34,14 +35,20 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("saved")
     dist.init_process_group("gloo", store=dist.FileStore(str(folder / "store"), 1), rank=0, world_size=1)
     try:
-        facts = {"data": {"seed": 1}, "model": asdict(CONFIG), "bos_id": 1, "eos_id": 2, "tokenizer_sha256": "1" * 64}
-        facts |= {"eos_ids": [2], "bos": True}
-        facts |= {"wandb_id": "k2j1", "converted_from": "/somewhere"}
+        metadata = {
+            "data": {"seed": 1},
+            "model": asdict(CONFIG),
+            "bos_id": 1,
+            "eos_id": 2,
+            "tokenizer_sha256": "1" * 64,
+        }
+        metadata |= {"eos_ids": [2], "bos": True}
+        metadata |= {"wandb_id": "k2j1", "converted_from": "/somewhere"}
         model = torch.nn.Linear(3, 2)
         saver = Checkpointer(
             folder,
             config=yaml.safe_dump({"model": asdict(CONFIG), "train": {"init_from": None}}),
-            facts=facts,
+            metadata=metadata,
             keep_last=None,
             keep_every=None,
             asynchronous=False,
@@ -74,7 +81,7 @@ def refusal(step: Path) -> str | None:
     if why is None:
         try:
             reader.verify(step, "give another")
-            weights = reader.load_weights(step)
+            weights = load_weights(step)
             assert all(tensor.numel() <= 6 for tensor in weights.values())
         except reader.DamagedError as error:
             (why,) = error.args
@@ -86,7 +93,7 @@ def refusal(step: Path) -> str | None:
 
 def content(step: Path) -> Any:
     """All that a run takes from a step."""
-    state, settings, tensors = reader.read_state(step), reader.read_settings(step), reader.load_weights(step)
+    state, settings, tensors = reader.read_state(step), reader.read_settings(step), load_weights(step)
     return json.dumps([state, settings], sort_keys=True), {name: tensor.tolist() for name, tensor in tensors.items()}
 
 

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 from checkpoint_rank import CONFIG, Run, holds, make, values
+from checkpoints import load_weights
 from processes import Group, Process
 from safetensors import safe_open
 
@@ -127,7 +128,7 @@ def test_ranks_share_the_files_that_they_verify(steps: Path, ranks: Ranks, tmp_p
 
 
 def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> None:
-    weights = reader.load_weights(steps / "step-00000006")
+    weights = load_weights(steps / "step-00000006")
     assert list(weights) == [name for name, _ in Run.build(sharded=False).model.named_parameters()]
     assert all(torch.equal(weights[name], values(f"model.{name}", weights[name].shape, 6)) for name in weights)
     file = tmp_path / "new" / "model.safetensors"

@@ -32,9 +32,9 @@ STEPS = (10, 20, 30, 40)
 
 def save(folder: Path, step: int, state: dict[str, torch.Tensor], config: Any = CONFIG) -> Path:
     model = from_weights(config, state)
-    facts = {key: value for key, value in METADATA.items() if key not in ("step", "tokens")}
+    metadata = {key: value for key, value in METADATA.items() if key not in ("step", "tokens")}
     keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
-    checkpointer = Checkpointer(folder, config=cli.dump({"model": asdict(config)}), facts=facts, **keep)
+    checkpointer = Checkpointer(folder, config=cli.dump({"model": asdict(config)}), metadata=metadata, **keep)
     optimizer = torch.optim.AdamW(model.parameters(), weight_decay=0.0, fused=True)
     return checkpointer.save(TrainState(step=step, samples=step, tokens=96 * step), model, optimizer)
 

@@ -6,6 +6,7 @@ import shutil
 import pytest
 import torch
 import torch.nn.functional as F
+from checkpoints import load_weights
 from models import CONFIG, given, llama, to_hf, weights
 
 from tinyllama import InputError
@@ -47,7 +48,7 @@ def test_there_and_back_is_bit_equal_and_the_logits_are_those_of_transformers(co
         assert (back.config, again.config) == (config, config)
         assert again.dtype == out.dtype
         assert same(again.load(), out.load())
-        assert same(reader.load_weights(step_dir), out.load())
+        assert same(load_weights(step_dir), out.load())
     files = list((tmp_path / "hf").glob("*.safetensors"))
     assert (len(files) > 1) == (shard_bytes < 10**9)
 

@@ -99,9 +99,9 @@ def make(
 ) -> Checkpointer:
     """A Checkpointer of the tiny run."""
     config = yaml.safe_dump({"model": asdict(CONFIG)})
-    facts = {"data": {"seed": 1}}
+    metadata = {"data": {"seed": 1}}
     return Checkpointer(
-        folder, config=config, facts=facts, keep_last=keep_last, keep_every=keep_every, asynchronous=asynchronous
+        folder, config=config, metadata=metadata, keep_last=keep_last, keep_every=keep_every, asynchronous=asynchronous
     )
 
 

@@ -12,7 +12,7 @@ from tinyllama.config import cli
 from tinyllama.config.model import ModelConfig
 
 CONFIG = ModelConfig("half a gigabyte", vocab_size=32000, n_layer=12, n_head=16, n_embd=1024, intermediate_size=1024)
-FACTS = {"tokenizer_sha256": None, "bos_id": 1, "eos_id": 2}
+METADATA = {"tokenizer_sha256": None, "bos_id": 1, "eos_id": 2}
 
 
 def save(rank: int, store: str, run: Path) -> None:
@@ -35,7 +35,9 @@ def save(rank: int, store: str, run: Path) -> None:
     model.to_empty(device="cpu")
     init_weights(model, seed=1)
     keep = {"keep_last": None, "keep_every": None, "asynchronous": False}
-    checkpointer = Checkpointer(run / "checkpoints", config=cli.dump({"model": asdict(CONFIG)}), facts=FACTS, **keep)
+    checkpointer = Checkpointer(
+        run / "checkpoints", config=cli.dump({"model": asdict(CONFIG)}), metadata=METADATA, **keep
+    )
     checkpointer.save(TrainState(step=3, samples=3, tokens=9), model, torch.optim.AdamW(model.parameters(), fused=True))
     dist.destroy_process_group()
 

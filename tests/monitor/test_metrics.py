@@ -443,6 +443,7 @@ def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: py
 
 
 def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    (run.out_dir / "checkpoints/step-00000004").mkdir(parents=True)
     with RunLog(run, None, is_rank_zero=True) as log:
         log.end(TrainState(step=4, tokens=128), "SIGTERM")
     said = capsys.readouterr().out

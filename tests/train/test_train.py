@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from checkpoints import load_weights
 from packed import change
 from runs import beating, branch, column, metrics, tensors
 
@@ -434,7 +435,7 @@ def test_validation_is_the_mean_over_every_held_out_token(world, config_file: Pa
     change(manifest, subsets=figures["subsets"])
     said = world(2).train("--config", config_file, "--out_dir", out, "--train.micro_batch_size", 4)
     model = GPT(named_config(**config["model"]))
-    model.load_state_dict(reader.load_weights(out / "checkpoints" / "step-00000040"))
+    model.load_state_dict(load_weights(out / "checkpoints" / "step-00000040"))
     held_out = open_packed(config["data"]["validation"][0]["path"])
     blocks = torch.from_numpy(held_out.blocks(np.arange(held_out.num_blocks(32)), 32).astype(np.int64))
     with torch.no_grad():
@@ -632,7 +633,7 @@ def test_a_run_starts_from_given_weights_and_with_transformers_loss(
 
     # weights only: of a checkpoint of ours, and of an upstream file, as of the folder
     step_dir = out / "checkpoints/step-00000040"
-    torch.save({"model": reader.load_weights(step_dir), "step_count": 40}, tmp_path / "lit_model.pth")
+    torch.save({"model": load_weights(step_dir), "step_count": 40}, tmp_path / "lit_model.pth")
     for number, source in enumerate((step_dir, tmp_path / "lit_model.pth")):
         again = tmp_path / f"again {number}"
         world(2).train(*start[:2], "--train.init_from", source, "--out_dir", again, "--train.max_steps", 6)
@@ -710,7 +711,7 @@ def test_tied_embeddings_train_resume_and_export_alike_in_every_world(
     assert (code, json.loads((tmp_path / "hf/config.json").read_text())["tie_word_embeddings"]) == (0, True), said + err
     code, said, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "back", "--verify")
     assert code == 0, said + err
-    back = reader.load_weights(tmp_path / "back/step-00000000")
+    back = load_weights(tmp_path / "back/step-00000000")
     assert back.keys() == {name.removeprefix("model.") for name in saved if name.startswith("model.")}
     assert all(torch.equal(tensor, saved[f"model.{name}"]) for name, tensor in back.items())
     world(2).train(*flags, "--out_dir", compiled, "--train.compile", "true", "--train.max_steps", 12)

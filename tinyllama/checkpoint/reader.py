@@ -56,12 +56,6 @@ def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     return state.from_json(read_state(step_dir))
 
 
-def load_weights(step_dir: Path) -> dict[str, torch.Tensor]:
-    """Return the model's full tensors by name, on the CPU, as saved (fp32)."""
-    entries, read = open_weights(step_dir)
-    return {name: read(name) for name in entries}
-
-
 def open_weights(step_dir: Path) -> tuple[dict[str, TensorStorageMetadata], Callable[[str], torch.Tensor]]:
     """Return the metadata of the model's tensors by name, and a reader of one in full.
 

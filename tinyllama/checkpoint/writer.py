@@ -62,7 +62,7 @@ class Checkpointer:
     _: KW_ONLY
     config: str
     """the run's resolved YAML"""
-    facts: dict[str, Any]
+    metadata: dict[str, Any]
     """what state.json holds beside the numbers of a TrainState"""
     keep_last: int | None
     """newest complete steps that a save does not remove; None: all"""
@@ -159,7 +159,7 @@ class Checkpointer:
     def _state_json(self, state: TrainState) -> dict[str, Any]:
         """Return what state.json will hold; made now, for ``state`` goes on."""
         versions = {"tinyllama": __version__, "torch": torch.__version__, "python": platform.python_version()}
-        content = {"format_version": reader.FORMAT_VERSION, **asdict(state), **self.facts}
+        content = {"format_version": reader.FORMAT_VERSION, **asdict(state), **self.metadata}
         return content | {"world_size": dist.get_world_size(), "versions": versions}
 
     def _publish(self, final: Path, state: dict[str, Any], hashed: dict[str, str]) -> None:

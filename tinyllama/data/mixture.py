@@ -39,9 +39,6 @@ class Mixture:
     stay. Raises InputError for no source or a weight that is not a finite number above 0; at one end it may be 0.
     """
 
-    fingerprint: str
-    """hex digest of everything that fixes the order: two mixtures with the same one give the same samples"""
-
     def __init__(
         self,
         num_blocks: Sequence[int],
@@ -65,9 +62,6 @@ class Mixture:
         self._num_blocks = np.array(num_blocks, dtype=np.int64)
         self._window_key = _digest("window", seed)
         self._source_keys = np.array([_digest("source", seed, name) for name in fingerprints], dtype=np.uint64)
-        values = (ORDER_VERSION, WINDOW, seed, self._num_blocks.tolist(), self._weights, list(fingerprints))
-        changes = (_integers(final), ramp) if ramp else ()
-        self.fingerprint = _blake2b("mixture", *values, *changes).hex()
         # draws before each window of the ramp and before the first after it, where the shares are the last ones
         self._ramp_starts = _ramp_starts(self._weights, _integers(final), ramp)
         self._weights = _integers(final) if ramp else self._weights
@@ -215,9 +209,6 @@ def _splitmix64(x: np.ndarray) -> np.ndarray:
     return x
 
 
-def _blake2b(*values: object) -> bytes:
-    return hashlib.blake2b(json.dumps(values).encode(), digest_size=16).digest()
-
-
 def _digest(*values: object) -> int:
-    return int.from_bytes(_blake2b(*values)[:8], "little")
+    digest = hashlib.blake2b(json.dumps(values).encode(), digest_size=16).digest()
+    return int.from_bytes(digest[:8], "little")
