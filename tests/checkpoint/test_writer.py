@@ -343,7 +343,7 @@ def test_pruning(case: str, one_step: Path, tmp_path: Path) -> None:
     assert set(names(tmp_path)) == others | {"step-00000103"} | {f"step-{step:08d}" for step in kept}
 
 
-def test_what_cannot_be_removed_is_left_and_no_fault(one_step: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_removed_is_left_and_no_error(one_step: Path, tmp_path: Path) -> None:
     for step in (5, 10, 15):
         copy(one_step, step_dir(tmp_path, step), step)
     (tmp_path / "step-00000010.tmp" / "inside").mkdir(parents=True)  # in the way of the first that is to go

@@ -28,7 +28,7 @@ def test_model_args_change_a_named_size() -> None:
     assert ModelArgs("tinyllama_120m", n_layer=3).resolve() == named_config("tinyllama_120m", n_layer=3)
 
 
-def test_all_faults_are_reported_together() -> None:
+def test_all_errors_are_reported_together() -> None:
     args = PretrainArgs(
         model=ModelArgs("nothing"),
         data=DataArgs(sources=[Source("a", weight=-1)]),
@@ -37,7 +37,7 @@ def test_all_faults_are_reported_together() -> None:
     )
     with pytest.raises(InputError) as caught:
         check(args)
-    assert [fault.split(":")[0].split(" ")[0] for fault in caught.value.args] == [
+    assert [problem.split(":")[0].split(" ")[0] for problem in caught.value.args] == [
         "model.name",
         "data.sources",
         "one",
@@ -49,7 +49,7 @@ def test_all_faults_are_reported_together() -> None:
 
 
 @pytest.mark.parametrize(
-    ("train", "fault"),
+    ("train", "problem"),
     [
         (
             {"max_steps": 2**63},
@@ -61,8 +61,8 @@ def test_all_faults_are_reported_together() -> None:
         ),
     ],
 )
-def test_numbers_that_are_slips_of_the_hand(train: dict[str, Any], fault: str) -> None:
-    with pytest.raises(InputError, match=fault):
+def test_numbers_that_are_slips_of_the_hand(train: dict[str, Any], problem: str) -> None:
+    with pytest.raises(InputError, match=problem):
         check(run(**train))
 
 
@@ -195,7 +195,7 @@ def with_value(key: str, value: Any) -> PretrainArgs:
     return dataclasses.replace(args, **{group: dataclasses.replace(attrgetter(group)(args), **{name: value})})
 
 
-def faults(args: PretrainArgs) -> tuple[str, ...]:
+def problems(args: PretrainArgs) -> tuple[str, ...]:
     try:
         check(args)
     except InputError as error:
@@ -212,46 +212,46 @@ def test_every_number_has_a_bound(cls: type) -> None:
 def test_numbers_that_must_be_greater_than_0(key: str) -> None:
     most = 10**9 if key in ("train.max_time", "train.start_timeout", "train.timeout") else 10**15
     for good in (1, most):
-        assert faults(with_value(key, good)) == (), good
+        assert problems(with_value(key, good)) == (), good
     for bad in (0, -1, math.nan, most + 1):
-        assert f"{key} is {bad}: it must be greater than 0, at most {most:,}" in faults(with_value(key, bad))
+        assert f"{key} is {bad}: it must be greater than 0, at most {most:,}" in problems(with_value(key, bad))
 
 
 @pytest.mark.parametrize("key", ["checkpoint.keep_last", "checkpoint.keep_every", "eval.max_samples", "train.max_time"])
 def test_numbers_that_may_be_left_out(key: str) -> None:
-    assert faults(with_value(key, None)) == ()
+    assert problems(with_value(key, None)) == ()
 
 
 @pytest.mark.parametrize("key", ["optim.min_lr", "optim.weight_decay", "optim.warmup_steps"])
 def test_numbers_that_must_not_be_negative(key: str) -> None:
-    assert faults(with_value(key, 0)) == ()
+    assert problems(with_value(key, 0)) == ()
     for bad in (-1, math.nan):
         said = f"{key} is {bad}: it must not be negative, at most 1,000,000,000,000,000"
-        assert faults(with_value(key, bad)) == (said,)
+        assert problems(with_value(key, bad)) == (said,)
 
 
 @pytest.mark.parametrize("key", ["optim.beta1", "optim.beta2"])
 def test_decays_of_running_means(key: str) -> None:
     for good in (0, 0.999):
-        assert faults(with_value(key, good)) == ()
+        assert problems(with_value(key, good)) == ()
     for bad in (-0.1, 1, math.nan):
-        assert faults(with_value(key, bad)) == (f"{key} is {bad}: it must be in [0, 1)",)
+        assert problems(with_value(key, bad)) == (f"{key} is {bad}: it must be in [0, 1)",)
 
 
 def test_a_rate_may_stay_the_same_but_not_rise() -> None:
-    assert faults(with_value("optim.min_lr", 4e-4)) == ()
-    assert faults(with_value("optim.min_lr", 5e-4)) == (
+    assert problems(with_value("optim.min_lr", 4e-4)) == ()
+    assert problems(with_value("optim.min_lr", 5e-4)) == (
         "optim.min_lr 0.0005 is greater than optim.lr 0.0004: lower it",
     )
 
 
 def test_a_decay_and_its_steps_belong_together() -> None:
     said = ("optim.schedule wsd and optim.decay_steps belong together: give both or neither",)
-    assert faults(with_value("optim.schedule", "wsd")) == said
+    assert problems(with_value("optim.schedule", "wsd")) == said
     for schedule in ("cosine", "linear", "constant"):
-        assert faults(with_value("optim.schedule", schedule)) == ()
+        assert problems(with_value("optim.schedule", schedule)) == ()
         args = dataclasses.replace(run(max_steps=9), optim=OptimArgs(schedule=schedule, decay_steps=3))
-        assert faults(args) == said
+        assert problems(args) == said
 
 
 def test_a_decay_must_fit_between_the_warm_up_and_the_last_step() -> None:
@@ -273,20 +273,20 @@ def test_muon_has_one_moment_of_a_hidden_matrix_and_adamw_two() -> None:
 
 
 def data(**settings: Any) -> tuple[str, ...]:
-    return faults(dataclasses.replace(run(max_steps=9), data=DataArgs(**settings)))
+    return problems(dataclasses.replace(run(max_steps=9), data=DataArgs(**settings)))
 
 
 @pytest.mark.parametrize("weights", [(-1, None), (0, None), (0, 0), (math.inf, None), (math.nan, None), (1, -1)])
 def test_a_weight_that_is_none(weights: tuple[float, float | None]) -> None:
     ramp = None if weights[1] is None else 1
-    (fault,) = data(sources=[Source("packed", *weights)], ramp_tokens=ramp)
+    (problem,) = data(sources=[Source("packed", *weights)], ramp_tokens=ramp)
     last = weights[0] if weights[1] is None else weights[1]
-    assert fault == f"data.sources: packed has weight {weights[0]}, at last {last}: one must be above 0"
+    assert problem == f"data.sources: packed has weight {weights[0]}, at last {last}: one must be above 0"
 
 
 def test_sources_and_what_belongs_together() -> None:
-    (fault,) = data()
-    assert fault.startswith("data.sources is empty")
+    (problem,) = data()
+    assert problem.startswith("data.sources is empty")
     together = "data.ramp_tokens and a final_weight of a source belong together: give both or neither"
     assert data(sources=[Source("a", 1), Source("b", 0, 1)], ramp_tokens=1) == ()
     assert data(sources=[Source("a", 1), Source("b", 1, 0)], ramp_tokens=1) == ()
@@ -297,21 +297,21 @@ def test_sources_and_what_belongs_together() -> None:
         assert fault == f"data.sources: {other} and a are one folder: give it once, with both weights' sum"
     assert data(sources=[Source("a")], document_mask=True, restart_positions=True) == ()
     assert data(sources=[Source("a")], document_mask=True) == ()
-    (fault,) = data(sources=[Source("a")], restart_positions=True)
-    assert fault.startswith("data.restart_positions is true and data.document_mask is not")
+    (problem,) = data(sources=[Source("a")], restart_positions=True)
+    assert problem.startswith("data.restart_positions is true and data.document_mask is not")
     for resume in ("auto", "never"):
-        assert faults(run(max_steps=9, init_from="x", resume=resume)) == ()
-    assert faults(run(max_steps=9, resume="some/path")) == ()
-    (fault,) = faults(run(max_steps=9, init_from="x", resume="some/path"))
-    assert fault.startswith("train.init_from and a path in train.resume are both given")
+        assert problems(run(max_steps=9, init_from="x", resume=resume)) == ()
+    assert problems(run(max_steps=9, resume="some/path")) == ()
+    (problem,) = problems(run(max_steps=9, init_from="x", resume="some/path"))
+    assert problem.startswith("train.init_from and a path in train.resume are both given")
 
 
 def test_wandb_must_be_there_when_it_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
-    assert faults(run(max_steps=9)) == ()
+    assert problems(run(max_steps=9)) == ()
     for how in ("online", "offline"):
         args = dataclasses.replace(run(max_steps=9), log=LogArgs(wandb=how))  # type: ignore[arg-type]
-        assert faults(args) == ("log.wandb needs wandb: pip install wandb, or give --log.wandb off",)
+        assert problems(args) == ("log.wandb needs wandb: pip install wandb, or give --log.wandb off",)
 
 
 def test_blocks_are_compiled_on_a_gpu_unless_told() -> None:

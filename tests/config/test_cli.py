@@ -33,7 +33,7 @@ def parse(*argv: str) -> PretrainArgs:
     return cli.parse(PretrainArgs, argv)
 
 
-def faults(*argv: str) -> tuple[str, ...]:
+def problems(*argv: str) -> tuple[str, ...]:
     with pytest.raises(InputError) as caught:
         parse(*argv)
     return caught.value.args
@@ -61,7 +61,7 @@ def test_a_list_given_as_a_flag_replaces_the_whole_list(yaml_file: str, flag: li
 def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {n_layers: 3}\ndata: {sources: [{pth: a}]}\nlr: 3\nzzzzzz: 1\ntrain: 3\n")
-    assert faults("--config", str(path), "--train.max_step", "3") == (
+    assert problems("--config", str(path), "--train.max_step", "3") == (
         "unknown flag --train.max_step; did you mean train.max_steps?",
         f"{path}: unknown key model.n_layers; did you mean model.n_layer?",
         f"{path}: unknown key data.sources.pth; did you mean data.sources.path?",
@@ -72,7 +72,7 @@ def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) ->
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "problem"),
     [
         ("ops.attention: sdpa", "ops.attention is not nested: write {ops: {attention: ...}}, on two lines if you like"),
         ("data: {sources: null}", "data.sources cannot be 'null': expected list"),
@@ -82,14 +82,14 @@ def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) ->
         ("data: {sources: [{weight: 1}]}", "data.sources.path is missing"),
     ],
 )
-def test_yaml_of_another_shape_is_told(text: str, fault: str, tmp_path: Path) -> None:
+def test_yaml_of_another_shape_is_told(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    assert faults("--config", str(path)) == (f"{path}: {fault}",)
+    assert problems("--config", str(path)) == (f"{path}: {problem}",)
 
 
 @pytest.mark.parametrize(
-    ("text", "fault"),
+    ("text", "problem"),
     [
         ("train: {max_steps: 3}\ndata: {}\ntrain: {max_steps: 2}", "the key train is there twice"),
         ("optim: {lr: 1, lr: 2}", "the key lr is there twice"),
@@ -98,11 +98,11 @@ def test_yaml_of_another_shape_is_told(text: str, fault: str, tmp_path: Path) ->
         ("optim: &a {lr: 3, <<: *a}", "*a stands for something else: write that out"),
     ],
 )
-def test_yaml_that_is_none_is_told(text: str, fault: str, tmp_path: Path) -> None:
+def test_yaml_that_is_none_is_told(text: str, problem: str, tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text(text)
-    (said,) = faults("--config", str(path))
-    assert said.startswith(f"{path} is not YAML: {fault}")
+    (said,) = problems("--config", str(path))
+    assert said.startswith(f"{path} is not YAML: {problem}")
 
 
 def test_no_arguments_are_all_defaults() -> None:
@@ -121,19 +121,21 @@ def test_a_switch_alone_is_true_and_one_with_a_value_is_that(yaml_file: str) -> 
 
 
 def test_flags_that_are_unknown(tmp_path: Path) -> None:
-    assert faults("--optim.lrr=3", "--beta1", "3", "--qqqq") == (
+    assert problems("--optim.lrr=3", "--beta1", "3", "--qqqq") == (
         "unknown flag --optim.lrr; did you mean optim.lr?",
         "unknown flag --beta1; did you mean optim.beta1?",
         "unknown flag --qqqq; --help lists the keys",
     )
-    assert faults("--optim", "{lr: 3}") == (
+    assert problems("--optim", "{lr: 3}") == (
         "unknown flag --optim; it is a group: give its settings one by one, as in --optim.name",
     )
     path = tmp_path / "run.yaml"
     path.write_bytes(b"\xff\xfe\x00")
-    assert faults(f"--config={path}") == (f"cannot read the config {path}: it is not text; give --config a YAML file",)
+    assert problems(f"--config={path}") == (
+        f"cannot read the config {path}: it is not text; give --config a YAML file",
+    )
     path.write_text("3")
-    assert faults("--config", str(path)) == (f"{path}: it is not a group of keys but '3'; --help lists the keys",)
+    assert problems("--config", str(path)) == (f"{path}: it is not a group of keys but '3'; --help lists the keys",)
 
 
 @pytest.mark.parametrize(
@@ -147,7 +149,7 @@ def test_flags_that_are_unknown(tmp_path: Path) -> None:
     ],
 )
 def test_values_that_are_none_of_the_choices(key: str, value: str, expected: str) -> None:
-    assert faults(f"--{key}", value) == (f"{key} cannot be '{value}': expected {expected}",)
+    assert problems(f"--{key}", value) == (f"{key} cannot be '{value}': expected {expected}",)
 
 
 def test_a_value_is_what_its_setting_makes_of_it(tmp_path: Path) -> None:
@@ -180,7 +182,7 @@ def test_a_scripts_own_flags() -> None:
     assert given() == Sizes()
     assert given("--size.share", "0.5", "--size.deep", "TRUE", "--number", "8") == Sizes(share=0.5, deep=True)
     assert given("--size.deep", "--size.deep", "false") == Sizes(deep=False)
-    for words, fault in (
+    for words, problem in (
         (["--size.deep", "1"], "size.deep cannot be '1': expected bool"),
         (["--numb", "8"], "unrecognized arguments: --numb 8; "),  # no abbreviations
         (["--number", "x"], "argument --number: invalid int value: 'x'; "),
@@ -189,7 +191,7 @@ def test_a_scripts_own_flags() -> None:
         with pytest.raises(InputError) as caught:
             given(*words)
         (said,) = caught.value.args
-        assert said.startswith(fault)
+        assert said.startswith(problem)
         assert said.startswith("size.") or said.endswith("--help lists what there is")
 
 
@@ -208,7 +210,7 @@ def test_a_path_that_cannot_be_used_is_the_users_to_mend(name: int, capsys: pyte
         assert capsys.readouterr().err == said
 
 
-def test_which_faults_of_a_path_are_the_users() -> None:
+def test_which_errors_of_a_path_are_the_users() -> None:
     names = "EACCES EPERM EROFS ENOSPC EDQUOT ENAMETOOLONG ELOOP ENOTDIR EISDIR EEXIST"
     assert {getattr(errno, name) for name in names.split()} == cli.UNUSABLE
 
@@ -220,19 +222,19 @@ def test_which_faults_of_a_path_are_the_users() -> None:
 
 
 def test_wrong_types_name_the_key(tmp_path: Path) -> None:
-    assert faults("--model.n_layer", "x") == ("model.n_layer cannot be 'x': expected int | null",)
+    assert problems("--model.n_layer", "x") == ("model.n_layer cannot be 'x': expected int | null",)
     path = tmp_path / "run.yaml"
     path.write_text("data: {sources: 3}")
-    assert faults("--config", str(path)) == (f"{path}: data.sources cannot be '3': expected list",)
+    assert problems("--config", str(path)) == (f"{path}: data.sources cannot be '3': expected list",)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = tmp_path / "none.yaml"
-    assert faults("--config", str(missing)) == (
+    assert problems("--config", str(missing)) == (
         f"cannot read the config {missing}: No such file or directory; give --config a YAML file",
     )
     missing.write_text("a: [")
-    assert faults("--config", str(missing))[0].startswith(f"{missing} is not YAML: ")
+    assert problems("--config", str(missing))[0].startswith(f"{missing} is not YAML: ")
 
 
 def test_every_field_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:

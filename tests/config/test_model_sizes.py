@@ -23,7 +23,7 @@ def test_unknown_name_is_answered_with_the_nearest() -> None:
         named_config("tinyllama_1b")
 
 
-def test_all_faults_of_a_config_are_reported_together() -> None:
+def test_all_errors_of_a_config_are_reported_together() -> None:
     with pytest.raises(InputError) as caught:
         ModelConfig(name="x", n_head=7, n_query_groups=4)
     assert caught.value.args == (

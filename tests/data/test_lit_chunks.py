@@ -41,7 +41,7 @@ def test_lit_chunk_dtypes(tmp_path, code, dtype, last):
     assert dataset.read(0, 2).tolist() == [0, last]
 
 
-def test_lit_chunk_faults_are_told_together(tmp_path):
+def test_lit_chunk_errors_are_told_together(tmp_path):
     write_chunk(tmp_path / "a.bin", [1, 2], magic=b"NOTPKDS")
     write_chunk(tmp_path / "b.bin", [1, 2])
     write_chunk(tmp_path / "c.bin", [1, 2], code=4, dtype="<i4")
@@ -57,17 +57,17 @@ def test_lit_chunk_faults_are_told_together(tmp_path):
     (tmp_path / "i.bin").write_bytes(b"")
     with pytest.raises(InputError) as error:
         open_packed(tmp_path)
-    faults = {Path(fault.split()[0]).name: fault for fault in error.value.args}
-    assert sorted(faults) == [f"{name}.bin" for name in ("a", "c", "d", "e", "e2", "e3", "e4", "f", "g", "h", "i")]
+    problems = {Path(problem.split()[0]).name: problem for problem in error.value.args}
+    assert sorted(problems) == [f"{name}.bin" for name in ("a", "c", "d", "e", "e2", "e3", "e4", "f", "g", "h", "i")]
     for name in ("a.bin", "e4.bin", "h.bin", "i.bin"):
-        assert "is not a chunk file" in faults[name]
-    assert "holds int32 tokens but b.bin uint16" in faults["c.bin"]
-    assert "version 2 and dtype code 8" in faults["d.bin"]
-    assert "version 1 and dtype code 6" in faults["e.bin"]
-    assert "version 1 and dtype code 7" in faults["e2.bin"]
-    assert "version 0 and dtype code 8" in faults["e3.bin"]
-    assert "has 27 bytes, not the 28" in faults["f.bin"]
-    assert "has 29 bytes, not the 28" in faults["g.bin"]
+        assert "is not a chunk file" in problems[name]
+    assert "holds int32 tokens but b.bin uint16" in problems["c.bin"]
+    assert "version 2 and dtype code 8" in problems["d.bin"]
+    assert "version 1 and dtype code 6" in problems["e.bin"]
+    assert "version 1 and dtype code 7" in problems["e2.bin"]
+    assert "version 0 and dtype code 8" in problems["e3.bin"]
+    assert "has 27 bytes, not the 28" in problems["f.bin"]
+    assert "has 29 bytes, not the 28" in problems["g.bin"]
 
 
 def test_lit_chunks_without_tokens(tmp_path):

@@ -208,7 +208,7 @@ def test_bad_weight(weight):
         mixture([10, 10], [1, weight])
 
 
-def test_every_fault_is_reported():
+def test_every_error_is_reported():
     with pytest.raises(InputError) as caught:
         mixture([10, 10], [-1, 0])
     assert len(caught.value.args) == 2

@@ -439,7 +439,7 @@ def main() -> None:
             with contextlib.redirect_stdout(said):
                 answer["result"] = globals()[name](argv)
         except InputError as error:
-            answer["faults"] = error.args
+            answer["problems"] = error.args
         except BaseException:
             answer["defect"] = traceback.format_exc()
         answer["said"] = said.getvalue()

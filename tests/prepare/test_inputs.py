@@ -162,7 +162,7 @@ def test_zst_with_a_long_window(tmp_path):
 
 
 @pytest.mark.parametrize("ending", [".jsonl.gz", ".jsonl.zst", ".jsonl.xz", ".jsonl.bz2"])
-def test_truncated_at_any_byte_is_a_fault(tmp_path, ending):
+def test_truncated_at_any_byte_is_a_error(tmp_path, ending):
     whole = compress(ending, jsonl(TEXTS[:4]))
     path = tmp_path / f"a{ending}"
     for size in range(len(whole)):
@@ -253,7 +253,7 @@ def test_slimpajama_leaves_out_a_set_and_counts_it(tmp_path):
 
 
 @pytest.mark.parametrize("meta", ["{}", '"RedPajamaC4"', "null", '{"redpajama_set_name": 3}'])
-def test_slimpajama_without_a_set_name_is_a_fault(tmp_path, meta):
+def test_slimpajama_without_a_set_name_is_a_error(tmp_path, meta):
     path = tmp_path / "a.jsonl"
     path.write_text(f'{{"text": "a", "meta": {meta}}}\n')
     assert "line 1: no meta.redpajama_set_name" in fault(path, subsets=True, leave_out=("RedPajamaGithub",))
@@ -271,7 +271,7 @@ def test_parquet_over_row_groups(tmp_path, kind):
     assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
 
 
-def test_parquet_faults(tmp_path):
+def test_parquet_errors(tmp_path):
     path = tmp_path / "a.parquet"
     pq.write_table(pa.table({"code": ["a"], "id": [1]}), path)
     assert "no column 'content', only ['code', 'id']" in fault(path, text_key="content")
@@ -389,7 +389,7 @@ def test_find_inputs_of_some_folders_or_one_file(tmp_path):
     assert find_inputs(tmp_path / "c/a.parquet", ENDINGS) == [Input(str(tmp_path / "c/a.parquet"), "a.parquet", 9)]
 
 
-def test_find_inputs_faults(tmp_path):
+def test_find_inputs_errors(tmp_path):
     def faults(*args) -> tuple[str, ...]:
         with pytest.raises(InputError) as info:
             find_inputs(*args)
@@ -406,7 +406,7 @@ def test_find_inputs_faults(tmp_path):
 
     touch(tmp_path / "x--y/z.txt", tmp_path / "x/y--z.txt")
     (tmp_path / "dangling.txt").symlink_to(tmp_path / "nowhere")
-    no_utf8 = tmp_path / os.fsdecode(b"\xff.jsonl")  # in a locale of Latin-1 it is a letter, and no fault
+    no_utf8 = tmp_path / os.fsdecode(b"\xff.jsonl")  # in a locale of Latin-1 it is a letter, and no error
     no_utf8.touch()
     dangling, twice, *names = faults(tmp_path, ENDINGS)
     letter = no_utf8.name == "\xff.jsonl"

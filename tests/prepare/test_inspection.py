@@ -89,7 +89,7 @@ def test_verify_names_each_changed_shard(folder):
     (folder / "a.bin").write_bytes(bytes(8))
     with pytest.raises(InputError) as error:
         inspect_packed(folder, verify=True)
-    assert [Path(fault.split()[0]).name for fault in error.value.args] == ["a.bin", "b.bin"]
+    assert [Path(problem.split()[0]).name for problem in error.value.args] == ["a.bin", "b.bin"]
 
 
 @pytest.mark.parametrize(
@@ -258,7 +258,7 @@ def test_ends_that_these_documents_cannot_have(folder, ends):
         inspect_packed(folder)
 
 
-def test_every_fault_of_a_folder_at_once(folder):
+def test_every_error_of_a_folder_at_once(folder):
     (folder / "a.idx.npy").unlink()
     (folder / "a.bin").write_bytes(bytes(8))
     np.save(folder / "b.idx.npy", np.array([4]))

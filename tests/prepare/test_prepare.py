@@ -47,7 +47,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def faults(*args, **options) -> tuple[str, ...]:
+def problems(*args, **options) -> tuple[str, ...]:
     with pytest.raises(InputError) as info:
         pack(*args, **options)
     return info.value.args
@@ -107,7 +107,7 @@ def test_the_bytes_do_not_depend_on_workers_or_tasks(tmp_path, tokenizer_file):
     output = tmp_path / "tasks"
     pack(source, tokenizer_file, output, task=(1, 2))
     assert len(files(output)) == 3 * 3
-    (message,) = faults(source, tokenizer_file, output, finish=True)
+    (message,) = problems(source, tokenizer_file, output, finish=True)
     assert "4 of 7 shards are missing (chunk0--0.jsonl, chunk0--4.jsonl, chunk1--1.jsonl and 1 more)" in message
     pack(source, tokenizer_file, output, task=(0, 2))
     assert "manifest.json" not in files(output)
@@ -116,7 +116,7 @@ def test_the_bytes_do_not_depend_on_workers_or_tasks(tmp_path, tokenizer_file):
 
 
 def test_finish_makes_no_folder(tmp_path, tokenizer_file):
-    (message,) = faults(write(tmp_path / "in"), tokenizer_file, tmp_path / "out", finish=True)
+    (message,) = problems(write(tmp_path / "in"), tokenizer_file, tmp_path / "out", finish=True)
     assert "4 of 4 shards are missing" in message
     assert not (tmp_path / "out").exists()
 
@@ -146,7 +146,7 @@ def test_a_changed_input_takes_the_manifest_away_until_it_is_packed(tmp_path, to
     source, output = write(tmp_path / "in"), tmp_path / "out"
     pack(source, tokenizer_file, output)
     (source / "chunk0/0.jsonl").write_text("{")
-    (message,) = faults(source, tokenizer_file, output)
+    (message,) = problems(source, tokenizer_file, output)
     assert f"{source}/chunk0/0.jsonl: line 1: not valid JSON" in message
     with pytest.raises(InputError, match=r"manifest\.json is missing"):
         open_packed(output)
@@ -171,7 +171,7 @@ def test_bad_inputs_are_collected_and_the_good_ones_stay_done(tmp_path, tokenize
     (source / "a.jsonl.zst").write_bytes(b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 3\n")
     (source / "b.jsonl").write_text('{"text": "fine"}\n{"text": 3}\n')
     (source / "c.parquet").write_bytes(b"PAR1")
-    messages = faults(source, tokenizer_file, output, workers=2)
+    messages = problems(source, tokenizer_file, output, workers=2)
     names = ["a.jsonl.zst: is a git-lfs", "b.jsonl: line 2:", "c.parquet: not a readable"]
     assert len(messages) == len(names)
     assert all(f"{source}/{name}" in message for name, message in zip(names, messages, strict=True))
@@ -181,7 +181,7 @@ def test_bad_inputs_are_collected_and_the_good_ones_stay_done(tmp_path, tokenize
     manifest = json.loads((output / "manifest.json").read_bytes())
     assert manifest["skipped"] == ["a.jsonl.zst", "b.jsonl", "c.parquet"]
     assert len(manifest["shards"]) == 4
-    assert len(faults(source, tokenizer_file, output, skip_bad_files=2)) == 3
+    assert len(problems(source, tokenizer_file, output, skip_bad_files=2)) == 3
     written = {name: (output / name).stat().st_mtime_ns for name in good}
     for name in ("a.jsonl.zst", "b.jsonl", "c.parquet"):
         (source / name).unlink()
@@ -197,22 +197,22 @@ def test_an_output_of_other_settings_is_refused(tmp_path, tokenizer_file):
     before = files(output)
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer_file.read_bytes() + b"\x9a\x3f\x00")  # an unknown empty field: another file, same model
-    (message,) = faults(source, other, output)
+    (message,) = problems(source, other, output)
     assert "tokenizer_sha256 was" in message
     assert "another --output" in message
-    (message,) = faults(source, tokenizer_file, output, Fields("content"))
+    (message,) = problems(source, tokenizer_file, output, Fields("content"))
     assert "text_key was 'text' for shard chunk0--0.jsonl and is 'content' now" in message
-    (message,) = faults(source, tokenizer_file, output, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
+    (message,) = problems(source, tokenizer_file, output, Fields(subsets=True, leave_out=("RedPajamaGithub",)))
     assert "leave_out was []" in message
     os.remove(source / "chunk0/0.jsonl")
-    (message,) = faults(source, tokenizer_file, output)
+    (message,) = problems(source, tokenizer_file, output)
     assert "1 shards belong to no input (chunk0--0.jsonl)" in message
     assert files(output) == before
 
 
 def test_no_document_at_all(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", [[], []]), tmp_path / "out"
-    (message,) = faults(source, tokenizer_file, output)
+    (message,) = problems(source, tokenizer_file, output)
     assert "not one document in 2 input files" in message
     assert "manifest.json" not in files(output)
 
@@ -237,18 +237,18 @@ def test_facts_of_a_shard_that_are_damaged(tmp_path, tokenizer_file, changes, me
         path.mkdir()
     else:
         change(path, **changes)
-    (fault,) = faults(source, tokenizer_file, output)
-    assert re.search(message, fault)
+    (problem,) = problems(source, tokenizer_file, output)
+    assert re.search(message, problem)
 
 
 def test_an_output_that_cannot_be_made(tmp_path, tokenizer_file):
-    (message,) = faults(write(tmp_path / "in"), tokenizer_file, Path("/proc/x"))
+    (message,) = problems(write(tmp_path / "in"), tokenizer_file, Path("/proc/x"))
     assert message.startswith("cannot write /proc/x (No such file or directory): make room (what is done is kept)")
 
 
 def test_an_output_that_is_a_file(tmp_path, tokenizer_file):
     (tmp_path / "out").write_text("")
-    (message,) = faults(write(tmp_path / "in"), tokenizer_file, tmp_path / "out")
+    (message,) = problems(write(tmp_path / "in"), tokenizer_file, tmp_path / "out")
     assert "give another --output" in message
 
 
@@ -257,7 +257,7 @@ def test_a_tokenizer_without_eos(tmp_path):
 
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     bare.save(str(tmp_path / "tokenizer.json"))
-    (message,) = faults(write(tmp_path / "in"), tmp_path, tmp_path / "out")
+    (message,) = problems(write(tmp_path / "in"), tmp_path, tmp_path / "out")
     assert "tokenizer.json: has no eos token" in message
     assert not (tmp_path / "out").exists()
 
@@ -287,7 +287,7 @@ def test_bad_files_of_tasks_are_counted_at_the_end(tmp_path, tokenizer_file):
     (source / "a.jsonl").write_text("{")
     for task in range(2):
         pack(source, tokenizer_file, output, task=(task, 2), skip_bad_files=1)
-    (message,) = faults(source, tokenizer_file, output, finish=True)
+    (message,) = problems(source, tokenizer_file, output, finish=True)
     assert f"{source}/a.jsonl: line 1: not valid JSON" in message
     assert "4 shards (0 new)" in pack(source, tokenizer_file, output, finish=True, skip_bad_files=1)
     assert json.loads((output / "manifest.json").read_bytes())["skipped"] == ["a.jsonl"]
@@ -302,7 +302,7 @@ def test_bos_and_eos_are_as_chosen_and_recorded(tmp_path, tokenizer_file, bos, e
     expected = [i for text in texts for i in [1] * bos + tokenizer.encode(text) + [2] * eos]
     assert dataset.read(0, dataset.tokens).tolist() == expected
     assert (dataset.bos, dataset.eos, dataset.documents) == (bos, eos, 6)
-    (message,) = faults(source, tokenizer_file, output)
+    (message,) = problems(source, tokenizer_file, output)
     assert f"{'bos' if bos else 'eos'} was" in message
 
 
@@ -317,7 +317,7 @@ def test_a_fraction_is_the_same_documents_every_time(tmp_path, tokenizer_file):
     assert manifest["dropped"] == {"fraction": 1000 - manifest["documents"]}
     pack(source, tokenizer_file, tmp_path / "c", Fields(fraction=0.3, seed=2))
     assert open_packed(tmp_path / "c").fingerprint != open_packed(tmp_path / "a").fingerprint
-    (message,) = faults(source, tokenizer_file, tmp_path / "a", Fields(fraction=0.3, seed=2))
+    (message,) = problems(source, tokenizer_file, tmp_path / "a", Fields(fraction=0.3, seed=2))
     assert "seed was 1" in message
 
 

@@ -259,11 +259,11 @@ def test_the_mark_of_a_bad_input(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", files), tmp_path / "out"
     for name in ("b.jsonl", "c.jsonl"):
         (source / name).write_text("{")
-    fault = {name: f"{source / name}: line 1: not valid JSON" for name in ("b.jsonl", "c.jsonl")}
+    problem = {name: f"{source / name}: line 1: not valid JSON" for name in ("b.jsonl", "c.jsonl")}
     refused(source, tokenizer_file, output, task=(0, 1))
     marks = {path.name: path.read_text() for path in sorted(output.glob("*.bad"))}
     assert marks.keys() == {"b.jsonl.bad", "c.jsonl.bad"}
-    assert all(marks[f"{name}.bad"].startswith(said) for name, said in fault.items())
+    assert all(marks[f"{name}.bad"].startswith(said) for name, said in problem.items())
     assert refused(source, tokenizer_file, output, finish=True, skip_bad_files=1).splitlines() == list(marks.values())
     for _ in range(2):  # the marks stay, for one may finish again
         summary = pack(source, tokenizer_file, output, finish=True, skip_bad_files=2)
@@ -349,7 +349,7 @@ def test_what_cannot_be_written_is_named(tmp_path, tokenizer_file):
     assert list(output.glob("*.tmp")) == []
 
 
-def test_a_pipe_that_breaks_is_no_fault_of_the_output(tmp_path, tokenizer_file, monkeypatch):
+def test_a_pipe_that_breaks_is_no_error_of_the_output(tmp_path, tokenizer_file, monkeypatch):
     source = write(tmp_path / "in", {"a.jsonl": ["a"]})
     read, end = os.pipe()
     os.close(read)
@@ -362,7 +362,7 @@ def test_a_pipe_that_breaks_is_no_fault_of_the_output(tmp_path, tokenizer_file, 
         stderr.close()
 
 
-def test_no_document_in_some_of_the_inputs_is_no_fault(tmp_path, tokenizer_file):
+def test_no_document_in_some_of_the_inputs_is_no_error(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", {"a.jsonl": [], "b.jsonl": ["b"]}), tmp_path / "out"
     assert "1 shards (1 new), 0 documents, 0 tokens" in pack(source, tokenizer_file, output, task=(0, 2))
     assert "2 shards (1 new), 1 documents" in pack(source, tokenizer_file, output)

@@ -167,7 +167,7 @@ def test_tables_with_rows_of_any_length(tmp_path, short, ending, kind):
     assert reader.blake2b == hashlib.blake2b(path.read_bytes(), digest_size=32).hexdigest()
 
 
-def test_faults_of_arrow_files(tmp_path):
+def test_errors_of_arrow_files(tmp_path):
     path = tmp_path / "a.arrow"
 
     def fault(key: str) -> str:

@@ -56,12 +56,12 @@ def test_a_run_whose_every_step_is_damaged_does_not_start_anew(world, config_fil
     rows = (out / "metrics.csv").read_bytes()
     damage = f"{step} is damaged (__0_0.distcp does not match its hash)"
     hint = f"no step before it is complete; move {out}/checkpoints away to start anew"
-    assert [answer["faults"] for answer in world(2)(*command)] == [[f"{damage}: {hint}"]] * 2
+    assert [answer["problems"] for answer in world(2)(*command)] == [[f"{damage}: {hint}"]] * 2
     assert (out / "metrics.csv").read_bytes() == rows
     for flag in ("--train.resume", "--train.init_from"):
         other = ["train", "--config", config_file, "--out_dir", tmp_path / "other", *SHORT, flag, step]
         for answer in world(2)(*other):
-            assert answer["faults"][0].startswith(f"{damage}: ")
+            assert answer["problems"][0].startswith(f"{damage}: ")
         assert not (tmp_path / "other" / "metrics.csv").exists()
 
 

@@ -105,10 +105,10 @@ def test_the_context_may_be_changed_by_who_says_so(make_run, hf_dir: Path, name:
         return
     with pytest.raises(InputError) as caught:
         initial_weights(make_run(hf_dir, **{name: None}))
-    fault = (
+    problem = (
         f"model.{name} is {default} and in {hf_dir} {getattr(CONFIG, name)}: give model.{name} yourself to change it"
     )
-    assert caught.value.args == (fault,)
+    assert caught.value.args == (problem,)
 
 
 def test_the_rows_of_the_vocabulary_count_and_not_its_pieces(make_run, hf_dir: Path) -> None:
@@ -117,8 +117,8 @@ def test_the_rows_of_the_vocabulary_count_and_not_its_pieces(make_run, hf_dir: P
         initial_weights(make_run(hf_dir, vocab_size=449, n_layer=3))
     layers, rows = caught.value.args
     assert layers.startswith("model.n_layer is 3 and in ")
-    fault = f"model.vocab_size 449 makes 512 rows and {hf_dir} has 448: "
-    assert rows == fault + "set model.vocab_size and model.padding_multiple to fit"
+    problem = f"model.vocab_size 449 makes 512 rows and {hf_dir} has 448: "
+    assert rows == problem + "set model.vocab_size and model.padding_multiple to fit"
 
 
 def test_only_a_run_that_started_from_the_same_weights_goes_on(

@@ -111,7 +111,7 @@ def test_a_run_that_ends_leaves_its_successors_file(successor: dict[str, Any], t
     with RunLock(tmp_path, None):
         path.write_text(json.dumps(successor | {"token": "theirs"}))
     assert json.loads(path.read_text()) == successor | {"token": "theirs"}
-    with RunLock(tmp_path / "other", None):  # nor is a file that is gone, or a damaged one, a fault at the end
+    with RunLock(tmp_path / "other", None):  # nor is a file that is gone, or a damaged one, a problem at the end
         (tmp_path / "other" / "OWNER.json").unlink()
     with RunLock(tmp_path / "third", None):
         (tmp_path / "third" / "OWNER.json").write_text("{")
@@ -149,7 +149,7 @@ def test_of_two_that_find_the_same_stale_file_the_slower_gives_the_quicker_its_f
     assert [path.read_text() for path in tmp_path.iterdir()] == texts
 
 
-def test_a_stale_file_that_a_quicker_one_has_removed_is_no_fault(tmp_path: Path, monkeypatch, capsys) -> None:
+def test_a_stale_file_that_a_quicker_one_has_removed_is_no_error(tmp_path: Path, monkeypatch, capsys) -> None:
     path = leave(tmp_path, host=HERE, pid=dead_pid())
     monkeypatch.setattr(lock, "_alive", lambda pid: bool(path.unlink()))
     with RunLock(tmp_path, None):  # the quicker one has gone again

@@ -208,7 +208,7 @@ def test_the_state_of_another_optimizer_is_refused(world, muon, tmp_path: Path) 
     settings = ["--config", tmp_path / "muon.yaml", "--out_dir", tmp_path / "run", "--train.max_steps", 6]
     world(1).train(*settings)
     (answer,) = world(1)("train", *settings, "--optim.name", "adamw")
-    (said,) = answer["faults"]
+    (said,) = answer["problems"]
     assert said.endswith(
         "step-00000006 holds the state of optim.name muon, and this run's is adamw: put it back, or give its weights "
         "as train.init_from in another out_dir"

@@ -135,8 +135,8 @@ def test_what_cannot_be_resumed_is_refused_and_nothing_is_lost(world, resumed, t
     before = {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()}
     micro_batch = ["--train.micro_batch_size", 4] if case == "no whole micro-batches" else []
     for answer in world(2)("train", *resumed, *flags, *micro_batch):
-        (fault,) = answer["faults"]
-        assert expected in fault
+        (problem,) = answer["problems"]
+        assert expected in problem
     assert {path: path.read_bytes() for path in (tmp_path / "run").rglob("*") if path.is_file()} == before
 
 

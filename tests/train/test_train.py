@@ -341,8 +341,8 @@ def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: 
     with beating(out / "OWNER.json"):
         answers = world(2)("train", "--config", config_file, "--out_dir", out)
     for answer in answers:
-        (fault,) = answer["faults"]
-        assert fault.startswith(f"{out} belongs to another run (pid 1 on node7, job 5): stop that or give ")
+        (problem,) = answer["problems"]
+        assert problem.startswith(f"{out} belongs to another run (pid 1 on node7, job 5): stop that or give ")
     assert [path.name for path in out.iterdir()] == ["OWNER.json"]
 
 
@@ -376,9 +376,9 @@ def test_nan_in_one_ranks_gradient_stops_all(world, config_file: Path, tmp_path:
     assert (stop["step"], stop["samples"]) == (25, 200)
     # nothing after the last good checkpoint was written, and nobody goes on by accident
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000020"]
-    (fault,) = world(2)("train", "--config", config_file, "--out_dir", out)[0]["faults"]
-    assert fault.startswith(f"{out / 'STOPPED'} says why this run ended: ")
-    assert "step 25" in fault
+    (problem,) = world(2)("train", "--config", config_file, "--out_dir", out)[0]["problems"]
+    assert problem.startswith(f"{out / 'STOPPED'} says why this run ended: ")
+    assert "step 25" in problem
     (out / "STOPPED").unlink()
     straight = tmp_path / "straight"
     world(2).train("--config", config_file, "--out_dir", straight)
@@ -473,8 +473,8 @@ def test_what_a_run_leaves_behind(world, config: dict[str, Any], config_file: Pa
     assert "step-00000023 at step 23" in again
     assert [row["step"] for row in metrics(out)] == ["0", "10", "20", "23"]
     # and a run that ends before its checkpoint is a mistake
-    (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.max_steps", 22)[0]["faults"]
-    assert fault == f"{out}/checkpoints/step-00000023 is beyond the run's 22 steps: raise train.max_steps"
+    (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.max_steps", 22)[0]["problems"]
+    assert problem == f"{out}/checkpoints/step-00000023 is beyond the run's 22 steps: raise train.max_steps"
 
 
 def test_an_incomplete_checkpoint_is_passed_over(world, config_file: Path, tmp_path: Path) -> None:
@@ -508,10 +508,10 @@ def test_bad_input_is_refused_before_anything_is_written(world, config_file: Pat
     flags, expected = BAD_RUNS[bad]
     out = tmp_path / "run"
     answer = world(1)("train", "--config", config_file, "--out_dir", out, *flags)[0]
-    assert "faults" in answer, answer
-    assert len(answer["faults"]) == len(expected)
-    for fault, part in zip(answer["faults"], expected, strict=True):
-        assert part in fault
+    assert "problems" in answer, answer
+    assert len(answer["problems"]) == len(expected)
+    for problem, part in zip(answer["problems"], expected, strict=True):
+        assert part in problem
     assert not out.exists()
 
 
@@ -535,11 +535,11 @@ def test_resuming_another_run_says_what_differs(
     }
     written = (out / "metrics.csv").read_bytes()
     for difference, flags in changes.items():
-        (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, *flags)[0]["faults"]
-        assert fault.startswith(f"cannot resume from {out}/checkpoints/step-00000020: ")
-        assert difference in fault
-    (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", "never")[0]["faults"]
-    assert "step-00000020 exists and train.resume is never: give another out_dir" in fault
+        (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, *flags)[0]["problems"]
+        assert problem.startswith(f"cannot resume from {out}/checkpoints/step-00000020: ")
+        assert difference in problem
+    (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", "never")[0]["problems"]
+    assert "step-00000020 exists and train.resume is never: give another out_dir" in problem
     assert (out / "metrics.csv").read_bytes() == written
     # the folders may have moved: it is their tokens that count
     moved = shutil.copytree(up, tmp_path / "moved")
@@ -551,8 +551,8 @@ def test_branching_off_an_older_step_needs_its_own_folder(world, config_file: Pa
     out = tmp_path / "run"
     world(1).train("--config", config_file, "--out_dir", out)
     step = out / "checkpoints" / "step-00000020"
-    (fault,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", step)[0]["faults"]
-    assert fault.endswith(f"is newer than train.resume {step}: give another out_dir to branch off there")
+    (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", step)[0]["problems"]
+    assert problem.endswith(f"is newer than train.resume {step}: give another out_dir to branch off there")
     other = tmp_path / "other"
     assert "at step 20" in world(1).train("--config", config_file, "--out_dir", other, "--train.resume", step)
     assert column(other, "loss") == column(out, "loss")[20:]
@@ -565,8 +565,8 @@ def test_a_token_outside_the_vocabulary_is_found(
     tokens = np.fromfile(shard, np.uint16)
     tokens[100] = 9999
     tokens.tofile(shard)
-    (fault,) = world(1)("train", "--config", config_file, "--out_dir", tmp_path / "run")[0]["faults"]
-    assert "token 9999 at position 100 " in fault
+    (problem,) = world(1)("train", "--config", config_file, "--out_dir", tmp_path / "run")[0]["problems"]
+    assert "token 9999 at position 100 " in problem
 
 
 @pytest.mark.slow
@@ -626,10 +626,10 @@ def test_a_run_starts_from_given_weights_and_with_transformers_loss(
     shutil.move(tmp_path / "away", hf_dir)
 
     # but a folder with a checkpoint of any other run is not taken for it, nor continued by mistake
-    (fault,) = world(2)("train", *start[:2], "--out_dir", out, "--train.init_from", tmp_path / "other")[0]["faults"]
-    assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in fault
-    (fault,) = world(2)("train", *start, "--out_dir", out, "--train.resume", out)[0]["faults"]
-    assert "train.init_from and a path in train.resume are both given" in fault
+    (problem,) = world(2)("train", *start[:2], "--out_dir", out, "--train.init_from", tmp_path / "other")[0]["problems"]
+    assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in problem
+    (problem,) = world(2)("train", *start, "--out_dir", out, "--train.resume", out)[0]["problems"]
+    assert "train.init_from and a path in train.resume are both given" in problem
 
     # weights only: of a checkpoint of ours, and of an upstream file, as of the folder
     step_dir = out / "checkpoints/step-00000040"
@@ -643,17 +643,17 @@ def test_a_run_starts_from_given_weights_and_with_transformers_loss(
 
 def test_weights_that_do_not_fit_the_run_are_refused(world, config_file: Path, hf_dir: Path, tmp_path: Path) -> None:
     start = ["--config", config_file, "--train.init_from", hf_dir, "--out_dir", tmp_path / "run"]
-    for flags, fault in [
+    for flags, problem in [
         (["--model.n_layer", 3], "model.n_layer is 3 and in"),
         (["--model.norm_eps", 1e-6], "model.norm_eps is 1e-06 and in"),
         (["--model.padding_multiple", 300], "makes 300 rows and"),
         (["--train.init_from", tmp_path / "none"], "holds no complete checkpoint"),
     ]:
-        assert fault in world(1)("train", *start, *flags)[0]["faults"][0]
+        assert problem in world(1)("train", *start, *flags)[0]["problems"][0]
     settings = json.loads((hf_dir / "config.json").read_text())
     (hf_dir / "config.json").write_text(json.dumps(settings | {"rope_theta": 5000.0, "rope_parameters": None}))
-    (fault,) = world(1)("train", *start)[0]["faults"]
-    assert fault.endswith("give model.rope_base yourself to change it")
+    (problem,) = world(1)("train", *start)[0]["problems"]
+    assert problem.endswith("give model.rope_base yourself to change it")
     assert not (tmp_path / "run").exists()
     world(1).train(*start, "--model.rope_base", 10000, "--model.rope_condense_ratio", 2, "--train.max_steps", 6)
 
@@ -684,8 +684,8 @@ def test_a_run_resumed_inside_a_ramp_sees_what_an_uninterrupted_one_sees(
     )
     world(1).train("--config", path, "--out_dir", alone)
     assert column(alone, "loss") == pytest.approx(column(out, "loss"), abs=2e-6)
-    (fault,) = world(1)("train", "--config", path, "--out_dir", resumed, "--data.ramp_tokens", 9999)[0]["faults"]
-    assert "data.ramp_tokens was 122880 and is 9999" in fault
+    (problem,) = world(1)("train", "--config", path, "--out_dir", resumed, "--data.ramp_tokens", 9999)[0]["problems"]
+    assert "data.ramp_tokens was 122880 and is 9999" in problem
 
 
 @pytest.mark.slow

@@ -79,7 +79,7 @@ def ramped(args: PretrainArgs, tokens: int, final: tuple[float | None, float | N
     return data(args, sources=sources, ramp_tokens=tokens)
 
 
-def faults(recipe, args: PretrainArgs) -> tuple[str, ...]:
+def problems(recipe, args: PretrainArgs) -> tuple[str, ...]:
     with pytest.raises(InputError) as info:
         recipe.setup(args)
     return info.value.args
@@ -135,8 +135,8 @@ def test_all_sources_together_must_fill_a_batch(recipe, settings) -> None:
         return replace(settings, train=replace(settings.train, global_batch_size=size))
 
     assert recipe.setup(batch(100)).accumulation == 50
-    (fault,) = faults(recipe, batch(102))
-    assert "data.sources hold 100 blocks of 17 tokens, less than one batch of train.global_batch_size 102" in fault
+    (problem,) = problems(recipe, batch(102))
+    assert "data.sources hold 100 blocks of 17 tokens, less than one batch of train.global_batch_size 102" in problem
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 12), (0.5, 6), (2.0, 25)])
@@ -148,13 +148,15 @@ def test_an_epoch_is_every_block_of_every_source(recipe, settings, epochs: float
 @pytest.mark.parametrize("changes", [{"bos_id": 0}, {"eos_id": 3}, {"bos": True}, {"eos": False}])
 def test_datasets_that_do_not_end_documents_alike_are_refused(recipe, settings, pack, changes: dict[str, Any]) -> None:
     other = pack("other", 20, **changes)
-    (fault,) = faults(recipe, data(settings, sources=[settings.data.sources[0], Source(other)]))
-    assert f"{other} with" in fault
-    assert "prepare them alike" in fault
-    (fault,) = faults(recipe, data(settings, validation=[ValidationSource(other)]))  # that is read as the sources are
-    assert "prepare them alike" in fault
-    (fault,) = faults(recipe, data(settings, sources=[Source(other)], validation=settings.data.validation))
-    assert "prepare them alike" in fault
+    (problem,) = problems(recipe, data(settings, sources=[settings.data.sources[0], Source(other)]))
+    assert f"{other} with" in problem
+    assert "prepare them alike" in problem
+    (problem,) = problems(
+        recipe, data(settings, validation=[ValidationSource(other)])
+    )  # that is read as the sources are
+    assert "prepare them alike" in problem
+    (problem,) = problems(recipe, data(settings, sources=[Source(other)], validation=settings.data.validation))
+    assert "prepare them alike" in problem
 
 
 def test_datasets_of_other_tokenizers_are_refused(recipe, settings, pack) -> None:
@@ -163,13 +165,16 @@ def test_datasets_of_other_tokenizers_are_refused(recipe, settings, pack) -> Non
         {"sources": [settings.data.sources[0], Source(other)]},
         {"validation": [ValidationSource(other)]},
     ):
-        (fault,) = faults(recipe, data(settings, **changes))
-        assert "were made with different tokenizers" in fault
+        (problem,) = problems(recipe, data(settings, **changes))
+        assert "were made with different tokenizers" in problem
     small, large = pack("small", 20, vocab_size=399), pack("large", 20, vocab_size=401)
     args = data(settings, sources=[Source(small)], validation=[ValidationSource(large)])
-    assert [fault.split(" was made with a vocabulary of ")[1][:3] for fault in faults(recipe, args)] == ["399", "401"]
-    (fault,) = faults(recipe, data(settings, validation=[ValidationSource(pack("tiny", 0, rest=T))]))
-    assert "holds 16 tokens and a block takes 17" in fault
+    assert [problem.split(" was made with a vocabulary of ")[1][:3] for problem in problems(recipe, args)] == [
+        "399",
+        "401",
+    ]
+    (problem,) = problems(recipe, data(settings, validation=[ValidationSource(pack("tiny", 0, rest=T))]))
+    assert "holds 16 tokens and a block takes 17" in problem
 
 
 def test_a_document_mask_needs_eos_in_every_dataset(recipe, settings, pack, tmp_path) -> None:
@@ -181,16 +186,16 @@ def test_a_document_mask_needs_eos_in_every_dataset(recipe, settings, pack, tmp_
         {"sources": [Source(chunks)]},
     ):
         recipe.setup(data(settings, **changes))
-        (fault,) = faults(recipe, data(settings, document_mask=True, **changes))
-        assert fault == f"data.document_mask needs documents that end with eos: prepare {chunks} again so"
+        (problem,) = problems(recipe, data(settings, document_mask=True, **changes))
+        assert problem == f"data.document_mask needs documents that end with eos: prepare {chunks} again so"
     bare = data(settings, sources=[Source(pack("bare", 20, eos=False))], validation=[])
     recipe.setup(bare)
-    (fault,) = faults(recipe, data(bare, document_mask=True))
-    assert "bare again so" in fault
-    (fault,) = faults(recipe, data(replace(settings, ops=OpsArgs(attention="sdpa_cudnn")), document_mask=True))
-    assert "ops.attention sdpa_cudnn takes no document mask" in fault
-    (fault,) = faults(recipe, data(settings, restart_positions=True))
-    assert "data.restart_positions is true and data.document_mask is not" in fault
+    (problem,) = problems(recipe, data(bare, document_mask=True))
+    assert "bare again so" in problem
+    (problem,) = problems(recipe, data(replace(settings, ops=OpsArgs(attention="sdpa_cudnn")), document_mask=True))
+    assert "ops.attention sdpa_cudnn takes no document mask" in problem
+    (problem,) = problems(recipe, data(settings, restart_positions=True))
+    assert "data.restart_positions is true and data.document_mask is not" in problem
 
 
 @pytest.mark.parametrize("restart", [False, True])
@@ -249,9 +254,9 @@ def test_a_run_goes_on_with_the_data_it_had_and_no_other(recipe, settings, saved
         "model.n_layer was 1 and is 2": replace(settings, model=replace(settings.model, n_layer=2)),
     }
     for difference, args in changes.items():
-        (fault,) = faults(recipe, args)
-        assert fault.startswith(f"cannot resume from {step}: ")
-        assert difference in fault
+        (problem,) = problems(recipe, args)
+        assert problem.startswith(f"cannot resume from {step}: ")
+        assert difference in problem
 
 
 def test_a_run_resumes_in_the_order_it_had_and_no_other(recipe, settings, saved, monkeypatch) -> None:
@@ -263,12 +268,12 @@ def test_a_run_resumes_in_the_order_it_had_and_no_other(recipe, settings, saved,
         for name, now in (("ORDER_VERSION", 2), ("WINDOW", 512)):
             with monkeypatch.context() as patch:
                 patch.setattr(mixture, name, now)
-                (fault,) = faults(recipe, settings)
+                (problem,) = problems(recipe, settings)
             was = f"data.order.{name.lower().removeprefix('order_')} was {1 if now == 2 else 1024} and is {now}"
-            assert fault.startswith(f"cannot resume from {step}: {was}; ")
+            assert problem.startswith(f"cannot resume from {step}: {was}; ")
     step = saved(seed=3407, sources=sources, order={"version": 2, "window": 2048})  # of a later release
-    (fault,) = faults(recipe, settings)
-    assert "data.order.version was 2 and is 1; data.order.window was 2048 and is 1024" in fault
+    (problem,) = problems(recipe, settings)
+    assert "data.order.version was 2 and is 1; data.order.window was 2048 and is 1024" in problem
 
 
 def test_a_run_goes_on_with_the_ramp_it_had_and_no_other(recipe, settings, saved) -> None:
@@ -284,8 +289,8 @@ def test_a_run_goes_on_with_the_ramp_it_had_and_no_other(recipe, settings, saved
         "data.ramp_tokens was 999 and is absent": settings,
     }
     for difference, args in changes.items():
-        (fault,) = faults(recipe, args)
-        assert difference in fault
+        (problem,) = problems(recipe, args)
+        assert difference in problem
 
 
 def test_a_checkpoint_beyond_the_last_step_is_refused(recipe, settings, saved) -> None:
@@ -295,8 +300,8 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(recipe, settings, saved) -
     ]
     step = saved(seed=3407, sources=sources)
     assert recipe.setup(replace(settings, train=replace(settings.train, max_steps=12))).resume == step
-    (fault,) = faults(recipe, replace(settings, train=replace(settings.train, max_steps=11)))
-    assert fault == f"{step} is beyond the run's 11 steps: raise train.max_steps"
+    (problem,) = problems(recipe, replace(settings, train=replace(settings.train, max_steps=11)))
+    assert problem == f"{step} is beyond the run's 11 steps: raise train.max_steps"
 
 
 @pytest.mark.parametrize("file", ["manifest.json", "chunk.bin"])
@@ -305,13 +310,13 @@ def test_a_folder_of_packed_data_is_no_folder_for_a_run(recipe, settings, tmp_pa
     folder.mkdir()
     recipe.setup(replace(settings, out_dir=str(folder)))  # an empty folder is fine
     (folder / file).write_text("")
-    (fault,) = faults(recipe, replace(settings, out_dir=str(folder)))
-    assert fault == f"out_dir {folder} holds packed data: give the run a folder of its own"
-    (fault,) = faults(recipe, replace(settings, out_dir=settings.data.sources[0].path))
-    assert "/one holds packed data" in fault
+    (problem,) = problems(recipe, replace(settings, out_dir=str(folder)))
+    assert problem == f"out_dir {folder} holds packed data: give the run a folder of its own"
+    (problem,) = problems(recipe, replace(settings, out_dir=settings.data.sources[0].path))
+    assert "/one holds packed data" in problem
     for empty in ("", "  "):
-        (fault,) = faults(recipe, replace(settings, out_dir=empty))
-        assert fault == "out_dir is empty: give a folder for the run"
+        (problem,) = problems(recipe, replace(settings, out_dir=empty))
+        assert problem == "out_dir is empty: give a folder for the run"
 
 
 GROUPS = ("model", "data", "optim", "train", "parallel", "eval", "checkpoint", "log")
@@ -335,5 +340,5 @@ def test_the_largest_numbers_make_a_run_or_a_line(recipe, settings, key: str) ->
 
 
 def test_a_ramp_whose_table_would_take_hours_is_refused(recipe, settings) -> None:
-    (fault,) = faults(recipe, ramped(settings, 10**15, (0.2, 0.8)))
-    assert fault == "data.ramp_tokens 1000000000000000 is 62,500,000,000,000 samples: lower it below 2,147,483,648"
+    (problem,) = problems(recipe, ramped(settings, 10**15, (0.2, 0.8)))
+    assert problem == "data.ramp_tokens 1000000000000000 is 62,500,000,000,000 samples: lower it below 2,147,483,648"
