@@ -151,4 +151,4 @@ def test_names_of_subsets_are_a_line_each(packed_folder, script) -> None:
     code, out, err = script("inspect_packed", folder)
     assert (code, err) == (0, "")
     assert all(line.isprintable() and len(line) < 200 for line in out.splitlines())
-    assert len(out.splitlines()) == before + len(subsets)
+    assert len(out.splitlines()) == before + 3 * len(subsets)

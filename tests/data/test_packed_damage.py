@@ -23,7 +23,7 @@ from tinyllama.prepare.prepare import _METADATA
 
 JSON = ("manifest.json", "a.json")
 INDEX = "a.idx.npy"
-SUBSETS = {"C4": {"documents": 2, "tokens": 5, "bytes": 20}}
+SUBSETS = {"C4": {"documents": 2, "tokens": 5, "bytes": 20, "documents_over_2048": 0, "tokens_over_2048": 0}}
 MORE = {"source": {"name": "a", "bytes": 30}, "subsets": SUBSETS, "dropped": {"fraction": 1}, "repaired": 0}
 
 

@@ -68,11 +68,10 @@ def inspect_packed(
     for subset, count in manifest["subsets"].items():
         figures[f"share of {subset}"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
         figures[f"bytes_per_token of {subset}"] = _bytes_per_token(count.get("bytes"), count["tokens"])
-        recorded = [count.get(f"{key}_over_{block_size}") for key in ("documents", "tokens")]
+        keys = (f"documents_over_{block_size}", "documents", f"tokens_over_{block_size}", "tokens")
+        recorded = [count.get(key) for key in keys]
         figures[f"over {block_size:,} tokens of {subset}"] = (
-            "not recorded"
-            if not all(map(is_count, recorded))
-            else _shares(recorded[0], count["documents"], recorded[1], count["tokens"])
+            _shares(*recorded) if all(map(is_count, recorded)) else "not recorded"
         )
     return figures | _tokens(dataset, tokenizer)
 
