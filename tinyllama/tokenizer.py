@@ -24,7 +24,7 @@ EOS_TOKENS = ("</s>", "<|end_of_text|>", "<eos>", "<|endoftext|>")
 
 _MAX_BYTES = 1 << 29  # of a tokenizer's file; the largest in use have 40 MB
 _MAX_ID = 2**31 - 2  # so that the size of the vocabulary is an int32, too
-_MAX_PIECES = 1 << 15  # of a large vocabulary that are among the hard texts
+_MAX_PIECES = 1 << 13  # of a large vocabulary that are among the hard texts
 _ALPHABETS = (
     "aeinst \n",
     " \t\r\nx0",
@@ -115,7 +115,8 @@ class Tokenizer:
         """Return what is a token as a whole, or looks like one: user-defined, added, control and byte pieces."""
         if self._whole_json is not None:
             vocab = self._whole_json["model"].get("vocab", {})
-            of_bytes = [piece for piece in map(_name, vocab) if re.fullmatch("<0x[0-9A-F]{2}>", piece)]
+            likely = [piece for piece in map(_name, vocab) if piece.startswith("<0x")]
+            of_bytes = [piece for piece in likely if re.fullmatch("<0x[0-9A-F]{2}>", piece)]
             return [token["content"] for token in self._whole_json["added_tokens"]] + of_bytes
         p = self._processor
         of_bytes = [p.id_to_piece(i) for i in range(self.vocab_size) if p.is_byte(i)]
@@ -192,7 +193,7 @@ class Tokenizer:
                 content["model"]["dropout"] = None
             if not is_known and (reason := tokenizer_trial.error_of(content, self.sha256)):
                 raise ValueError(reason)
-            whole = tokenizers.Tokenizer.from_str(json.dumps(content))
+            whole = tokenizers.Tokenizer.from_buffer(payload)
         except BaseException as error:  # the library has one type for every error, and panics
             if not tokenizer_trial.is_failure(error):
                 raise
@@ -211,20 +212,20 @@ class Tokenizer:
         self.bos_id, self.eos_id, self.unk_id = (None if one is None else vocab.get(one) for one in (bos, eos, unk))
         self._whole_json = content
         special = [token["content"] for token in content.get("added_tokens") or [] if token["special"]]
-        self._text_json = _without(content, {*special, bos, eos, unk} - {None})
+        self._text_json = _without(content, {*special, bos, eos, unk} - {None}, self.sha256)
         bare = tokenizers.Tokenizer.from_str(json.dumps(self._text_json))
         self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
 
     def _check_ids(self, vocab: dict[str, int]) -> None:
         pieces: dict[int, str] = {}
+        if max(vocab.values()) <= _MAX_ID and len(set(vocab.values())) == len(vocab):
+            return
         for piece, number in sorted(vocab.items()):
             if pieces.setdefault(number, piece) != piece:
                 same = printable(f"{pieces[number]!r} and {piece!r}", 100)
                 raise self._unreadable("a tokenizer.json", f"{same} have the id {number}")
-        if max(pieces) > _MAX_ID:
-            raise self._unreadable(
-                "a tokenizer.json", f"{printable(repr(pieces[max(pieces)]), 50)} has the id {max(pieces)}"
-            )
+        last = max(pieces)
+        raise self._unreadable("a tokenizer.json", f"{printable(repr(pieces[last]), 50)} has the id {last}")
 
     def _special_token(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> str | None:
         config = self.path.with_name("tokenizer_config.json")
@@ -268,12 +269,12 @@ def _unk_token(model: dict[str, Any]) -> str | None:
     return model.get("unk_token") if unk_id is None else model["vocab"][unk_id][0]
 
 
-def _without(content: dict[str, Any], controls: set[str]) -> dict[str, Any]:
+def _without(content: dict[str, Any], controls: set[str], salt: str) -> dict[str, Any]:
     """Return a tokenizer.json with the same ids, in which no text becomes one of ``controls``.
 
     Added tokens that are controls are left out. Where others remain, or the model itself makes a control token of text,
-    as a Unigram model does of any piece of its vocabulary, controls get names that no text has: the library numbers
-    added tokens by their order. A single letter keeps its name in the model, as it is of the alphabet.
+    as a Unigram model does of any piece of its vocabulary, controls get names that no text has, by ``salt``: the
+    library numbers added tokens by their order. A single letter keeps its name in the model, as it is of the alphabet.
     """
     model, added = content["model"], content.get("added_tokens") or []
     vocab = model["vocab"]
@@ -290,7 +291,6 @@ def _without(content: dict[str, Any], controls: set[str]) -> dict[str, Any]:
     may_make_controls = "merges" not in model or model.get("ignore_merges") or len(kept) < len(merges)
     if not may_make_controls and controls.issuperset(token["content"] for token in added):
         return content | {"added_tokens": []}
-    salt = hashlib.sha256(repr([*map(_name, vocab)]).encode(errors="replace")).hexdigest()
     names = {one: f"<control-{hashlib.sha256((salt + one).encode()).hexdigest()}>" for one in controls}
     if isinstance(vocab, dict):
         changes: dict[str, Any] = {"vocab": {names.get(piece, piece): number for piece, number in vocab.items()}}
