@@ -59,6 +59,12 @@ def test_added_tokens_behind_a_control_token_keep_their_ids(tmp_path):
     tokenizer = saved(whole, tmp_path)
     assert tokenizer.encode("abb<x>cc<y>") == [*spelled("a"), 257, *spelled("<x>"), 259, *spelled("<y>")]
     assert tokenizer.decode([257, 256, 259, 258]) == "bbcc"
+    content = json.loads((tmp_path / "tokenizer.json").read_bytes())
+    for token in content["added_tokens"]:
+        token["id"] = 2**32 - 1  # which the library does not read, but others do
+    tokenizer = saved(whole, tmp_path, added_tokens=content["added_tokens"])
+    assert tokenizer.encode("abb<x>cc<y>") == [*spelled("a"), 257, *spelled("<x>"), 259, *spelled("<y>")]
+    assert [token["id"] for token in json.loads(tokenizer.json_for_text())["added_tokens"]] == [256, 257, 258, 259]
 
 
 @pytest.mark.parametrize("name", ["single_word", "lstrip", "rstrip", "normalized"])

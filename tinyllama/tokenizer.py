@@ -210,8 +210,11 @@ class Tokenizer:
         )
         unk = _unk_token(content["model"])
         self.bos_id, self.eos_id, self.unk_id = (None if one is None else vocab.get(one) for one in (bos, eos, unk))
+        added = [token for token in content.get("added_tokens") or [] if token["content"] in vocab]  # "" never is
+        # the library numbers them itself; others believe the file
+        content["added_tokens"] = [token | {"id": vocab[token["content"]]} for token in added]
         self._whole_json = content
-        special = [token["content"] for token in content.get("added_tokens") or [] if token["special"]]
+        special = [token["content"] for token in content["added_tokens"] if token["special"]]
         self._text_json = _without(content, {*special, bos, eos, unk} - {None}, self.sha256)
         bare = tokenizers.Tokenizer.from_str(json.dumps(self._text_json))
         self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
@@ -276,11 +279,11 @@ def _without(content: dict[str, Any], controls: set[str], salt: str) -> dict[str
     as a Unigram model does of any piece of its vocabulary, controls get names that no text has, by ``salt``: the
     library numbers added tokens by their order. A single letter keeps its name in the model, as it is of the alphabet.
     """
-    model, added = content["model"], content.get("added_tokens") or []
+    model = content["model"]
     vocab = model["vocab"]
     letters = {one for one in map(_name, vocab) if len(one) == 1}
     controls = controls - letters
-    added = [token for token in added if token["content"] not in letters or not token["special"]]
+    added = [token for token in content["added_tokens"] if token["content"] not in letters or not token["special"]]
     prefix = model.get("continuing_subword_prefix") or ""
     merges = [one.split(" ") if isinstance(one, str) else one for one in model.get("merges", [])]
     kept = [

@@ -114,6 +114,16 @@ def test_a_piece_of_the_tokenizer_s_own_tells_a_wrong_one(library, tokenizer_fil
         Encoder(tokenizer, "fast")
 
 
+def test_ids_in_the_millions_are_never_given_to_the_fast_one(library, tmp_path):
+    import tokenizers
+
+    model = tokenizers.models.BPE({"a": 0, "b": 1 << 22}, [])
+    tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(Tokenizer(tmp_path), "auto")
+    assert encoder.fell_back == "gigatoken is not tried with 4,194,305 ids: use --encoder sentencepiece"
+    assert made() == []
+
+
 def test_what_no_tokenizer_json_equals_is_never_given_to_the_fast_one(library):
     import sentencepiece
 
