@@ -114,13 +114,18 @@ def test_a_piece_of_the_tokenizer_s_own_tells_a_wrong_one(library, tokenizer_fil
         Encoder(tokenizer, "fast")
 
 
-def test_ids_in_the_millions_are_never_given_to_the_fast_one(library, tmp_path):
+def test_millions_of_ids_and_endless_tokens_are_not_given_to_the_fast_one(library, tmp_path):
     import tokenizers
 
     model = tokenizers.models.BPE({"a": 0, "b": 1 << 22}, [])
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(Tokenizer(tmp_path), "auto")
     assert encoder.fell_back == "gigatoken is not tried with 4,194,305 ids: use --encoder sentencepiece"
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
+    whole.add_tokens(["a" * 1001])
+    whole.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(Tokenizer(tmp_path), "auto")
+    assert encoder.fell_back.startswith("gigatoken is not tried with an added token of 1,001 characters: use")
     assert made() == []
 
 

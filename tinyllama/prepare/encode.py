@@ -28,7 +28,7 @@ from tinyllama.tokenizer_trial import is_failure
 Choice = Literal["auto", "fast", "sentencepiece"]
 Encode = Callable[[bytes], np.ndarray]
 
-_MAX_VOCAB = 1 << 22  # ids of a tokenizer that the fast encoder is tried with
+_MAX_VOCAB, _MAX_PIECE = 1 << 22, 1000  # ids of a tokenizer, letters of an added token that the fast one is tried with
 SAMPLED = 1000  # documents (or parts of long ones), of which one is encoded by both
 CUT = 1 << 20  # bytes; a document of more is cut at the first place behind so many where that changes no id
 WINDOW = 1 << 16  # bytes in which such a place is looked for
@@ -226,6 +226,8 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
     other = "use --encoder sentencepiece"
     if tokenizer.vocab_size > _MAX_VOCAB:  # it takes memory for every id, whether there is such a piece or not
         raise InputError(f"gigatoken is not tried with {tokenizer.vocab_size:,} ids: {other}")
+    if (longest := max(map(len, tokenizer.whole_pieces()), default=0)) > _MAX_PIECE:  # it takes minutes to read them
+        raise InputError(f"gigatoken is not tried with an added token of {longest:,} characters: {other}")
     try:
         payload = tokenizer.json_for_text()
     except InputError as error:
