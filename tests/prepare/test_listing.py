@@ -255,7 +255,7 @@ def test_one_file_over_http(tmp_path):
             found = find_inputs(source, ENDINGS)
             assert (names(found), texts(found)) == (["a.jsonl"], ["one"])
         assert "ends in none of" in errors(f"{url}/", ENDINGS)[0]  # an index
-        assert errors(f"{url}/none.jsonl", ENDINGS)[0].startswith(f"{url}/none.jsonl: cannot be listed (not found")
+        assert errors(f"{url}/none.jsonl", ENDINGS)[0].startswith(f"{url}/none.jsonl: cannot be listed (404, message=")
         server.shutdown()
         thread.join()
     (message,) = errors(f"{url}/a.jsonl", ENDINGS)
