@@ -300,3 +300,14 @@ def test_an_output_below_the_source_is_no_input(tmp_path, tokenizer_file, one_pr
         assert names(found) == ["a.txt", "b.jsonl.json", "c/manifest.json"]
         prepare(found, Fields(), Options(tokenizer_file, tmp_path / "packed"))
     assert "4 of packed folders" in found.notes[0]
+
+
+def test_a_path_too_long_for_a_shards_name(tmp_path, tokenizer_file, one_process):
+    folder = "d" * 120
+    touch(tmp_path / "in", f"{folder}/{'e' * 109}.txt")  # with -- between them 235 bytes
+    (message,) = errors(tmp_path / "in", ENDINGS)
+    assert message.endswith(
+        ".txt: would become a shard with a name of 235 bytes: give a --source nearer to it, or shorten its path to 234 bytes"
+    )
+    for source in (tmp_path / "in" / folder, touch(tmp_path / "fits", f"{folder}/{'é' * 54}.txt")):
+        prepare(find_inputs(source, ENDINGS), Fields(), Options(tokenizer_file, tmp_path / "out" / source.name))

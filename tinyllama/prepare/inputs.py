@@ -28,6 +28,7 @@ RECORDS = (
 ENDINGS = (*RECORDS, ".txt")
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
 _REFUSED = (401, 403, 404, 410)  # a server's answers that are the same the next time
+_LONGEST_NAME = 255 - len(".idx.npy.12345678.tmp")  # bytes that file systems leave for a shard's
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python names the bytes of a path that are not
 _SPLITS = "dataset_dict.json"  # beside the folders of the splits of a dataset that it saved
 _OF_DATASETS = ("state.json", "dataset_info.json", _SPLITS, "dataset_infos.json")
@@ -170,6 +171,9 @@ def find_inputs(
     for one in sorted(found, key=lambda one: one.path):
         if _NOT_UTF8.search(one.path):
             errors.append(f"{one.path!r}: its name is not UTF-8: rename it")
+        elif (size := len(one.shard.encode())) > _LONGEST_NAME:
+            hint = f"give a --source nearer to it, or shorten its path to {_LONGEST_NAME} bytes"
+            errors.append(f"{one.path}: would become a shard with a name of {size} bytes: {hint}")
         elif one.path in listing.broken:
             errors.append(f"{one.path}: {listing.broken[one.path]}")
         elif (other := inputs.setdefault(one.shard, one)) is not one:
