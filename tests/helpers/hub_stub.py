@@ -31,7 +31,8 @@ class Hub:
         """Return status, headers and content for a request."""
         parts = [urllib.parse.unquote(part) for part in path.strip("/").split("/")]
         api = parts[0] == "api"
-        kind, owner, name, *rest = parts[api:]
+        kind, owner, name, *rest = [*parts[api:], "", ""]  # a library's telemetry is shorter
+        rest = rest[:-2]
         repo = f"{owner}/{name}"
         if kind != "datasets" or repo not in self.commits:
             return 404, {"X-Error-Code": "RepoNotFound"}, b""

@@ -306,8 +306,9 @@ def test_a_path_too_long_for_a_shards_name(tmp_path, tokenizer_file, one_process
     folder = "d" * 120
     touch(tmp_path / "in", f"{folder}/{'e' * 109}.txt")  # with -- between them 235 bytes
     (message,) = errors(tmp_path / "in", ENDINGS)
-    assert message.endswith(
-        ".txt: would become a shard with a name of 235 bytes: give a --source nearer to it, or shorten its path to 234 bytes"
+    said = (
+        "would become a shard with a name of 235 bytes: give a --source nearer to it, or shorten its path to 234 bytes"
     )
+    assert message.endswith(f".txt: {said}")
     for source in (tmp_path / "in" / folder, touch(tmp_path / "fits", f"{folder}/{'é' * 54}.txt")):
         prepare(find_inputs(source, ENDINGS), Fields(), Options(tokenizer_file, tmp_path / "out" / source.name))

@@ -145,3 +145,25 @@ def test_packed_documents_are_of_their_subsets(tmp_path, tokenizer_file, script,
         "RedPajamaC4": 1,
         "RedPajamaWikipedia": 1,
     }
+
+
+def test_a_copy_of_many_files_is_refused_before_all_are_read(tmp_path, tokenizer_file, script, one_process):
+    for number in range(30):
+        write(tmp_path / f"in/data/train-{number:02}.parquet", {"text": TEXTS})
+    call = [
+        "prepare_slimpajama",
+        "--source",
+        tmp_path / "in",
+        "--tokenizer",
+        tokenizer_file,
+        "--output",
+        tmp_path / "out",
+    ]
+    code, out, err = script(*call)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert (code, out, len(errors)) == (2, "", 11)
+    assert "20 more inputs were not tried, as these 10 were all bad: check the flags and the source" in errors[-1]
+    code, out, err = script(*call, "--skip_bad_files", "40")  # the user means it
+    assert "not one document in 30 input files" in err
+    code, out, err = script(*call, "--keep_all_subsets", "--output", tmp_path / "all")
+    assert (code, "90 documents" in out) == (0, True)

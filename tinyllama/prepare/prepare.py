@@ -44,6 +44,7 @@ _METADATA = {  # of NAME.json, besides those of every shard
 }
 CONTEXTS = tuple(1 << power for power in range(9, 18))
 """context lengths, 512 to 131,072 tokens, for which the documents that are longer are counted"""
+_MAX_BAD = 10  # inputs that may be bad one after another before one is good: then it is all of them, or a flag
 _FLUSH = 1 << 16  # tokens written at a time, few enough to stay in a processor's cache
 
 
@@ -92,8 +93,9 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
 
     Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
     with ``finish`` when a shard is missing, and, after all other inputs are packed, with one error for each bad input
-    when there are more of them than may be skipped. Raises RuntimeError, after all others are packed too, naming each
-    input whose worker died twice or whose ids the fast encoder got wrong.
+    when there are more of them than may be skipped; where the first ten are all bad, the others are not tried. Raises
+    RuntimeError, after all others are packed too, naming each input whose worker died twice or whose ids the fast
+    encoder got wrong.
     """
     started = time.monotonic()
     recipe = _recipe(fields, options, inputs.origin)
@@ -161,8 +163,9 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     stale = None if task is None else {one.shard for one in mine}
     _remove_stale(output, stale)
     if todo:
+        most = None if infos or options.skip_bad_files >= _MAX_BAD else _MAX_BAD
         try:
-            made, bad = _pack_all(todo, recipe, options.workers)
+            made, bad = _pack_all(todo, recipe, options.workers, most)
         finally:
             _remove_stale(output, stale)  # of workers that died meanwhile or were stopped
     infos |= made
@@ -269,8 +272,13 @@ def _remove_stale(output: Path, shards: set[str] | None) -> None:
             file.unlink(missing_ok=True)
 
 
-def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dict[str, Info], dict[str, str]]:
-    """Pack the inputs; return the metadata of each shard that was made, and the error of each bad input."""
+def _pack_all(
+    todo: Sequence[Input], recipe: _Recipe, workers: int, most: int | None
+) -> tuple[dict[str, Info], dict[str, str]]:
+    """Pack the inputs; return the metadata of each shard that was made, and the error of each bad input.
+
+    ``most`` is how many may be bad while none is good; then InputError.
+    """
     (recipe.output / MANIFEST).unlink(missing_ok=True)  # it must not list a shard that is about to change
     infos: dict[str, Info] = {}
     bad: dict[str, str] = {}
@@ -287,6 +295,9 @@ def _pack_all(todo: Sequence[Input], recipe: _Recipe, workers: int) -> tuple[dic
                 infos[one.shard] = outcome
                 marker.unlink(missing_ok=True)
             bar.add(one, outcome)
+            if most and len(bad) == most < len(todo) and not infos:
+                left = f"{len(todo) - most:,} more inputs were not tried, as these {most} were all bad"
+                raise InputError(*bad.values(), f"{left}: check the flags and the source")
     if failed:
         raise RuntimeError("\n".join([*failed.values(), *bad.values()]))
     return infos, bad
