@@ -62,6 +62,7 @@ def test_figures(folder):
         "documents": 3,
         "mean_document_length": 3.0,
         "max_document_length": 5,
+        "bytes_of_text": "unknown",
         "bytes_per_token": "unknown",
         "over 2,048 tokens": "0.00% of the documents, 0.00% of the tokens",
         "vocab_size": 100,
@@ -321,7 +322,7 @@ def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp
     folder = prepared(tmp_path, tokenizer_file, rows)
     figures = inspect_packed(folder, block_size=10)
     assert figures["tokens"] == 73
-    assert figures["bytes_per_token"] == round(59 / 73, 3)
+    assert (figures["bytes_of_text"], figures["bytes_per_token"]) == (59, round(59 / 73, 3))
     assert figures["over 10 tokens"] == f"{3 / 7:.2%} of the documents, {42 / 73:.2%} of the tokens"
     assert figures["bytes_per_token of Book"] == round(33 / 41, 3)
     assert figures["over 10 tokens of Book"] == f"25.00% of the documents, {20 / 41:.2%} of the tokens"

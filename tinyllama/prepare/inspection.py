@@ -54,6 +54,7 @@ def inspect_packed(
         "documents": dataset.documents,
         "mean_document_length": round(dataset.tokens / dataset.documents, 1),
         "max_document_length": max(shard.longest for shard in checked),
+        "bytes_of_text": "unknown" if dataset.num_bytes is None else dataset.num_bytes,
         "bytes_per_token": _bytes_per_token(dataset.num_bytes, dataset.tokens),
         f"over {block_size:,} tokens": _shares(longer, dataset.documents, tokens_of_longer, dataset.tokens),
         "vocab_size": dataset.vocab_size,
