@@ -127,6 +127,7 @@ def c4(source: Path) -> dict[str, list[str]]:
     records = [{"text": text, "timestamp": "2019-04-25T12:57:54Z", "url": "https://example.org"} for text in TEXTS]
     write_records(source / "en/c4-train.00000-of-01024.json.gz", records)
     write_records(source / "en/c4-train.00001-of-01024.json.gz", records[:2])
+    write_records(source / "en/c4-validation.00000-of-00008.json.gz", records[2:3])
     return {"en--c4-train.00000-of-01024.json.gz": TEXTS, "en--c4-train.00001-of-01024.json.gz": TEXTS[:2]}
 
 
@@ -225,12 +226,12 @@ def slimpajama_6b(source: Path) -> dict[str, list[str]]:
     return {"data--train-00000-of-00048-ab2b35705f029d94.parquet": TEXTS}
 
 
-CORPORA: list[tuple[str, Callable[[Path], dict[str, list[str]]]]] = [
+CORPORA: list[tuple[str, Callable[[Path], dict[str, list[str]]], *tuple[str, ...]]] = [
     ("prepare_text", fineweb_edu),
     ("prepare_text", fineweb_edu_sample),
     ("prepare_text", dclm),
     ("prepare_text", dolma),
-    ("prepare_text", c4),
+    ("prepare_text", c4, "--split", "train"),
     ("prepare_text", climbmix_text),
     ("prepare_text", climbmix_shuffled),
     ("prepare_text", wikipedia),
@@ -309,14 +310,17 @@ def documents(folder: Path, tokenizer: Tokenizer) -> dict[str, list[str]]:
     return found
 
 
-def prepared(script: Any, name: str, source: Path, tokenizer: Path, output: Path) -> tuple[int, str, str]:
+def prepared(script: Any, name: str, source: Path, tokenizer: Path, output: Path, *flags: str) -> tuple[int, str, str]:
     paths = ["--source", source, "--tokenizer", tokenizer, "--output", output]
-    return script(name, *paths, "--encoder", "sentencepiece")
+    return script(name, *paths, "--encoder", "sentencepiece", *flags)
 
 
-@pytest.mark.parametrize(("name", "write"), CORPORA, ids=[write.__name__ for _, write in CORPORA])
+@pytest.mark.parametrize(
+    ("name", "write", "flags"),
+    [pytest.param(name, write, flags, id=write.__name__) for name, write, *flags in CORPORA],
+)
 def test_what_is_prepared_is_the_text_of_the_corpus(
-    script: Any, tokenizer_file: Path, tmp_path: Path, name: str, write: Any
+    script: Any, tokenizer_file: Path, tmp_path: Path, name: str, write: Any, flags: list[str]
 ) -> None:
     source, output = tmp_path / "raw", tmp_path / "packed"
     expected = write(source)
@@ -326,7 +330,7 @@ def test_what_is_prepared_is_the_text_of_the_corpus(
     cache.mkdir(parents=True)
     (cache / "a.parquet.metadata").write_text("87f09149ef4734204d70ed1d046ddc9ca3f2b8f9\n")
     (cache / "a.parquet.lock").touch()
-    code, said, err = prepared(script, name, source, tokenizer_file, output)
+    code, said, err = prepared(script, name, source, tokenizer_file, output, *flags)
     assert code == 0, err
     assert documents(output, Tokenizer(tokenizer_file)) == expected
     texts = [text for shard in expected.values() for text in shard]
