@@ -358,6 +358,29 @@ def test_what_an_older_folder_does_not_record_is_unknown(tokenizer_file, tmp_pat
     assert figures["bytes_per_token of Book"] == round(1 / 3, 3)
 
 
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("wrong", [-5, True, "x", None, 1.5, [3]], ids=repr)
+@pytest.mark.parametrize("key", ["bytes", "documents", "documents_over_2048", "tokens_over_2048"])
+def test_figures_that_are_no_counts_are_not_shown(tokenizer_file, tmp_path, wrong, key):
+    folder = prepared(tmp_path, tokenizer_file, {"a.jsonl": [("Web", "1")]})
+    subsets = json.loads((folder / "manifest.json").read_bytes())["subsets"]
+    subsets["Web"][key] = wrong
+    change(folder / "manifest.json", subsets=subsets)
+    figures = inspect_packed(folder)
+    if key == "bytes":
+        expected = {"bytes_of_text": "unknown", "bytes_per_token": "unknown", "bytes_per_token of Web": "unknown"}
+    else:
+        expected = {"bytes_of_text": 1, "over 2,048 tokens of Web": "not recorded"}
+    assert figures.items() >= expected.items()
+
+
+def test_verify_reads_what_a_shard_says_of_itself(folder):
+    (folder / "b.json").write_text("[]")
+    assert inspect_packed(folder)["tokens"] == 9  # whoever trains needs none of it
+    with pytest.raises(InputError, match=r"b\.json is damaged .*: delete b\.json and rerun the prepare command"):
+        inspect_packed(folder, verify=True)
+
+
 def test_upstream_chunks(tmp_path):
     tokens = np.arange(5, dtype="<u2")
     header = b"LITPKDS" + (1).to_bytes(8, "little") + bytes([8]) + len(tokens).to_bytes(8, "little")

@@ -21,6 +21,7 @@ from typing import Any, Self
 import numpy as np
 
 from tinyllama import InputError, atomic
+from tinyllama.checkpoint.state import is_count
 from tinyllama.data import lit_chunks
 from tinyllama.data.files import check_size, index_bytes, open_regular
 from tinyllama.data.metadata import (
@@ -299,5 +300,5 @@ def _open_manifest(path: Path) -> PackedDataset:
 
 def _num_bytes(subsets: dict[str, dict[str, Any]], tokens: int) -> int | None:
     """Bytes of text of all subsets; None where some tokens are in none, or in one that does not say its bytes."""
-    known = [figures for figures in subsets.values() if isinstance(figures.get("bytes"), int)]
+    known = [figures for figures in subsets.values() if is_count(figures.get("bytes"))]
     return sum(figures["bytes"] for figures in known) if sum(f["tokens"] for f in known) == tokens else None

@@ -11,7 +11,7 @@ import numpy as np
 from tinyllama import InputError
 from tinyllama.checkpoint.state import is_count
 from tinyllama.data.files import open_regular, read_index
-from tinyllama.data.metadata import DIGEST_SIZE, HINT, read_manifest
+from tinyllama.data.metadata import DIGEST_SIZE, HINT, read_manifest, read_shard_info
 from tinyllama.data.packed import PackedDataset, first_outside, open_packed, vocabulary_error
 from tinyllama.prepare.workers import cores
 from tinyllama.tokenizer import Tokenizer
@@ -139,6 +139,11 @@ def _check(folder: Path, shard: dict[str, Any], verify: bool, block_size: int) -
     lengths = np.diff(ends if ends is not None else [], prepend=0)
     powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
     errors = [f"{folder / shard['name']}{error}: delete {shard['name']}.json and {HINT}" for error in errors]
+    if verify and not errors:
+        try:
+            read_shard_info(folder, shard["name"])
+        except InputError as error:
+            errors.append(str(error))
     longer = lengths[lengths > block_size]
     histogram, longest = np.bincount(powers, minlength=64), int(lengths.max(initial=0))
     return _Shard(histogram, longest, len(longer), int(longer.sum()), errors)
