@@ -180,10 +180,9 @@ class Training:
     def start(self) -> None:
         """Record where the run starts, and which settings a resumed one changes."""
         run, step = self.run, self.state.step
-        lines = [f"start    {run.origin} at step {step}"]
         changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
-        if changed:
-            lines += ["changed  " + ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())]
+        changes = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
+        lines = [f"start    {run.origin} at step {step}", *([f"changed  {changes}"] if changes else [])]
         origin = {"resumed_from": str(run.resume) if run.resume else None}
         self.log.event("start", *lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed, **origin)
 
