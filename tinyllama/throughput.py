@@ -1,4 +1,4 @@
-"""Speed and time: the model's FLOPs per token, a GPU's peak FLOP/s, a meter of tokens per second, and durations."""
+"""Speed and time: FLOPs of the model and of Muon, a GPU's peak FLOP/s, a meter of tokens per second, and durations."""
 
 import re
 import time
@@ -40,6 +40,19 @@ def flops_per_token(config: ModelConfig) -> int:
     causal or not (arXiv:2204.02311, appendix B). It reproduces upstream's published 56 % at 24k tokens/s on an A100.
     """
     return 6 * config.num_params(embedding=False) + 12 * config.n_layer * config.n_embd * config.block_size
+
+
+def newton_schulz_flops(rows: int, cols: int) -> int:
+    """Return the FLOPs of Muon's five iterations of a matrix (tinyllama/train/muon.py).
+
+    A matmul of (m, k) and (k, n) takes 2 m k n. With s the shorter and l the longer side, each iteration has two of
+    (s, s) and (s, l) and one of (s, s): 5 (4 s^2 l + 2 s^3) in all. Where l >= 2 s they work on the Gram matrix, with
+    four of (s, s) and (s, l), and 14 of (s, s). That quack computes half of a symmetric product is not counted.
+    """
+    short, long = sorted((rows, cols))
+    if long >= 2 * short:
+        return 8 * short**2 * long + 28 * short**3
+    return 5 * (4 * short**2 * long + 2 * short**3)
 
 
 class Meter:

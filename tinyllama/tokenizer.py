@@ -54,6 +54,8 @@ class Tokenizer:
     """ends a document; None: the tokenizer has no such token"""
     unk_id: int | None
     """stands for what the vocabulary lacks; None: the tokenizer has no such token"""
+    added_tokens: int = 0
+    """added tokens of a tokenizer.json that are vocabulary like any other piece, as runs of blanks are"""
     encoder: str
     """the library, sentencepiece or tokenizers"""
     encoder_version: str
@@ -214,8 +216,10 @@ class Tokenizer:
         # the library numbers them itself; others believe the file
         content["added_tokens"] = [token | {"id": vocab[token["content"]]} for token in added]
         self._whole_json = content
-        special = [token["content"] for token in content["added_tokens"] if token["special"]]
-        self._text_json = _without(content, {*special, bos, eos, unk} - {None}, self.sha256)
+        special = {token["content"] for token in content["added_tokens"] if token["special"]}
+        taken_for_text = {*special, bos, eos, unk} - {None}
+        self._text_json = _without(content, taken_for_text, self.sha256)
+        self.added_tokens = sum(token["content"] not in taken_for_text for token in content["added_tokens"])
         bare = tokenizers.Tokenizer.from_str(json.dumps(self._text_json))
         self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
 

@@ -11,7 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import sentencepiece
+import tokenizers
 from packed import SHORT, change
+from tokenizers import pre_tokenizers
 
 from tinyllama import InputError
 from tinyllama.data.packed import open_packed
@@ -133,6 +135,25 @@ def test_every_fact_of_a_shard(tmp_path, tokenizer_file, monkeypatch, flush, cut
         "shards": [{"name": name} | counts],
         "skipped": [],
     }
+
+
+def test_a_folder_begun_when_added_tokens_were_text_is_not_continued(tmp_path):
+    library = tokenizers.Tokenizer(
+        tokenizers.models.BPE({letter: i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}, [])
+    )
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.add_special_tokens(["</s>"])
+    library.add_tokens(["  "])
+    library.save(str(tmp_path / "tokenizer.json"))
+    source, output = write(tmp_path / "in", {"a.jsonl": ["x  y"], "b.jsonl": ["z"]}), tmp_path / "out"
+    pack(source, tmp_path / "tokenizer.json", output)
+    assert (facts(output, "a.jsonl")["added_tokens"], facts(output, "a.jsonl")["tokens"]) == (1, 4)
+    earlier = facts(output, "a.jsonl")
+    del earlier["added_tokens"]
+    (output / "a.jsonl.json").write_text(json.dumps(earlier))
+    assert refused(source, tmp_path / "tokenizer.json", output) == (
+        f"{output}: added_tokens was None for shard a.jsonl and is 1 now: use another --output"
+    )
 
 
 def test_a_manifest_sums_up_its_shards_and_a_folder_is_a_subset(tmp_path, tokenizer_file):

@@ -13,7 +13,7 @@ from tinyllama import InputError
 from tinyllama.config.args import DataArgs, OpsArgs, OptimArgs, ParallelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.config.model import named_config
 from tinyllama.model import GPT
-from tinyllama.throughput import flops_per_token, peak_flops
+from tinyllama.throughput import flops_per_token, newton_schulz_flops, peak_flops
 from tinyllama.tools import plan
 from tinyllama.train.muon import hidden_matrices, orthogonalize
 
@@ -94,13 +94,13 @@ def test_muons_flops_are_those_of_its_matmuls() -> None:
     for rows, cols in ((2048, 2048), (5632, 2048), (256, 2048), (2048, 256), (768, 1535), (768, 1536), (1, 1)):
         with torch.device("meta"), FlopCounterMode(display=False) as counter:
             orthogonalize(torch.empty(1, rows, cols))
-        assert counter.get_total_flops() == plan.newton_schulz_flops(rows, cols), (rows, cols)
+        assert counter.get_total_flops() == newton_schulz_flops(rows, cols), (rows, cols)
 
 
 def test_muons_iterations_are_divided_over_the_ranks_matrix_by_matrix() -> None:
     with torch.device("meta"):
         matrices = hidden_matrices(GPT(CONFIG))
-    flops = [sum(plan.newton_schulz_flops(*shape) for shape in matrix.shapes) for matrix in matrices]
+    flops = [sum(newton_schulz_flops(*shape) for shape in matrix.shapes) for matrix in matrices]
     rate = 0.57 * 989.5e12
     assert muon(1, "full") == plan.Muon(pytest.approx(sum(flops) / rate), 0.0)
     assert muon(16, "full").iterations == muon(16, "none").iterations == pytest.approx(sum(flops) / rate / 16)

@@ -220,6 +220,8 @@ def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Rec
         "fraction": fields.fraction,
         "seed": fields.seed if fields.fraction < 1 else None,
     }
+    if used.added_tokens:  # shards without the key are of a version that took them for text
+        policy["added_tokens"] = used.added_tokens
     chosen: Choice = "sentencepiece" if encoder.fell_back or options.encoder == "sentencepiece" else "fast"
     return _Recipe(options.output, used.path, chosen, fields, policy, slow, {"origin": origin} if origin else {})
 

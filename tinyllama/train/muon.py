@@ -25,6 +25,7 @@ from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
 from tinyllama.ops import symmetric_matmul
+from tinyllama.throughput import newton_schulz_flops
 
 T = TypeVar("T")
 Multiply = Callable[..., Tensor]
@@ -57,8 +58,8 @@ class Matrix:
 
     @property
     def cost(self) -> int:
-        """Operations of an iteration."""
-        return sum(4 * short**2 * long + 2 * short**3 for short, long in self.shapes)
+        """FLOPs of its iterations."""
+        return sum(newton_schulz_flops(*shape) for shape in self.shapes)
 
     @property
     def scale(self) -> float:
