@@ -45,6 +45,7 @@ def test_exact_bytes_and_facts(tmp_path):
         "max_token": 258,
         "dropped": 7,
         "blake2b": hashlib.blake2b(bytes([1, 0, 2, 0, 3, 0, 2, 1]), digest_size=32).hexdigest(),
+        "index_blake2b": hashlib.blake2b((tmp_path / "a.jsonl.zst.idx.npy").read_bytes(), digest_size=32).hexdigest(),
     }
 
 

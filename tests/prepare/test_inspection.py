@@ -252,6 +252,17 @@ def test_verify_sees_one_bit(folder, place):
     assert error.value.args == (f"{path} is not what was written, its hash differs: delete b.json and {HINT}",)
 
 
+def test_verify_sees_another_end_of_a_document(folder):
+    np.save(folder / "a.idx.npy", np.array([2, 4], dtype=np.uint64))  # 3 and 4 are right
+    assert inspect_packed(folder)["documents"] == 3
+    with pytest.raises(InputError) as error:
+        inspect_packed(folder, verify=True)
+    path = folder / "a.idx.npy"
+    assert error.value.args == (f"{path} is not what was written, its hash differs: delete a.json and {HINT}",)
+    change(folder / "a.json", index_blake2b=None)  # of a version that recorded none
+    assert inspect_packed(folder, verify=True)["documents"] == 3
+
+
 @pytest.mark.parametrize("ends", [[3, 4, 4], [2, 5], [3, 3], [-1, 4], [[3], [4]], [4], []], ids=str)
 def test_ends_that_these_documents_cannot_have(folder, ends):
     np.save(folder / "a.idx.npy", np.array(ends, dtype=np.int64))  # 3 and 4 are right

@@ -118,10 +118,12 @@ def test_every_fact_of_a_shard(tmp_path, tokenizer_file, monkeypatch, flush, cut
     }
     of_all = {"format_version": 1, "dtype": "uint16", "vocab_size": 400} | policy | figures
     name = "chunk1--a.jsonl"
+    index = (output / f"{name}.idx.npy").read_bytes()
     assert (output / f"{name}.bin").read_bytes() == stored
     assert np.load(output / f"{name}.idx.npy").tolist() == np.cumsum([len(ids) for ids in documents]).tolist()
     assert facts(output, name) == of_all | more | counts | {
         "name": name,
+        "index_blake2b": hashlib.blake2b(index, digest_size=32).hexdigest(),
         "encoded_by": VERSION,
         "source": {
             "name": "chunk1/a.jsonl",

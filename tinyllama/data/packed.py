@@ -86,11 +86,12 @@ class ShardWriter:
             self.max_token = max(self.max_token, int(ids.max()))
 
     def finish(self, **metadata: Any) -> dict[str, Any]:
-        """Publish the shard and return what NAME.json says: counts, the hash of ``NAME.bin``, and ``metadata``.
+        """Publish the shard and return what NAME.json says: counts, the hashes of the other files, and ``metadata``.
 
         ``metadata`` must be the same for every run on the same input: no times, hosts or process numbers.
         ``max_token`` is -1 in a shard without tokens.
         """
+        index = index_bytes(np.array(self._ends, dtype="<u8"))
         counted = dict(
             format_version=FORMAT_VERSION,
             name=self.name,
@@ -100,12 +101,13 @@ class ShardWriter:
             documents=len(self._ends),
             max_token=self.max_token,
             blake2b=self._blake2b.hexdigest(),
+            index_blake2b=hashlib.blake2b(index, digest_size=DIGEST_SIZE).hexdigest(),
             **metadata,
         )
         info = seal(counted)
         # an older shard of this name is not done from here on: its json must never describe the new tokens
         (self._folder / f"{self.name}.json").unlink(missing_ok=True)
-        atomic.write(self._folder / f"{self.name}.idx.npy", index_bytes(np.array(self._ends, dtype="<u8")))
+        atomic.write(self._folder / f"{self.name}.idx.npy", index)
         self._file.close()
         atomic.sync(self._tmp)
         os.replace(self._tmp, self._folder / f"{self.name}.bin")

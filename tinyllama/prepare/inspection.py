@@ -113,6 +113,11 @@ def _shares(longer: int, documents: int, tokens_of_longer: int, tokens: int) -> 
     return f"{of_documents:.2%} of the documents, {of_tokens:.2%} of the tokens"
 
 
+def _hash(path: Path) -> str:
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
+
+
 class _Shard(NamedTuple):
     """What the index of a shard says."""
 
@@ -131,17 +136,19 @@ def _check(folder: Path, shard: dict[str, Any], verify: bool, block_size: int) -
     ends = read_index(folder / f"{shard['name']}.idx.npy", shard["documents"], shard["tokens"])
     if ends is None:
         errors.append(".idx.npy is missing or does not fit its .bin")
-    if verify:
-        with open_regular(folder / f"{shard['name']}.bin") as file:
-            found = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE))
-        if found.hexdigest() != shard["blake2b"]:
-            errors.append(".bin is not what was written, its hash differs")
+    if verify and _hash(folder / f"{shard['name']}.bin") != shard["blake2b"]:
+        errors.append(".bin is not what was written, its hash differs")
     lengths = np.diff(ends if ends is not None else [], prepend=0)
     powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
-    errors = [f"{folder / shard['name']}{error}: delete {shard['name']}.json and {HINT}" for error in errors]
+    hint = f"delete {shard['name']}.json and {HINT}"
+    errors = [f"{folder / shard['name']}{error}: {hint}" for error in errors]
     if verify and not errors:
+        index = folder / f"{shard['name']}.idx.npy"
         try:
-            read_shard_info(folder, shard["name"])
+            info = read_shard_info(folder, shard["name"]) or {}
+            recorded = info.get("index_blake2b")  # None: written before there was one
+            if recorded is not None and recorded != _hash(index):
+                errors.append(f"{index} is not what was written, its hash differs: {hint}")
         except InputError as error:
             errors.append(str(error))
     longer = lengths[lengths > block_size]
