@@ -138,8 +138,8 @@ def test_every_field_of_a_tokenizer_json(kind, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_every_byte_of_a_model(model, tmp_path, capfd):
-    versions = list(damaged_bytes(model, list(range(len(model))), random.Random(0)))
+def test_bytes_of_a_model(model, tmp_path, capfd):
+    versions = list(damaged_bytes(model, list(range(0, len(model), 5)), random.Random(0)))
     assert try_all(versions, tmp_path / "tokenizer.model", capfd) > len(versions) // 4
 
 
@@ -148,7 +148,7 @@ def test_every_byte_of_a_model(model, tmp_path, capfd):
 def test_bytes_of_a_tokenizer_json(kind, tmp_path, capfd):
     rng = random.Random(kind)
     content = write(kind, rng, tmp_path).read_bytes()
-    versions = list(damaged_bytes(content, rng.sample(range(len(content)), 150), rng))
+    versions = list(damaged_bytes(content, rng.sample(range(len(content)), 50), rng))
     assert try_all(versions, tmp_path / "tokenizer.json", capfd) > len(versions) // 4
 
 

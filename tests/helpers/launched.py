@@ -42,7 +42,8 @@ def listeners() -> int:
     sockets = {os.readlink(link) for link in Path("/proc/self/fd").iterdir() if link.is_symlink()}
     lines = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()]
     found = {line[1].split(":")[0] for line in lines if line[3] == "0A" and f"socket:[{line[9]}]" in sockets}
-    print(*sorted(found), flush=True)
+    sys.stdout.write(" ".join(sorted(found)) + "\n")  # at once: under torchrun both ranks have one stdout
+    sys.stdout.flush()
     fabric.barrier()
     return 0
 

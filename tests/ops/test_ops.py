@@ -457,7 +457,7 @@ def test_with_deterministic_algorithms_cudnn_is_passed_over_by_auto_and_refused_
     monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: False)
     cuda = torch.device("cuda")
     chosen = choice.resolve({}, CONFIG, cuda, precision="bf16")
-    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked")
+    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked", "reference")
     with pytest.raises(InputError) as error:
         choice.resolve({"attention": "sdpa_cudnn"}, CONFIG, cuda, precision="bf16")
     assert error.value.args == (

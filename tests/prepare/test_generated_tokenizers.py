@@ -46,9 +46,9 @@ def test_ids_are_those_of_the_library(kind, seed, tmp_path, monkeypatch):
 def test_ids_are_those_of_the_library_in_hundreds(tmp_path, monkeypatch, capsys):
     counts: Counter[str] = Counter()
     for kind in KINDS:
-        for seed in range(100, 160):
+        for seed in range(100, 145):
             counts += try_one(kind, seed, tmp_path, monkeypatch)
     with capsys.disabled():
         print(f"\n{dict(counts)}")
-    assert counts["tokenizers"] == 420
-    assert counts["accepted by the fast one"] > 60 * bool(find_spec("gigatoken"))
+    assert counts["tokenizers"] == 315
+    assert counts["accepted by the fast one"] > 40 * bool(find_spec("gigatoken"))
