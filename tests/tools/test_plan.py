@@ -1,4 +1,5 @@
 import json
+import runpy
 import subprocess
 import sys
 from dataclasses import replace
@@ -438,7 +439,11 @@ def test_the_script() -> None:
         (["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"], "error: parallel.shard 5 does not divide 16 GPUs"),
     ],
 )
-def test_bad_input(flags: list[str], problem: str) -> None:
-    done = run_script(*BIG, *flags)
-    assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.startswith(problem)
+def test_bad_input(flags: list[str], problem: str, monkeypatch: Any, capsys: Any) -> None:
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "argv", ["plan.py", *BIG, *flags])
+    with pytest.raises(SystemExit) as stopped:
+        runpy.run_path("scripts/plan.py", run_name="__main__")
+    said = capsys.readouterr()
+    assert (stopped.value.code, said.out) == (2, "")
+    assert said.err.startswith(problem)
