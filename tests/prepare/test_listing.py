@@ -281,7 +281,11 @@ def test_the_summary_says_what_was_not_read(tmp_path, tokenizer_file, one_proces
     touch(tmp_path, "in/a.txt", "in/b.md", "in/README.txt")
     (tmp_path / "in/empty.txt").touch()
     (tmp_path / "in/none.jsonl").write_text("\n\n")
-    summary = prepare(find_inputs(tmp_path / "in", ENDINGS), Fields(), Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece"))
+    summary = prepare(
+        find_inputs(tmp_path / "in", ENDINGS),
+        Fields(),
+        Options(tokenizer_file, tmp_path / "out", encoder="sentencepiece"),
+    )
     lines = summary.splitlines()
     assert lines[-4:-1] == [
         "not read: 1 .md",

@@ -127,7 +127,9 @@ def steps_on(world: Any, size: int, tmp_path: Path, *flags: object) -> tuple[dic
     return torch.load(file), [answer["result"] for answer in answers]
 
 
-@pytest.mark.parametrize("name", WORLDS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if WORLDS[name][0] == 4 else ()) for name in WORLDS]
+)
 def test_on_ranks_it_is_the_plain_muon(world, muon, plain: Plain, tmp_path: Path, name: str) -> None:
     size, shard, collectives = WORLDS[name]
     found, counts = steps_on(world, size, tmp_path, "--parallel.shard", shard)
@@ -168,6 +170,7 @@ def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path, size: in
     assert column(straight, "loss")[-1] < 0.85 * column(straight, "loss")[0]
 
 
+@pytest.mark.slow
 def test_a_run_resumes_on_other_ranks_as_adamw_does(world, muon, tmp_path: Path) -> None:
     straight, elsewhere = tmp_path / "straight", tmp_path / "elsewhere"
     world(1).train("--config", tmp_path / "muon.yaml", "--out_dir", straight)
