@@ -138,7 +138,7 @@ def test_every_field_of_a_tokenizer_json(kind, tmp_path, capfd):
 
 
 @pytest.mark.slow
-def test_bytes_of_a_model(model, tmp_path, capfd):
+def test_many_bytes_of_a_model(model, tmp_path, capfd):
     versions = list(damaged_bytes(model, list(range(0, len(model), 5)), random.Random(0)))
     assert try_all(versions, tmp_path / "tokenizer.model", capfd) > len(versions) // 4
 
