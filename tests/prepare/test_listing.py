@@ -152,6 +152,9 @@ def test_pipes_and_sockets_are_errors_and_do_not_block(tmp_path):
     with socket.socket(socket.AF_UNIX) as server:
         server.bind(os.path.relpath(tmp_path / "c.txt"))
         pipe, plug = errors(tmp_path, ENDINGS)
+    assert errors(tmp_path / "b.jsonl", ENDINGS) == (
+        f"{tmp_path}/b.jsonl: is a pipe, a socket or a device: give a file or a folder",
+    )
     assert pipe == f"{tmp_path}/b.jsonl: is a pipe, a socket or a device: put a file in its place or remove it"
     assert plug.startswith(f"{tmp_path}/c.txt: is a pipe")
     assert names(find_inputs(tmp_path, (".md", ".parquet", ".xyz") + ("a.txt",))) == ["a.txt"]  # others do not matter

@@ -243,7 +243,7 @@ def test_facts_of_a_shard_that_are_damaged(tmp_path, tokenizer_file, changes, me
 
 def test_an_output_that_cannot_be_made(tmp_path, tokenizer_file):
     (message,) = problems(write(tmp_path / "in"), tokenizer_file, Path("/proc/x"))
-    assert message.startswith("cannot write /proc/x (No such file or directory): make room (what is done is kept)")
+    assert message.startswith("cannot write /proc/x (No such file or directory): give another --output")
 
 
 def test_an_output_that_is_a_file(tmp_path, tokenizer_file):

@@ -10,6 +10,7 @@ from typing import Any
 
 from tinyllama import InputError
 
+_NO_FILE = "is a pipe, a socket or a device"
 _HTTP = ("http://", "https://")
 _CACHES = ("simplecache::", "filecache::", "blockcache::")  # of files that are read more than once
 
@@ -55,6 +56,8 @@ def _local(source: str, folders: Collection[str]) -> Listing:
     if os.path.isfile(source):
         listing.files[source] = os.path.basename(source), os.stat(source).st_size
         return listing
+    if os.path.exists(source) and not os.path.isdir(source):
+        raise InputError(f"{source}: {_NO_FILE}: give a file or a folder")
     seen: dict[object, str] = {}
     for folder in folders:
         _walk(source, folder, listing, seen)
@@ -142,7 +145,7 @@ def _add(path: str, real: str, source: str, listing: Listing, seen: dict[object,
     seen[key] = path
     listing.files[path] = name, status.st_size
     if not stat.S_ISREG(status.st_mode):
-        listing.broken[path] = "is a pipe, a socket or a device: put a file in its place or remove it"
+        listing.broken[path] = f"{_NO_FILE}: put a file in its place or remove it"
 
 
 def _remote(source: str, folders: Collection[str]) -> Listing:

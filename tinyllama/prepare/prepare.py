@@ -45,6 +45,7 @@ _METADATA = {  # of NAME.json, besides those of every shard
 CONTEXTS = tuple(1 << power for power in range(9, 18))
 """context lengths, 512 to 131,072 tokens, for which the documents that are longer are counted"""
 _MAX_BAD = 10  # inputs that may be bad one after another before one is good: then it is all of them, or a flag
+_NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FLUSH = 1 << 16  # tokens written at a time, few enough to stay in a processor's cache
 
 
@@ -109,9 +110,8 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
         raise
     except OSError as error:  # the output's: those of the inputs and of the tokenizer are reported as InputErrors
         where = error.filename2 or error.filename or options.output
-        raise InputError(
-            f"cannot write {where} ({error.strerror}): make room (what is done is kept) or give another --output"
-        ) from None
+        room = "make room (what is done is kept) or " if error.errno in _NO_ROOM else ""
+        raise InputError(f"cannot write {where} ({error.strerror}): {room}give another --output") from None
 
 
 @contextlib.contextmanager
