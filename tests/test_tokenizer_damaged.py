@@ -131,9 +131,9 @@ def test_bytes_of_a_model(model, tmp_path, capfd):
 @pytest.mark.slow
 @pytest.mark.usefixtures("short_trials")
 @pytest.mark.parametrize("kind", JSON_KINDS)
-def test_every_field_of_a_tokenizer_json(kind, tmp_path, capfd):
+def test_many_fields_of_a_tokenizer_json(kind, tmp_path, capfd):
     content = json.loads(write(kind, random.Random(kind), tmp_path).read_bytes())
-    versions = list(damaged_json(content))
+    versions = list(damaged_json(content))[::3]  # all of them take minutes
     assert try_all(versions, tmp_path / "tokenizer.json", capfd) > len(versions) // 2
 
 
