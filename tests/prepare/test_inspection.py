@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from packed import add, change
+from packed import add, change, write_dataset
 
 from tinyllama import InputError
 from tinyllama.data import files
@@ -24,20 +24,7 @@ HINT = "rerun the prepare command"
 
 @pytest.fixture
 def folder(tmp_path):
-    facts = {
-        "tokenizer_sha256": "ab" * 32,
-        "encoder": "sentencepiece",
-        "bos": False,
-        "eos": True,
-        "bos_id": 1,
-        "eos_id": 2,
-    }
-    for name, documents in {"a": [[5, 6, 2], [2]], "b": [[7, 8, 9, 10, 2]], "c": []}.items():
-        with ShardWriter(tmp_path, name, 100) as writer:
-            for document in documents:
-                add(writer, document)
-            writer.finish(**facts)
-    write_manifest(tmp_path, ["a", "b", "c"])
+    write_dataset(tmp_path, {"a": [[5, 6, 2], [2]], "b": [[7, 8, 9, 10, 2]], "c": []})
     return tmp_path
 
 

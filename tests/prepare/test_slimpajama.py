@@ -112,17 +112,15 @@ def test_the_layouts_of_the_copies(tmp_path, tokenizer_file, script, one_process
         assert "(1 of RedPajamaGithub left out)" in out
 
 
+def command(folder, tokenizer_file):
+    """The call that prepares what is in ``folder``/in."""
+    source, output = folder / "in", folder / "out"
+    return ["prepare_slimpajama", "--source", source, "--tokenizer", tokenizer_file, "--output", output]
+
+
 def test_a_copy_that_names_no_subset_is_refused(tmp_path, tokenizer_file, script, one_process):
     write(tmp_path / "in/data/train-0.parquet", {"text": TEXTS})
-    call = [
-        "prepare_slimpajama",
-        "--source",
-        tmp_path / "in",
-        "--tokenizer",
-        tokenizer_file,
-        "--output",
-        tmp_path / "out",
-    ]
+    call = command(tmp_path, tokenizer_file)
     code, out, err = script(*call)
     assert (code, out) == (2, "")
     assert (
@@ -137,9 +135,7 @@ def test_a_copy_that_names_no_subset_is_refused(tmp_path, tokenizer_file, script
 
 def test_packed_documents_are_of_their_subsets(tmp_path, tokenizer_file, script, one_process):
     write(tmp_path / "in/data/train-0.parquet", SCHEMAS["column"])
-    script(
-        "prepare_slimpajama", "--source", tmp_path / "in", "--tokenizer", tokenizer_file, "--output", tmp_path / "out"
-    )
+    script(*command(tmp_path, tokenizer_file))
     subsets = json.loads((tmp_path / "out/manifest.json").read_bytes())["subsets"]
     assert {name: figures["documents"] for name, figures in subsets.items()} == {
         "RedPajamaC4": 1,
@@ -150,15 +146,7 @@ def test_packed_documents_are_of_their_subsets(tmp_path, tokenizer_file, script,
 def test_a_copy_of_many_files_is_refused_before_all_are_read(tmp_path, tokenizer_file, script, one_process):
     for number in range(30):
         write(tmp_path / f"in/data/train-{number:02}.parquet", {"text": TEXTS})
-    call = [
-        "prepare_slimpajama",
-        "--source",
-        tmp_path / "in",
-        "--tokenizer",
-        tokenizer_file,
-        "--output",
-        tmp_path / "out",
-    ]
+    call = command(tmp_path, tokenizer_file)
     code, out, err = script(*call)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert (code, out, len(errors)) == (2, "", 11)
