@@ -1,5 +1,6 @@
 """Documents longer than what is read at once, and fractions: what a reader gives, computed without it."""
 
+import base64
 import codecs
 import gzip
 import hashlib
@@ -13,6 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import zstandard
+from pyarrow.parquet.encryption import CryptoFactory, EncryptionConfiguration, KmsClient, KmsConnectionConfig
 
 from tinyllama import InputError
 from tinyllama.prepare import readers
@@ -240,6 +242,37 @@ def test_texts_that_lie_outside_of_an_arrow_file(tmp_path, kind, offsets):
     path.write_bytes(path.read_bytes().replace(right, wrong))
     with pytest.raises(InputError, match=r"a\.arrow: not a readable arrow file \(.*: download it again"):
         list(DocumentReader(path, Fields()))
+
+
+@pytest.mark.parametrize(
+    ("plaintext_footer", "encrypted", "reason"),
+    [
+        (True, "text", "has encrypted columns"),
+        (True, "other", "has encrypted columns"),
+        (False, "text", "encrypted metadata"),
+    ],
+)
+def test_encrypted_parquet(tmp_path, plaintext_footer, encrypted, reason):
+    class Keys(KmsClient):
+        def wrap_key(self, key_bytes, master_key_identifier):
+            return base64.b64encode(key_bytes)
+
+    path, table = tmp_path / "a.parquet", pa.table({"text": ["one", "two"], "other": [1, 2]})
+    settings = EncryptionConfiguration("footer", column_keys={"column": [encrypted]}, plaintext_footer=plaintext_footer)
+    encryption = CryptoFactory(lambda _: Keys()).file_encryption_properties(KmsConnectionConfig(), settings)
+    with pq.ParquetWriter(path, table.schema, encryption_properties=encryption) as writer:
+        writer.write_table(table)
+    with pytest.raises(InputError, match=reason):
+        documents(DocumentReader(path, Fields()))
+
+
+def test_a_frame_that_needs_a_dictionary(tmp_path):
+    texts = [json.dumps({"text": f"text number {i} of many that are alike"}).encode() for i in range(2000)]
+    dictionary = zstandard.train_dictionary(4096, texts)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.ZstdCompressor(dict_data=dictionary).compress(b"\n".join(texts)))
+    with pytest.raises(InputError, match="is compressed with a dictionary: decompress it first"):
+        documents(DocumentReader(path, Fields()))
 
 
 def test_an_arrow_file_cut_short_anywhere(tmp_path):

@@ -6,9 +6,21 @@ large it is.
 
 import struct
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, BinaryIO
 
 _HEADER = 1 << 12, 1 << 20  # bytes that hold the header of a page, nearly always and always
+
+
+def is_signed(path: Path, metadata_size: int) -> bool:
+    """Whether a parquet file's metadata is signed, as it is where columns are encrypted; pyarrow aborts at those.
+
+    ``metadata_size`` is what of the footer is metadata: a signature of 28 bytes (a nonce and a tag) stands behind it.
+    """
+    with path.open("rb") as file:
+        file.seek(-8, 2)
+        (footer_size,) = struct.unpack("<I", file.read(4))
+    return bool(footer_size - metadata_size == 28)
 
 
 def page_sizes(file: BinaryIO, column: Any) -> Iterator[int]:

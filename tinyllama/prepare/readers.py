@@ -22,8 +22,8 @@ import numpy as np
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import COMPRESSED, Fields
-from tinyllama.prepare.pages import batch_size, page_sizes
-from tinyllama.prepare.streams import BUFFER, Hashed, decompressed
+from tinyllama.prepare.pages import batch_size, is_signed, page_sizes
+from tinyllama.prepare.streams import BUFFER, Hashed, NeedsDictionary, decompressed
 
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 _ROWS = 64  # of a parquet file at a time, or fewer that take _ROW_BYTES
@@ -168,6 +168,9 @@ class DocumentReader:
                     yield f"line {number}:", line
         except EOFError:
             raise self._error("ends in the middle of its compressed data", "download it again") from None
+        except NeedsDictionary:
+            hint = "decompress it first, as with zstd -d -D DICTIONARY"
+            raise self._error("is compressed with a dictionary", hint) from None
         except (OSError, zlib.error) as error:
             raise self._error(f"cannot be read ({error})", "download it again") from None
 
@@ -267,6 +270,8 @@ class DocumentReader:
         text_key = self.fields.text_key
         if self._suffix == ".parquet":
             table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
+            if is_signed(self.path, table.metadata.serialized_size):
+                raise self._error("has encrypted columns", "write it without encryption")
             schema = table.schema_arrow
         else:
             source = pyarrow.memory_map(str(self.path))

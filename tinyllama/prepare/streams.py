@@ -12,6 +12,10 @@ BUFFER = 1 << 20  # bytes at a time
 _XZ_MEMORY = 1 << 27  # that xz may take: its highest level takes half of it
 
 
+class NeedsDictionary(OSError):
+    """A frame of zstandard was compressed with a dictionary, which stands in another file."""
+
+
 class Hashed(io.FileIO):
     """A file whose bytes are hashed as a BufferedReader reads them."""
 
@@ -108,7 +112,7 @@ class _Zstd(_Frames):
         try:
             return self._frame.decompress(compressed)
         except self._error as error:
-            raise OSError(error) from None
+            raise (NeedsDictionary if "dictionary" in str(error).lower() else OSError)(error) from None
 
 
 class _Bz2(_Frames):
