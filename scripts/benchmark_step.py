@@ -1,18 +1,22 @@
-"""Measure whole optimizer steps of this and other codebases, one after another, each in its own process.
+"""Measure whole optimizer steps of this and other codebases, one after another, each in processes of its own.
 
     python scripts/benchmark_step.py                                    # ours, TinyLlama-1.1B, 65,536 tokens a step
     python scripts/benchmark_step.py --peers litgpt,hf --micro_batch_size 16
     python scripts/benchmark_step.py --run ours:train.precision=float8 --run ours:ops.attention=sdpa_cudnn,8
+    python scripts/benchmark_step.py --gpus 1,2 --run ours --run litgpt # each on one GPU, then on two
 
 It prints a JSON line per run: tokens/s (median over the steps), MFU (throughput.py has the formula), peak memory,
 seconds to the end of the first step (compilation), backends and versions. A run is NAME[:SETTING,...]; a number sets
 its micro-batch, key=value a flag of pretrain/train.py (ours only). Tokens are random; master weights are always fp32.
-`litgpt` uses the model, loss, precision and optimizer of its pretraining loop under torch.compile, `hf` transformers
-with Liger's kernels. --budget adds the time of a step by kind of kernel.
+`litgpt` uses the model, loss, precision, optimizer and FSDP strategy of its pretraining loop under torch.compile, `hf`
+transformers with Liger's kernels. --budget adds the time of a step by kind of kernel. With --gpus, tokens and tokens/s
+are those of each GPU; ``kept`` is its tokens/s as a fraction of those at the first number of GPUs, and
+``not_hidden_ms`` by how much longer a step takes than there.
 """
 
 import importlib.metadata
 import json
+import os
 import re
 import statistics
 import subprocess
@@ -49,8 +53,8 @@ KINDS = {
 }
 
 
-def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
-    """Build our step from the recipe's parts."""
+def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpus: int) -> tuple[Step, dict[str, Any]]:
+    """Build our step from the recipe's parts; ``tokens`` are those of each GPU."""
     from tinyllama.checkpoint.state import TrainState
     from tinyllama.model import GPT
     from tinyllama.ops import choice
@@ -60,7 +64,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     from tinyllama.train.parallel import build_fabric
     from tinyllama.train.step import TrainStep
 
-    flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": "1"} | settings
+    flags = {"model.name": name, "parallel.reshard_after_forward": "false", "parallel.devices": str(gpus)} | settings
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
     config = args.model.resolve()
     ops = choice.resolve(vars(args.ops), config, DEVICE, precision=args.train.precision)
@@ -71,9 +75,9 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     model = fabric.setup_module(gpt)
     optimizer: Any = fabric.setup_optimizers(build_optimizer(gpt, args.optim, args.train.precision))
     state = TrainState()
-    guard = Guard(args.train, optimizer.optimizer, state, 1, fabric.device)
+    guard = Guard(args.train, optimizer.optimizer, state, gpus, fabric.device)
     accumulation = tokens // config.block_size // micro_batch
-    train_step = TrainStep(args, fabric, gpt, model, optimizer, guard, accumulation, tokens)
+    train_step = TrainStep(args, fabric, gpt, model, optimizer, guard, accumulation, tokens * gpus)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
         train_step(state, iter(batches), 1e-4)
@@ -82,14 +86,21 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> 
     return step, {"ops": choice.describe(ops), "precision": args.train.precision, **settings}
 
 
-def litgpt(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
-    """Build LitGPT's step: model, chunked loss, bf16-mixed and fused AdamW of its pretraining command."""
+def litgpt(
+    name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpus: int
+) -> tuple[Step, dict[str, Any]]:
+    """Build LitGPT's step: model, chunked loss, bf16-mixed, fused AdamW and FSDP of its pretraining command."""
     import lightning
+    from lightning.fabric.strategies import FSDPStrategy
     from litgpt import GPT, Config
+    from litgpt.model import Block
     from litgpt.utils import chunked_cross_entropy
 
     ours = named_config(name)
-    fabric = lightning.Fabric(devices=1, precision="bf16-mixed")
+    strategy: Any = "auto"
+    if gpus > 1:
+        strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
+    fabric = lightning.Fabric(devices=gpus, strategy=strategy, precision="bf16-mixed")
     fabric.launch()
     config = Config.from_name("tiny-llama-1.1b", **_litgpt_sizes(ours))
     with fabric.init_module(empty_init=False):
@@ -101,9 +112,10 @@ def litgpt(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -
     optimizer: Any = fabric.setup_optimizers(adamw)
 
     def step(batches: list[tuple[Tensor, Tensor]]) -> None:
-        for input_ids, targets in batches:
-            loss = chunked_cross_entropy(model(input_ids), targets)
-            fabric.backward(loss / len(batches))
+        for number, (input_ids, targets) in enumerate(batches, 1):
+            with fabric.no_backward_sync(model, enabled=number < len(batches)):
+                loss = chunked_cross_entropy(model(input_ids), targets)
+                fabric.backward(loss / len(batches))
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
@@ -117,8 +129,10 @@ def _litgpt_sizes(config: ModelConfig) -> dict[str, Any]:
     return sizes | {"padded_vocab_size": config.padded_vocab_size}
 
 
-def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tuple[Step, dict[str, Any]]:
+def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpus: int) -> tuple[Step, dict[str, Any]]:
     """Build a step of transformers' Llama with Liger's kernels (and fused linear cross-entropy) in bf16 autocast."""
+    if gpus > 1:
+        raise InputError("--run hf is measured on one GPU: leave --gpus out")
     from liger_kernel.transformers import apply_liger_kernel_to_llama
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -146,8 +160,8 @@ def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int) -> tu
 RUNS = {"ours": ours, "litgpt": litgpt, "hf": hf}
 
 
-def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budget: bool) -> dict[str, Any]:
-    """Measure one run in this process and return its JSON line."""
+def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budget: bool, gpus: int) -> dict[str, Any]:
+    """Measure one run, of which this process is one of ``gpus`` ranks, and return its JSON line."""
     kind, _, text = run.partition(":")
     settings = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
     micro_batch = next((int(part) for part in text.split(",") if part.isdecimal()), micro_batch)
@@ -156,7 +170,7 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
     if samples % micro_batch:
         raise InputError(f"--run {run}: {samples} samples a step are not a multiple of the micro-batch {micro_batch}")
     began = time.perf_counter()
-    step, details = RUNS[kind](name, settings, tokens, micro_batch)
+    step, details = RUNS[kind](name, settings, tokens, micro_batch, gpus)
     batches = _batches(config, samples, micro_batch)
     step(next(batches))
     _sync()
@@ -181,9 +195,11 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
     line = {
         "run": run,
         "model": name,
+        "gpus": gpus,
         "micro_batch_size": micro_batch,
         "tokens_per_step": tokens,
         "tokens_per_second": round(speed),
+        "step_ms": round(tokens / speed * 1e3, 1),
         "mfu": round(speed * flops_per_token(config) / peak, 4) if peak else None,
         "mfu_formula": "tokens/s x (6 (N - N_wte) + 12 L d T) / dense bf16 peak",
         "peak_memory_gib": round(torch.cuda.max_memory_allocated() / 2**30, 2) if peak else None,
@@ -245,6 +261,7 @@ def main() -> int:
     parser.add_argument("--micro_batch_size", type=int, default=16, help="where a run names none (16)")
     parser.add_argument("--tokens", type=int, default=65536, help="tokens per optimizer step (65,536)")
     parser.add_argument("--steps", type=int, default=10, help="steps that are measured, in two rounds (10)")
+    parser.add_argument("--gpus", default="1", help="numbers of GPUs, as in 1,2,4: each run on each (1)")
     parser.add_argument("--memory_cap_gib", type=float, help="fail a run that needs more GPU memory")
     parser.add_argument("--budget", action="store_true", help="add the time by kind of kernel")
     parser.add_argument("--here", action="store_true", help="measure the one run in this process")
@@ -255,20 +272,43 @@ def main() -> int:
         raise InputError(f"{unknown[0]} is not known: choose {', '.join(RUNS)}")
     if args.budget and DEVICE.type != "cuda":
         raise InputError("--budget needs a CUDA GPU, whose kernels it counts: leave it out")
+    counts = args.gpus.split(",")
+    if not all(count.isdecimal() and int(count) for count in counts):
+        raise InputError(f"--gpus is {args.gpus!r}: give numbers, as in 1,2,4")
     if args.here:
         if args.memory_cap_gib and DEVICE.type == "cuda":
             total = torch.cuda.get_device_properties(0).total_memory
             torch.cuda.set_per_process_memory_fraction(args.memory_cap_gib * 2**30 / total)
-        line = measure(runs[0], args.model, args.tokens, args.steps, args.micro_batch_size, args.budget)
-        print(json.dumps(line), flush=True)
+        settings = (args.model, args.tokens, args.steps, args.micro_batch_size, args.budget, int(counts[0]))
+        line = measure(runs[0], *settings)
+        if os.environ.get("RANK", "0") == "0":
+            print(json.dumps(line), flush=True)
         return 0
+    flags = ["--model", args.model, "--micro_batch_size", args.micro_batch_size, "--tokens", args.tokens]
+    flags += ["--steps", args.steps, *(["--budget"] if args.budget else []), "--here"]
+    flags += ["--memory_cap_gib", args.memory_cap_gib] if args.memory_cap_gib else []
     failed = 0
     for run in runs:
-        flags = ["--model", args.model, "--micro_batch_size", args.micro_batch_size, "--tokens", args.tokens]
-        flags += ["--steps", args.steps, *(["--budget"] if args.budget else []), "--run", run, "--here"]
-        flags += ["--memory_cap_gib", args.memory_cap_gib] if args.memory_cap_gib else []
-        failed |= subprocess.run([sys.executable, str(Path(__file__)), *map(str, flags)]).returncode
+        first: dict[str, Any] = {}
+        for count in map(int, counts):
+            line = start(count, [*map(str, flags), "--run", run])
+            failed |= not line
+            first = first or line
+            if line and count != first["gpus"]:
+                line["kept"] = round(line["tokens_per_second"] / first["tokens_per_second"], 4)
+                line["not_hidden_ms"] = round(line["step_ms"] - first["step_ms"], 1)
+            if line:
+                print(json.dumps(line), flush=True)
     return failed
+
+
+def start(gpus: int, flags: list[str]) -> dict[str, Any]:
+    """Measure a run on ``gpus`` ranks, each a process, and return its line; {} if it fails, which says why itself."""
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(gpus), "--"] if gpus > 1 else []
+    command = [sys.executable, *launcher, str(Path(__file__)), *flags, "--gpus", str(gpus)]
+    ended = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    lines = [line for line in ended.stdout.splitlines() if line.startswith("{")]
+    return dict(json.loads(lines[-1])) if not ended.returncode and lines else {}
 
 
 if __name__ == "__main__":

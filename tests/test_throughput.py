@@ -108,3 +108,9 @@ def test_a_duration_has_two_units(seconds: float, text: str) -> None:
 def test_kernels_are_not_counted_without_a_gpu(script) -> None:
     code, _, said = script("benchmark_step", "--budget")
     assert (code, said) == (2, "error: --budget needs a CUDA GPU, whose kernels it counts: leave it out\n")
+
+
+@pytest.mark.parametrize("numbers", ["0", "two", "1,", "-1"])
+def test_numbers_of_gpus(script, numbers) -> None:
+    code, _, said = script("benchmark_step", f"--gpus={numbers}")
+    assert (code, said) == (2, f"error: --gpus is {numbers!r}: give numbers, as in 1,2,4\n")
