@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from processes import Process
 
 ROOT = Path(__file__).parents[1]
 FIRST = ["pretrain/README.md", "scripts/README.md", "configs/README.md"]  # each uses what those before it have made
@@ -258,9 +259,13 @@ def test_every_recipe_passes_a_dry_run(packed_folder, tmp_path: Path) -> None:
         flags += ["--data.validation", json.dumps([{"path": str(folders[0])}])]
         lines.append(json.dumps(["train", flags]))
     command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
-    ran = subprocess.run(command, input="\n".join(lines) + "\n", env=env, cwd=ROOT, capture_output=True, text=True)
-    answers = [json.loads(line) for line in ran.stdout.splitlines()]
-    assert [answer.get("result") for answer in answers] == [0] * len(RECIPES), answers
+    rank = Process(*command, warm=0, env=env, cwd=ROOT)
+    for line in lines:
+        rank.tell(line)
+    rank.close()
+    _, said, errors = rank.end()
+    answers = [json.loads(line) for line in said.splitlines()]
+    assert [answer.get("result") for answer in answers] == [0] * len(RECIPES), (answers, errors)
     for path, answer in zip(RECIPES, answers, strict=True):
         assert "length   4 steps, 32 samples" in answer["said"], path
         assert not (tmp_path / path.stem).exists()

@@ -39,7 +39,7 @@ def test_three_interruptions_leave_each_step_once(packed_folder: Any, tmp_path: 
     (tmp_path / "run.yaml").write_text(yaml.safe_dump(config))
     env = dict(os.environ, RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", LOCAL_WORLD_SIZE="1", TORCHELASTIC_RUN_ID="tests")
     env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0", "OMP_NUM_THREADS": "1"}
-    rank = Group([Process(sys.executable, ROOT / "tests" / "helpers" / "rank.py", env=env, cwd=ROOT)])
+    rank = Group([Process(sys.executable, ROOT / "tests" / "helpers" / "rank.py", warm=0, env=env, cwd=ROOT)])
 
     def run(*command: str) -> dict[str, Any]:
         name, *flags = command

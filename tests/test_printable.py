@@ -90,9 +90,8 @@ def test_an_error_of_many_ranks_is_one_line() -> None:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         env = dict(os.environ, WORLD_SIZE="2", MASTER_ADDR="127.0.0.1", MASTER_PORT=str(probe.getsockname()[1]))
-    ranks = [
-        Process(sys.executable, "-c", RANK, env=env | {"RANK": str(rank), "LOCAL_RANK": str(rank)}) for rank in (0, 1)
-    ]
+    numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in (0, 1)]
+    ranks = [Process(sys.executable, "-c", RANK, warm=0, env=env | number) for number in numbers]
     ends = [rank.end() for rank in ranks]
     assert [code for code, _, _ in ends] == [2, 2]
     assert "".join(said for _, _, said in ends) == "error: a\\x1b[2J\\nerror: b: mend it\n"

@@ -1,7 +1,9 @@
 """A test whose process is stuck fails, and shows what the process said."""
 
 import json
+import os
 import sys
+from pathlib import Path
 
 import pytest
 from processes import Group, Process
@@ -43,3 +45,43 @@ def test_the_end_of_a_process_has_its_last_words() -> None:
     assert process.end() == (3, '{"result": 5}\n', "said 5\nand one\nand two\n")
     with pytest.raises(AssertionError, match="gave no line; exit code 3, on stderr:\nsaid 5"):
         process.line()
+
+
+CODE = """
+import atexit, os, signal, sys, threading
+from pathlib import Path
+print(__name__, sys.argv, sys.path[0], Path.cwd(), os.environ["WORD"], os.getsid(0) == os.getpid(), input())
+print(signal.getsignal(signal.SIGINT) is signal.default_int_handler, sorted(os.listdir("/proc/self/fd"))[:3])
+atexit.register(print, "at the end")
+match sys.argv[1]:
+    case "exit": threading.Timer(0.1, print, ["a thread"]).start(); sys.exit(7)
+    case "raise": raise ValueError("broken")
+    case "signal": sys.stdout.flush(); os.kill(os.getpid(), signal.SIGTERM)
+"""
+
+
+@pytest.mark.parametrize("how", ["exit", "raise", "signal", "return"])
+@pytest.mark.parametrize("as_file", [False, True])
+def test_a_warm_process_does_as_a_fresh_one(how: str, as_file: bool, tmp_path: Path) -> None:
+    ends = []
+    (tmp_path / "code.py").write_text(CODE)
+    command = [sys.executable, tmp_path / "code.py"] if as_file else [sys.executable, "-c", CODE]
+    for warm in (None, 0):
+        process = Process(*command, how, warm=warm, env=os.environ | {"WORD": "a word"}, cwd=tmp_path)
+        process.tell("a line")
+        code, said, errors = process.end()
+        assert process.popen.poll() == code
+        ends.append((code, said, errors.splitlines()[-1:]))
+    assert ends[1] == ends[0]
+    assert "a word True a line" in ends[0][1]
+    assert ends[0][0] == {"exit": 7, "raise": 1, "signal": -15, "return": 0}[how]
+
+
+def test_ranks_that_are_warm_do_not_share_the_order_of_sets_and_can_be_killed() -> None:
+    code = "import sys; print(hash('a'), flush=True); sys.stdin.read()"
+    ranks = [Process(sys.executable, "-c", code, warm=rank) for rank in (0, 1)]
+    assert ranks[0].line() != ranks[1].line()
+    for rank in ranks:
+        assert rank.popen.poll() is None
+        rank.kill()
+        assert rank.popen.poll() == -9

@@ -37,7 +37,8 @@ class Ranks(Group):
     def __init__(self, store: Path, count: int, world_size: int) -> None:
         script = Path(__file__).parents[1] / "helpers" / "checkpoint_rank.py"
         env = os.environ | {"OMP_NUM_THREADS": "1"}
-        super().__init__([Process(sys.executable, script, rank, world_size, store, env=env) for rank in range(count)])
+        commands = [(sys.executable, script, rank, world_size, store) for rank in range(count)]
+        super().__init__([Process(*command, warm=rank, env=env) for rank, command in enumerate(commands)])
 
     def __call__(self, command: str, path: Path, *args: object) -> list[Any]:
         """Run ``command`` on every rank; gives their answers."""

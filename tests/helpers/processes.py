@@ -6,10 +6,13 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
+
+from warm import Forked, fork
 
 LIMIT = 300.0
 """seconds that an answer may take, on a machine that has much else to do"""
@@ -18,19 +21,21 @@ GRACE = 60.0
 
 
 class Process:
-    """A process in a session of its own, so that what it forks is killed with it."""
+    """A process in a session of its own, so that what it forks is killed with it.
 
-    def __init__(self, *command: object, **how: Any) -> None:
+    ``warm`` is for a Python that would import torch first: a rank's number, or 0 for any other, as warm.py says.
+    """
+
+    def __init__(self, *command: object, warm: int | None = None, **how: Any) -> None:
         self._errors = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
-        self.popen = subprocess.Popen(
-            [str(word) for word in command],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-            start_new_session=True,
-            **how,
-        )
+        words = [str(word) for word in command]
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": self._errors}
+        self.popen: subprocess.Popen[str] | Forked
+        if warm is None:
+            self.popen = subprocess.Popen(words, **pipes, text=True, start_new_session=True, **how)
+        else:
+            assert words[0] == sys.executable
+            self.popen = fork(words, stderr=self._errors.fileno(), server=warm % 2, **how)
         self.pid = self.popen.pid
 
     def tell(self, line: str) -> None:

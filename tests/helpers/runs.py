@@ -33,7 +33,7 @@ class World(Group):
         env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
         numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
-        super().__init__([Process(*command, env=env | number, cwd=ROOT) for number in numbers])
+        super().__init__([Process(*command, warm=r, env=env | n, cwd=ROOT) for r, n in enumerate(numbers)])
 
     def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:
         """Run ``command`` on every rank; gives their answers."""

@@ -70,7 +70,7 @@ class World:
 
     def __init__(self, script: Path, code: str, size: int) -> None:
         script.write_text(PREAMBLE + code)
-        self.process = Process(sys.executable, script, size, script.parent)
+        self.process = Process(sys.executable, script, size, script.parent, warm=0)
         self.pids = [int(word) for word in self.line().split()]
 
     def line(self) -> str:
@@ -397,7 +397,7 @@ with Watchdog(Path(sys.argv[1]), rank=3, world_size=4, first_timeout=600, timeou
 @pytest.mark.parametrize("replaced", [False, True])
 def test_every_rank_notices_that_its_folder_is_gone(replaced: bool, tmp_path: Path) -> None:
     out_dir = tmp_path / "run"
-    process = Process(sys.executable, "-c", ALONE, out_dir)
+    process = Process(sys.executable, "-c", ALONE, out_dir, warm=0)
     assert process.line() == "watches\n"
     (tmp_path / "new").mkdir()
     out_dir.rename(tmp_path / "moved")

@@ -182,8 +182,8 @@ def start() -> Iterator[Callable[..., Process]]:
     """A function that starts a process with these variables of a launcher."""
     started = []
 
-    def begin(env: dict[str, str], *command: object) -> Process:
-        started.append(Process(*command, env=os.environ | env | {"OMP_NUM_THREADS": "1"}, cwd=ROOT))
+    def begin(env: dict[str, str], *command: object, warm: int | None = None) -> Process:
+        started.append(Process(*command, warm=warm, env=os.environ | env | {"OMP_NUM_THREADS": "1"}, cwd=ROOT))
         return started[-1]
 
     yield begin
@@ -222,7 +222,7 @@ def test_ranks_print_an_error_once(
     start: Callable[..., Process], first: list[str], second: list[str], printed: list[str]
 ) -> None:
     found = zip(two_ranks(), (first, second), strict=True)
-    ranks = [start(env, sys.executable, LAUNCHED, "fail", *errors) for env, errors in found]
+    ranks = [start(env, sys.executable, LAUNCHED, "fail", *errors, warm=0) for env, errors in found]
     ends = [rank.end() for rank in ranks]
     assert [code for code, _, _ in ends] == [2, 2]
     said = "".join(errors for _, _, errors in ends).splitlines()
@@ -232,7 +232,7 @@ def test_ranks_print_an_error_once(
 
 def test_mpirun_is_refused_in_one_line(start: Callable[..., Process]) -> None:
     ranks = [MPIRUN | {"OMPI_COMM_WORLD_RANK": rank} for rank in ("0", "1")]
-    ends = [start(env, sys.executable, LAUNCHED, "wait") for env in ranks]
+    ends = [start(env, sys.executable, LAUNCHED, "wait", warm=0) for env in ranks]
     (code, said, errors), other = [process.end() for process in ends]
     assert (code, said, errors.count("\n")) == (2, "", 1)
     assert errors.startswith("error: mpirun started 8 processes")
@@ -240,7 +240,7 @@ def test_mpirun_is_refused_in_one_line(start: Callable[..., Process]) -> None:
 
 
 def test_on_one_machine_the_store_is_served_to_that_machine_only(start: Callable[..., Process]) -> None:
-    code, said, errors = start({}, sys.executable, LAUNCHED, "served").end()
+    code, said, errors = start({}, sys.executable, LAUNCHED, "served", warm=0).end()
     assert (code, said) == (0, "0100007F\n"), errors  # 127.0.0.1, the bytes reversed
 
 
@@ -248,7 +248,7 @@ def test_on_one_machine_no_rank_listens_to_others(start: Callable[..., Process],
     """Neither the store nor gloo, by a launcher of variables and by torchrun, whose agent serves the store."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
-    ranks = [start(env, sys.executable, LAUNCHED, "listeners") for env in two_ranks()]
+    ranks = [start(env, sys.executable, LAUNCHED, "listeners", warm=0) for env in two_ranks()]
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LAUNCHED, "listeners"]
     for process, lines in [(ranks[0], 1), (ranks[1], 1), (start({}, sys.executable, *torchrun), 2)]:
         code, said, errors = process.end()
@@ -280,6 +280,16 @@ def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: py
     assert [os.environ.get(name) for name in names] == [expected, expected]
 
 
+START_ONE = """
+import os, runpy, sys
+if os.fork():
+    os.wait()
+else:
+    del sys.argv[0]
+    runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
 @pytest.mark.parametrize(
     ("env", "watched", "last"),
     [
@@ -293,8 +303,7 @@ def test_a_rank_whose_launcher_is_gone_ends(
     start: Callable[..., Process], env: dict[str, str], watched: str, last: str
 ) -> None:
     variables = {name: value for name, value in (two_ranks()[1] | env).items() if value}
-    start_one = "import subprocess, sys; subprocess.run(sys.argv[1:])"
-    launcher = start(variables, sys.executable, "-c", start_one, sys.executable, LAUNCHED, "wait")
+    launcher = start(variables, sys.executable, "-c", START_ONE, LAUNCHED, "wait", warm=0)
     assert launcher.line() == f"{watched}\n"
     os.kill(launcher.pid, signal.SIGKILL)
     if not watched:
