@@ -13,6 +13,10 @@ from pathlib import Path
 import pytest
 from hypothesis import HealthCheck, settings
 
+# Before torch is imported, here and in every process that a test starts: the tensors of tests are so small that threads
+# take twenty times the CPU to wait for each other, and several tests run at once.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # how long an example takes is the load of the machine
 settings.register_profile("tests", deadline=None, suppress_health_check=[HealthCheck.too_slow])
 settings.load_profile("tests")

@@ -183,7 +183,7 @@ def start() -> Iterator[Callable[..., Process]]:
     started = []
 
     def begin(env: dict[str, str], *command: object, warm: int | None = None) -> Process:
-        started.append(Process(*command, warm=warm, env=os.environ | env | {"OMP_NUM_THREADS": "1"}, cwd=ROOT))
+        started.append(Process(*command, warm=warm, env=os.environ | env, cwd=ROOT))
         return started[-1]
 
     yield begin
