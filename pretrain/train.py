@@ -30,7 +30,6 @@ from tinyllama.monitor.console import Row, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
 from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.ops import attention
-from tinyllama.throughput import Meter, flops_per_token, peak_flops
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
 from tinyllama.train.collectives import collect_gc, freeze_gc, set_timeout
@@ -41,6 +40,7 @@ from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
 from tinyllama.train.run import Run, choose_ops, gradient_accumulation, load_checkpoint, mix, start_from
 from tinyllama.train.step import Losses, TrainStep
+from tinyllama.train.step_clock import StepClock
 
 DONE, DEFECT, STOPPED = 0, 1, 75
 
@@ -168,9 +168,8 @@ class Training:
             global_batch_size=args.train.global_batch_size,
             start_sample=state.samples,
         )
-        self.batches = on_device(self.loader, fabric.device)
-        self.meter = Meter()
-        self.peak = peak_flops(torch.cuda.get_device_name()) if fabric.device.type == "cuda" else None
+        self.clock = StepClock(run, gpt, fabric.device)
+        self.batches = self.clock.timed(on_device(self.loader, fabric.device))
 
     @property
     def is_last(self) -> bool:
@@ -190,10 +189,10 @@ class Training:
         """One optimizer step; nothing in it waits for the device."""
         self.watchdog.beat(self.state.step, "step")
         collect_gc(self.state.step)
-        self.meter.resume()
+        self.clock.resume()
         self.lr = self.run.lr_at(self.state.step)
         self.train_step(self.state, self.batches, self.lr)
-        self.meter.step(self.run.tokens_per_step)
+        self.clock.step(self.run.tokens_per_step)
         if self.state.step == self.first_step + 1:  # all is compiled, and the ranks run evenly
             freeze_gc()
             set_timeout(self.run.args.train.timeout + 60, keep=[self.checkpointer.group])
@@ -205,13 +204,13 @@ class Training:
         results = self.guard.poll(late=0 if due else 1)
         self.failed = self.log.record_skips(results)
         if due and not self.failed:
-            speed = self.meter.end_interval()
+            speed = self.clock.end_interval()
             row: Row = {"step": state.step, "tokens": state.tokens, "loss": results[-1].loss, "lr": self.lr}
-            row |= {"grad_norm": results[-1].grad_norm, "tokens_per_second": speed, "skipped": state.skipped}
-            row["mfu"] = speed * flops_per_token(run.config) / (self.peak * run.world.size) if self.peak else None
-            row["max_memory_gb"] = max_memory_gb(self.fabric.device)
+            row |= {"grad_norm": results[-1].grad_norm, "skipped": state.skipped}
+            row |= {"max_memory_gb": max_memory_gb(self.fabric.device)} | self.clock.times(speed) | self.log.waits()
             self.log.row(row, seconds_left=(run.max_steps - state.step) * run.tokens_per_step / speed)
-        self.meter.pause()
+        self.clock.pause()
+        self.log.trace.after(state.step)
 
     def listen(self) -> None:
         """Ask every rank whether a signal, the end of its time or a failed save asks for a stop."""
@@ -252,8 +251,8 @@ class Training:
         if self.failed or self.save_owed:
             return
         self.watchdog.beat(self.state.step, "checkpoint")
-        self.finish_save(wait=True)
         with self.failures_recorded(), self.log.clock("checkpoints", self.state.step):
+            self.finish_save(wait=True)
             self.checkpointer.save(self.state, self.gpt, self.optimizer, wait=bool(self.is_last or self.stop_asked))
             self.saved_step = self.state.step
 

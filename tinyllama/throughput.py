@@ -64,7 +64,9 @@ class Meter:
     def __init__(self, window: int = 10) -> None:
         self._intervals: deque[tuple[int, float]] = deque(maxlen=window)
         self._intervals_ended = 0
-        self._tokens, self._seconds = 0, 0.0
+        self._tokens, self._seconds, self._steps = 0, 0.0, 0
+        self.steps, self.step_seconds = 0, 0.0
+        """steps of the last interval, and the mean time of one"""
         self.resume()
 
     def resume(self) -> None:
@@ -78,6 +80,7 @@ class Meter:
     def step(self, tokens: int) -> None:
         """Count a step's tokens."""
         self._tokens += tokens
+        self._steps += 1
 
     def end_interval(self) -> float:
         """End the log interval, start the next, and return the tokens per second of the window."""
@@ -86,7 +89,8 @@ class Meter:
         if self._intervals_ended == 2:
             self._intervals.clear()
         self._intervals.append((self._tokens, self._seconds))
-        self._tokens, self._seconds = 0, 0.0
+        self.steps, self.step_seconds = self._steps, self._seconds / self._steps
+        self._tokens, self._seconds, self._steps = 0, 0.0, 0
         self.resume()
         return sum(tokens for tokens, _ in self._intervals) / sum(seconds for _, seconds in self._intervals)
 

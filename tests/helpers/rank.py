@@ -33,7 +33,7 @@ from tinyllama import InputError
 from tinyllama.checkpoint import reader, writer
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
-from tinyllama.train import collectives, step
+from tinyllama.train import collectives, step, step_clock
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
@@ -132,6 +132,27 @@ def watched(argv: list[str]) -> dict[str, Any]:
         seen["code"] = recipe.main(run)
     backends = [(group or dist.group.WORLD)._get_backend(torch.device("cpu")) for group in groups]
     return seen | {"collects": gc.isenabled(), "timeouts": [b.options._timeout.total_seconds() for b in backends]}
+
+
+def train_by_clocks(argv: list[str]) -> int:
+    """The recipe, with a clock of the steps that advances by a second on rank 0 and by three on rank 1 at each look.
+
+    Gives how many collectives gathered what the clocks say.
+    """
+    run = recipe.setup(cli.parse(PretrainArgs, argv))
+    rank = dist.get_rank() if dist.is_initialized() else int(os.environ["RANK"])
+    looks, gathered, gather = itertools.count(step=1 + 2 * rank), [], dist.all_gather_into_tensor
+
+    def gathering(of_all: torch.Tensor, mine: torch.Tensor, *args: Any, **how: Any) -> Any:
+        gathered.extend([mine] * (mine.dtype == torch.float64))
+        return gather(of_all, mine, *args, **how)
+
+    with (
+        mock.patch.object(step_clock, "time", mock.Mock(perf_counter=lambda: next(looks))),
+        mock.patch.object(dist, "all_gather_into_tensor", gathering),
+    ):
+        assert recipe.main(run) == 0
+    return len(gathered)
 
 
 def resumed_from(argv: list[str]) -> str:

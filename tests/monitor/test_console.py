@@ -126,6 +126,11 @@ def test_numbers_have_their_units() -> None:
         *("12,346 tokens/s", "mfu 56.8%", "memory 12.35 GB", "skipped 2"),
     ]
     assert numbers({"loss": 0.0, "mfu": None, "skipped": 0}) == ["loss 0.0000"]
+    times = {"step_seconds": 2.5, "data_seconds": 0.04, "save_seconds": 3.25, "validation_seconds": 12.0}
+    times |= {"forward_seconds_median": 0.5, "forward_seconds_slowest": 0.55, "slowest_rank": 3}
+    assert numbers(times) == ["waited 3.2 s for checkpoints, 12.0 s for validation"]
+    assert numbers(times | {"forward_seconds_slowest": 0.625})[0] == "rank 3 25% slower"
+    assert numbers({"forward_seconds_median": 0.0, "forward_seconds_slowest": 0.0, "slowest_rank": 0}) == []
     assert list(FORMATS) == [key for key in row if key != "skipped"]
 
 

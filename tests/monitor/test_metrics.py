@@ -76,10 +76,11 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
     log.row({"step": 1, "tokens": 8, "loss": float("inf"), "val_loss": 7.5})
     good = (run.out_dir / "metrics.csv").read_text()
     head, last = good.splitlines()
+    empty = "," * (head.count(",") - 1)  # the cells after step and tokens
     for cells in (
-        *["2,,1,1", "2,16", "2,abc,2" + "," * 9, "2,16,abc,def" + "," * 8, "²,16" + "," * 10, "-2,16" + "," * 10],
-        *["9" * 5000 + ",16" + "," * 10, "2," + "9" * 400 + "," * 10, '2,"' + "9" * 200_000 + '"' + "," * 10],
-        *["2,16" + "," * 11, '2,"16' + "," * 10, "2," + "," * 10, "2,16,1e" + "," * 9, ""],
+        *["2,,1,1", "2,16", f"2,abc,2{empty[1:]}", f"2,16,abc,def{empty[2:]}", f"²,16{empty}", f"-2,16{empty}"],
+        *["9" * 5000 + f",16{empty}", "2," + "9" * 400 + empty, '2,"' + "9" * 200_000 + f'"{empty}'],
+        *[f"2,16{empty},", f'2,"16{empty}', f"2,{empty}", f"2,16,1e{empty[1:]}", ""],
     ):
         (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
         assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [float("inf")], cells
@@ -256,7 +257,9 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
 def full_row(step: int, **changes: Any) -> dict[str, Any]:
     """A value in every column, written in two digits or more."""
     numbers = {"loss": 7.25, "val_loss": 7.75, "val_bpb": 1.25, "lr": 4e-4, "grad_norm": 1.5}
-    numbers |= {"tokens_per_second": 1500.5, "mfu": 0.45}
+    numbers |= {"tokens_per_second": 1500.5, "mfu": 0.45, "step_seconds": 2.5, "data_seconds": 0.25}
+    numbers |= {"forward_seconds_median": 0.5, "forward_seconds_slowest": 0.75, "slowest_rank": 3}
+    numbers |= {"save_seconds": 1.5, "validation_seconds": 2.25}
     return {"step": step, "tokens": 32 * step} | numbers | {"max_memory_gb": 37.12, "skipped": 12} | changes
 
 
@@ -264,8 +267,10 @@ def test_every_column_is_written_where_its_name_stands(run: Run) -> None:
     RunLog(run, None, is_rank_zero=True).row(full_row(3))
     lines = (run.out_dir / "metrics.csv").read_text().splitlines()
     assert lines == [
-        "step,tokens,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,mfu,max_memory_gb,skipped,tokens_packed",
-        "3,96,7.25,7.75,1.25,0.0004,1.5,1500.5,0.45,37.12,12,96",
+        "step,tokens,loss,val_loss,val_bpb,lr,grad_norm,tokens_per_second,mfu,max_memory_gb,skipped,"
+        "step_seconds,forward_seconds_median,forward_seconds_slowest,slowest_rank,"
+        "data_seconds,save_seconds,validation_seconds,tokens_packed",
+        "3,96,7.25,7.75,1.25,0.0004,1.5,1500.5,0.45,37.12,12,2.5,0.5,0.75,3,0.25,1.5,2.25,96",
     ]
 
 
@@ -440,6 +445,17 @@ def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: py
     assert (events[2]["event"], events[2]["by"], events[2]["step"]) == ("stop", "SIGTERM", 4)
     assert events[2]["seconds"] == pytest.approx({"training": 30.0, "validation": 3.0, "checkpoints": 3.23456})
     assert abs(events[0]["time"] - time.time()) < 600
+
+
+def test_the_waits_are_those_since_the_row_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+    with RunLog(run, None, is_rank_zero=True) as log:
+        for saves, validations in ((3.0, 5.0), (0.0, 0.0), (1.5, 0.0)):
+            for what, seconds in (("checkpoints", saves), ("validation", validations)):
+                with log.clock(what, 2):
+                    now[0] += seconds
+            assert log.waits() == {"save_seconds": saves, "validation_seconds": validations}
 
 
 def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import reprlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from typing import Literal
 
@@ -214,6 +215,8 @@ class LogArgs:
 
     interval: Count = 10
     """steps between lines"""
+    profile: list[int] = field(default_factory=list)
+    """[FROM, TO]: trace these steps, the first and the last of them counted from 1, on every rank for Perfetto"""
     wandb: Literal["off", "online", "offline"] = "off"
     """send the metrics to wandb, too; offline: into out_dir/wandb, for `wandb sync`"""
     wandb_project: str = "tinyllama"
@@ -239,6 +242,10 @@ class PretrainArgs:
     eval: EvalArgs = field(default_factory=EvalArgs)
     checkpoint: CheckpointArgs = field(default_factory=CheckpointArgs)
     log: LogArgs = field(default_factory=LogArgs)
+
+
+MOST_TRACED = 20
+"""Steps of a trace: one of the 1.1B makes tens of megabytes, and a browser has to open them all."""
 
 
 def check(args: PretrainArgs) -> ModelConfig:
@@ -290,6 +297,13 @@ def check(args: PretrainArgs) -> ModelConfig:
         errors.append("optim.schedule wsd and optim.decay_steps belong together: give both or neither")
     if args.data.restart_positions and not args.data.document_mask:
         errors.append("data.restart_positions is true and data.document_mask is not: set both, or neither")
+    if profile := args.log.profile:
+        first, last = profile if len(profile) == 2 else (0, 0)
+        if not 0 < first <= last < first + MOST_TRACED:
+            errors.append(
+                f"log.profile {reprlib.repr(profile)} is no range of steps: give the first and the last, counted from "
+                f"1 and at most {MOST_TRACED} in all, as in [10, 12]"
+            )
     if args.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
         errors.append("log.wandb needs wandb: pip install wandb, or give --log.wandb off")
     if errors or model is None:

@@ -39,8 +39,8 @@ Context = Annotated[int, _above_0(2**24)]  # RoPE's tables have a row for each p
 def bounds(cls: type) -> Iterator[tuple[str, type, Bound | None]]:
     """Yield name, int or float, and bound of every numeric field of the dataclass ``cls``."""
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
-        # int, int | None, or a word or int
-        for option in (hint,) if typing.get_origin(hint) is Annotated else (hint, *typing.get_args(hint)):
+        # int, int | None, or a word or int; what is in a list is for check() to see
+        for option in (hint,) if typing.get_origin(hint) in (Annotated, list) else (hint, *typing.get_args(hint)):
             kind, bound = typing.get_args(option) if typing.get_origin(option) is Annotated else (option, None)
             if kind in (int, float):
                 yield name, kind, bound

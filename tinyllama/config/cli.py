@@ -237,18 +237,26 @@ def _updated(base: Any, content: Any, kinds: Mapping[str, Any], errors: list[str
             values[name] = _updated(getattr(base, name), value, kinds, errors, f"{key}.")
         elif typing.get_origin(kind) is list and isinstance(value, list):
             (item,) = typing.get_args(kind)
-            values[name] = [_updated(item, each, kinds, errors, f"{key}.") for each in value]
+            if is_dataclass(item):
+                values[name] = [_updated(item, each, kinds, errors, f"{key}.") for each in value]
+            else:
+                values[name] = [_value(each, item, key, errors) for each in value]
         else:
-            try:
-                values[name] = _typed(value, kind)
-            except ValueError:
-                errors.append(f"{key} cannot be {reprlib.repr(value)}: expected {_name(kind)}")
+            values[name] = _value(value, kind, key, errors)
     if not errors:  # a field whose two defaults are alike has none
         missing = [f.name for f in fields(base) if f.default is f.default_factory and f.name not in values]
         errors += [f"{prefix}{name} is missing" for name in missing]
     if errors:
         return base
     return base(**values) if isinstance(base, type) else replace(base, **values)
+
+
+def _value(text: Any, kind: Any, key: str, errors: list[str]) -> Any:
+    """Return what ``text`` is as a ``kind``; if it is none, append an error of ``key``."""
+    try:
+        return _typed(text, kind)
+    except ValueError:
+        errors.append(f"{key} cannot be {reprlib.repr(text)}: expected {_name(kind)}")
 
 
 def _options(kind: Any) -> tuple[Any, ...]:

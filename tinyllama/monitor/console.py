@@ -35,6 +35,12 @@ FORMATS = {
     "mfu": "mfu {:.1%}",
     "max_memory_gb": "memory {:.2f} GB",
 }
+VIEWER = "https://ui.perfetto.dev"
+"""opens the traces of log.profile"""
+WAITS = {"data_seconds": "data", "save_seconds": "checkpoints", "validation_seconds": "validation"}
+"""columns of metrics.csv of what training waits for, and its name"""
+NOTEWORTHY = 1.1
+"""slowest over median rank from where the slowest is named"""
 STYLES = {"start": "bold", "validation": "cyan", "checkpoint": "green", "skip": "yellow", "stop": "bold red"}
 
 
@@ -106,7 +112,13 @@ def show_summary(title: str, summary: Summary) -> None:
 def numbers(row: Row) -> list[str]:
     """Return the values of ``row`` in words, a phrase each."""
     parts = [text.format(row[name]) for name, text in FORMATS.items() if row.get(name) is not None]
-    return [*parts, f"skipped {row['skipped']}"] if row.get("skipped") else parts
+    if row.get("skipped"):
+        parts.append(f"skipped {row['skipped']}")
+    waits = [f"{(row.get(name) or 0):.1f} s for {what}" for name, what in WAITS.items() if (row.get(name) or 0) >= 0.1]
+    slowest, median = row.get("forward_seconds_slowest") or 0, row.get("forward_seconds_median") or 0
+    if slowest > NOTEWORTHY * median:
+        parts.append(f"rank {row['slowest_rank']} {slowest / median - 1:.0%} slower")
+    return [*parts, f"waited {', '.join(waits)}"] if waits else parts
 
 
 def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
@@ -151,6 +163,10 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
         marks = {"now": done.step} | {name: step for name, step in marks.items() if step > done.step}
     yield "lr", "  ".join(f"{name} (step {step}) {run.lr_at(step):.3e}" for name, step in marks.items())
     yield "saves", _checkpoint_policy(run)
+    if traced := run.profiled:
+        yield "trace", f"steps {traced.start} to {traced.stop - 1} of every rank, into {run.profile_dir}"
+    elif run.args.log.profile:
+        yield "trace", f"none: log.profile {run.args.log.profile} was over at step {done.step}"
 
 
 def _length(run: Run, steps: int, samples: int) -> str:
@@ -185,6 +201,8 @@ def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float],
         yield "loss", f"{trained[-1]['loss']:.4f} at step {trained[-1]['step']:,}"
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
+    if traces := sorted(run.profile_dir.glob("steps-*.json.gz")):
+        yield "traces", f"{len(traces)} in {run.profile_dir}, for {VIEWER}"
     saved = step_dir(run.out_dir / "checkpoints", state.step)
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
     if state.step < run.max_steps:

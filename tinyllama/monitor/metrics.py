@@ -13,21 +13,27 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.monitor.console import FORMATS, Console, Row, console_line, end_summary, show_summary
+from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, console_line, end_summary, show_summary
+from tinyllama.monitor.profile import Trace
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.run import Run
 
-COLUMNS = ("step", "tokens", *FORMATS, "skipped")
+TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
+COLUMNS = ("step", "tokens", *FORMATS, "skipped", *TIMES, *WAITS)
 """Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
 token), the latter in bits per byte of text where the validation data record their bytes, learning rate, gradient norm
 before clipping, tokens a second over the whole world, model FLOPs utilization (0 to 1), peak memory of rank 0 (GB: of
-the GPU, else of the process), steps skipped so far. Then, for each source, a column ``tokens_FOLDER``: tokens drawn
-from it so far. A cell without a value is empty."""
+the GPU, else of the process), steps skipped so far; of the steps since the row before:
+mean time of one, and of its first micro-batch's forward pass in the blocks, without waiting for others, on the median
+rank and on the slowest, which is named (none of the three on one rank); since then the time for which training waited
+for data (the rank with the longest), for checkpoints and for validations, all in seconds. Then, for each source, a
+column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is empty."""
 
 
 class RunLog:
@@ -41,7 +47,9 @@ class RunLog:
         self._run = run
         self._is_rank_zero = is_rank_zero
         self._seconds = {"training": 0.0, "validation": 0.0, "checkpoints": 0.0}
+        self._before = dict(self._seconds)
         self._tracker: Tracker | None = None
+        self.trace = Trace(run, dist.get_rank() if dist.is_initialized() else 0, self.event)
         if not is_rank_zero:
             return
         self._began = time.perf_counter()
@@ -70,6 +78,7 @@ class RunLog:
         return self
 
     def __exit__(self, *error: object) -> None:
+        self.trace.close(write=error[0] is None)
         if self._is_rank_zero:
             self._console.stop()
         if self._tracker:
@@ -93,6 +102,11 @@ class RunLog:
         best = "the best so far" if val_loss < self._best else f"best {self._best:.4f}"
         self._best = min(self._best, val_loss)
         self._console.line(f"{console_line(row, self._run.max_steps, None)}  {best}", "validation")
+
+    def waits(self) -> Row:
+        """Return the seconds for which training has waited for checkpoints and validations since the last call."""
+        before, self._before = self._before, dict(self._seconds)
+        return {name: self._before[what] - before[what] for name, what in WAITS.items() if what in before}
 
     @contextlib.contextmanager
     def clock(self, what: str, step: int) -> Iterator[None]:

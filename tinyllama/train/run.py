@@ -82,6 +82,17 @@ class Run:
         return self.steps_left * self.args.train.global_batch_size
 
     @property
+    def profiled(self) -> range:
+        """Steps that are still to be traced, counted from 1."""
+        first, last = self.args.log.profile or (1, 0)
+        return range(max(first, self.done.step + 1), last + 1)
+
+    @property
+    def profile_dir(self) -> Path:
+        """Folder of the traces."""
+        return self.out_dir / "profile"
+
+    @property
     def origin(self) -> str:
         """What it starts from, in words."""
         if self.resume is not None:
@@ -156,6 +167,8 @@ def start_from(step_dir: Path | None, run: Run) -> Run:
     if step_dir is not None:
         _check_resume(step_dir, saved, run)
     total_steps(run.args, run.config.block_size, run.num_blocks, run.done)
+    if run.args.log.profile and run.args.log.profile[-1] > run.max_steps:
+        raise InputError(f"log.profile {run.args.log.profile} ends after the run's {run.max_steps} steps: lower it")
     return run
 
 
