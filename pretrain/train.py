@@ -33,7 +33,7 @@ from tinyllama.ops import attention
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
 from tinyllama.train.collectives import collect_gc, freeze_gc, set_timeout
-from tinyllama.train.init_from import initial_weights
+from tinyllama.train.init_from import initial_weights, with_sizes
 from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
@@ -47,7 +47,7 @@ DONE, DEFECT, STOPPED = 0, 1, 75
 
 def setup(args: PretrainArgs) -> Run:
     """Find every error of the input before anything is started or written."""
-    config = check(args)
+    config = check(args := with_sizes(args))
     check_optimizer(args.optim)
     world = find_world(args.parallel)
     accumulation = gradient_accumulation(args.train, world.size)

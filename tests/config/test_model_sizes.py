@@ -90,6 +90,15 @@ def test_one_head_a_group_and_unknown_names() -> None:
     assert named_config("tinyllama_1.1b", n_query_groups=32).qkv_size == 3 * 2048
     with pytest.raises(InputError, match="'zzz' is not known; known names: tinyllama_1.1b, tinyllama_120m, quickstart"):
         named_config("zzz")
+
+
+def test_a_name_of_ones_own_needs_sizes() -> None:
+    sizes = {"n_layer": 3, "n_head": 4, "n_embd": 64, "intermediate_size": 96}
+    assert named_config("mine", **sizes) == ModelConfig("mine", **sizes)
+    assert named_config("mine", **sizes, n_query_groups=2, tie_embeddings=True).n_query_groups == 2
+    del sizes["n_embd"]
+    with pytest.raises(InputError, match=r"'quickstar' is not known; did you mean quickstart\?; .* model.n_embd, too$"):
+        named_config("quickstar", **sizes)
     wide = {"vocab_size": 64, "n_layer": 1, "n_head": 1, "n_query_groups": 1, "n_embd": 2}
     # 2 x 6 and 2 x 2 of attention, 6 a unit of the MLP, 6 of norms and 256 of tables: as many as are allowed, and more
     most = (10**13 - 12 - 4 - 6 - 256) // 6

@@ -56,7 +56,7 @@ CONDENSED = {
 def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     hf_folder.write(tmp_path / "hf", given())
     assert read_json(tmp_path / "hf/config.json") == HF_CONFIG
-    generation = {"bos_token_id": 2, "eos_token_id": 2, "suppress_tokens": list(range(400, 448))}
+    generation = {"bos_token_id": 2, "eos_token_id": 2, "max_length": 96, "suppress_tokens": list(range(400, 448))}
     assert read_json(tmp_path / "hf/generation_config.json") == generation
     mark = {"tinyllama": __version__, "step": 12, "tokens": 3456, "bos": False, "tokenizer_sha256": None}
     mark |= {"model": dataclasses.asdict(CONFIG)}
@@ -69,7 +69,7 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     tokenizer = Tokenizer(tokenizer_file)
     hf_folder.write(tmp_path / "more", given(config=condensed, metadata=metadata).cast("bfloat16"), tokenizer)
     assert read_json(tmp_path / "more/config.json") == HF_CONFIG | CONDENSED
-    generation = {"bos_token_id": 2, "eos_token_id": 2, "pad_token_id": 0}
+    generation = {"bos_token_id": 2, "eos_token_id": 2, "max_length": 96, "pad_token_id": 0}
     assert read_json(tmp_path / "more/generation_config.json") == generation
     mark |= {"model": dataclasses.asdict(condensed), "tokenizer_sha256": tokenizer.sha256}
     files = sorted([*files, "tokenizer.json", "tokenizer.model", "tokenizer_config.json"])
@@ -80,6 +80,7 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
         **{"pad_token": "<unk>", "padding_side": "left"},
         **{"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False},
         "model_max_length": 96,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
     assert (tmp_path / "more/tokenizer.model").read_bytes() == tokenizer_file.read_bytes()
 

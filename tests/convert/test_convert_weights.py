@@ -310,7 +310,7 @@ def test_the_commands_round_to_the_dtype_that_is_asked_for(tmp_path, script, ste
         assert found[key].dtype == torch.bfloat16
         assert torch.equal(found[key], tensor.bfloat16())
     code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours", "--dtype", "float16")
-    assert (code, len(out.splitlines())) == (0, 2), err
+    assert (code, len(out.splitlines())) == (0, 3), err
     found = open_weights(tmp_path / "ours")
     assert found.dtype == torch.float16
     assert all(torch.equal(found.read(name), tensor.bfloat16().half()) for name, tensor in state.items())

@@ -18,7 +18,7 @@ from tinyllama.convert import hf_folder
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.tokenizer import Tokenizer
-from tinyllama.train.init_from import initial_weights
+from tinyllama.train.init_from import initial_weights, with_sizes
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
@@ -109,6 +109,24 @@ def test_the_context_may_be_changed_by_who_says_so(make_run, hf_dir: Path, name:
         f"model.{name} is {default} and in {hf_dir} {getattr(CONFIG, name)}: give model.{name} yourself to change it"
     )
     assert caught.value.args == (problem,)
+
+
+def test_sizes_that_are_not_given_are_those_of_the_weights(hf_dir: Path, step_dir: Path, tmp_path: Path) -> None:
+    def sizes(start: Path | None, out_dir: Path = tmp_path, **given: Any) -> Any:
+        train = TrainArgs(init_from=None if start is None else str(start))
+        return with_sizes(PretrainArgs(out_dir=str(out_dir), model=ModelArgs(**given), train=train)).model
+
+    assert sizes(None) == ModelArgs()
+    for start in (hf_dir, step_dir, step_dir.parents[1]):
+        assert sizes(start).resolve() == CONFIG
+        assert sizes(start, name="quickstart").resolve() == CONFIG  # a recipe's
+        assert sizes(start, name="mine").resolve() == dataclasses.replace(CONFIG, name="mine")
+        assert sizes(start, block_size=48, n_layer=3).resolve() == dataclasses.replace(CONFIG, block_size=48, n_layer=3)
+    (tmp_path / "lit_model.pth").touch()  # does not say its sizes
+    assert sizes(tmp_path / "lit_model.pth") == ModelArgs()
+    with pytest.raises(InputError, match="holds no complete checkpoint"):
+        sizes(tmp_path / "gone")
+    assert sizes(tmp_path / "gone", step_dir.parents[1]).resolve() == CONFIG  # its own checkpoint has them
 
 
 def test_the_rows_of_the_vocabulary_count_and_not_its_pieces(make_run, hf_dir: Path) -> None:

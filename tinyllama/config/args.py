@@ -27,7 +27,7 @@ class ModelArgs(all_optional(ModelConfig)):  # type: ignore[misc]  # mypy takes 
     """The model: a named size, and what differs from it."""
 
     name: str = "tinyllama_1.1b"
-    """named size; every field below that is not given is taken from it"""
+    """named size, from which every field below is taken that is not given; or a name of your own, with your sizes"""
 
     def resolve(self) -> ModelConfig:
         """The model's sizes, every field known; raises InputError for sizes that do not fit together."""

@@ -111,10 +111,17 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
+OWN = ("n_layer", "n_head", "n_embd", "intermediate_size")  # sizes that a model of another name must give
+
+
 def named_config(name: str, **changes: Any) -> ModelConfig:
-    """Return the named size with ``changes`` to its fields; raises InputError for an unknown name."""
-    if name not in NAMED_CONFIGS:
+    """Return the named size with ``changes`` to its fields, or a model of one's own, which gives all of ``OWN``.
+
+    Raises InputError for an unknown name without them.
+    """
+    if name not in NAMED_CONFIGS and not changes.keys() >= set(OWN):
         close = difflib.get_close_matches(name, NAMED_CONFIGS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known names: {', '.join(NAMED_CONFIGS)}"
-        raise InputError(f"model.name {name!r} is not known; {hint}")
-    return ModelConfig(**{"name": name, **NAMED_CONFIGS[name], **changes})
+        own = ", ".join(f"model.{field}" for field in OWN if field not in changes)
+        raise InputError(f"model.name {name!r} is not known; {hint}; for a model of your own give {own}, too")
+    return ModelConfig(**{"name": name, **NAMED_CONFIGS.get(name, {}), **changes})

@@ -1,5 +1,6 @@
 """Write our weights as a folder that transformers' LlamaForCausalLM and AutoTokenizer load."""
 
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -14,18 +15,27 @@ from tinyllama.tokenizer import Tokenizer
 SHARD_BYTES = 5 * 10**9  # most weights in one file; larger models get several files and an index
 
 
-def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, shard_bytes: int = SHARD_BYTES) -> None:
+def write(
+    output: Path,
+    weights: Weights,
+    tokenizer: Tokenizer | None = None,
+    shard_bytes: int = SHARD_BYTES,
+    check: Callable[[Path], None] | None = None,
+) -> None:
     """Write ``weights`` as a Hugging Face folder, completely or not at all; it replaces an earlier export.
 
-    All of them are in memory for the while. Raises InputError for an ``output`` that cannot be written or has files
-    that no export wrote, and for a sentencepiece model that a tokenizer.json cannot express.
+    All of them are in memory for the while. ``check`` is called with the complete folder before it gets its name, which
+    it does not if ``check`` raises. Raises InputError for an ``output`` that cannot be written or has files that no
+    export wrote, for a model that is not transformers' Llama, and for a sentencepiece model that a tokenizer.json
+    cannot express.
     """
     config, metadata = weights.config, weights.metadata
+    layout.check_model(config)
     first, bos_id = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (metadata["eos_id"], metadata["bos_id"])
     eos_ids = metadata["eos_ids"]
     eos_id = eos_ids if len(eos_ids) > 1 and first in eos_ids else first
     start = separator(metadata["bos"], bos_id, first)  # of a text without a prompt
-    generation: dict[str, Any] = {"bos_token_id": start, "eos_token_id": eos_id}
+    generation: dict[str, Any] = {"bos_token_id": start, "eos_token_id": eos_id, "max_length": config.block_size}
     if tokenizer is not None:
         generation["pad_token_id"] = pad_id(tokenizer)
     if config.padded_vocab_size > config.vocab_size:  # the padding rows are not tokens
@@ -40,6 +50,8 @@ def write(output: Path, weights: Weights, tokenizer: Tokenizer | None = None, sh
         folder.write_json(partial / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))
         folder.write_json(partial / "generation_config.json", generation)
         _write_tensors(partial, weights, shard_bytes)
+        if check is not None:
+            check(partial)
 
 
 def _write_tensors(output: Path, weights: Weights, shard_bytes: int) -> None:

@@ -1,6 +1,7 @@
 """Map our names of tensors and sizes to transformers' and back."""
 
 from collections.abc import Iterator
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -40,6 +41,9 @@ SIZES = {
     "num_key_value_heads": "n_query_groups",
     "max_position_embeddings": "block_size",
 }
+# the fields of ModelConfig that an export writes
+EXPORTED = {"name", "vocab_size", "padding_multiple", "norm_eps", "rope_base", "rope_condense_ratio", "tie_embeddings"}
+EXPORTED |= set(SIZES.values())
 
 
 def keys(config: ModelConfig) -> Iterator[tuple[str, tuple[str, ...]]]:
@@ -58,13 +62,45 @@ def shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
 
 
 def hf_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
-    """Return the shape of each of transformers' parameters."""
-    ours = shapes(config)
-    return {
-        key: tuple(part.shape)
-        for name, theirs in keys(config)
-        for key, part in to_hf(theirs, torch.empty(ours[name], device="meta"), config).items()
+    """Return the shape of each of transformers' parameters, as its Llama has them, whatever our model's code is."""
+    vocabulary, width, inner = config.padded_vocab_size, config.n_embd, config.intermediate_size
+    key_rows = config.n_query_groups * config.head_size
+    matrices = {
+        **dict.fromkeys(("embed_tokens", "lm_head"), (vocabulary, width)),
+        **dict.fromkeys(("q_proj", "o_proj"), (width, width)),
+        **dict.fromkeys(("k_proj", "v_proj"), (key_rows, width)),
+        **dict.fromkeys(("gate_proj", "up_proj"), (inner, width)),
+        "down_proj": (width, inner),
     }
+    return {key: matrices.get(key.split(".")[-2], (width,)) for _, theirs in keys(config) for key in theirs}
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise InputError if model.py or the settings of a model differ from those of transformers' Llama.
+
+    Then an export would lose what has been added, and an import could not fill it.
+    """
+    theirs = hf_shapes(config)
+    expected = {ours: (sum(theirs[key][0] for key in parts), *theirs[parts[0]][1:]) for ours, parts in keys(config)}
+    found = shapes(config)
+    problems = [f"it has {name}, which a Llama has not" for name in found if name not in expected]
+    problems += [f"it lacks {name}" for name in expected if name not in found]
+    problems += [
+        f"its {name} has shape {list(shape)}, a Llama's {list(expected[name])}"
+        for name, shape in found.items()
+        if shape != expected.get(name, shape)
+    ]
+    problems += [
+        f"it has model.{field.name} {printable(getattr(config, field.name), 80)}, which a Llama has not"
+        for field in fields(config)
+        if field.name not in EXPORTED and getattr(config, field.name) != field.default
+    ]
+    if problems:
+        more = f" (and {len(problems) - 3} more)" if len(problems) > 3 else ""
+        raise InputError(
+            f"the model of tinyllama/model.py is not transformers' Llama: {'; '.join(problems[:3])}{more}: "
+            "change the table in tinyllama/convert/layout.py too, or write it by our names with export_checkpoint.py"
+        )
 
 
 def to_hf(theirs: tuple[str, ...], tensor: Tensor, config: ModelConfig) -> dict[str, Tensor]:

@@ -6,6 +6,7 @@ trained becomes a step 0 without optimizer state.
 
 import shutil
 import warnings
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 
@@ -23,10 +24,11 @@ from tinyllama.convert.weights import Weights
 TOKENIZER_FILES = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json")
 
 
-def write(output: Path, weights: Weights) -> Path:
+def write(output: Path, weights: Weights, check: Callable[[Path], None] | None = None) -> Path:
     """Write ``weights`` as ``output``/step-00000000, with the tokenizer beside them, and return that directory.
 
-    It appears completely or not at all, and replaces an earlier conversion. Raises InputError for an ``output`` that
+    It appears completely or not at all, and replaces an earlier conversion. ``check`` is called with the step directory
+    before that gets its name, which it does not if ``check`` raises. Raises InputError for an ``output`` that
     cannot be written or has files that no conversion wrote.
     """
     metadata = {key: weights.metadata[key] for key in ("tokenizer_sha256", "bos_id", "eos_id", "eos_ids", "bos")}
@@ -51,4 +53,6 @@ def write(output: Path, weights: Weights) -> Path:
         for name in TOKENIZER_FILES:
             if (weights.path / name).is_file():
                 shutil.copyfile(weights.path / name, partial / name)
+        if check is not None:
+            check(step_dir)
     return names.step_dir(output, 0)

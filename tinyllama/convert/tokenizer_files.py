@@ -95,5 +95,6 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bo
         "add_eos_token": False,
         "clean_up_tokenization_spaces": False,
         "model_max_length": max_length,
+        "model_input_names": ["input_ids", "attention_mask"],  # transformers 4's default has one that generate refuses
     }
     write_json(output / "tokenizer_config.json", settings)

@@ -81,6 +81,16 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     return _open_step_dir(reader.resolve(path))
 
 
+def read_config(path: str | Path) -> ModelConfig | None:
+    """Return the sizes of the model at ``path``, as ``open_weights`` takes it; None for a file, which lacks them."""
+    path = Path(path)
+    if path.is_file():
+        return None
+    if (path / "config.json").is_file():
+        return _hf_config(path)
+    return reader.read_model_config(reader.resolve(path))
+
+
 def copy_into(model: nn.Module, weights: Weights) -> None:
     """Fill a model, sharded or not, on any device; a rank reads all tensors, one at a time, and keeps its shards."""
     for name, parameter in model.named_parameters():
@@ -95,9 +105,8 @@ def _open_step_dir(path: Path) -> Weights:
     return Weights(path, config, dtype, _metadata(reader.read_state(path)), lambda name: read(name).to(dtype))
 
 
-def _open_hf(path: Path) -> Weights:
-    hf = _json(path / "config.json")
-    mark = folder.read_mark(path)
+def _hf_config(path: Path) -> ModelConfig:
+    hf, mark = _json(path / "config.json"), folder.read_mark(path)
     has_tokenizer = any((path / name).is_file() for name in ("tokenizer.model", "tokenizer.json"))
     pieces = Tokenizer(path).vocab_size if has_tokenizer else None
     config = layout.config_of(hf, str(path / "config.json"), pieces)
@@ -111,8 +120,14 @@ def _open_hf(path: Path) -> Weights:
         except (KeyError, TypeError) as error:
             why = printable(repr(error), 200)
             raise InputError(f"{path / folder.MARK} is not what an export writes ({why}): export again") from None
+    return config
+
+
+def _open_hf(path: Path) -> Weights:
+    hf, mark, config = _json(path / "config.json"), folder.read_mark(path), _hf_config(path)
+    layout.check_model(config)
     # older versions of transformers saved the RoPE table, and some save tied embeddings twice
-    tensors = {key: tensor for key, tensor in _hf_tensors(path).items() if not key.endswith("rotary_emb.inv_freq")}
+    tensors = {key: tensor for key, tensor in hf_tensors(path).items() if not key.endswith("rotary_emb.inv_freq")}
     output, embedding = "lm_head.weight", "model.embed_tokens.weight"
     if config.tie_embeddings and {output, embedding} <= tensors.keys():
         same = torch.equal(tensors.pop(output).float(), tensors[embedding].float())
@@ -167,7 +182,7 @@ def _is_plain(value: Any) -> bool:
     return isinstance(value, Tensor) and value.layout is torch.strided and value.device.type == "cpu"
 
 
-def _hf_tensors(path: Path) -> dict[str, Tensor]:
+def hf_tensors(path: Path) -> dict[str, Tensor]:
     """Map the tensors of a Hugging Face folder by name; those of safetensors are read from the disk when used."""
     tensors: dict[str, Tensor] = {}
     for file in _hf_files(path):

@@ -1,15 +1,33 @@
 """Load the initial weights of a run that starts from another model (train.init_from)."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
-from tinyllama.convert.weights import Weights, open_weights
+from tinyllama.config.args import PretrainArgs
+from tinyllama.config.model import NAMED_CONFIGS
+from tinyllama.convert.weights import Weights, open_weights, read_config
 from tinyllama.train.run import Run
 
 # what a run may change of the model it starts from, if it says so itself
 CHANGEABLE = ("block_size", "rope_base", "rope_condense_ratio")
+
+
+def with_sizes(args: PretrainArgs) -> PretrainArgs:
+    """Return ``args`` with the sizes of the model of train.init_from, if given, but for those that ``args`` give.
+
+    A run that resumes has them in its own checkpoint, and needs the other one no more.
+    """
+    if args.train.init_from is None:
+        return args
+    own, _ = reader.newest(Path(args.out_dir) / "checkpoints")
+    config = read_config(args.train.init_from) if own is None else reader.read_model_config(own)
+    if config is None:
+        return args
+    name = config.name if args.model.name in NAMED_CONFIGS else args.model.name
+    missing = {key: value for key, value in asdict(config).items() if getattr(args.model, key) is None}
+    return replace(args, model=replace(args.model, **missing | {"name": name}))
 
 
 def initial_weights(run: Run) -> Weights | None:
