@@ -31,11 +31,11 @@ FREE = {
         "eos_token_id",
         "rope_theta",
     },  # rope_parameters has a theta
-    "generation_config.json": {"bos_token_id", "eos_token_id", "suppress_tokens"},
+    "generation_config.json": {"bos_token_id", "eos_token_id", "max_length", "suppress_tokens"},
     "export.json": {"tinyllama", "step", "tokens", "bos", "tokenizer_sha256", "files"},
     "tokenizer_config.json": {
         *("tokenizer_class", "unk_token", "pad_token", "padding_side", "add_bos_token", "add_eos_token"),
-        *("clean_up_tokenization_spaces", "model_max_length"),
+        *("clean_up_tokenization_spaces", "model_max_length", "model_input_names"),
     },
     "model.safetensors.index.json": {"metadata", "metadata/total_size"},
 }
