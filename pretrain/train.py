@@ -222,7 +222,7 @@ class Training:
         return bool(self.run.validation) and due and self.state.validated < self.state.step
 
     def validate(self) -> None:
-        """Record the mean loss over the validation tokens of all ranks, unless a stop is asked for meanwhile."""
+        """Record the mean losses over the validation tokens of all ranks, unless a stop is asked for meanwhile."""
         step = self.state.step
 
         def stop() -> bool:
@@ -232,12 +232,11 @@ class Training:
         with self.log.clock("validation", step):
             samples = self.run.args.eval.max_samples
             batches = validation_batches(self.run.validation, **self.micro_batches, max_samples=samples)
-            val_loss = evaluate.mean_loss(self.losses, batches, self.fabric.device, stop)
+            found = evaluate.held_out_losses(self.losses, batches, self.run.validation, self.fabric.device, stop)
             reshard(self.gpt)
-        if val_loss is not None:
+        if found is not None:
             self.state.validated = step
-            val_bpb = evaluate.bits_per_byte(val_loss, self.run.validation)
-            self.log.row({"step": step, "tokens": self.state.tokens, "val_loss": val_loss, "val_bpb": val_bpb})
+            self.log.row({"step": step, "tokens": self.state.tokens} | found)
 
     def save_is_due(self) -> bool:
         """Every checkpoint.interval, before a stop and at the end."""

@@ -370,6 +370,18 @@ def test_validation_is_the_same_for_every_world_size_and_micro_batch(two):
         assert validate(two, world_size, micro_batch_size)[:2] == (one, total)
 
 
+@pytest.mark.parametrize("max_samples", [None, 1, 3, 10])
+def test_a_validation_batch_has_rows_of_one_dataset(two, max_samples):
+    for world_size, micro_batch_size in itertools.product((1, 2, 3), (1, 3)):
+        sizes = {"block_size": T, "vocab_size": VOCAB, "micro_batch_size": micro_batch_size, "world_size": world_size}
+        for rank in range(world_size):
+            batches = list(validation_batches(two, rank=rank, max_samples=max_samples, **sizes))
+            assert [batch.source for batch in batches] == sorted(batch.source for batch in batches)
+            for batch in batches:
+                real = batch.tokens[torch.from_numpy(batch.samples >= 0)]
+                assert ((real >= 10_000) == bool(batch.source)).all()  # the ids of the second begin there
+
+
 def test_validation_with_fewer_samples_than_rows(tmp_path):
     dataset = pack(tmp_path / "five", numbers(5))
     one, total, _ = validate([dataset], 1, 1)

@@ -22,7 +22,7 @@ from tinyllama.config.args import (
 )
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import FORMATS, end_summary, mean_speed, numbers, same_command, start_summary
+from tinyllama.monitor.console import FORMATS, by_source, end_summary, mean_speed, numbers, same_command, start_summary
 from tinyllama.train.launch import World, find_world
 from tinyllama.train.run import Run
 
@@ -132,6 +132,13 @@ def test_numbers_have_their_units() -> None:
     assert numbers(times | {"forward_seconds_slowest": 0.625})[0] == "rank 3 25% slower"
     assert numbers({"forward_seconds_median": 0.0, "forward_seconds_slowest": 0.0, "slowest_rank": 0}) == []
     assert list(FORMATS) == [key for key in row if key != "skipped"]
+
+
+def test_several_validation_sources_are_told_apart() -> None:
+    row = {"val_loss": 2.0, "val_loss/web, 7": 1.5, "val_bpb/web, 7": 0.5, "val_loss/code": 2.5, "val_bpb/code": None}
+    assert by_source(row | {"val_loss/none": None}) == ["web, 7 1.5000 (0.5000 bpb)", "code 2.5000"]
+    assert by_source({"val_loss": 2.0, "val_loss/web": 2.0, "val_bpb/web": 1.0}) == []  # which says the same again
+    assert by_source({"loss": 2.0}) == []
 
 
 def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:

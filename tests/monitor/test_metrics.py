@@ -24,6 +24,7 @@ from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import console_line, mean_speed, show_summary, start_summary
 from tinyllama.monitor.metrics import COLUMNS, RunLog, max_memory_gb, read_metrics, source_columns
 from tinyllama.train.anomaly import StepResult
+from tinyllama.train.evaluate import source_names
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
@@ -169,6 +170,21 @@ NAMES = [
     *(["x_2", "x", "x"], ["x", "x", "x_1"], ["x_1", "x_1", "x_1_1"], ["per_second", "a/per_second"], ["/", ".", ""]),
     *(["a,b", '"a"', "a\nb", "a\rb", "a\x85b", "a\u2028b", "\udcff"], ["z" * 3000, "y/" + "z" * 3000], ["x"] * 50),
 ]
+
+
+@pytest.mark.parametrize("paths", NAMES)
+def test_the_loss_of_each_validation_source_is_read_back(paths: list[str], run: Run) -> None:
+    datasets = [dataclasses.replace(run.sources[0], path=Path(path)) for path in paths]
+    run = dataclasses.replace(run, validation=datasets)
+    columns = [f"val_loss/{name}" for name in source_names(paths)]
+    assert len(set(columns)) == len(paths)
+    cells = {column: 1.0 + i for i, column in enumerate(columns)}
+    for step in (None, 1):  # resumed, the columns stay where they are
+        with RunLog(run, step, is_rank_zero=True) as log:
+            log.row({"step": (step or 0) + 1, "tokens": 32, "val_loss": 2.0} | cells)
+    for row in read_metrics(run.out_dir / "metrics.csv"):
+        assert {name: row[name] for name in columns} == cells
+        assert [name for name in row if name.startswith("val_loss")] == ["val_loss", *columns]
 
 
 @pytest.mark.parametrize("paths", NAMES)

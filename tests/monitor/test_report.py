@@ -420,6 +420,34 @@ def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callabl
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.browser
+def test_each_validation_source_is_a_line(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
+    for run in runs:
+        with (run / "metrics.csv").open(newline="") as file:
+            header, *rows = list(csv.reader(file))
+        at = header.index("val_loss")
+        halves = [[row[at] and str(float(row[at]) * share) for share in (0.5, 2.0)] for row in rows]
+        with (run / "metrics.csv").open("w", newline="") as file:
+            writer = csv.writer(file)
+            writer.writerow([*header, "val_loss/web", "val_loss/<b>code, 7"])
+            writer.writerows([row + extra for row, extra in zip(rows, halves, strict=True)])
+    report.write(runs[:1], page)
+    browser.get(page.as_uri())
+    tokens, losses = curve(runs[0], "tokens", "val_loss")
+    assert shown(browser, "by-source") == [
+        {"name": "web", "x": tokens, "y": [loss / 2 for loss in losses]},
+        {"name": "&lt;b&gt;code, 7", "x": tokens, "y": [loss * 2 for loss in losses]},
+    ]
+    assert "web 2.0122, <b>code, 7 8.0488" in browser.find_element("id", "summary").text
+    assert not browser.find_element("id", "card-bits-by-source").is_displayed()  # nobody knows its bytes
+    report.write(runs, page)
+    browser.get(page.as_uri())
+    names = [one["name"] for one in shown(browser, "by-source")]
+    assert names == [f"{run} · {source}" for run in ("one", "two") for source in ("web", "&lt;b&gt;code, 7")]
+    assert browser.get_log("browser") == []
+
+
 HOSTILE = ["<b>x</b>", "a<br>b", "<img src=x onerror=alert(1)>", "&lt;&amp;", "$x_1$", "%{y}", "<extra>e</extra>"]
 HOSTILE += [
     "__proto__",

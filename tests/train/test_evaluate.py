@@ -7,7 +7,7 @@ from packed import change
 
 from tinyllama.data.loader import Batch
 from tinyllama.data.packed import open_packed
-from tinyllama.train.evaluate import bits_per_byte, loss_sum
+from tinyllama.train.evaluate import bits_per_byte, loss_sum, source_names
 
 CPU = torch.device("cpu")
 
@@ -113,3 +113,27 @@ def test_bits_per_byte_are_those_of_all_tokens_over_the_bytes_of_text(packed_fol
 
 def test_a_run_without_validation_data_has_no_bits_per_byte() -> None:
     assert bits_per_byte(1.0, []) is None
+
+
+@pytest.mark.parametrize(
+    ("paths", "names"),
+    [
+        (["data/held_out"], ["held_out"]),
+        (["data/web", "data/code/"], ["web", "code"]),
+        (["data/web/val", "data/code/val", "wiki"], ["web/val", "code/val", "wiki"]),
+        (["val", "data/val", "more/data/val"], ["val", "data/val", "more/data/val"]),
+        (["a/x/val", "b/x/val"], ["a/x/val", "b/x/val"]),
+        (["val", "./val", "data/../val"], ["val", "val_1", "val_2"]),  # one folder, given again
+        (["/", "."], ["/", "."]),
+        (["a,b", 'of "code"', "学习 7"], ["a,b", 'of "code"', "学习 7"]),
+        (["a\nb", "a\x85b", "\udcff"], ["a\\nb", "a\\x85b", "\\udcff"]),
+    ],
+)
+def test_a_source_has_the_shortest_name_that_tells_it_from_the_others(paths: list[str], names: list[str]) -> None:
+    assert source_names(paths) == names
+    assert sorted(source_names(paths[::-1])) == sorted(names)
+
+
+def test_long_names_of_sources_are_told_apart() -> None:
+    names = source_names(["x/" + "z" * 3000, "y/" + "z" * 1000 + "q" * 1000 + "z" * 1000])
+    assert len(set(names)) == 2

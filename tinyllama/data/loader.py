@@ -29,6 +29,8 @@ class Batch(NamedTuple):
     """(B, T + 1) of the datasets' dtype; in pinned memory where there is a GPU to copy it to"""
     samples: np.ndarray
     """(B,) int64, global sample numbers; -1 in the last rows of a validation batch, where they only fill it up"""
+    source: int = 0
+    """of a validation batch, the number of the dataset that all its rows are from"""
 
 
 class Loader:
@@ -132,26 +134,26 @@ def validation_batches(
 ) -> Iterator[Batch]:
     """One pass of this rank over a fixed set of blocks: all, or ``max_samples`` spread evenly over the datasets.
 
-    Sample i of the set belongs to rank i % world_size. Every rank gets the same number of batches of the same shape, as
-    collectives need; rows beyond the set have targets IGNORE_INDEX throughout, so the sum of losses over all ranks by
-    the number of other targets is the same for every world size and micro-batch. Raises InputError for
-    a token outside the vocabulary of ``vocab_size``; that each dataset holds a block is for check_datasets to see.
+    The datasets come one after another, and no batch holds rows of two. Sample i of the set belongs to rank
+    i % world_size. Every rank gets the same number of batches of the same shape, as collectives need; rows beyond the
+    set have targets IGNORE_INDEX throughout, so the sum of losses over all ranks by the number of other targets is the
+    same for every world size and micro-batch. Raises InputError for a token outside the vocabulary of ``vocab_size``;
+    that each dataset holds a block is for check_datasets to see.
     """
-    num_blocks = [dataset.num_blocks(block_size) for dataset in datasets]
-    ends = np.cumsum(num_blocks)
-    total = int(ends[-1])
+    ends = list(itertools.accumulate(dataset.num_blocks(block_size) for dataset in datasets))
+    total = ends[-1]
     num_samples = total if max_samples is None else min(max_samples, total)
-    num_batches = -(-num_samples // (world_size * micro_batch_size))
-    for batch in range(num_batches):
-        places = np.arange(batch * micro_batch_size, (batch + 1) * micro_batch_size) * world_size + rank
-        samples = np.where(places < num_samples, places, -1)
-        real = samples >= 0
-        index = samples[real] * total // num_samples  # in the concatenation of all datasets' blocks
-        source = np.searchsorted(ends, index, side="right")
-        block = index - (ends - num_blocks)[source]
-        tokens = _read(datasets, source, block, block_size, vocab_size)
-        fill = np.zeros((micro_batch_size - len(tokens), block_size + 1), tokens.dtype)
-        yield Batch(_tensor(np.concatenate([tokens, fill])), samples)
+    bounds = [0, *(-(-end * num_samples // total) for end in ends)]  # samples before and up to each dataset's end
+    for source, (first, last) in enumerate(itertools.pairwise(bounds)):
+        own = first + (rank - first) % world_size  # the first sample of this rank
+        for start in range(0, last - first, world_size * micro_batch_size):
+            places = own + start + world_size * np.arange(micro_batch_size)
+            samples = np.where(places < last, places, -1)
+            index = samples[samples >= 0] * total // num_samples  # in the concatenation of all datasets' blocks
+            block = index - (ends[source - 1] if source else 0)
+            tokens = _read(datasets, np.full_like(block, source), block, block_size, vocab_size)
+            fill = np.zeros((micro_batch_size - len(tokens), block_size + 1), tokens.dtype)
+            yield Batch(_tensor(np.concatenate([tokens, fill])), samples, source)
 
 
 def _read(

@@ -121,6 +121,22 @@ def numbers(row: Row) -> list[str]:
     return [*parts, f"waited {', '.join(waits)}"] if waits else parts
 
 
+def by_source(row: Row) -> list[str]:
+    """Return the held-out loss of each validation source in a phrase, if there are several."""
+    losses = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("val_loss/")}
+    phrases = []
+    for name, loss in losses.items():
+        if loss is not None:
+            bits = row.get(f"val_bpb/{name}")
+            phrases.append(f"{name} {loss:.4f}" + ("" if bits is None else f" ({bits:.4f} bpb)"))
+    return phrases if len(losses) > 1 else []
+
+
+def last_by_source(rows: list[dict[str, Any]]) -> list[str]:
+    """Return the same of the last of ``rows`` that has any."""
+    return next((parts for row in reversed(rows) if (parts := by_source(row))), [])
+
+
 def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
     """Format ``row`` of a run of ``max_steps`` steps as a line."""
     parts = [f"step {row['step']:>{len(str(max_steps))}.0f}/{max_steps}", *numbers(row)]
@@ -197,6 +213,8 @@ def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float],
         yield "val_loss", f"{last:.4f} at step {at:,}, best {best:.4f} at step {best_at:,}"
     if bits := [(row["val_bpb"], row["step"]) for row in rows if row.get("val_bpb") is not None]:
         yield "val_bpb", f"{bits[-1][0]:.4f} bits per byte at step {bits[-1][1]:,}"
+    if parts := last_by_source(rows):
+        yield "", ", ".join(parts)
     if trained := [row for row in rows if row.get("loss") is not None]:
         yield "loss", f"{trained[-1]['loss']:.4f} at step {trained[-1]['step']:,}"
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"

@@ -18,10 +18,11 @@ import torch.distributed as dist
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, console_line, end_summary, show_summary
+from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
 from tinyllama.monitor.profile import Trace
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
+from tinyllama.train.evaluate import source_names
 from tinyllama.train.run import Run
 
 TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
@@ -33,7 +34,9 @@ the GPU, else of the process), steps skipped so far; of the steps since the row 
 mean time of one, and of its first micro-batch's forward pass in the blocks, without waiting for others, on the median
 rank and on the slowest, which is named (none of the three on one rank); since then the time for which training waited
 for data (the rank with the longest), for checkpoints and for validations, all in seconds. Then, for each source, a
-column ``tokens_FOLDER``: tokens drawn from it so far. A cell without a value is empty."""
+column ``tokens_FOLDER``: tokens drawn from it so far; and for each validation source its own ``val_loss/FOLDER`` and
+``val_bpb/FOLDER``. A cell without a value is empty."""
+BY_SOURCE = ("val_loss/", "val_bpb/")
 
 
 class RunLog:
@@ -59,6 +62,9 @@ class RunLog:
         try:
             run.out_dir.mkdir(parents=True, exist_ok=True)
             rows = [] if step is None else [row for row in read_metrics(self._metrics) if row["step"] <= step]
+            names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
+            names += [name for name in (rows[0] if rows else ()) if name.startswith(BY_SOURCE)]  # of other sources, too
+            self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
             table = self._csv(rows, header=True)
             atomic.write(self._metrics, table)
         except OSError as error:
@@ -101,7 +107,8 @@ class RunLog:
             return
         best = "the best so far" if val_loss < self._best else f"best {self._best:.4f}"
         self._best = min(self._best, val_loss)
-        self._console.line(f"{console_line(row, self._run.max_steps, None)}  {best}", "validation")
+        parts = [console_line(row, self._run.max_steps, None), best, *by_source(row)]
+        self._console.line("  ".join(parts), "validation")
 
     def waits(self) -> Row:
         """Return the seconds for which training has waited for checkpoints and validations since the last call."""
@@ -212,7 +219,7 @@ class RunLog:
 
     def _csv(self, rows: list[dict[str, Any]], header: bool = False) -> bytes:
         text = io.StringIO(newline="")
-        writer = csv.DictWriter(text, [*COLUMNS, *self._sources], extrasaction="ignore")
+        writer = csv.DictWriter(text, self._columns, extrasaction="ignore")
         if header:
             writer.writeheader()
         writer.writerows(rows)
@@ -232,7 +239,7 @@ def parse_metrics(text: str) -> list[dict[str, Any]]:
     """Return the rows in ``text``, a header and complete lines, without those that were damaged."""
     rows = []
     for cells in complete_rows(text):
-        numbers = [name for name in cells if name in COLUMNS or name.startswith("tokens_")]
+        numbers = [name for name in cells if name in COLUMNS or name.startswith(("tokens_", *BY_SOURCE))]
         with contextlib.suppress(ValueError):
             row = cells | {name: _number(cells[name]) for name in numbers}
             if isinstance(row.get("step"), int) and isinstance(row.get("tokens"), int):

@@ -22,7 +22,7 @@ import yaml
 from tinyllama import InputError, __version__, atomic, printable
 from tinyllama.checkpoint.names import step_of
 from tinyllama.config.model import ModelConfig
-from tinyllama.monitor.console import mean_speed
+from tinyllama.monitor.console import last_by_source, mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_metrics
 from tinyllama.throughput import duration
 
@@ -143,6 +143,8 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
         found["validation loss"] = f"{_loss(validated[-1][0])} (best {_loss(best)} at step {at:,.0f})"
     if bits := [row["val_bpb"] for row in rows if row.get("val_bpb") is not None]:
         found["bits per byte"] = _loss(bits[-1])
+    if parts := last_by_source(rows):
+        found["by source"] = ", ".join(parts)
     if trained := [row for row in rows if row.get("loss") is not None]:
         found["training loss"] = _loss(trained[-1]["loss"])
         found["speed"] = f"{mean_speed(trained):,.0f} tokens/s"

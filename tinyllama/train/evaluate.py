@@ -1,12 +1,16 @@
 """How well a model predicts held-out tokens."""
 
+import itertools
 import math
+import os
 from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from tinyllama import printable
 from tinyllama.data.loader import Batch, on_device
 from tinyllama.data.packed import PackedDataset
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
@@ -32,19 +36,55 @@ def loss_sum(
     return total
 
 
-def mean_loss(
+def held_out_losses(
     model: Callable[[Tensor, Tensor], Tensor],
     batches: Iterable[Batch],
+    datasets: Sequence[PackedDataset],
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
-) -> float | None:
-    """Collective. Mean loss over the tokens of all ranks' ``batches``, nats; None once all ``stop``."""
-    total = loss_sum(model, batches, device, stop)
-    if total is None:
-        return None
-    dist.all_reduce(total)
-    loss, num_tokens = total.tolist()
-    return loss / num_tokens
+) -> dict[str, float | None] | None:
+    """Collective. Return the cells of metrics.csv of a validation over all ranks' ``batches``; None once all ``stop``.
+
+    ``val_loss`` is the mean over the tokens of all ``datasets``, in nats, and ``val_bpb`` the same in bits a byte.
+    Each dataset has both of its own, as ``val_loss/NAME`` and ``val_bpb/NAME``; they are None where nothing of it was
+    scored.
+    """
+    totals = torch.zeros(len(datasets), 2, dtype=torch.float64, device=device)
+    for source, part in itertools.groupby(batches, lambda batch: batch.source):
+        total = loss_sum(model, part, device, stop)
+        if total is None:
+            return None
+        totals[source] = total
+    dist.all_reduce(totals)
+    names = source_names([dataset.path for dataset in datasets])
+    parts = {f"/{name}": (total, [dataset]) for name, total, dataset in zip(names, totals, datasets, strict=True)}
+    cells: dict[str, float | None] = {}
+    for suffix, (total, scored) in ({"": (totals.sum(0), datasets)} | parts).items():
+        loss, num_tokens = total.tolist()
+        mean = loss / num_tokens if num_tokens else None
+        cells[f"val_loss{suffix}"] = mean
+        cells[f"val_bpb{suffix}"] = None if mean is None else bits_per_byte(mean, scored)
+    return cells
+
+
+def source_names(paths: Sequence[str | Path]) -> list[str]:
+    """Return for each folder the shortest end of its path that no other has; a number follows where all of it is alike.
+
+    So a name depends on the set of folders, not on their order, and stays with its folder when a run is resumed.
+    """
+    parts = [Path(os.path.normpath(path)).parts or (".",) for path in paths]
+    names: list[str] = []
+    for i, own in enumerate(parts):
+        others = [other for j, other in enumerate(parts) if j != i and other != own]
+        lengths = range(1, len(own))
+        length = next((n for n in lengths if all(other[-n:] != own[-n:] for other in others)), len(own))
+        name = numbered = printable(Path(*own[-length:]))
+        number = 0
+        while numbered in names:
+            number += 1
+            numbered = f"{name}_{number}"
+        names.append(numbered)
+    return names
 
 
 def bits_per_byte(loss: float, datasets: Sequence[PackedDataset]) -> float | None:
