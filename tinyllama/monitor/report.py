@@ -1,10 +1,13 @@
-"""Write report.html from what runs have written: one self-contained page, which draws with plotly.js, offline.
+"""Write report.html from what runs have written: one self-contained page below 2 MB, which draws by plotly.js, offline.
 
 Everything is read from ``out_dir``: metrics.csv, events.jsonl, config.yaml and, where it is there, eval.csv. The page
 itself, with its drawing, is report_page.html; here its data are read, smoothed and thinned out.
 """
 
+import base64
 import contextlib
+import functools
+import gzip
 import html
 import importlib.resources
 import itertools
@@ -26,7 +29,7 @@ from tinyllama.monitor.console import last_by_source, mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_metrics
 from tinyllama.throughput import duration
 
-BUCKETS = 1000
+BUCKETS = 800
 """Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
 runs of one page share them."""
 
@@ -45,21 +48,33 @@ def write(out_dirs: list[Path], output: Path) -> None:
             run["name"] = str(out_dir)
     for run, label in zip(runs, short([run["name"] for run in runs]), strict=True):
         run["label"] = label
-    from plotly.offline import get_plotlyjs
-
     data = {"runs": runs, "published": _table(importlib.resources.files("tinyllama.eval") / "published_scores.csv")}
     page = (importlib.resources.files("tinyllama.monitor") / "report_page.html").read_text("utf-8")
     contents = {
         "TITLE": html.escape(f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]),
         "VERSION": __version__,
-        "DATA": json.dumps(data, allow_nan=False).replace("<", "\\u003c"),  # ends no script
-        "PLOTLY": get_plotlyjs(),
+        "DATA": compressed(json.dumps(data, allow_nan=False)),
+        "PLOTLY": plotly(),
     }
     page = re.sub("@([A-Z]+)@", lambda mark: contents[mark[1]], page)  # at once: a name may hold a mark
     try:
         atomic.write(output, page.encode(errors="replace"))
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): give another --output") from error
+
+
+@functools.cache
+def plotly() -> str:
+    """Return plotly.js for the page."""
+    from plotly.offline import get_plotlyjs
+
+    return compressed(get_plotlyjs())
+
+
+def compressed(text: str) -> str:
+    """Return ``text`` gzipped and as base85 with a comma for ``<``, so that it cannot end a script element."""
+    payload = gzip.compress(text.encode(), mtime=0)
+    return base64.b85encode(payload).decode().replace("<", ",")
 
 
 def short(names: list[str], most: int = 24) -> list[str]:
@@ -102,7 +117,7 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     return {
         "name": out_dir.resolve().name,
         "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | summary(rows, events, model),
-        "columns": {name: [row.get(name) for row in thinned] for name in [*rows[0], "smooth"]},
+        "columns": {name: [_rounded(row.get(name)) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
         "events": events,
         "evaluations": _table(out_dir / "eval.csv"),
@@ -201,15 +216,19 @@ def smooth(rows: list[Row]) -> None:
 
 
 def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
-    """Return ``rows``, or of a long run the lowest and highest loss of each bucket and all that have a validation."""
+    """Return ``rows``, or of a long run the lowest and highest training loss of each bucket, and so of validations.
+
+    Those have a fourth as many buckets.
+    """
     if len(rows) <= 2 * buckets:
         return rows
-    size = -(-len(rows) // buckets)
-    kept = {0, len(rows) - 1} | {i for i, row in enumerate(rows) if row.get("val_loss") is not None}
-    for first in range(0, len(rows), size):
-        bucket = range(first, min(first + size, len(rows)))
-        if losses := [(rows[i]["loss"], i) for i in bucket if rows[i].get("loss") is not None]:
-            kept |= {min(losses)[1], max(losses)[1]}
+    kept = {0, len(rows) - 1}
+    for name, most in (("loss", buckets), ("val_loss", max(buckets // 4, 1))):
+        having = [i for i, row in enumerate(rows) if row.get(name) is not None]
+        size = -(-len(having) // most) if len(having) > 2 * most else 1
+        for first in range(0, len(having), size):
+            bucket = [(rows[i][name], i) for i in having[first : first + size]]
+            kept |= {min(bucket)[1], max(bucket)[1]}
     return [rows[i] for i in sorted(kept)]
 
 
@@ -252,6 +271,11 @@ def _loss(loss: float, digits: int = 4) -> str:
 def _finite(value: Any) -> Any:
     """Return ``value``, but None for text and for numbers that JSON does not have."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
+
+
+def _rounded(value: Any) -> Any:
+    """Return ``value``, a float with as many digits as fp32 has: more cost the page twice the room."""
+    return float(f"{value:.7g}") if isinstance(value, float) else value
 
 
 def _table(file: Any) -> list[Row]:
