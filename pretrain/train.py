@@ -24,7 +24,7 @@ from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs, check
 from tinyllama.convert.weights import copy_into
 from tinyllama.data.loader import Loader, on_device, validation_batches
-from tinyllama.data.packed import check_datasets, open_packed
+from tinyllama.data.packed import check_datasets, open_all
 from tinyllama.model import GPT
 from tinyllama.monitor.console import Row, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
@@ -51,10 +51,10 @@ def setup(args: PretrainArgs) -> Run:
     check_optimizer(args.optim)
     world = find_world(args.parallel)
     accumulation = gradient_accumulation(args.train, world.size)
-    sources = [open_packed(source.path) for source in args.data.sources]
-    validation = [open_packed(source.path) for source in args.data.validation]
+    folders = [[source.path for source in group] for group in (args.data.sources, args.data.validation)]
+    sources, validation = open_all(*folders)
     check_datasets([*sources, *validation], vocab_size=config.vocab_size, block_size=config.block_size)
-    mixture = mix(args, sources, config.block_size)
+    mixture = mix(args, sources, config.block_size, accumulation)
     ops = choose_ops(args, config, [*sources, *validation])
     step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
     run = start_from(step_dir, Run(args, config, world, sources, validation, mixture, accumulation, ops))

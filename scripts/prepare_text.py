@@ -5,7 +5,8 @@
 PATH is a file, a folder or a URL: .jsonl, .ndjson and .json (also .gz, .zst, .xz, .bz2) hold a document a line,
 .parquet and .arrow (a dataset that `datasets` saved) one a row, .txt is one. A dataset on the Hub is
 hf://datasets/OWNER/NAME[@REVISION], of which --config_name chooses a configuration, or a folder of it:
-hf://datasets/OWNER/NAME/FOLDER.
+hf://datasets/OWNER/NAME/FOLDER. With --held_out 0.05, a twentieth of the documents goes to DIR_held_out instead, for
+validation.
 """
 
 from tinyllama.config import cli
@@ -20,9 +21,11 @@ def main() -> None:
     flags.add_arguments(parser)
     parser.add_argument("--text_key", default="text", help="key or column that holds the text (default: text)")
     flags.add_choice(parser)
+    flags.add_held_out(parser)
     args = parser.parse_args()
     inputs = find_inputs(args.source, ENDINGS, split=args.split, config_name=args.config_name)
-    print(prepare(inputs, flags.fields(args, text_key=args.text_key), flags.options(args)))
+    for fields, options in flags.parts(args, text_key=args.text_key):
+        print(prepare(inputs, fields, options))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ RECIPES = sorted((ROOT / "configs").rglob("*.yaml"))
 
 SMALL = (
     "--model.n_layer 1 --model.n_embd 32 --model.n_head 2 --model.n_query_groups 1 --model.intermediate_size 64 "
-    "--model.block_size 32 --model.vocab_size 400 --train.max_tokens null --train.max_steps 4 "
+    "--model.block_size 32 --model.vocab_size 400 --train.max_tokens null --train.max_epochs null --train.max_steps 4 "
     "--train.global_batch_size 8 --train.micro_batch_size 2 --train.precision fp32 --optim.warmup_steps 1 "
     "--checkpoint.interval 2 --eval.interval 2 --eval.max_samples 4 --log.interval 1"
 )
@@ -156,8 +156,8 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     python.mkdir(parents=True)
     pq.write_table(pa.table({"content": texts, "max_stars_count": [1] * 40}), python / "train-0.parquet")
     (tmp_path / "my_texts").mkdir()
-    (tmp_path / "my_texts" / "mine.txt").write_text("\n".join(texts))
-    shutil.copytree(tmp_path / "my_texts", tmp_path / "my_held_out")
+    for number, text in enumerate(texts):
+        (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
     (tmp_path / "slurm-tinyllama-1.out").write_text("step 4/4  val_loss 5.0\n")
     (tmp_path / "steps.jsonl").write_text('{"run": "ours", "model": "tinyllama_1.1b", "tokens_per_second": 61000}\n')
     (tmp_path / "bin").mkdir()

@@ -10,7 +10,9 @@ def test_parameters_of_the_named_sizes() -> None:
     assert named_config("tinyllama_1.1b").num_params() == 1_100_048_384
     assert named_config("tinyllama_1.1b").num_hidden == 22 * (2048 * 2560 + 2048 * 2048 + 3 * 2048 * 5632)
     assert named_config("tinyllama_1.1b").num_params(embedding=False) == 1_100_048_384 - 32000 * 2048
-    assert set(NAMED_CONFIGS) == {"tinyllama_1.1b", "tinyllama_120m", "quickstart"}
+    assert set(NAMED_CONFIGS) == {"tinyllama_1.1b", "tinyllama_120m", "tinyllama_10m", "quickstart"}
+    assert named_config("tinyllama_10m").num_hidden == 6 * (384 * 640 + 384 * 384 + 3 * 384 * 1024) == 9_437_184
+    assert named_config("tinyllama_10m").num_params() == 12_587_904
 
 
 @pytest.mark.parametrize(("vocab_size", "rows"), [(32000, 32000), (32001, 32064), (1, 64), (64, 64)])
@@ -88,7 +90,9 @@ def test_sizes_that_are_none(field: str, value: float) -> None:
 
 def test_one_head_a_group_and_unknown_names() -> None:
     assert named_config("tinyllama_1.1b", n_query_groups=32).qkv_size == 3 * 2048
-    with pytest.raises(InputError, match="'zzz' is not known; known names: tinyllama_1.1b, tinyllama_120m, quickstart"):
+    with pytest.raises(
+        InputError, match="'zzz' is not known; known names: tinyllama_1.1b, tinyllama_120m, tinyllama_10m"
+    ):
         named_config("zzz")
 
 

@@ -22,7 +22,16 @@ from tinyllama.config.args import (
 )
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import FORMATS, by_source, end_summary, mean_speed, numbers, same_command, start_summary
+from tinyllama.monitor.console import (
+    FORMATS,
+    by_source,
+    end_summary,
+    mean_speed,
+    numbers,
+    same_command,
+    show_summary,
+    start_summary,
+)
 from tinyllama.train.launch import World, find_world
 from tinyllama.train.run import Run
 
@@ -76,6 +85,24 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
             f"kept; 13.2 GB each, 5,000 GB free in {run.args.out_dir}",
         ),
     ]
+
+
+def test_a_summary_in_a_file_has_100_columns_and_whole_commands(
+    run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--out_dir", "x" * 150])
+    names = ("attention", "rms_norm", "swiglu", "cross_entropy", "symmetric_matmul")
+    ops = dict.fromkeys(names, "reference")
+    paths = (replace(run.sources[0], path=Path("data/of-some-length")), replace(run.sources[1], path=Path("data/two")))
+    run = replace(run, ops=ops, sources=list(paths), validation=[], args=replace(run.args, out_dir="out/mine"))
+    show_summary("pretrain", start_summary(run, "master float32, pass bfloat16, reduction float32", ["here: rank 0"]))
+    said = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in said) <= 100
+    at = said.index("saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and every")
+    assert said[at + 1].startswith("         50,000th step kept; 13.2 GB each, ")
+    assert any("data/of-some-length" in line for line in said)  # not broken at its hyphens
+    show_summary("stopped", end_summary(run, [], {"training": 1.0}, TrainState(step=3, tokens=96)))
+    assert f"next     python train.py --out_dir {'x' * 150}    # starts anew" in capsys.readouterr().out.splitlines()
 
 
 def test_the_start_summary_of_a_resumed_run_says_what_is_done_and_what_is_left(run: Run) -> None:

@@ -158,8 +158,29 @@ def test_a_failing_wandb_stops_nothing(
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     with RunLog(run, None, is_rank_zero=True) as log:
         log_steps(log, 1, 5)
+        said = capsys.readouterr().out
+        log.end(TrainState(step=5, tokens=5), "SIGTERM")
     assert len((run.out_dir / "metrics.csv").read_text().splitlines()) == 6
-    assert capsys.readouterr().out.count("wandb is off from here, metrics.csv continues: ") == 1
+    assert said.count("wandb is off from here, metrics.csv continues: ") == 1
+    assert "problem  wandb is off from here, metrics.csv continues: " in capsys.readouterr().out
+
+
+def test_a_missing_key_of_wandb_is_said_at_the_start_and_at_the_end(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def init(**settings: Any) -> None:
+        raise ValueError("No API key configured. Use `wandb login` to log in.")
+
+    monkeypatch.setitem(sys.modules, "wandb", SimpleNamespace(init=init, Settings=dict))
+    with RunLog(run, None, is_rank_zero=True) as log:
+        start = capsys.readouterr().out
+        log_steps(log, 1, 5)
+        log.end(TrainState(step=5, tokens=5), None)
+    end = " ".join(capsys.readouterr().out.split())
+    assert start.startswith("wandb is off from here, metrics.csv continues: ValueError: No API key configured.")
+    assert "(set WANDB_API_KEY, or give --log.wandb offline and `wandb sync` later" in start
+    assert "problem wandb is off from here, metrics.csv continues: ValueError: No API key" in end
+    assert "(set WANDB_API_KEY, or give --log.wandb offline and `wandb sync` later" in end
 
 
 class Wandb:

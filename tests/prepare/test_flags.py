@@ -11,6 +11,7 @@ import zstandard
 
 from tinyllama import InputError
 from tinyllama.config import cli
+from tinyllama.data.packed import open_packed
 from tinyllama.prepare import workers
 from tinyllama.prepare.flags import add_arguments, fields, options
 from tinyllama.prepare.inputs import Fields
@@ -245,3 +246,42 @@ def test_a_subset_that_slimpajama_does_not_have(raw, tokenizer_file, script):
     remedy = "SlimPajama has no such subset; did you mean RedPajamaGithub?"
     assert done == (2, "", f"error: --exclude RedPajamaGitHub: {remedy}\n")
     assert not (raw / "out").exists()
+
+
+def test_a_share_of_the_documents_is_held_out_in_a_folder_of_its_own(script, tokenizer_file, tmp_path: Path) -> None:
+    texts = [f"document {number} of a small corpus" for number in range(200)]
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "all.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    paths = ("--source", tmp_path / "texts", "--tokenizer", tokenizer_file, "--workers", 1)
+    script("prepare_text", *paths, "--output", tmp_path / "mine", "--held_out", 0.2)
+    tokenizer = Tokenizer(tokenizer_file)
+
+    def documents(name: str) -> list[str]:
+        dataset = open_packed(tmp_path / name)
+        ids = dataset.read(0, dataset.tokens).tolist()
+        ends = [at for at, token in enumerate(ids) if token == dataset.eos_id]
+        return [
+            tokenizer.decode(ids[start:end]) for start, end in zip([0, *(at + 1 for at in ends)], ends, strict=False)
+        ]
+
+    trained, held_out = documents("mine"), documents("mine_held_out")
+    assert sorted(trained + held_out) == sorted(texts)
+    assert 20 < len(held_out) < 60
+    script("prepare_text", *paths, "--output", tmp_path / "fraction", "--fraction", 0.2)
+    assert documents("fraction") == held_out  # the same draws
+    code, _, err = script("prepare_text", *paths, "--output", tmp_path / "mine")
+    assert code == 2
+    assert "mine: fraction was [0.2, 1.0] for shard all.jsonl and is 1.0 now" in err
+
+
+def test_nothing_is_left_of_a_split_that_held_nothing_out(script, tokenizer_file, tmp_path: Path) -> None:
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts" / "one.txt").write_text("A single text.")
+    paths = ("--source", tmp_path / "texts", "--tokenizer", tokenizer_file, "--output", tmp_path / "mine")
+    code, _, err = script("prepare_text", *paths, "--workers", 1, "--held_out", 0.001)
+    assert code == 2
+    assert "mine_held_out: none of 1 documents was drawn: give a larger share or another --seed" in err
+    assert [path.name for path in (tmp_path / "mine_held_out").iterdir()] == []
+    assert not (tmp_path / "mine").exists()
+    code, _, err = script("prepare_text", *paths, "--held_out", 1)
+    assert (code, err) == (2, "error: --held_out 1 leaves nothing to train on: give a smaller share, such as 0.05\n")

@@ -11,7 +11,16 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from tinyllama import InputError
-from tinyllama.config.args import DataArgs, OpsArgs, OptimArgs, ParallelArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.config.args import (
+    CheckpointArgs,
+    DataArgs,
+    OpsArgs,
+    OptimArgs,
+    ParallelArgs,
+    PretrainArgs,
+    Source,
+    TrainArgs,
+)
 from tinyllama.config.model import named_config
 from tinyllama.model import GPT
 from tinyllama.throughput import flops_per_token, newton_schulz_flops, peak_flops
@@ -365,12 +374,14 @@ def test_the_summary_line_by_line() -> None:
         f"step       3.28 s: compute 3.28 s; communication {across:.2f} s, of which 0.00 s are waited for"
     )
     hours = 1e9 / 20_000 / 3600  # 13.9
-    assert lines[12] == f"time       {hours / 24:.1f} days, {2 * hours:.0f} GPU-hours for 1,000,000,000 tokens"
-    assert lines[12].startswith("time       0.6 days, 28 GPU-hours")
+    assert lines[12] == f"time       {hours:.1f} hours, {2 * hours:.0f} GPU-hours for 1,000,000,000 tokens"
+    assert lines[12].startswith("time       13.9 hours, 28 GPU-hours")
     assert lines[13] == "energy     0.01 MWh of the GPUs at 500 W"  # 28 hours x 500 W = 13.9 kWh
     assert lines[14] == "data       0.002 TB read, 0.0 MB/s"
     assert lines[15] == "checkpoint 13.20 GB each; at 2 GB/s 6.6 s to write, in the background"
-    assert len(lines) == 16
+    # every 5,000 of 30,518 steps and the last: the newest 3
+    assert lines[16] == "           39.6 GB for the 3 that the run keeps, and one more while it writes"
+    assert len(lines) == 17
     small = plan.Cluster(replace(gpu, memory=8), 2, 1, 100)
     lines = list(plan.summary(replace(args, train=TrainArgs(max_epochs=1)), CONFIG, small, 10_000, "measured"))
     assert "DOES NOT FIT in 7.6 GiB" in lines[8]
@@ -384,6 +395,39 @@ def test_the_summary_line_by_line() -> None:
     assert lines[14] == "data       6.000 TB read, 0.0 MB/s"
     lines = list(plan.summary(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 1e6, "measured"))
     assert lines[14].endswith(f"{2 * float(lines[10].split()[1].replace(',', '')) / 1e6:.1f} MB/s")
+
+
+@pytest.mark.parametrize(
+    ("policy", "steps", "kept"),
+    [
+        ({}, 1_430_512, 31),  # 28 multiples of 50,000 and the newest 3
+        ({"keep_every": None}, 1_430_512, 3),
+        ({"keep_last": None}, 12_000, 3),  # 5,000, 10,000 and the last
+        ({"interval": 10, "keep_last": 2, "keep_every": 20}, 100, 6),  # 20, 40, 60, 80, 90 and 100
+        ({}, 7, 1),
+    ],
+)
+def test_checkpoints_kept(policy: dict[str, Any], steps: int, kept: int) -> None:
+    assert plan.checkpoints_kept(CheckpointArgs(**policy), steps) == kept
+
+
+def test_a_small_run_is_in_hours_or_minutes_and_its_energy_in_kwh(packed_folder: Any) -> None:
+    folder = packed_folder([[[3] * 2049 * 10]], eos=False)
+    gpu = replace(plan.GPUS["h100"], watts=700.0)
+    args = PretrainArgs(data=DataArgs(sources=[Source(str(folder))]), train=TrainArgs(max_epochs=4))
+    assert plan.total_tokens(args, CONFIG) == 40 * 2048
+    assert plan.total_tokens(replace(args, data=DataArgs(sources=[Source("absent")])), CONFIG) is None
+    args = replace(args, train=TrainArgs(max_tokens=36_000_000))
+    lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
+    assert lines[1] == "cluster    1 x NVIDIA H100 80GB HBM3, 1 node, 400 Gbit/s a GPU"
+    assert "time       1.0 hours, 1 GPU-hours for 36,000,000 tokens" in lines
+    assert "energy     0.7 kWh of the GPUs at 700 W" in lines
+    assert any(line.startswith("data       72.0 MB read") for line in lines)
+    args = replace(args, train=TrainArgs(max_tokens=6_000_000, global_batch_size=8))
+    lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
+    assert "time       10.0 min, 0.17 GPU-hours for 6,000,000 tokens" in lines
+    table = list(plan.scaling(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000))
+    assert table[1].split()[:3] == ["GPUs", "tokens/s", "min"]
 
 
 def test_the_table_of_scaling() -> None:
@@ -419,6 +463,7 @@ def test_the_script() -> None:
     assert done.returncode == 0, done.stderr
     assert "time       90.4 days, 34,7" in done.stdout
     assert "checkpoint 13.20 GB each" in done.stdout
+    assert "409.2 GB for the 31 that the run keeps" in done.stdout
     table = done.stdout.split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in table[2:12]] == [str(2**power) for power in range(3, 13)]
     assert "Above 1,024 GPUs the batch grows, to a sample a GPU." in done.stdout

@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+import re
 import shutil
 import struct
 from dataclasses import asdict, replace
@@ -14,6 +15,7 @@ from orders import order_of
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
+from tinyllama.config import cli
 from tinyllama.config.args import (
     DataArgs,
     ModelArgs,
@@ -136,7 +138,53 @@ def test_all_sources_together_must_fill_a_batch(recipe, settings) -> None:
 
     assert recipe.setup(batch(100)).accumulation == 50
     (problem,) = problems(recipe, batch(102))
-    assert "data.sources hold 100 blocks of 17 tokens, less than one batch of train.global_batch_size 102" in problem
+    assert problem == (
+        "data.sources hold 100 blocks of 17 tokens, less than one batch of train.global_batch_size 102: "
+        "give more data or --train.global_batch_size 2"
+    )
+    assert recipe.setup(batch(2)).accumulation == 1
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+@pytest.mark.parametrize("length", [{"max_epochs": 3.0}, {"max_tokens": 4000}, {"max_steps": 9}])
+def test_the_defaults_on_little_data_name_flags_that_work(
+    recipe, settings, monkeypatch: pytest.MonkeyPatch, ranks: int, length: dict[str, Any]
+) -> None:
+    little = replace(
+        settings, optim=OptimArgs(), train=TrainArgs(**length), parallel=replace(settings.parallel, devices=ranks)
+    )
+    (problem,) = problems(recipe, little)
+    flags = re.search(r"give more data or (--.*)", problem)
+    assert flags is not None
+    parser = cli.arguments("")
+    cli.add_fields(parser, PretrainArgs)
+    run = recipe.setup(cli.given(parser.parse_args(flags[1].split()), little))
+    assert run.world.size == ranks
+    assert 0 <= run.args.optim.warmup_steps < run.max_steps
+
+
+def test_more_ranks_than_blocks_are_too_many(recipe, settings) -> None:
+    many = replace(settings, parallel=replace(settings.parallel, devices=128))
+    train = replace(settings.train, global_batch_size=128, micro_batch_size=1)
+    (problem,) = problems(recipe, replace(many, train=train))
+    assert problem.endswith("give more data or start at most 100 ranks")
+
+
+def test_a_warm_up_that_is_too_long_names_one_that_fits(recipe, settings) -> None:
+    long = replace(settings, optim=replace(settings.optim, warmup_steps=2000))
+    (problem,) = problems(recipe, long)
+    steps = settings.train.max_steps
+    assert (
+        f"does not end within the run's {steps} steps: lower it, as by --optim.warmup_steps {steps // 10}," in problem
+    )
+
+
+def test_all_folders_that_are_missing_are_named_at_once(recipe, settings) -> None:
+    sources = [Source("nowhere/a"), *settings.data.sources, Source("nowhere/b")]
+    missing = data(settings, sources=sources, validation=[ValidationSource("nowhere/c"), ValidationSource("nowhere/a")])
+    assert problems(recipe, missing) == tuple(
+        f"nowhere/{name} is not a folder: give the --output of a prepare command" for name in "abc"
+    )
 
 
 @pytest.mark.parametrize(("epochs", "steps"), [(1.0, 12), (0.5, 6), (2.0, 25)])

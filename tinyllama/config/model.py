@@ -98,6 +98,16 @@ NAMED_CONFIGS: dict[str, dict[str, Any]] = {
         "n_embd": 768,
         "intermediate_size": 2048,
     },
+    # for a few megabytes of text, with a vocabulary that they can fill
+    "tinyllama_10m": {
+        "block_size": 512,
+        "vocab_size": 4096,
+        "n_layer": 6,
+        "n_head": 6,
+        "n_query_groups": 2,
+        "n_embd": 384,
+        "intermediate_size": 1024,
+    },
     # small enough to learn something in minutes on two CPU cores
     "quickstart": {
         "block_size": 256,

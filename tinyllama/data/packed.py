@@ -240,6 +240,21 @@ def open_packed(path: str | Path) -> PackedDataset:
     return dataset
 
 
+def open_all(*groups: Sequence[str]) -> list[list[PackedDataset]]:
+    """Open groups of folders; raises InputError with every error, so that a user can fix all of them at once."""
+    opened: list[list[PackedDataset]] = [[] for _ in groups]
+    errors: list[str] = []
+    for datasets, paths in zip(opened, groups, strict=True):
+        for path in paths:
+            try:
+                datasets.append(open_packed(path))
+            except InputError as error:
+                errors += [text for text in error.args if text not in errors]
+    if errors:
+        raise InputError(*errors)
+    return opened
+
+
 def first_outside(ids: np.ndarray, vocab_size: int) -> int | None:
     """Return the index in the flattened ``ids`` of the first one outside the vocabulary, or None."""
     if ids.min(initial=0) >= 0 and ids.max(initial=0) < vocab_size:

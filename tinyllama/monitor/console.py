@@ -3,7 +3,8 @@
 import shlex
 import shutil
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -41,6 +42,8 @@ WAITS = {"data_seconds": "data", "save_seconds": "checkpoints", "validation_seco
 """columns of metrics.csv of what training waits for, and its name"""
 NOTEWORTHY = 1.1
 """slowest over median rank from where the slowest is named"""
+WIDTH = 100  # columns of a summary in a file
+TO_COPY = ("saved", "next", "")  # keys of a summary whose values stay on one line: paths and commands
 STYLES = {"start": "bold", "validation": "cyan", "checkpoint": "green", "skip": "yellow", "stop": "bold red"}
 
 
@@ -97,9 +100,16 @@ def in_terminal() -> bool:
 
 
 def show_summary(title: str, summary: Summary) -> None:
-    """Print a summary: framed in a terminal, else lines of ``key      value``."""
+    """Print a summary: framed in a terminal, else lines of ``key      value`` of at most WIDTH columns."""
     if not in_terminal():
-        print(*(f"{key:<8} {printable(value)}" for key, value in summary), sep="\n", flush=True)
+        for key, value in summary:
+            line = f"{key:<8} {printable(value)}"
+            if key not in TO_COPY:
+                indent = " " * 9
+                line = textwrap.fill(
+                    line, WIDTH, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False
+                )
+            print(line, flush=True)
         return
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
@@ -205,8 +215,13 @@ def _checkpoint_policy(run: Run) -> str:
     )
 
 
-def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState) -> Summary:
-    """Summarize the run from ``rows`` of metrics.csv: its losses, where the time went, and what to do next."""
+def end_summary(
+    run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState, problems: Sequence[str] = ()
+) -> Summary:
+    """Summarize the run from ``rows`` of metrics.csv: its losses, where the time went, and what to do next.
+
+    ``problems`` are what the start of a long log may have hidden.
+    """
     losses = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
     if losses:
         (last, at), (best, best_at) = losses[-1], min(losses)
@@ -221,6 +236,7 @@ def end_summary(run: Run, rows: list[dict[str, Any]], seconds: dict[str, float],
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
     if traces := sorted(run.profile_dir.glob("steps-*.json.gz")):
         yield "traces", f"{len(traces)} in {run.profile_dir}, for {VIEWER}"
+    yield from (("problem", problem) for problem in problems)
     saved = step_dir(run.out_dir / "checkpoints", state.step)
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
     if state.step < run.max_steps:

@@ -140,7 +140,8 @@ class RunLog:
             self._tracker.send(self._tail[-1])
         self._console.stop()
         self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
-        summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state)
+        problems = [self._tracker.problem] if self._tracker and self._tracker.problem else []
+        summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state, problems)
         show_summary("stopped" if stopped_by else "done", summary)
         if not self._is_written:
             steps = f"from step {self._tail[0]['step']} to {self._tail[-1]['step']}"

@@ -20,6 +20,10 @@ from tinyllama.train.run import Run
 INIT_TIMEOUT, FINISH_TIMEOUT = 60, 15
 """Seconds that wandb may hold up the run, at its start and at its end: then a signal's grace may be running out."""
 
+NO_KEY_HINT = (
+    "set WANDB_API_KEY, or give --log.wandb offline and `wandb sync` later; the next start sends what it missed"
+)
+
 IRRELEVANT = {
     *("resume", "max_time", "start_timeout", "timeout", "max_skips"),
     *("micro_batch_size", "compile", "activation_checkpointing"),
@@ -28,10 +32,14 @@ IRRELEVANT = {
 
 
 class Tracker:
-    """Send rows to the wandb run of ``run`` after ``step`` (-1: all); ``say`` hears, once, why it had to give up."""
+    """Send rows to the wandb run of ``run`` after ``step`` (-1: all); ``say`` hears, once, why it had to give up.
+
+    ``problem`` is what it said then, for the summary at the end.
+    """
 
     def __init__(self, run: Run, step: int, say: Callable[[str], None]) -> None:
         self._say = say
+        self.problem: str | None = None
         self._file = run.out_dir / "wandb.json"
         known = self._known()
         self.id: str = known.get("id") or saved_id(run) or secrets.token_hex(4)
@@ -104,8 +112,10 @@ class Tracker:
             call()
         except Exception as error:  # whatever it is, it must not cost the run
             self._run = None
-            reason = next(iter(str(error).splitlines()), "")
-            self._say(f"wandb is off from here, metrics.csv continues: {type(error).__name__}: {reason}")
+            reason = f"{type(error).__name__}: {next(iter(str(error).splitlines()), '')}"
+            hint = NO_KEY_HINT if "API key" in reason else "the next start sends what it missed"
+            self.problem = f"wandb is off from here, metrics.csv continues: {reason} ({hint})"
+            self._say(self.problem)
 
 
 def saved_id(run: Run) -> str | None:

@@ -3,7 +3,8 @@
 import argparse
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -74,6 +75,29 @@ def options(args: argparse.Namespace) -> Options:
 def fields(args: argparse.Namespace, **more: Any) -> Fields:
     """Return the fields of the documents that the flags ask for, and ``more`` of them."""
     return Fields(fraction=args.fraction, seed=args.seed, longest=args.longest_document << 20, **more)
+
+
+def add_held_out(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that splits a corpus in two."""
+    parser.add_argument(
+        "--held_out",
+        type=_fraction,
+        default=0.0,
+        metavar="SHARE",
+        help="share of the documents to put into OUTPUT_held_out instead, for validation (default: none)",
+    )
+
+
+def parts(args: argparse.Namespace, **more: Any) -> Iterator[tuple[Fields, Options]]:
+    """Yield what to prepare: the documents that are held out, if a share of them is asked for, then all others."""
+    if args.held_out == 1:
+        raise InputError("--held_out 1 leaves nothing to train on: give a smaller share, such as 0.05")
+    wanted, how = fields(args, **more), options(args)
+    held_out = wanted.fraction * args.held_out
+    if held_out:
+        folder = Path(f"{args.output}_held_out")
+        yield replace(wanted, fraction=held_out), options(argparse.Namespace(**vars(args) | {"output": folder}))
+    yield replace(wanted, held_out=held_out), how
 
 
 def _source(text: str) -> str:

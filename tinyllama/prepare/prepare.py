@@ -16,6 +16,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,13 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
         raise InputError(*(bad[shard] for shard in sorted(bad)))
     total = progress.total(infos.values())
     if task is None:
+        if not total["documents"] and (count := total["dropped"].get("fraction")):
+            for shard, ending in product(infos, (".json", ".bin", ".idx.npy")):  # of no use to another share or seed
+                (output / f"{shard}{ending}").unlink(missing_ok=True)
+            raise InputError(
+                f"{output}: none of {count:,} documents was drawn: give a larger share or another --seed (a .txt file "
+                "is one document: split it, or make its parts lines of a .jsonl)"
+            )
         if not total["documents"]:
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
         figures = {key: total[key] for key in ("subsets", "dropped", "repaired")}
@@ -217,8 +225,8 @@ def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Rec
         "eos_id": used.eos_id,
         "text_key": fields.text_key,
         "leave_out": list(fields.leave_out),
-        "fraction": fields.fraction,
-        "seed": fields.seed if fields.fraction < 1 else None,
+        "fraction": [fields.held_out, fields.fraction] if fields.held_out else fields.fraction,
+        "seed": fields.seed if fields.is_drawn else None,
     }
     if used.added_tokens:  # shards without the key are of a version that took them for text
         policy["added_tokens"] = used.added_tokens

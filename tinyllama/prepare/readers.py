@@ -103,7 +103,7 @@ class DocumentReader:
     def chunks(self) -> Iterator[TextChunk]:
         """Yield the documents in the order of the file; that of a large ``.txt`` comes in several chunks."""
         self.dropped = dict.fromkeys(self.fields.leave_out, 0)
-        if self.fields.fraction < 1:
+        if self.fields.is_drawn:
             self.dropped["fraction"] = 0
         self._draws = random.Random(f"{self.fields.seed} {self.name}")  # random() of a text seed is the same everywhere
         folders = Path(self.name).parts[:-1]  # some copies have a folder for each subset
@@ -140,7 +140,8 @@ class DocumentReader:
 
     def _unwanted(self) -> bool:
         """Whether the next document is none of the fraction that is kept."""
-        unwanted = self.fields.fraction < 1 and self._draws.random() >= self.fields.fraction
+        fields = self.fields
+        unwanted = fields.is_drawn and not fields.held_out <= self._draws.random() < fields.fraction
         if unwanted:
             self.dropped["fraction"] += 1
         return unwanted

@@ -11,8 +11,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama import InputError
-from tinyllama.config.args import PretrainArgs
+from tinyllama.config.args import CheckpointArgs, PretrainArgs
 from tinyllama.config.model import LOGITS_CHUNK, ModelConfig
+from tinyllama.data.packed import open_all
 from tinyllama.throughput import flops_per_token, newton_schulz_flops, peak_flops
 
 GIB = 2**30
@@ -263,7 +264,8 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
     gpu, gpus, micro = cluster.gpu, cluster.gpus, args.train.micro_batch_size
     yield f"model      {config.name}: {config.num_params():,} parameters, context {config.block_size:,}"
     nodes = -(-gpus // cluster.gpus_per_node)
-    yield f"cluster    {gpus} x {gpu.device}, {nodes} nodes, {cluster.network:g} Gbit/s a GPU"
+    where = "1 node" if nodes == 1 else f"{nodes} nodes"
+    yield f"cluster    {gpus} x {gpu.device}, {where}, {cluster.network:g} Gbit/s a GPU"
     parts = memory(args, config, cluster.shard(args.parallel.shard), micro, accumulation(args, gpus, micro))
     for name, size in parts.items():
         yield f"memory     {size / GIB:8.2f} GiB  {name}"
@@ -287,26 +289,59 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
         yield f"           and Muon {update_s:.3f} s: iterations {iterations_ms:.1f} ms, exchange {exchange_ms:.1f} ms"
     if tokens := total_tokens(args, config):
         hours = tokens / tokens_per_s / 3600
-        yield f"time       {hours / 24:,.1f} days, {hours * gpus:,.0f} GPU-hours for {tokens:,} tokens"
-        yield f"energy     {hours * gpus * gpu.watts / 1e6:,.2f} MWh of the GPUs at {gpu.watts:.0f} W"
-        yield f"data       {2 * tokens / 1e12:,.3f} TB read, {2 * tokens_per_s / 1e6:,.1f} MB/s"
+        unit, unit_hours = time_unit(hours)
+        gpu_hours, kwh = hours * gpus, hours * gpus * gpu.watts / 1000
+        spent = f"{gpu_hours:,.0f}" if gpu_hours >= 10 else f"{gpu_hours:.2g}"
+        yield f"time       {hours / unit_hours:,.1f} {unit}, {spent} GPU-hours for {tokens:,} tokens"
+        energy = f"{kwh / 1000:,.2f} MWh" if kwh >= 10 else f"{kwh:.2g} kWh"
+        yield f"energy     {energy} of the GPUs at {gpu.watts:.0f} W"
+        read = f"{2 * tokens / 1e12:,.3f} TB" if tokens >= 5e8 else f"{2 * tokens / 1e6:,.1f} MB"
+        yield f"data       {read} read, {2 * tokens_per_s / 1e6:,.1f} MB/s"
     gigabytes = args.optim.checkpoint_bytes(config) / 1e9
     yield f"checkpoint {gigabytes:,.2f} GB each; at 2 GB/s {gigabytes / 2:,.1f} s to write, in the background"
+    if tokens:
+        kept = checkpoints_kept(args.checkpoint, -(-tokens // (args.train.global_batch_size * config.block_size)))
+        yield f"           {kept * gigabytes:,.4g} GB for the {kept} that the run keeps, and one more while it writes"
+
+
+def time_unit(hours: float) -> tuple[str, float]:
+    """Return the unit in which to state so many hours, and the hours that it has."""
+    if hours >= 48:
+        return "days", 24
+    return ("hours", 1) if hours >= 1 else ("min", 1 / 60)
 
 
 def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
-    """Return the tokens of the run, or None where they depend on the data."""
+    """Return the tokens of the run, or None for a run in epochs of data that are not here."""
     if args.train.max_tokens is not None:
         return args.train.max_tokens
-    steps = args.train.max_steps
-    return None if steps is None else steps * args.train.global_batch_size * config.block_size
+    if args.train.max_steps is not None:
+        return args.train.max_steps * args.train.global_batch_size * config.block_size
+    assert args.train.max_epochs is not None  # check() has seen to it that one is given
+    try:
+        (sources,) = open_all([source.path for source in args.data.sources])
+    except InputError:
+        return None
+    samples = int(args.train.max_epochs * sum(source.num_blocks(config.block_size) for source in sources))
+    return samples * config.block_size or None
+
+
+def checkpoints_kept(policy: CheckpointArgs, steps: int) -> int:
+    """Return how many checkpoints a run of so many steps has kept when it is done."""
+    saved = {*range(policy.interval, steps + 1, policy.interval), steps}
+    if policy.keep_last is None:
+        return len(saved)
+    for_ever = {step for step in saved if policy.keep_every and step % policy.keep_every == 0}
+    return len(for_ever | set(sorted(saved)[-policy.keep_last :]))
 
 
 def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float) -> Iterator[str]:
     """Yield a table that shows where scaling stops, for weights sharded over all GPUs and over those of a node."""
     batch, total = args.train.global_batch_size, total_tokens(args, config)
+    slowest = speed(args, config, cluster, "full", rate, args.train.micro_batch_size).tokens_per_second
+    unit, unit_hours = time_unit(total / slowest / 3600 if total else 0)
     yield f"       {'weights sharded over all GPUs':<37} {'over a node, a copy on each':<36}".rstrip()
-    yield "  GPUs" + f"   tokens/s {'days' if total else '':>6}  {'of perfect scaling':<17}" * 2
+    yield "  GPUs" + f"   tokens/s {unit if total else '':>6}  {'of perfect scaling':<17}" * 2
     sizes = (cluster.gpus_per_node * 2**power for power in range(13))
     for gpus in (size for size in sizes if 8 <= size <= 4096):
         many = replace(cluster, gpus=gpus)
@@ -315,8 +350,8 @@ def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
         for how in ("full", "node"):
             tokens_per_s = speed(args, config, many, how, rate, micro).tokens_per_second
             share = tokens_per_s / (gpus * rate)
-            days = f"{total / tokens_per_s / 86400:,.1f}" if total else ""
-            line += f" {tokens_per_s:>10,.0f} {days:>6}  {bar(share, 12):<12} {share:>4.0%}"
+            time = f"{total / tokens_per_s / 3600 / unit_hours:,.1f}" if total else ""
+            line += f" {tokens_per_s:>10,.0f} {time:>6}  {bar(share, 12):<12} {share:>4.0%}"
         yield line
     if batch < 4096:
         yield f"Above {batch:,} GPUs the batch grows, to a sample a GPU."

@@ -13,7 +13,7 @@ from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.resume import refuse_changes
 from tinyllama.checkpoint.state import TrainState, from_json
-from tinyllama.config.args import PretrainArgs, TrainArgs
+from tinyllama.config.args import OptimArgs, PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.data import mixture
 from tinyllama.data.metadata import MANIFEST
@@ -267,7 +267,10 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
         raise InputError(f"{steps:,} steps make {tokens:,} tokens: lower train.global_batch_size or the run's length")
     warmup = args.optim.warmup_steps
     if done.step < warmup and steps <= warmup:
-        raise InputError(f"optim.warmup_steps {warmup} does not end within the run's {steps} steps: lower it")
+        raise InputError(
+            f"optim.warmup_steps {warmup} does not end within the run's {steps} steps: lower it, as by "
+            f"--optim.warmup_steps {steps // 10}, or lower train.global_batch_size for more steps of as much data"
+        )
     stable_steps = steps - 1 - warmup
     batch = train.global_batch_size
     unit = done.decay_batch if done.decay_batch > 0 else batch
@@ -287,13 +290,14 @@ def samples_of_warmup(args: PretrainArgs, done: TrainState) -> int:
     return done.warmup_samples if done.warmup_samples >= 0 else done.samples * args.optim.warmup_steps // done.step
 
 
-def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mixture:
+def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int, accumulation: int) -> Mixture:
     """The order of the samples; raises InputError when the sources hold less than one global batch."""
     num_blocks = [source.num_blocks(block_size) for source in sources]
     if sum(num_blocks) < args.train.global_batch_size:
         raise InputError(
             f"data.sources hold {sum(num_blocks)} blocks of {block_size + 1} tokens, less than one batch of "
-            f"train.global_batch_size {args.train.global_batch_size}: give more data or lower it"
+            f"train.global_batch_size {args.train.global_batch_size}: give more data or "
+            f"{_smaller_batch(args, sum(num_blocks), block_size, accumulation)}"
         )
     ramp = -(-(args.data.ramp_tokens or 0) // block_size)  # in samples
     if ramp > MOST_RAMP:
@@ -306,6 +310,21 @@ def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int) -> Mi
         [source.final_weight for source in args.data.sources],
         ramp,
     )
+
+
+def _smaller_batch(args: PretrainArgs, num_blocks: int, block_size: int, accumulation: int) -> str:
+    """Flags for some 50 steps an epoch of ``num_blocks``, or fewer, which is as few as this number of ranks can do."""
+    train, warmup = args.train, args.optim.warmup_steps
+    ranks = train.global_batch_size // (train.micro_batch_size * accumulation)
+    if num_blocks < ranks:
+        return f"start at most {num_blocks} ranks"
+    micro = min(train.micro_batch_size, num_blocks // ranks)
+    batch = max(num_blocks // 50 // (ranks * micro), 1) * ranks * micro
+    flags = f"--train.global_batch_size {batch}"
+    flags += f" --train.micro_batch_size {micro}" if micro != train.micro_batch_size else ""
+    smaller = replace(args, train=replace(train, global_batch_size=batch), optim=OptimArgs(warmup_steps=0))
+    steps = total_steps(smaller, block_size, num_blocks)
+    return flags + (f" --optim.warmup_steps {steps // 10}" if steps <= warmup else "")
 
 
 def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
