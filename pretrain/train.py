@@ -134,6 +134,7 @@ class Training:
         args, settings = run.args, cli.dump(run.resolved())
         self.run, self.fabric, self.gpt, self.state = run, fabric, gpt, state
         self.preemption, self.watchdog, self.log = preemption, watchdog, log
+        watchdog.on_stall = log.failed
         self.optimizer = optimizer.optimizer
         self.first_step = self.saved_step = state.step
         self.stop_asked: str | None = None

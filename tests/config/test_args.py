@@ -164,7 +164,14 @@ DEFAULTS: dict[str, Any] = {
         "asynchronous": True,
         "on_failure": "continue",
     },
-    "log": {"interval": 10, "profile": [], "wandb": "off", "wandb_project": "tinyllama", "wandb_entity": None},
+    "log": {
+        "interval": 10,
+        "profile": [],
+        "wandb": "off",
+        "wandb_project": "tinyllama",
+        "wandb_entity": None,
+        "on_event": None,
+    },
 }
 
 

@@ -20,6 +20,7 @@ from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
 from tinyllama.monitor.profile import Trace
+from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
@@ -39,6 +40,17 @@ column ``tokens_FOLDER``: tokens drawn from it so far; and for each validation s
 BY_SOURCE = ("val_loss/", "val_bpb/")
 
 
+HOOK_EVENTS = {
+    "start": "started",
+    "stop": "stopped",
+    "done": "finished",
+    "skip": "anomaly",
+    "checkpoint_failed": "anomaly",
+    "metrics_failed": "anomaly",
+}
+"""What log.on_event is told of the events in events.jsonl."""
+
+
 class RunLog:
     """Rank 0's log; that of other ranks does nothing. Use it as a context, which closes what it opened."""
 
@@ -53,6 +65,7 @@ class RunLog:
         self._before = dict(self._seconds)
         self._tracker: Tracker | None = None
         self.trace = Trace(run, dist.get_rank() if dist.is_initialized() else 0, self.event)
+        self._hook: Hook | None = None
         if not is_rank_zero:
             return
         self._began = time.perf_counter()
@@ -73,6 +86,8 @@ class RunLog:
         self._tail_at = table.rfind(b"\n", 0, -1) + 1 if rows else len(table)
         self._is_written = True
         self._best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=float("inf"))
+        if run.args.log.on_event is not None:
+            self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
         if run.args.log.wandb != "off":
             self._tracker = Tracker(run, -1 if step is None else step, self._console.line)
             for row in rows[:-1]:  # those it missed, if any
@@ -83,12 +98,22 @@ class RunLog:
             self._console.start()
         return self
 
-    def __exit__(self, *error: object) -> None:
-        self.trace.close(write=error[0] is None)
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
+        self.trace.close(write=kind is None)
+        if kind is not None and issubclass(kind, Exception):  # and not a second Ctrl-C, which must not wait
+            self.failed(f"{kind.__name__}: {error}")
         if self._is_rank_zero:
             self._console.stop()
         if self._tracker:
             self._tracker.finish()
+        if self._hook and kind is None:
+            self._hook.wait()
+
+    def failed(self, message: str) -> None:
+        """Tell log.on_event of a failure that ends this process, and wait for it."""
+        if self._hook:
+            self._hook("failed", message)
+            self._hook.wait()
 
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint must record for a run that resumes from it."""
@@ -183,6 +208,9 @@ class RunLog:
                 file.write(b"\n" * is_half + line.encode() + b"\n")
             for line in lines:
                 self._console.line(line, name)
+            if self._hook and name in HOOK_EVENTS:
+                is_failure = "reason" in details or details.get("by") == "checkpoint.on_failure"
+                self._hook("failed" if name == "stop" and is_failure else HOOK_EVENTS[name], "; ".join(lines))
 
     def _append(self, row: dict[str, Any]) -> None:
         step = row["step"]

@@ -17,6 +17,7 @@ import sysconfig
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -87,6 +88,7 @@ class Watchdog:
         self._last = (0.0, 0, "start", 0)  # when, step, phase, beats: replaced whole, so never torn
         self._stalled_at: str | None = None
         self._waiting = False
+        self.on_stall: Callable[[str], None] = lambda text: None  # hears why this process is about to end
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write, name="heartbeat", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -172,7 +174,9 @@ class Watchdog:
             while stalled < self._world_size and time.monotonic() < deadline:
                 time.sleep(self._interval / 5)
                 stalled = sum(beat.stalled_at is not None for beat in read(self._folder, self._world_size))
-            self._name_once(f"{printable(diagnosis(self._folder, self._world_size, limit))}\n".encode())
+            reason = printable(diagnosis(self._folder, self._world_size, limit))
+            self._name_once(f"{reason}\n".encode())
+            self.on_stall(reason)
         except BaseException:
             os.write(STDERR, traceback.format_exc().encode())
         finally:
