@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+ROOT = Path(__file__).parents[2]
 pytestmark = pytest.mark.slurm
 
 NODES = ["--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0"]  # over what the script asks for
@@ -73,6 +74,36 @@ def test_a_killed_task_is_retried(start: Start, undisturbed) -> None:
     assert job.facts()["Restarts"] == "0"
     assert len((job.out_dir / "crashes.log").read_text().splitlines()) == 1
     assert job.metrics() == expected
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_a_node_that_fails_first_each_time_is_excluded_if_others_are_left(cluster, tmp_path: Path, nodes: int) -> None:
+    """With a recipe that fails on node1, and no pause between retries."""
+    (tmp_path / "pretrain").mkdir()
+    (tmp_path / "pretrain" / "train.py").write_text(
+        "import os, socket, sys, time\n"
+        "if socket.gethostname() == 'node1' and os.environ.get('SLURM_RESTART_COUNT', '0') == '0': sys.exit(1)\n"
+        "time.sleep(1)\n"
+    )
+    (tmp_path / "tinyllama").symlink_to(ROOT / "tinyllama")
+    script = (ROOT / "scripts" / "slurm" / "pretrain.sbatch").read_text()
+    assert script.count("patience=15 ") == 1
+    (tmp_path / "pretrain.sbatch").write_text(script.replace("patience=15 ", "patience=0 "))
+    options = [f"--nodes={nodes}", *NODES[1:], f"--chdir={tmp_path}"]
+    job = cluster.submit(tmp_path / "output", options, tmp_path / "pretrain.sbatch", "--out_dir", tmp_path / "run")
+    job.until_requeued()
+    assert job.end() == ("COMPLETED", "0:0"), job.says()
+    crashes = (tmp_path / "run" / "crashes.log").read_text().splitlines()
+    assert len(crashes) == 4
+    assert all(line.endswith("exit status 1, first on node1") for line in crashes)
+    if nodes == 1:
+        assert "node1 failed first each time: excluded" in job.says()
+        assert job.facts()["ExcNodeList"] == "node1"
+        assert "restart 1: starts on node2, 1 ranks" in job.says()
+    else:
+        assert "node1 failed first each time; it is not excluded, as only 1 other nodes are up" in job.says()
+        assert job.facts()["ExcNodeList"] == "(null)"
 
 
 @pytest.mark.slow

@@ -224,8 +224,9 @@ class LogArgs:
     wandb_entity: str | None = None
     """wandb's user or team; null: yours"""
     on_event: str | None = None
-    """shell command that rank 0 runs, for at most 10 s, when the run is started, stopped, failed or finished and at an
-    anomaly (a skipped step, a failed save); $TINYLLAMA_EVENT says which, $TINYLLAMA_OUT_DIR and $TINYLLAMA_MESSAGE more"""
+    """shell command that rank 0 runs, for 10 s at most, when the run is started, stopped, failed or finished and at an
+    anomaly (a skipped step, a failed save); $TINYLLAMA_EVENT says which, $TINYLLAMA_MESSAGE and $TINYLLAMA_OUT_DIR
+    the rest"""
 
 
 @dataclass(frozen=True)
