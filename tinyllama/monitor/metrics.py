@@ -19,8 +19,8 @@ from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
-from tinyllama.monitor.profile import Trace
 from tinyllama.monitor.hook import Hook
+from tinyllama.monitor.profile import Trace
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
@@ -31,12 +31,12 @@ COLUMNS = ("step", "tokens", *FORMATS, "skipped", *TIMES, *WAITS)
 """Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
 token), the latter in bits per byte of text where the validation data record their bytes, learning rate, gradient norm
 before clipping, tokens a second over the whole world, model FLOPs utilization (0 to 1), peak memory of rank 0 (GB: of
-the GPU, else of the process), steps skipped so far; of the steps since the row before:
-mean time of one, and of its first micro-batch's forward pass in the blocks, without waiting for others, on the median
-rank and on the slowest, which is named (none of the three on one rank); since then the time for which training waited
-for data (the rank with the longest), for checkpoints and for validations, all in seconds. Then, for each source, a
-column ``tokens_FOLDER``: tokens drawn from it so far; and for each validation source its own ``val_loss/FOLDER`` and
-``val_bpb/FOLDER``. A cell without a value is empty."""
+the GPU, else of the process), steps skipped so far; of the steps since the row before: mean time of one, and of its
+first micro-batch's forward pass in the blocks, without waiting for others, on the median rank and on the slowest,
+which is named (none of the three on one rank); since then the time for which training waited for data (the rank with
+the longest), for checkpoints and for validations, all in seconds. Then, for each source, a column ``tokens_FOLDER``:
+tokens drawn from it so far; and for each validation source its own ``val_loss/FOLDER`` and ``val_bpb/FOLDER``. A cell
+without a value is empty."""
 BY_SOURCE = ("val_loss/", "val_bpb/")
 
 
