@@ -15,8 +15,8 @@ FLOORS = [
     {"sentencepiece_bpe", "tokenizer_trial"},
     {"atomic", "config", "tokenizer"},
     {"checkpoint", "ops", "throughput"},
-    {"data", "model", "tools"},
-    {"prepare", "convert"},
+    {"data", "model"},
+    {"prepare", "convert", "tools"},
     {"train"},
     {"eval", "monitor"},
 ]
