@@ -1,6 +1,6 @@
 """One rank of a group that many tests share: a command a line on stdin, its answer a line on stdout.
 
-Starting ranks and importing torch takes seconds, a tiny run a fraction of one. `World` in test_train.py starts it.
+`World` in runs.py starts it, as a fork of a process that has imported what it needs: see warm.py.
 """
 
 import collections

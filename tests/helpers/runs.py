@@ -19,6 +19,7 @@ from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
 
 ROOT = Path(__file__).parents[2]
+SHORT = ["--train.max_steps", 12, "--checkpoint.interval", 4, "--eval.interval", 100]
 
 
 class World(Group):

@@ -58,3 +58,27 @@ def config_file(config: dict[str, Any], tmp_path: Path) -> Path:
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(config))
     return path
+
+
+@pytest.fixture(scope="session")
+def _straight() -> dict[int, Path]:
+    return {}
+
+
+@pytest.fixture
+def straight(
+    world: Callable[[int], World],
+    config_file: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    _straight: dict[int, Path],
+) -> Callable[[int], Path]:
+    """A function that gives the folder of ``config`` run to its end on so many ranks, which tests only read."""
+
+    def run(size: int) -> Path:
+        if size not in _straight:
+            out_dir = tmp_path_factory.mktemp("straight") / "run"
+            world(size).train("--config", config_file, "--out_dir", out_dir)
+            _straight[size] = out_dir
+        return _straight[size]
+
+    return run

@@ -6,12 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import column, tensors
+from runs import SHORT, column, tensors
 
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
-
-SHORT = ["--train.max_steps", 12, "--checkpoint.interval", 4, "--eval.interval", 100]
 
 
 def flip(file: Path) -> None:

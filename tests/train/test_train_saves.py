@@ -1,0 +1,212 @@
+"""Runs that save, that cannot, and what a start does with the checkpoints that it finds."""
+
+import json
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from runs import SHORT, beating, branch, column, tensors
+
+from tinyllama.checkpoint import reader
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.parametrize("size", [1, 2])
+def test_a_resumed_run_is_the_straight_run(world, straight, config_file: Path, tmp_path: Path, size: int) -> None:
+    straight = straight(size)
+    resumed = branch(straight, 20).rename(tmp_path / "resumed")
+    said = world(size).train("--config", config_file, "--out_dir", resumed)
+    assert f"resumed from {resumed}/checkpoints/step-00000020 at step 20" in said
+    for name in ("step", "tokens", "loss", "val_loss", "lr", "grad_norm"):
+        assert column(resumed, name) == column(straight, name), name
+    assert column(straight, "step") == list(range(41))
+    assert column(straight, "loss")[-1] < 0.7 * column(straight, "loss")[0]
+    before, after = (tensors(run / "checkpoints" / "step-00000040") for run in (straight, resumed))
+    assert before.keys() == after.keys()
+    assert len(before) == 4 * sum(name.startswith("model.") for name in before)
+    for name, tensor in before.items():
+        assert torch.equal(tensor, after[name]), name
+    assert before["optimizer.step.lm_head.weight"] == 40
+    state = reader.read_state(resumed / "checkpoints" / "step-00000040")
+    assert (state["step"], state["samples"], state["tokens"], state["world_size"]) == (40, 320, 10240, size)
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_in_any_world(world, straight, config_file: Path, tmp_path: Path) -> None:
+    alone = straight(1)
+    for before, after in ((4, 2), (2, 4), (4, 1), (1, 4)):
+        out = tmp_path / f"{before} then {after}"
+        flags = ["--train.micro_batch_size", 8 // max(before, after)]
+        world(before).train("--config", config_file, "--out_dir", out, *flags)
+        resumed = branch(out, 20)
+        world(after).train("--config", config_file, "--out_dir", resumed, "--train.micro_batch_size", 1)
+        assert column(resumed, "loss") == pytest.approx(column(alone, "loss"), abs=2e-6, rel=0), (before, after)
+        state = reader.read_state(resumed / "checkpoints" / "step-00000040")
+        assert (state["samples"], state["world_size"]) == (320, after)
+
+
+def test_settings_that_a_resumed_run_changes_are_told(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out]
+    world(1)("train_signalled", "7", 0, *flags)
+    answers = world(1)("train", *flags, "--optim.weight_decay", 0.3, "--log.interval", 5)
+    said = answers[0]["said"].splitlines()
+    assert f"start    resumed from {out}/checkpoints/step-00000007" in said
+    assert f"start    resumed from {out}/checkpoints/step-00000007 at step 7" in said
+    changes = [json.loads(line) for line in (out / "events.jsonl").read_text().splitlines() if '"start"' in line]
+    assert [event["changed"] for event in changes] == [
+        {},
+        {"optim.weight_decay": [0.1, 0.3], "log.interval": [1, 5]},
+    ]
+    assert "changed  optim.weight_decay 0.1 -> 0.3, log.interval 1 -> 5" in said
+
+
+@pytest.mark.parametrize("on_failure", ["continue", "stop"])
+def test_a_disk_that_fills_up(world, straight, config_file: Path, small_disk: Path, on_failure: str) -> None:
+    straight, out = straight(2), small_disk / "run"
+    flags = ["--checkpoint.interval", 10, "--checkpoint.asynchronous", "true", "--checkpoint.on_failure", on_failure]
+    answers = world(2)("train_on_a_full_disk", "--config", config_file, "--out_dir", out, *flags)
+    (said, *others) = [line for line in answers[0]["said"].splitlines() if line.startswith("error: ")]
+    assert said.startswith(f"error: {out}/checkpoints/step-00000020 is not saved: ")
+    assert said.endswith(("No space left on device", "(is the disk full?)"))
+    steps = sorted(path.name for path in (out / "checkpoints").iterdir())
+    if on_failure == "continue":
+        assert [answer["result"] for answer in answers] == [0, 0]
+        assert others == []
+        assert steps == ["step-00000010", "step-00000030", "step-00000040"]
+        after, expected = (tensors(run / "checkpoints" / "step-00000040") for run in (out, straight))
+        assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
+        assert column(out, "loss")[-1] == column(straight, "loss")[-1]
+        (event,) = [line for line in (out / "events.jsonl").read_text().splitlines() if "checkpoint_failed" in line]
+        assert json.loads(event)["error"] == said.removeprefix("error: ")
+    else:  # with a last attempt, in vain
+        assert [answer["result"] for answer in answers] == [1, 1]
+        assert "GB are free" in others[0]
+        assert steps == ["step-00000010"]
+        (small_disk / "ballast").unlink()
+    assert reader.problem(out / "checkpoints" / "step-00000010") is None
+    world(2).train("--config", config_file, "--out_dir", out)
+    assert column(out, "loss")[-1] == column(straight, "loss")[-1]
+
+
+@pytest.mark.parametrize(
+    ("failing", "on_failure", "code", "steps", "last"),
+    [
+        (2, "continue", 0, [4, 12], "done: 12 steps"),
+        (2, "stop", 1, [4, 9], "stopped by checkpoint.on_failure at step 9"),  # the save that stops it succeeds
+        (3, "continue", 1, [4, 8], "error: "),  # the last step is lost, which is no success
+    ],
+)
+def test_a_save_that_fails_is_in_the_exit_code(
+    world, config_file: Path, tmp_path: Path, failing: int, on_failure: str, code: int, steps: list[int], last: str
+) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out, *SHORT, "--checkpoint.on_failure", on_failure]
+    (answer,) = world(1)("train_without_room", failing, *flags)
+    assert answer["result"] == code
+    assert [path.name for path in sorted((out / "checkpoints").iterdir())] == [f"step-{step:08d}" for step in steps]
+    assert answer["said"].splitlines()[-1].startswith(last)
+    assert answer["said"].count(f"error: {out}/checkpoints/step-{4 * failing:08d} is not saved: it takes ") == 1
+
+
+def test_a_save_that_fails_in_the_background_is_told_before_the_next_one(
+    world, config_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--checkpoint.asynchronous", "true", "--checkpoint.on_failure", "stop"]
+    command = ["train_told_late", "--config", config_file, "--out_dir", tmp_path / "run", *SHORT, *flags]
+    answers = world(2)(*command)
+    assert [answer["result"] for answer in answers] == [1, 1]
+    assert "stopped by checkpoint.on_failure at step 7;" in answers[0]["said"]
+    assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000007"]
+
+
+def test_a_run_that_must_stop_lets_its_save_come_to_its_end(world, config_file: Path, tmp_path: Path) -> None:
+    flags = ["--out_dir", tmp_path / "run", *SHORT, "--checkpoint.interval", 5, "--checkpoint.asynchronous", "true"]
+    for answer in world(2)("train_stopped_in_a_save", "--config", config_file, *flags):
+        assert answer["result"] == [1, ["step-00000005"]]
+
+
+def test_ranks_that_see_different_checkpoints_resume_from_the_first_ranks(
+    world, config_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", *SHORT]
+    world(2).train(*flags)
+    answers = world(2)("resumed_from", *flags, "--dry_run")
+    assert [answer["result"] for answer in answers] == ["step-00000012"] * 2
+
+
+def test_checkpoints_are_kept_as_asked_for(world, config_file: Path, tmp_path: Path) -> None:
+    keep = ["--checkpoint.interval", 2, "--checkpoint.keep_last", 1, "--checkpoint.keep_every", 6]
+    world(1).train("--config", config_file, "--out_dir", tmp_path / "run", *SHORT, *keep)
+    there = sorted(path.name for path in (tmp_path / "run" / "checkpoints").iterdir())
+    assert there == ["step-00000006", "step-00000012"]
+
+
+def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "OWNER.json").write_text(json.dumps({"host": "node7", "pid": 1, "job_id": "5", "restarts": 0}))
+    with beating(out / "OWNER.json"):
+        answers = world(2)("train", "--config", config_file, "--out_dir", out)
+    for answer in answers:
+        (problem,) = answer["problems"]
+        assert problem.startswith(f"{out} belongs to another run (pid 1 on node7, job 5): stop that or give ")
+    assert [path.name for path in out.iterdir()] == ["OWNER.json"]
+
+
+def test_an_incomplete_checkpoint_is_passed_over(world, straight, config_file: Path, tmp_path: Path) -> None:
+    straight = straight(1)
+    broken = tmp_path / "broken"
+    shutil.copytree(straight, broken)
+    (broken / "checkpoints" / "step-00000040" / ".metadata").unlink()
+    shutil.copytree(straight / "checkpoints" / "step-00000040", broken / "checkpoints" / "step-00000050.tmp")
+    said = world(1).train("--config", config_file, "--out_dir", broken)
+    step = broken / "checkpoints" / "step-00000040"
+    assert said.count(f"passed over: {step} is no complete checkpoint (.metadata is missing)") == 1
+    assert "at step 20" in said
+    assert column(broken, "loss") == column(straight, "loss")
+
+
+def test_resuming_another_run_says_what_differs(
+    world, config: dict[str, Any], config_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    world(1).train("--config", config_file, "--out_dir", out, "--train.max_steps", 20)
+    up, down = (source["path"] for source in config["data"]["sources"])
+    changes = {
+        "data.seed was 3407 and is 1": ["--data.seed", 1],
+        "model.block_size was 32 and is 16": ["--model.block_size", 16],
+        "data.sources[1].weight was 0.3 and is 0.5": [
+            "--data.sources",
+            json.dumps([{"path": up, "weight": 0.7}, {"path": down, "weight": 0.5}]),
+        ],
+        "data.sources[0].fingerprint was ": [
+            "--data.sources",
+            json.dumps([{"path": down, "weight": 0.7}, {"path": up, "weight": 0.3}]),
+        ],
+    }
+    written = (out / "metrics.csv").read_bytes()
+    for difference, flags in changes.items():
+        (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, *flags)[0]["problems"]
+        assert problem.startswith(f"cannot resume from {out}/checkpoints/step-00000020: ")
+        assert difference in problem
+    (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", "never")[0]["problems"]
+    assert "step-00000020 exists and train.resume is never: give another out_dir" in problem
+    assert (out / "metrics.csv").read_bytes() == written
+    # the folders may have moved: it is their tokens that count
+    moved = shutil.copytree(up, tmp_path / "moved")
+    flags = ["--data.sources", json.dumps([{"path": str(moved), "weight": 0.7}, {"path": down, "weight": 0.3}])]
+    assert "at step 20" in world(1).train("--config", config_file, "--out_dir", out, *flags)
+
+
+def test_branching_off_an_older_step_needs_its_own_folder(world, straight, config_file: Path, tmp_path: Path) -> None:
+    out = straight(1)
+    step = out / "checkpoints" / "step-00000020"
+    (problem,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", step)[0]["problems"]
+    assert problem.endswith(f"is newer than train.resume {step}: give another out_dir to branch off there")
+    other = tmp_path / "other"
+    assert "at step 20" in world(1).train("--config", config_file, "--out_dir", other, "--train.resume", step)
+    assert column(other, "loss") == column(out, "loss")[20:]
