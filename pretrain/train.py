@@ -184,7 +184,7 @@ class Training:
         changes = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
         lines = [f"start    {run.origin} at step {step}", *([f"changed  {changes}"] if changes else [])]
         origin = {"resumed_from": str(run.resume) if run.resume else None}
-        self.log.event("start", *lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed, **origin)
+        self.log.start(*lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed, **origin)
 
     def step(self) -> None:
         """One optimizer step; nothing in it waits for the device."""

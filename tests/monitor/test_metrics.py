@@ -131,6 +131,17 @@ def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.Cap
     assert len((run.out_dir / "events.jsonl").read_text().splitlines()) == 2
 
 
+def test_a_start_records_what_the_run_was_started_by_and_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--out_dir", "a b"])
+    RunLog(run, None, is_rank_zero=True).start("here we go", step=3)
+    RunLog(run, None, is_rank_zero=False).start("nobody hears this", step=4)
+    (event,) = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["step"], event["max_steps"], event["nodes"]) == ("start", 3, 9, 1)
+    assert event["command"] == "python pretrain/train.py --out_dir 'a b'"
+    assert event["versions"]["torch"] == torch.__version__
+    assert event.keys() >= {"device", "commit"}
+
+
 def test_a_console_line() -> None:
     row: dict[str, float | None] = {"step": 10, "loss": 2.34567, "lr": 4e-4, "grad_norm": 1.25, "mfu": None}
     row |= {"tokens_per_second": 24000.4, "max_memory_gb": 37.123, "skipped": 0}

@@ -73,9 +73,11 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
     assert run["sources"] == ["tokens_prose", "tokens_code"]
     assert run["summary"] == {
         "state": "done",
-        "model": "quickstart, 1,311,872 parameters",
         "progress": "step 40, 163,840 tokens",
+        "GPU-hours": f"{sum(2 * TOKENS / (1000 + step) for step in range(1, 41)) / 3600:.4g} in steps",
+        "model": "quickstart, 1,311,872 parameters",
         "validation loss": "4.0244 (best 4.0244 at step 40)",
+        "perplexity": "55.95",
         "bits per byte": "1.3415",
         "training loss": "4.0217",
         "speed": "1,020 tokens/s, MFU 52.0%",
@@ -85,10 +87,23 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
     }
 
 
-def test_smoothing_begins_with_the_first_loss() -> None:
-    rows: list[dict[str, Any]] = [{"val_loss": 9.0}, {"loss": 4.0}, {"loss": math.inf}, {"loss": 2.0}]
+def test_what_is_smoothed_does_not_lag() -> None:
+    """A loss that falls evenly is its own mean, and a step is seen as early as it is late."""
+    rows: list[dict[str, Any]] = [{"step": 10 * i, "loss": 9 - i / 300} for i in range(1001)]
+    assert report.smooth(rows) == 210  # ten rows on either side
+    assert [row["smooth"] for row in rows] == pytest.approx([row["loss"] for row in rows])
+    rows = [{"step": i, "loss": float(i < 500)} for i in range(1000)]
     report.smooth(rows)
-    assert [row.get("smooth") for row in rows] == [None, 4.0, None, pytest.approx((0.5 * 4 + 2) / 1.5)]
+    assert rows[489]["smooth"] == pytest.approx(1)
+    assert rows[494]["smooth"] == pytest.approx(1 - 5 / 21)
+    assert rows[505]["smooth"] == pytest.approx(5 / 21)
+
+
+def test_losses_that_are_no_numbers_are_not_smoothed() -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "loss": loss} for i, loss in enumerate([4.0, math.inf, 2.0, 3.0])]
+    assert report.smooth([{"step": 0, "val_loss": 9.0}, *rows]) == round(5 * 3 / 2)
+    assert [row.get("smooth") for row in rows] == pytest.approx([4.0, None, 3.0, 3.0])
+    assert report.smooth([{"step": 3, "val_loss": 9.0}]) == 5
 
 
 def test_a_long_curve_keeps_its_extremes_and_its_validations() -> None:
@@ -301,8 +316,8 @@ def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
     ]
     assert report.summary(rows, events, named_config("quickstart")) == {
         "model": "quickstart, 1,311,872 parameters",
-        "progress": "step 1,400, 140,000 tokens",
         "validation loss": "8.5000 (best 7.5000 at step 2)",
+        "perplexity": "4,915",
         "bits per byte": "3.2500",
         "training loss": "7.2500",
         "speed": "20 tokens/s, MFU 50.0%",  # 300 tokens in 10 s and 5 s; nobody knows of the others
@@ -311,7 +326,7 @@ def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
         "life": "1m 00s",
     }
     assert report.summary(rows[:1], [], named_config("quickstart")).keys() == {
-        *("model", "progress", "validation loss", "events")
+        *("model", "validation loss", "perplexity", "events")
     }
 
 
@@ -341,15 +356,79 @@ def test_an_event_is_at_the_tokens_that_were_done_at_its_step(make_run: Callable
     assert found == [0, 2, 5, 10, 19]
 
 
-def test_smoothing_remembers_a_two_hundredth_of_the_run() -> None:
-    losses = [3.0 + math.sin(i) for i in range(1000)]
-    rows: list[dict[str, Any]] = [{"loss": loss} for loss in losses]
-    report.smooth(rows)
-    keep = 1 - 1 / 5
-    for last in (0, 1, 7, 999):
-        weights = [keep ** (last - i) for i in range(last + 1)]
-        mean = sum(w * loss for w, loss in zip(weights, losses, strict=False)) / sum(weights)
-        assert rows[last]["smooth"] == pytest.approx(mean)
+def start_of(step: int, ranks: int, **changes: Any) -> dict[str, Any]:
+    """What a run records when it starts."""
+    versions = {"tinyllama": "0.1.0", "torch": "2.13"}
+    found = {"event": "start", "time": 60 + step, "step": step, "world_size": ranks, "max_steps": 100, "nodes": 2}
+    return found | {"device": "H100", "command": "srun a", "commit": "1f-dirty", "versions": versions} | changes
+
+
+def test_how_far_a_run_is_and_what_it_has_taken() -> None:
+    rows = [{"step": step, "tokens": 3600 * step, "tokens_per_second": 1.0} for step in (1, 2, 3)]
+    rows += [{"step": 4, "tokens": 4 * 3600, "val_loss": 3.0}]
+    starts = [start_of(0, 8), start_of(2, 16), start_of(1, 2)]  # again from step 1 on, on two
+    assert report.progress(rows, starts, 3600) == {
+        "progress": "step 4 of 100 (4.0%), 14,400 tokens",
+        "time left": "4d 00h, without validations and saves",
+        "GPU-hours": "12 in steps",
+    }
+    on_cpu = report.progress(rows, [start_of(0, 2, device="CPU (x86_64)", max_steps=4)], 3600)
+    assert on_cpu == {"progress": "step 4 of 4 (100.0%), 14,400 tokens", "CPU-hours": "6 in steps"}
+    assert report.progress(rows, [], 3600) == {"progress": "step 4, 14,400 tokens"}
+
+
+def test_what_a_run_was_started_by_and_on(make_run: Callable[..., Path]) -> None:
+    assert report.surroundings([start_of(0, 1, commit="0"), start_of(2, 16)]) == {
+        "hardware": "16 x H100 on 2 nodes",
+        "software": "tinyllama 0.1.0, torch 2.13",
+        "commit": "1f-dirty",
+        "command": "srun a",
+    }
+    assert report.surroundings([start_of(0, 1, nodes=1, commit=None)])["hardware"] == "1 x H100"
+    assert report.surroundings([]) == {}
+    run = make_run("one")
+    with (run / "events.jsonl").open("a") as file:
+        odd = {"device": ["\n"], "versions": {"<b>": None}, "max_steps": True, "nodes": {}, "command": 3, "commit": {}}
+        for event in (start_of(3, 2, **odd), start_of(3, 2) | {"step": math.nan}):
+            file.write("\n" + json.dumps(event))
+    found = report.read_run(run)["summary"]
+    assert {key: found[key] for key in ("hardware", "software", "command")} == {
+        "hardware": "2 x ['\\n'] on {} nodes",
+        "software": "<b> None",
+        "command": "3",
+    }
+
+
+def test_a_stop_that_was_asked_for_is_a_pause(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    for stop, kind, state in [
+        ({"by": "SIGTERM", "step": 9}, "pause", "paused by SIGTERM; the same command resumes"),
+        ({"by": "train.max_time"}, "pause", "paused by train.max_time; the same command resumes"),
+        ({"by": "checkpoint.on_failure"}, "stop", "stopped"),
+        ({"reason": "a spike: step 7"}, "stop", "stopped"),
+    ]:
+        (run / "events.jsonl").write_text(json.dumps({"event": "stop", "time": 9, **stop}))
+        found = report.read_run(run)
+        assert found["events"][0]["kind"] == kind
+        assert found["summary"]["state"] == state
+
+
+def test_the_page_has_the_settings(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    settings = yaml.safe_load((run / "config.yaml").read_text())
+    settings["data"] = {"sources": [{"path": "a,b", "weight": 0.5}], "document_mask": False}
+    settings["train"] |= {"max_time": None, "lr": 4e-4, "day": yaml.safe_load("2026-01-01")}
+    (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    found = report.read_run(run)["settings"]
+    assert {key: value for key, value in found.items() if not key.startswith("model.")} == {
+        "data.document_mask": "false",
+        "data.sources[0].path": "a,b",
+        "data.sources[0].weight": "0.5",
+        "train.day": '"2026-01-01"',
+        "train.global_batch_size": "16",
+        "train.lr": "0.0004",
+        "train.max_time": "null",
+    }
 
 
 def test_the_picture_shows_validations_apart_and_leaves_out_what_is_infinite() -> None:
@@ -473,6 +552,50 @@ def test_each_validation_source_is_a_line(browser: Any, make_run: Callable[..., 
     assert browser.get_log("browser") == []
 
 
+@pytest.mark.browser
+def test_a_plot_is_saved_as_a_picture(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    run, page, downloads = make_run("one"), tmp_path / "report.html", tmp_path / "downloads"
+    report.write([run], page)
+    behavior = {"behavior": "allow", "downloadPath": str(downloads)}
+    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
+    show(browser, page)
+    browser.find_element("xpath", "//article[@id='card-loss']//button[text()='save']").click()
+    picture = downloads / "one loss.png"
+    WebDriverWait(browser, 60).until(lambda _: picture.is_file())
+    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
+    width, height = (int.from_bytes(picture.read_bytes()[at : at + 4]) for at in (16, 20))
+    size = browser.execute_script("const box = document.getElementById('plot-loss'); return [box.clientWidth, 400]")
+    assert [width, height] == [2 * length for length in size]
+    assert browser.get_log("browser") == []
+
+
+@pytest.mark.browser
+def test_settings_and_scale_as_the_page_opens(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
+    runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
+    for run, lr in zip(runs, (1e-3, 2e-3), strict=True):
+        settings = yaml.safe_load((run / "config.yaml").read_text())
+        settings |= {"out_dir": str(run), "optim": {"lr": lr, "name": "<b>adamw"}}
+        (run / "config.yaml").write_text(yaml.safe_dump(settings))
+    report.write(runs, page)
+    show(browser, page)
+    cells = "return [...document.querySelectorAll(arguments[0])].map(cell => cell.textContent)"
+    assert browser.execute_script(cells, "#differing :is(th, td)") == ["", "one", "two", "optim.lr", "0.001", "0.002"]
+    everything = browser.execute_script(cells, "#settings td")
+    at = everything.index("optim.name")
+    assert everything[at : at + 3] == ["optim.name", "<b>adamw", "<b>adamw"]
+    assert "model.n_layer" in everything
+    shown_now = "return [...document.querySelectorAll('table')].map(table => table.checkVisibility())"
+    assert browser.execute_script(shown_now) == [True, False]  # all of them when asked for
+    axis = "return document.getElementById('plot-loss').layout.yaxis.type"
+    assert browser.execute_script(axis) == "linear"
+    report.write(runs[:1], page)
+    show(browser, page)
+    assert browser.execute_script(cells, "#differing td") == []
+    assert browser.get_log("browser") == []
+
+
 HOSTILE = ["<b>x</b>", "a<br>b", "<img src=x onerror=alert(1)>", "&lt;&amp;", "$x_1$", "%{y}", "<extra>e</extra>"]
 HOSTILE += [
     "__proto__",
@@ -583,7 +706,7 @@ def test_any_name_and_text_is_drawn_as_it_is(browser: Any, make_run: Callable[..
     assert browser.execute_script(texts, "#summary h2") == names
     legend = browser.execute_script(texts, "#plot-loss .legendtext")
     assert [text.replace("\xa0", " ") for text in legend] == [
-        f"{name} · {what}" for name in names for what in ("training, smoothed", "validation")
+        f"{name} · {what}" for name in names for what in ("training, mean of 5 steps", "validation")
     ]
     kinds = {event["kind"] for event in data_of(page)["runs"][0]["events"]}
     assert {text.replace("\xa0", " ") for text in browser.execute_script(texts, "#plot-timeline .ytick text")} == kinds
@@ -593,7 +716,7 @@ def test_any_name_and_text_is_drawn_as_it_is(browser: Any, make_run: Callable[..
     ids = browser.execute_script("return [...document.querySelectorAll('.plot')].map(plot => plot.id)")
     assert len(set(ids)) == len(ids)
     numbers = "return [...document.querySelectorAll('.plot path')].map(path => path.getAttribute('d') || '').join()"
-    for _ in range(2):  # logarithmic, then linear
+    for _ in range(2):  # linear, then logarithmic
         assert [one["y"] for one in shown(browser, "loss") if one["name"].endswith("as logged")][0] == SIZES[:8]
         assert not re.search("NaN|Infinity", browser.execute_script(numbers))
         browser.find_element("xpath", "//article[@id='card-loss']//button[text()='log']").click()

@@ -19,6 +19,7 @@ from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
+from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
 from tinyllama.monitor.wandb_logger import Tracker
@@ -150,6 +151,11 @@ class RunLog:
         if what == "checkpoints":
             text = f"checkpoint of step {step}: training waited {seconds:.1f} s for it"
             self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
+
+    def start(self, *lines: str, **details: Any) -> None:
+        """Log a start, and what it was started by and on."""
+        if self._is_rank_zero:
+            self.event("start", *lines, **details, **environment(self._run))
 
     def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +25,20 @@ import yaml
 
 from tinyllama import InputError, __version__, atomic, printable
 from tinyllama.checkpoint.names import step_of
+from tinyllama.checkpoint.resume import leaves
+from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import last_by_source, mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_metrics
 from tinyllama.throughput import duration
+from tinyllama.train.preemption import Preemption
 
 BUCKETS = 800
 """Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
 runs of one page share them."""
+
+ENVIRONMENT = {"command", "commit", "device", "nodes", "versions", "max_steps"}
+"""Of a start, what the page's cards show."""
 
 NOT_IN_MEMORY = RecursionError, MemoryError
 """What a file may cause that is nested too deep or declares too much."""
@@ -110,13 +117,17 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     last, far = max(counts), 10**9
     counts[last + far] = counts[last] + far * tokens_per_step
     events = read_events(out_dir / "events.jsonl", counts)
-    smooth(rows)
+    window = smooth(rows)
     thinned = thin(rows, buckets)
     origin = branched_from(out_dir)
     branch = {} if origin is None else {"branched from": printable(origin)}
+    starts = [event for event in raw_events(out_dir / "events.jsonl") if is_start(event)]
+    told = progress(rows, starts, tokens_per_step) | summary(rows, events, model) | surroundings(starts)
     return {
         "name": out_dir.resolve().name,
-        "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | summary(rows, events, model),
+        "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | told,
+        "window": window,
+        "settings": {key: _setting(value) for key, value in leaves(config).items()},
         "columns": {name: [_rounded(row.get(name)) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
         "events": events,
@@ -124,12 +135,24 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     }
 
 
+def raw_events(file: Path) -> Iterator[Row]:
+    """Yield the events of a run as they were written."""
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, *NOT_IN_MEMORY):  # it was being written when the process was killed
+            event = json.loads(line)
+            if isinstance(event, dict):
+                yield event
+
+
+def is_start(event: Row) -> bool:
+    """Return whether ``event`` is a start that says from where and on how many ranks."""
+    return event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size"))
+
+
 def branched_from(out_dir: Path) -> Path | None:
     """Return the step directory of another run that the run in ``out_dir`` continues, by the path it was given as."""
-    file = out_dir / "events.jsonl"
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
+    for event in raw_events(out_dir / "events.jsonl"):
         try:
-            event = json.loads(line)
             if event["event"] == "start":
                 if "resumed_from" not in event:  # of a version that did not record it
                     event |= {"resumed_from": _read_config(out_dir)["train"]["resume"]}
@@ -144,6 +167,8 @@ def branched_from(out_dir: Path) -> Path | None:
 def state(events: list[Row], metrics: Path) -> str:
     """Say whether the run has ended, as far as its folder tells."""
     ends = {"stop": "stopped", "done": "done"}
+    if events and events[-1]["kind"] == "pause":
+        return f"paused {events[-1]['details'].partition(',')[0]}; the same command resumes"
     if events and events[-1]["kind"] in ends:
         return ends[events[-1]["kind"]]
     return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(metrics.stat().st_mtime))}"
@@ -152,10 +177,10 @@ def state(events: list[Row], metrics: Path) -> str:
 def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str, str]:
     """Summarize the run in a phrase for each thing that its files tell about."""
     found = {"model": f"{printable(model.name)}, {model.num_params():,} parameters"}
-    found["progress"] = f"step {rows[-1]['step']:,.0f}, {rows[-1]['tokens']:,.0f} tokens"
     if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
         best, at = min(validated)
         found["validation loss"] = f"{_loss(validated[-1][0])} (best {_loss(best)} at step {at:,.0f})"
+        found["perplexity"] = f"{math.exp(min(validated[-1][0], 700)):,.4g}"
     if bits := [row["val_bpb"] for row in rows if row.get("val_bpb") is not None]:
         found["bits per byte"] = _loss(bits[-1])
     if parts := last_by_source(rows):
@@ -174,6 +199,43 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     return found
 
 
+def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[str, str]:
+    """Say how far the run is, what that has taken, and what is left, as far as its ``starts`` tell its length."""
+    step, tokens = rows[-1]["step"], rows[-1]["tokens"]
+    found = {"progress": f"step {step:,.0f}, {tokens:,.0f} tokens"}
+    known = starts[-1] if starts else {}
+    max_steps, speed = known.get("max_steps"), next((s for r in rows[::-1] if (s := r.get("tokens_per_second"))), 0)
+    if is_count(max_steps) and max_steps:
+        found["progress"] = f"step {step:,.0f} of {max_steps:,} ({step / max_steps:.1%}), {tokens:,.0f} tokens"
+        if speed > 0 and step < max_steps:
+            found["time left"] = (
+                f"{duration((max_steps - step) * tokens_per_step / speed)}, without validations and saves"
+            )
+    hours = before = 0.0
+    for row in rows:  # a step was done by the ranks of the last start before it
+        ranks = next((s["world_size"] for s in starts[::-1] if s["step"] < row["step"]), 0)
+        if (speed := row.get("tokens_per_second") or 0) > 0:
+            hours += ranks * (row["tokens"] - before) / speed / 3600
+        before = row["tokens"]
+    if hours:
+        what = "CPU" if str(known.get("device", "")).startswith("CPU") else "GPU"
+        found[f"{what}-hours"] = f"{hours:,.4g} in steps"
+    return found
+
+
+def surroundings(starts: list[Row]) -> dict[str, str]:
+    """Return what the last of ``starts`` was started by and on, in a phrase each; earlier versions recorded none."""
+    known = starts[-1] if starts else {}
+    found = {}
+    if device := known.get("device"):
+        nodes = known.get("nodes")
+        found["hardware"] = f"{known['world_size']} x {device}" + (f" on {nodes} nodes" if nodes != 1 else "")
+    if isinstance(versions := known.get("versions"), dict):
+        found["software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
+    found |= {key: known[key] for key in ("commit", "command") if known.get(key)}
+    return {key: printable(text, 1000) for key, text in found.items()}
+
+
 def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
     """Read the events of a run: their kind, step and its tokens, time (s since 1970), and details in a line.
 
@@ -182,17 +244,19 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
     steps, tokens = zip(*sorted(counts.items()), strict=True)
     events: list[Row] = []
     step, kinds = 0, {"start": "start"}
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
+    for event in raw_events(file):
         try:
-            event = json.loads(line)
             kind, at, found = str(event.pop("event")), float(event.pop("time")), event.pop("step", None)
             found = step if found is None else int(found)
-        except (ValueError, KeyError, AttributeError, TypeError, OverflowError, *NOT_IN_MEMORY):
-            continue  # it was being written when the process was killed, or was damaged
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue  # it was damaged
         if not (0 <= at < 1e12 and 0 <= found < 2**63):  # no date, no step
             continue
         step = found
-        details = ", ".join(f"{key} {value}" for key, value in event.items() if value not in (None, [], {}))
+        if kind == "stop" and event.get("by") not in (None, Preemption.NAMES[Preemption.FAILED_SAVE]):
+            kind = "pause"  # as it was asked to; the same command resumes
+        shown = {key: value for key, value in event.items() if key not in ENVIRONMENT and value not in (None, [], {})}
+        details = ", ".join(f"{key} {value}" for key, value in shown.items())
         done = round(float(np.interp(step, steps, tokens)))
         event = {"kind": printable(kinds.get(kind, kind), 40), "step": step, "tokens": done}
         events.append(event | {"time": at, "details": printable(details, 1000)})
@@ -201,18 +265,24 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
     return events
 
 
-def smooth(rows: list[Row]) -> None:
-    """Add ``smooth``, the exponential mean of the training loss so far, to each row that has a loss.
+def smooth(rows: list[Row]) -> int:
+    """Add ``smooth``, the mean training loss of the rows around it, to each row that has a loss; return its steps.
 
-    Its memory is a two-hundredth of the run's rows, but two at least; the start is not pulled towards 0.
+    The window is centered, so that the mean does not lag: a fiftieth of the run's rows, but five at least. Towards the
+    ends it is smaller, for as many rows lie on either side.
     """
     trained = [row for row in rows if _finite(row.get("loss")) is not None]
-    keep = 1 - 1 / max(len(trained) / 200, 2)
-    mean = weight = 0.0
-    for row in trained:
-        weight = keep * weight + 1
-        mean = mean * (1 - 1 / weight) + row["loss"] / weight  # a sum of losses could be beyond any number
+    losses = np.array([row["loss"] for row in trained], dtype=np.float64)
+    half = max(len(trained) // 100, 2)
+    scale = max(np.abs(losses).max(initial=0), 1e-300)  # a sum of losses could be beyond any number
+    sums = np.concatenate([[0.0], np.cumsum(losses / scale)])
+    at = np.arange(len(trained))
+    reach = np.minimum(np.minimum(at, at[::-1]), half)
+    means = (sums[at + reach + 1] - sums[at - reach]) / (2 * reach + 1) * scale
+    for row, mean in zip(trained, means.tolist(), strict=True):
         row["smooth"] = mean
+    apart = (trained[-1]["step"] - trained[0]["step"]) / (len(trained) - 1) if len(trained) > 1 else 1
+    return round((2 * half + 1) * apart)
 
 
 def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
@@ -256,6 +326,11 @@ def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
     labels = {0: _loss(high, 3), height - 1: _loss(low, 3), height // 2: "loss"}
     lines = [f"{labels.get(i, ''):>8} │" + "".join(chr(0x2800 + c) for c in row) for i, row in enumerate(dots)]
     return [*lines, " " * 8 + " └" + "─" * width, " " * 10 + f"0{f'{right:,.0f} tokens':>{width - 1}}"]
+
+
+def _setting(value: Any) -> str:
+    """Return a setting's value as YAML has it."""
+    return printable(value if isinstance(value, str) else json.dumps(value, default=str), 200)
 
 
 def _read_config(out_dir: Path) -> Any:
