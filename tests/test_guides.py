@@ -35,6 +35,7 @@ INSTEAD = [
     (r"^srun --nodes 2 --ntasks-per-node 8 python ", "torchrun --nproc-per-node 2 "),
     (r"^torchrun (--nnodes 2 )?--nproc-per-node \d+ (--rdzv\S+ \S+ )*", "torchrun --nproc-per-node 2 "),
     (r"^sbatch scripts/slurm/pretrain.sbatch ", "bash -n scripts/slurm/pretrain.sbatch && python pretrain/train.py "),
+    (r"^scripts/rehearse.sh .*", "bash -n scripts/rehearse.sh"),  # tests/slurm rehearses
     (r"^mpirun -np 16 .* bash -c '(.*)'$", rf"export {MPI}; \1"),
     (r"^sbatch (\S+/acceptance.sbatch) (.*)", r"bash -n \1 && python pretrain/train.py \2 --dry_run"),
     (r"^(scripts/)?(\w+\.py )", r"python scripts/\2"),
@@ -72,13 +73,17 @@ RUN = re.compile(
     r"|mkdir|mv) .*"
     r"|for \w+ in .*; do python .*; done"
 )
-OF_LAUNCHERS = ("--ntasks-per-node", "--rdzv-endpoint", "--include", "--revision")
+OF_LAUNCHERS = (
+    *("--ntasks-per-node", "--cpus-per-task", "--account", "--partition", "--time", "--mail-type=FAIL,REQUEUE"),
+    *("--rdzv-endpoint", "--include", "--revision"),
+)
 """flags in the guides that are none of our scripts'"""
 # what is not run, and why
 NOT_RUN = {
     r"pip install( .*)?": "from the network; .ci/run installs the package and its extras",
     r"apt install .*": "changes the machine",
     r"hf (download .*|auth login)": "a terabyte from the network, behind an account",
+    r"apptainer exec --nv IMAGE": "needs an image",
     r"wandb sync": "sends to an account",
     r"scancel .*": "needs a job; tests/slurm signals one",
 }

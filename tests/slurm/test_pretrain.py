@@ -2,6 +2,7 @@
 
 import os
 import signal
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
@@ -166,3 +167,22 @@ def test_acceptance(cluster, config_file: Path, tmp_path: Path) -> None:
     assert len(verdicts) == 8
     assert all(line.startswith("pass") for line in verdicts)
     assert job.says().endswith("all passed\n")
+
+
+@pytest.mark.slow
+def test_a_rehearsal(cluster, config_file: Path, tmp_path: Path) -> None:
+    for name in ("pretrain", "scripts", "tinyllama"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    env = cluster.env | {"OPTIONS": " ".join(NODES)}
+    command = ["scripts/rehearse.sh", "--config", config_file, "--train.max_steps", "400"]
+    ran = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True, timeout=900)
+    log = tmp_path / "out" / "rehearsal" / "log"
+    assert ran.returncode == 0, ran.stdout + ran.stderr + log.read_text()
+    checks = [line.split(" s  ")[1] for line in ran.stdout.splitlines() if line.startswith("pass")]
+    assert len(checks) == 9, ran.stdout
+    assert checks[1:4] == [
+        "saved a checkpoint at SIGUSR1 and stopped",
+        "requeued",
+        "resumed from the checkpoint",
+    ]
+    assert ran.stdout.endswith("all passed\n")
