@@ -4,7 +4,6 @@ import csv
 import json
 import math
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -15,6 +14,7 @@ import pytest
 import torch
 import yaml
 from models import CONFIG, METADATA, given, weights
+from processes import Process
 
 from tinyllama import InputError
 from tinyllama.checkpoint import hashes, names, reader
@@ -330,10 +330,9 @@ from tinyllama.config.args import PretrainArgs
 cli.run(lambda: train.main(train.setup(cli.parse(PretrainArgs))))
 """
     watched.mkdir()
-    command = [sys.executable, "-c", held, "--config", tmp_path / "run.yaml"]
-    training = subprocess.Popen(command, cwd=root, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    training = Process(sys.executable, "-c", held, "--config", tmp_path / "run.yaml", warm=0, cwd=root)
     try:
-        while training.poll() is None and not (out / "checkpoints").is_dir():
+        while training.popen.poll() is None and not (out / "checkpoints").is_dir():
             time.sleep(0.05)
         open_packed_folder, met = perplexity_module.open_packed, []
 
@@ -352,10 +351,10 @@ cli.run(lambda: train.main(train.setup(cli.parse(PretrainArgs))))
         args = ("--tokenizer", tokenizer_file, "--perplexity", folder, "--watch")
         code, said, err = script("evaluate_harness", out, *args)
         assert code == 0, err
-        assert training.wait() == 0, training.stderr.read()
+        ended, _, errors = training.end()
+        assert ended == 0, errors
     finally:
         training.kill()
-        training.wait()
     assert met == [f"step-{step:08d}" for step in (10, 20, 30, 40)]
     assert f"{out}/checkpoints/step-00000020 was removed by its run while it was read: " in said
     rows = rows_of(out / "eval.csv")
