@@ -179,7 +179,7 @@ def test_a_rehearsal(cluster, config_file: Path, tmp_path: Path) -> None:
     log = tmp_path / "out" / "rehearsal" / "log"
     assert ran.returncode == 0, ran.stdout + ran.stderr + log.read_text()
     checks = [line.split(" s  ")[1] for line in ran.stdout.splitlines() if line.startswith("pass")]
-    assert len(checks) == 9, ran.stdout
+    assert len(checks) == 10, ran.stdout
     assert checks[1:4] == [
         "saved a checkpoint at SIGUSR1 and stopped",
         "requeued",
