@@ -27,6 +27,18 @@ PEAK_FLOPS = {
     "RTX 3090(?! Ti| Laptop)": 71e12,
 }
 
+# What a card reaches when all is well: FLOP/s of a bf16 matmul of 8192^3 and bus bytes/s of NCCL's all-reduce of 1 GiB
+# over 4 or more of one host, measured, and bytes/s of its memory, from NVIDIA's data sheets.
+USUAL = {
+    "H200": (790e12, 355e9, 4.8e12),
+    "H100 80GB HBM3": (780e12, 355e9, 3.35e12),
+}
+
+
+def usual_rates(device_name: str) -> tuple[float, float, float] | None:
+    """Return the usual rates of the GPU that the driver calls ``device_name``, as in USUAL; None if it is not there."""
+    return next((rates for name, rates in USUAL.items() if re.search(rf"(?<!G)\b{name}\b", device_name)), None)
+
 
 def peak_flops(device_name: str) -> float | None:
     """Return the dense bf16 FLOP/s of the GPU that the driver calls ``device_name``; None if the table lacks it."""

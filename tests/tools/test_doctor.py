@@ -1,4 +1,5 @@
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from tinyllama.tools import doctor
+from tinyllama.tools import doctor, rates
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,17 +37,106 @@ def stub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
         ("print('hello'); import sys; sys.exit(0)", "SystemExit: 0"),
         ("import os; os._exit(3)", "exit code 3"),
         ("import os; os.abort()", "SIGABRT ended the process that called it"),
-        ("import time; time.sleep(60)", "no answer within 1 s"),
     ],
 )
 def test_a_broken_library_is_a_finding(stub: Any, monkeypatch: pytest.MonkeyPatch, line: str, problem: str) -> None:
     stub("broken", "0.3", line)
     monkeypatch.setattr(doctor, "LIBRARIES", (doctor.Library("broken", "a test", "import broken"),))
-    monkeypatch.setattr(doctor, "TRIAL_SECONDS", 1 if "answer" in problem else 60)
     (finding,) = doctor.libraries()
     assert (finding.state, finding.name) == ("wrong", "broken")
     assert finding.text == f"0.3 is installed and does not work: {problem}"
     assert finding.hint == "pip uninstall broken, or install it for this torch and CUDA"
+
+
+def test_a_trial_that_takes_long_proves_nothing(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    stub("slow", "0.3", "import threading; threading.Event().wait()")
+    monkeypatch.setattr(doctor, "LIBRARIES", (doctor.Library("slow", "a test", "import slow"),))
+    monkeypatch.setattr(doctor, "TRIAL_SECONDS", 0.1)
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.25, 8.0, 7.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    (finding,) = doctor.libraries()
+    text = "0.3, not known whether it works: its trial was not over after 0.1 s, at a load of 9.2 on 2 cores"
+    assert finding == doctor.Finding("note", "slow", text, "run this again when the machine has less to do")
+
+
+def test_trials_run_one_after_another(stub: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Each fails if another is under way."""
+    trial = f"import os; os.mkdir({str(tmp_path / 'busy')!r}); import json; os.rmdir({str(tmp_path / 'busy')!r})"
+    for name in ("one", "two", "three"):
+        stub(name, "1.0")
+    libraries = tuple(doctor.Library(name, "a test", trial) for name in ("one", "two", "three"))
+    monkeypatch.setattr(doctor, "LIBRARIES", libraries)
+    running = doctor.libraries()
+    assert [next(running).state for _ in libraries] == ["ok"] * 3
+
+
+def test_without_a_gpu_the_cpu_is_measured(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(os, "getloadavg", lambda: (9.25, 8.0, 7.0))
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: {0, 1})
+    busy, cpu = doctor.speed()
+    assert busy.state == "note"
+    assert busy.text == "the machine is busy (a load of 9.2 on 2 cores): what is measured now may be too slow"
+    assert (cpu.state, cpu.name) == ("ok", "speed cpu")
+    assert re.fullmatch(r"matmul [\d,]+ GFLOP/s \(fp32, \d+ threads\), memory [\d.]+ GB/s \(copy\)", cpu.text)
+
+
+@pytest.mark.parametrize(
+    ("gpu", "flops", "copied", "state", "text"),
+    [
+        ("NVIDIA H100 80GB HBM3", 776e12, 3.0e12, "ok", "matmul 776 TFLOP/s (bf16), memory 3,000 GB/s (copy); usual"),
+        ("NVIDIA H200", 788e12, 4.2e12, "ok", "matmul 788 TFLOP/s"),
+        ("NVIDIA H200", 650e12, 4.2e12, "note", "slow matmul: matmul 650 TFLOP/s"),
+        ("NVIDIA H100 80GB HBM3", 300e12, 1.5e12, "note", "slow matmul and memory: matmul 300 TFLOP/s"),
+        ("NVIDIA H100 80GB HBM3", 780e12, 1.5e12, "note", "slow memory: matmul 780 TFLOP/s"),
+        ("NVIDIA GH200 480GB", 100e12, 1e12, "ok", "matmul 100 TFLOP/s"),  # a card whose rates nobody measured
+    ],
+)
+def test_a_gpu_is_compared_with_its_kind(gpu: str, flops: float, copied: float, state: str, text: str) -> None:
+    finding = doctor.compared("speed 3", gpu, flops, copied)
+    assert (finding.state, finding.name) == (state, "speed 3")
+    assert finding.text.startswith(text)
+    assert ("nvidia-smi" in finding.hint) == (state == "note")
+    assert ("is not known here" in finding.text) == ("GH200" in gpu)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "measured", "state", "text"),
+    [
+        (8, 361e9, "ok", "all-reduce of 1 GiB over 8 GPUs: 361 GB/s (bus); usual are 355"),
+        (4, 40e9, "note", "slow: all-reduce of 1 GiB over 4 GPUs: 40 GB/s (bus); usual are 355"),
+        (2, 40e9, "ok", "all-reduce of 1 GiB over 2 GPUs: 40 GB/s (bus)"),
+        (4, None, "note", "an all-reduce over 4 GPUs was not over after 180 s, at a load of "),
+    ],
+)
+def test_nccl_is_compared_with_what_is_usual(
+    monkeypatch: pytest.MonkeyPatch, gpus: int, measured: float | None, state: str, text: str
+) -> None:
+    monkeypatch.setattr(rates, "all_reduce_bytes", lambda *how: measured)
+    finding = doctor.all_reduce(["NVIDIA H100 80GB HBM3"] * gpus)
+    assert (finding.state, finding.name) == (state, "speed nccl")
+    assert finding.text.startswith(text)
+
+
+def test_an_all_reduce_between_two_processes() -> None:
+    measured = rates.all_reduce_bytes("gloo", ranks=2, megabytes=1, timeout=300)
+    assert measured is not None
+    assert measured > 0
+    assert rates.all_reduce_bytes("gloo", ranks=1, megabytes=1, timeout=-1) is None  # nothing is done in no time
+
+
+def test_nccl_that_fails_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*how: Any) -> None:
+        raise RuntimeError(
+            "\n\n-- Process 1 terminated with the following error:\nDistBackendError: NCCL error: busy\n"
+        )
+
+    monkeypatch.setattr(rates, "all_reduce_bytes", fail)
+    finding = doctor.all_reduce(["NVIDIA H100 80GB HBM3"] * 8)
+    assert (finding.state, finding.text) == (
+        "wrong",
+        "an all-reduce over 8 GPUs fails: DistBackendError: NCCL error: busy",
+    )
 
 
 def test_a_library_that_works_and_some_that_are_not_there(stub: Any, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +25,8 @@ from tinyllama import InputError
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import named_config
 from tinyllama.ops import choice
-from tinyllama.throughput import peak_flops
+from tinyllama.throughput import peak_flops, usual_rates
+from tinyllama.tools import rates
 
 OK, NOTE, WRONG = "ok", "note", "wrong"
 
@@ -84,6 +84,7 @@ except BaseException as error:  # a stub may even call sys.exit
     sys.exit(1)
 """
 TRIAL_SECONDS = 180
+IDLE = "run this again when the machine has less to do"
 
 REASONS = {
     "torch": "FSDP2 and its checkpoints are tested with 2.11 to 2.13",
@@ -97,6 +98,7 @@ def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Find
     layers: dict[str, Callable[[], Iterator[Finding]]] = {
         "machine": machine,
         "gpu": gpus,
+        "speed": speed,
         "packages": packages,
         "libraries": libraries,
         "ops": operations,
@@ -158,6 +160,70 @@ def gpus() -> Iterator[Finding]:
         yield Finding(WRONG, "nccl", "torch has none", "install a torch for CUDA from pytorch.org")
 
 
+def speed() -> Iterator[Finding]:
+    """Measure matmuls and copies on each GPU, else on the CPU, and NCCL's all-reduce, and name what is slow."""
+    if os.getloadavg()[0] > len(os.sched_getaffinity(0)):
+        yield Finding(NOTE, "load", f"the machine is busy ({_load()}): what is measured now may be too slow", IDLE)
+    if not torch.cuda.is_available():
+        cpu = torch.device("cpu")
+        flops, copied = rates.matmul_flops(cpu, 1024, torch.float32), rates.copy_bytes(cpu, 256)
+        text = f"matmul {flops / 1e9:,.0f} GFLOP/s (fp32, {torch.get_num_threads()} threads), "
+        yield Finding(OK, "speed cpu", f"{text}memory {copied / 1e9:,.1f} GB/s (copy)")
+        return
+    names = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    for index, name in enumerate(names):
+        gpu = torch.device("cuda", index)
+        try:
+            measured = rates.matmul_flops(gpu, 8192, torch.bfloat16), rates.copy_bytes(gpu, 1024)
+        except RuntimeError as error:  # no free memory, or a GPU that does not work, of which gpus() speaks
+            hint = "see in nvidia-smi that nothing else runs on it"
+            yield Finding(NOTE, f"speed {index}", f"not measured: {_first_line(error)}", hint)
+            continue
+        torch.cuda.empty_cache()
+        yield compared(f"speed {index}", name, *measured)
+    if len(names) > 1 and torch.distributed.is_nccl_available():
+        yield all_reduce(names)
+
+
+def compared(title: str, gpu: str, flops: float, copied: float) -> Finding:
+    """Compare the FLOP/s and the copied bytes/s of a GPU with what is usual for its kind."""
+    text = f"matmul {flops / 1e12:,.0f} TFLOP/s (bf16), memory {copied / 1e9:,.0f} GB/s (copy)"
+    if (usual := usual_rates(gpu)) is None:
+        return Finding(OK, title, f"{text}; what is usual for a {gpu} is not known here")
+    usual_flops, _, memory = usual
+    text += f"; usual are {usual_flops / 1e12:,.0f}, and some 90 % of {memory / 1e9:,.0f}"
+    slow = ["matmul"] * (flops < 0.9 * usual_flops) + ["memory"] * (copied < 0.8 * memory)
+    if not slow:
+        return Finding(OK, title, text)
+    hint = "see in nvidia-smi -q that nothing else runs on it, and its clocks, power limit, temperature and ECC errors"
+    return Finding(NOTE, title, f"slow {' and '.join(slow)}: {text}", hint)
+
+
+def all_reduce(names: list[str]) -> Finding:
+    """Measure NCCL over the GPUs of this machine, which have ``names``."""
+    try:
+        measured = rates.all_reduce_bytes("nccl", len(names), 1024, TRIAL_SECONDS)
+    except Exception as error:  # its message is a traceback, which ends with what went wrong
+        text = f"an all-reduce over {len(names)} GPUs fails: {str(error).strip().splitlines()[-1]}"
+        return Finding(WRONG, "speed nccl", text, "NCCL_DEBUG=INFO says more")
+    if measured is None:
+        text = f"an all-reduce over {len(names)} GPUs was not over after {TRIAL_SECONDS} s, at {_load()}"
+        return Finding(NOTE, "speed nccl", text, f"{IDLE}; with NCCL_DEBUG=INFO NCCL says what it waits for")
+    text = f"all-reduce of 1 GiB over {len(names)} GPUs: {measured / 1e9:,.0f} GB/s (bus)"
+    usual = usual_rates(names[0])
+    if usual is None or len(names) < 4:  # two or three were not measured
+        return Finding(OK, "speed nccl", text)
+    text += f"; usual are {usual[1] / 1e9:,.0f}"
+    if measured >= 0.8 * usual[1]:
+        return Finding(OK, "speed nccl", text)
+    hint = "see that nvidia-smi topo -m shows NV between all GPUs, and what NCCL_DEBUG=INFO says of NVLink"
+    return Finding(NOTE, "speed nccl", f"slow: {text}", hint)
+
+
+def _load() -> str:
+    return f"a load of {os.getloadavg()[0]:.1f} on {len(os.sched_getaffinity(0))} cores"
+
+
 def packages() -> Iterator[Finding]:
     """Compare the installed versions with the requirements of pyproject.toml."""
     cuda = f"CUDA {torch.version.cuda}, cuDNN {torch.backends.cudnn.version()}" if torch.version.cuda else "CPU only"
@@ -183,16 +249,15 @@ def packages() -> Iterator[Finding]:
 
 
 def libraries() -> Iterator[Finding]:
-    """Try a tiny call of every library in LIBRARIES, all at once."""
-    with ThreadPoolExecutor(max_workers=16) as pool:
-        for finding in pool.map(_try, LIBRARIES):
-            yield finding
-            if (finding.name, finding.state) == ("xformers", OK):
-                text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
-                if Version(importlib.metadata.version("xformers")) >= Version("0.0.34"):
-                    # each wheel before names one version of torch: 0.0.33.post2 is the last, and wants 2.9.1
-                    hint = "leave ops.swiglu at auto: wheels of older ones need torch 2.9.1 or older, beside which this"
-                    yield Finding(NOTE, "xformers", text, f"{hint} package does not install")
+    """Try a tiny call of every library in LIBRARIES, one after another: at once, they would keep each other waiting."""
+    for finding in map(_try, LIBRARIES):
+        yield finding
+        if (finding.name, finding.state) == ("xformers", OK):
+            text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
+            if Version(importlib.metadata.version("xformers")) >= Version("0.0.34"):
+                # each wheel before names one version of torch: 0.0.33.post2 is the last, and wants 2.9.1
+                hint = "leave ops.swiglu at auto: wheels of older ones need torch 2.9.1 or older, beside which this"
+                yield Finding(NOTE, "xformers", text, f"{hint} package does not install")
 
 
 def _try(library: Library) -> Finding:
@@ -207,7 +272,8 @@ def _try(library: Library) -> Finding:
             return Finding(NOTE, package, f"not installed, and no GPU to use it; {purpose}")
         return Finding(NOTE, package, f"not installed; {purpose}", f"pip install {package}")
     except subprocess.TimeoutExpired:
-        problem = f"no answer within {TRIAL_SECONDS} s"
+        text = f"{version}, not known whether it works: its trial was not over after {TRIAL_SECONDS} s, at {_load()}"
+        return Finding(NOTE, package, text, IDLE)
     else:
         if trial.returncode == 0:
             return Finding(OK, package, f"{version}, works; {purpose}")
