@@ -153,6 +153,7 @@ class Training:
         )
         self.guard = Guard(args.train, self.optimizer, state, run.world.copies, fabric.device)
         self.losses = losses_of(run, model)
+        log.watch_memory(gpt, self.optimizer)
         tokens = run.tokens_per_step
         self.train_step = TrainStep(args, fabric, gpt, self.losses, optimizer, self.guard, run.accumulation, tokens)
         self.micro_batches = {  # what a batch of this rank is, in training and in validation

@@ -65,6 +65,14 @@ TABLE = [
         ("tinyllama/monitor/watchdog.py",),
         "no public function returns NCCL's flight recorder, which tells who did not come",
     ),
+    *(
+        Private(
+            f"torch.cuda.memory.{name}",
+            ("tinyllama/monitor/memory.py",),
+            "documented for users, and no public function says which code has allocated what is in use",
+        )
+        for name in ("_record_memory_history", "_snapshot")
+    ),
     Private("torch._foreach_mul_", ("tinyllama/train/optim.py",), "one kernel clips all gradients"),
     Private("torch._foreach_norm", ("tinyllama/train/anomaly.py",), "one kernel takes the norm of all gradients"),
     Private("torch.ops.aten._scaled_mm.default", ("tinyllama/train/parallel.py",), RECOMPUTATION),

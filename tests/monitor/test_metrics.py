@@ -530,3 +530,23 @@ def test_the_mean_speed_weighs_rows_by_their_tokens() -> None:
     assert mean_speed([*spoken, *silent]) == 300 / 14.5  # of the tokens from 200 to 300 nobody knows the time
     assert mean_speed(silent[:1]) == 0
     assert mean_speed([]) == 0
+
+
+def test_a_gpu_that_has_no_more_memory_is_explained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    frames = [{"filename": "/repo/tinyllama/ops/swiglu.py", "line": 40, "name": "reference"}]
+    block = {"address": 0, "size": 7 * 10**9, "state": "active_allocated", "frames": frames}
+    snapshot = {"segments": [{"total_size": 8 * 10**9, "blocks": [block]}], "device_traces": []}
+    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
+    model = torch.nn.Linear(1, 1)
+    log = RunLog(run, None, is_rank_zero=True)
+    log.watch_memory(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+    with pytest.raises(torch.OutOfMemoryError) as caught, log:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    (note,) = caught.value.__notes__
+    assert note.startswith(
+        "error: rank 0 is out of GPU memory, with 7.00 of 8.00 GB in use: 7.00 GB activations of ops/swiglu.py:40 "
+        "reference: lower train.micro_batch_size"
+    )
+    assert (run.out_dir / "memory" / "rank-00000.pickle").exists()
+    (event,) = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert (event["event"], event["text"]) == ("out_of_memory", note.removeprefix("error: "))

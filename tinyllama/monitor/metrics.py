@@ -18,6 +18,8 @@ import torch.distributed as dist
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.model import GPT
+from tinyllama.monitor import memory
 from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
@@ -65,7 +67,9 @@ class RunLog:
         self._seconds = {"training": 0.0, "validation": 0.0, "checkpoints": 0.0}
         self._before = dict(self._seconds)
         self._tracker: Tracker | None = None
-        self.trace = Trace(run, dist.get_rank() if dist.is_initialized() else 0, self.event)
+        self._rank = dist.get_rank() if dist.is_initialized() else 0
+        self._owners: tuple[GPT, torch.optim.Optimizer] | None = None
+        self.trace = Trace(run, self._rank, self.event)
         self._hook: Hook | None = None
         if not is_rank_zero:
             return
@@ -101,6 +105,10 @@ class RunLog:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: object) -> None:
         self.trace.close(write=kind is None)
+        if isinstance(error, torch.OutOfMemoryError) and self._owners:
+            text = memory.explain(self._rank, *self._owners, self._run.out_dir / "memory")
+            error.add_note(f"error: {text}")  # the last line of the traceback
+            self.event("out_of_memory", rank=self._rank, text=text)
         if kind is not None and issubclass(kind, Exception):  # and not a second Ctrl-C, which must not wait
             self.failed(f"{kind.__name__}: {error}")
         if self._is_rank_zero:
@@ -119,6 +127,11 @@ class RunLog:
     def metadata(self) -> dict[str, Any]:
         """Return what a checkpoint must record for a run that resumes from it."""
         return {"wandb_id": self._tracker.id} if self._tracker else {}
+
+    def watch_memory(self, gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
+        """From now on, an error of GPU memory says who holds it."""
+        self._owners = gpt, optimizer
+        memory.record()
 
     def row(self, row: Row, seconds_left: float | None = None) -> None:
         """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and show it."""
