@@ -39,6 +39,7 @@ from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
 from tinyllama.train.run import Run, choose_ops, gradient_accumulation, load_checkpoint, mix, start_from
+from tinyllama.train.samples import Samples
 from tinyllama.train.step import Losses, TrainStep
 from tinyllama.train.step_clock import StepClock
 
@@ -59,6 +60,7 @@ def setup(args: PretrainArgs) -> Run:
     step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
     run = start_from(step_dir, Run(args, config, world, sources, validation, mixture, accumulation, ops))
     initial_weights(run)  # for its errors; they are read once every rank is there
+    Samples(run)  # likewise
     return run
 
 
@@ -101,7 +103,7 @@ def build(run: Run, fabric: Fabric) -> tuple[GPT, torch.nn.Module, _FabricOptimi
 
 def fit(training: "Training") -> int:
     """Train to the last step, a signal or a failure; returns the exit code."""
-    training.start()
+    training.log.start(training.state.step)
     while not training.failed:
         if training.validation_is_due():
             training.validate()
@@ -154,6 +156,7 @@ class Training:
         self.guard = Guard(args.train, self.optimizer, state, run.world.copies, fabric.device)
         self.losses = losses_of(run, model)
         log.watch_memory(gpt, self.optimizer)
+        self.samples = Samples(run)
         tokens = run.tokens_per_step
         self.train_step = TrainStep(args, fabric, gpt, self.losses, optimizer, self.guard, run.accumulation, tokens)
         self.micro_batches = {  # what a batch of this rank is, in training and in validation
@@ -177,15 +180,6 @@ class Training:
     def is_last(self) -> bool:
         """Whether every step is done."""
         return self.state.step == self.run.max_steps
-
-    def start(self) -> None:
-        """Record where the run starts, and which settings a resumed one changes."""
-        run, step = self.run, self.state.step
-        changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
-        changes = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
-        lines = [f"start    {run.origin} at step {step}", *([f"changed  {changes}"] if changes else [])]
-        origin = {"resumed_from": str(run.resume) if run.resume else None}
-        self.log.start(*lines, step=step, world_size=run.world.size, ops=run.ops, changed=changed, **origin)
 
     def step(self) -> None:
         """One optimizer step; nothing in it waits for the device."""
@@ -225,20 +219,21 @@ class Training:
 
     def validate(self) -> None:
         """Record the mean losses over the validation tokens of all ranks, unless a stop is asked for meanwhile."""
-        step = self.state.step
+        run, step = self.run, self.state.step
 
         def stop() -> bool:
             self.watchdog.beat(step, "validation")
             return self.preemption.asked() is not None
 
         with self.log.clock("validation", step):
-            samples = self.run.args.eval.max_samples
-            batches = validation_batches(self.run.validation, **self.micro_batches, max_samples=samples)
-            found = evaluate.held_out_losses(self.losses, batches, self.run.validation, self.fabric.device, stop)
+            batches = validation_batches(run.validation, **self.micro_batches, max_samples=run.args.eval.max_samples)
+            found = evaluate.held_out_losses(self.losses, batches, run.validation, self.fabric.device, stop)
+            texts = self.samples.texts(self.gpt, self.fabric.device, stop)
             reshard(self.gpt)
-        if found is not None:
+        if found is not None and texts is not None:
             self.state.validated = step
             self.log.row({"step": step, "tokens": self.state.tokens} | found)
+            self.log.samples(step, self.state.tokens, texts)
 
     def save_is_due(self) -> bool:
         """Every checkpoint.interval, before a stop and at the end."""

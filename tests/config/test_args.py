@@ -156,7 +156,7 @@ DEFAULTS: dict[str, Any] = {
         "symmetric_matmul": "auto",
     },
     "parallel": {"devices": None, "shard": "full", "reshard_after_forward": True, "sync_every_micro_batch": False},
-    "eval": {"interval": 1000, "max_samples": 2048},
+    "eval": {"interval": 1000, "max_samples": 2048, "samples": [], "tokenizer": None},
     "checkpoint": {
         "interval": 5000,
         "keep_last": 3,

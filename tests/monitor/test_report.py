@@ -413,6 +413,24 @@ def test_a_stop_that_was_asked_for_is_a_pause(make_run: Callable[..., Path]) -> 
         assert found["summary"]["state"] == state
 
 
+def test_the_page_has_sample_texts_of_some_steps(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    lines = [{"step": n, "tokens": n, "prompt": p, "text": f"of {n}"} for n in range(0, 1000, 7) for p in ("a", "b")]
+    odd: list[Any] = [
+        {"step": 1, "tokens": 1, "prompt": "a", "text": 3},
+        {"step": -1},
+        [1],
+        {**lines[0], "text": "new"},
+    ]
+    (run / "samples.jsonl").write_text("".join(json.dumps(line) + "\n" for line in [*lines, *odd]) + '{"step": 3')
+    found = report.read_run(run)["samples"]
+    steps = sorted({sample["step"] for sample in found})
+    assert (len(steps), steps[0], steps[-1], len(found)) == (12, 0, 994, 24)
+    assert [sample["text"] for sample in found if sample["step"] == 0] == ["new", "of 0"]
+    (run / "samples.jsonl").unlink()
+    assert report.read_run(run)["samples"] == []
+
+
 def test_the_page_has_the_settings(make_run: Callable[..., Path]) -> None:
     run = make_run("one")
     settings = yaml.safe_load((run / "config.yaml").read_text())
@@ -577,17 +595,22 @@ def test_settings_and_scale_as_the_page_opens(browser: Any, make_run: Callable[.
     for run, lr in zip(runs, (1e-3, 2e-3), strict=True):
         settings = yaml.safe_load((run / "config.yaml").read_text())
         settings |= {"out_dir": str(run), "optim": {"lr": lr, "name": "<b>adamw"}}
+        sample = {"step": 1000, "tokens": 9, "prompt": "<b>Once", "text": " upon\n  a <i>time"}
+        (run / "samples.jsonl").write_text(json.dumps(sample))
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
     report.write(runs, page)
     show(browser, page)
     cells = "return [...document.querySelectorAll(arguments[0])].map(cell => cell.textContent)"
     assert browser.execute_script(cells, "#differing :is(th, td)") == ["", "one", "two", "optim.lr", "0.001", "0.002"]
+    texts = [f"{name} · step 1,000| upon\n  a <i>time" for name in ("one", "two")]
+    assert "|".join(browser.execute_script(cells, "#samples td")) == "|".join(texts)
+    assert browser.execute_script(cells, "#samples summary") == ["Samples of “<b>Once”"]
     everything = browser.execute_script(cells, "#settings td")
     at = everything.index("optim.name")
     assert everything[at : at + 3] == ["optim.name", "<b>adamw", "<b>adamw"]
     assert "model.n_layer" in everything
     shown_now = "return [...document.querySelectorAll('table')].map(table => table.checkVisibility())"
-    assert browser.execute_script(shown_now) == [True, False]  # all of them when asked for
+    assert browser.execute_script(shown_now) == [True, True, False]  # all of them when asked for
     axis = "return document.getElementById('plot-loss').layout.yaxis.type"
     assert browser.execute_script(axis) == "linear"
     report.write(runs[:1], page)

@@ -191,6 +191,10 @@ class EvalArgs:
     """steps between validations"""
     max_samples: Count | None = 2048
     """samples of a validation over the whole world, spread evenly over the data; null: all"""
+    samples: list[str] = field(default_factory=list)
+    """prompts that are continued by the likeliest tokens at each validation, into samples.jsonl; empty: none"""
+    tokenizer: str | None = None
+    """the file that the data was prepared with; for eval.samples"""
 
 
 @dataclass(frozen=True)
@@ -308,6 +312,8 @@ def check(args: PretrainArgs) -> ModelConfig:
                 f"log.profile {reprlib.repr(profile)} is no range of steps: give the first and the last, counted from "
                 f"1 and at most {MOST_TRACED} in all, as in [10, 12]"
             )
+    if args.eval.samples and not (args.eval.tokenizer and args.data.validation):
+        errors.append("eval.samples are made at validations: give data.validation and eval.tokenizer, too")
     if args.log.wandb != "off" and importlib.util.find_spec("wandb") is None:
         errors.append("log.wandb needs wandb: pip install wandb, or give --log.wandb off")
     if errors or model is None:

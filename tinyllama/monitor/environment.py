@@ -16,11 +16,14 @@ LIBRARIES = ("torch", "lightning")
 
 
 def environment(run: Run) -> dict[str, Any]:
-    """Return the run's length, its command, the code's commit, the device of a rank, and versions."""
+    """Return the run's origin and length, its ranks and backends, its command, the code's commit, and versions."""
     has_gpu = torch.cuda.is_available()
     versions = {"tinyllama": __version__, "python": platform.python_version()}
     versions |= {library: importlib.metadata.version(library) for library in LIBRARIES}
     return {
+        "world_size": run.world.size,
+        "ops": run.ops,
+        "resumed_from": str(run.resume) if run.resume else None,
         "max_steps": run.max_steps,
         "nodes": run.world.nodes,
         "device": torch.cuda.get_device_name() if has_gpu else f"CPU ({platform.machine()})",

@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
-from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.state import TrainState, is_count
 from tinyllama.model import GPT
 from tinyllama.monitor import memory
 from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
@@ -85,6 +85,9 @@ class RunLog:
             self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
             table = self._csv(rows, header=True)
             atomic.write(self._metrics, table)
+            if (samples := run.out_dir / "samples.jsonl").exists():
+                kept = [sample for sample in read_samples(samples) if step is not None and sample["step"] <= step]
+                atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
         except OSError as error:
             raise InputError(f"cannot rewrite {self._metrics} ({error.strerror}): move it away or make room") from None
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
@@ -149,6 +152,12 @@ class RunLog:
         parts = [console_line(row, self._run.max_steps, None), best, *by_source(row)]
         self._console.line("  ".join(parts), "validation")
 
+    def samples(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:
+        """Append prompts and their continuations to samples.jsonl."""
+        if self._is_rank_zero and texts:
+            samples = [{"step": step, "tokens": tokens, "prompt": prompt, "text": text} for prompt, text in texts]
+            append_json(self._run.out_dir / "samples.jsonl", *samples)
+
     def waits(self) -> Row:
         """Return the seconds for which training has waited for checkpoints and validations since the last call."""
         before, self._before = self._before, dict(self._seconds)
@@ -165,10 +174,15 @@ class RunLog:
             text = f"checkpoint of step {step}: training waited {seconds:.1f} s for it"
             self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
 
-    def start(self, *lines: str, **details: Any) -> None:
-        """Log a start, and what it was started by and on."""
-        if self._is_rank_zero:
-            self.event("start", *lines, **details, **environment(self._run))
+    def start(self, step: int) -> None:
+        """Log where the run starts, which settings a resumed one changes, and what it was started by and on."""
+        if not self._is_rank_zero:
+            return
+        run = self._run
+        changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
+        changes = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
+        lines = [f"start    {run.origin} at step {step}", *([f"changed  {changes}"] if changes else [])]
+        self.event("start", *lines, step=step, changed=changed, **environment(run))
 
     def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""
@@ -219,12 +233,7 @@ class RunLog:
     def event(self, name: str, *lines: str, **details: Any) -> None:
         """Append an event with its details to events.jsonl, and show ``lines``."""
         if self._is_rank_zero:
-            line = json.dumps({"time": round(time.time(), 3), "event": name, **details})
-            # what cannot be written is shown all the same
-            with contextlib.suppress(OSError), self._events.open("a+b") as file:
-                file.seek(max(file.tell() - 1, 0))
-                is_half = file.read() not in (b"", b"\n")  # of the last line: a kill or a full disk cost the rest
-                file.write(b"\n" * is_half + line.encode() + b"\n")
+            append_json(self._events, {"time": round(time.time(), 3), "event": name, **details})
             for line in lines:
                 self._console.line(line, name)
             if self._hook and name in HOOK_EVENTS:
@@ -272,6 +281,40 @@ class RunLog:
             writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode()
+
+
+def append_json(file: Path, *contents: dict[str, Any]) -> None:
+    """Append a line for each of ``contents``; what cannot be written, as on a full disk, is left out."""
+    lines = "".join(json.dumps(content) + "\n" for content in contents)
+    with contextlib.suppress(OSError), file.open("a+b") as opened:
+        opened.seek(max(opened.tell() - 1, 0))
+        is_half = opened.read() not in (b"", b"\n")  # of the last line: a kill or a full disk cost the rest
+        opened.write(b"\n" * is_half + lines.encode())
+
+
+def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """Yield what the lines of a file hold, without those that were damaged or half written."""
+    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
+        with contextlib.suppress(ValueError, RecursionError, MemoryError):  # nested too deep, or declaring too much
+            content = json.loads(line)
+            if isinstance(content, dict):
+                yield content
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """Read samples.jsonl by step; of a step that was done again, what came of it last."""
+    kinds = {"step": is_count, "tokens": is_count, "prompt": is_text, "text": is_text}
+    found = {
+        (sample["step"], sample["prompt"]): {name: sample[name] for name in kinds}
+        for sample in read_json_lines(file)
+        if all(holds(sample.get(name)) for name, holds in kinds.items())
+    }
+    return [found[key] for key in sorted(found, key=lambda key: key[0])]
+
+
+def is_text(value: Any) -> bool:
+    """Return whether ``value`` is a text."""
+    return isinstance(value, str)
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:

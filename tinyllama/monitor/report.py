@@ -16,7 +16,6 @@ import math
 import os
 import re
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +28,7 @@ from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import last_by_source, mean_speed
-from tinyllama.monitor.metrics import complete_rows, read_metrics
+from tinyllama.monitor.metrics import complete_rows, read_json_lines, read_metrics, read_samples
 from tinyllama.throughput import duration
 from tinyllama.train.preemption import Preemption
 
@@ -121,7 +120,7 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
     thinned = thin(rows, buckets)
     origin = branched_from(out_dir)
     branch = {} if origin is None else {"branched from": printable(origin)}
-    starts = [event for event in raw_events(out_dir / "events.jsonl") if is_start(event)]
+    starts = [event for event in read_json_lines(out_dir / "events.jsonl") if is_start(event)]
     told = progress(rows, starts, tokens_per_step) | summary(rows, events, model) | surroundings(starts)
     return {
         "name": out_dir.resolve().name,
@@ -131,17 +130,9 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
         "columns": {name: [_rounded(row.get(name)) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
         "events": events,
+        "samples": some(read_samples(out_dir / "samples.jsonl")),
         "evaluations": _table(out_dir / "eval.csv"),
     }
-
-
-def raw_events(file: Path) -> Iterator[Row]:
-    """Yield the events of a run as they were written."""
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError, *NOT_IN_MEMORY):  # it was being written when the process was killed
-            event = json.loads(line)
-            if isinstance(event, dict):
-                yield event
 
 
 def is_start(event: Row) -> bool:
@@ -149,9 +140,16 @@ def is_start(event: Row) -> bool:
     return event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size"))
 
 
+def some(samples: list[Row], most: int = 12) -> list[Row]:
+    """Return the sample texts of at most ``most`` steps, evenly spread, the last among them."""
+    steps = sorted({sample["step"] for sample in samples})
+    chosen = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, most)} if steps else set()
+    return [sample for sample in samples if sample["step"] in chosen]
+
+
 def branched_from(out_dir: Path) -> Path | None:
     """Return the step directory of another run that the run in ``out_dir`` continues, by the path it was given as."""
-    for event in raw_events(out_dir / "events.jsonl"):
+    for event in read_json_lines(out_dir / "events.jsonl"):
         try:
             if event["event"] == "start":
                 if "resumed_from" not in event:  # of a version that did not record it
@@ -244,7 +242,7 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
     steps, tokens = zip(*sorted(counts.items()), strict=True)
     events: list[Row] = []
     step, kinds = 0, {"start": "start"}
-    for event in raw_events(file):
+    for event in read_json_lines(file):
         try:
             kind, at, found = str(event.pop("event")), float(event.pop("time")), event.pop("step", None)
             found = step if found is None else int(found)

@@ -1,0 +1,56 @@
+"""Sample texts as a run goes: greedy continuations of fixed prompts, at each validation."""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from tinyllama import InputError
+from tinyllama.convert.tokenizer_files import matching_tokenizer
+from tinyllama.train.run import Run
+
+NEW_TOKENS = 64
+
+
+class Samples:
+    """Continue the prompts of ``eval.samples``; raises InputError where one cannot be.
+
+    It draws no random numbers, and every rank makes as many passes of one shape whatever the tokens are, as collectives
+    and compiled blocks need: each pass reads the whole context again.
+    """
+
+    def __init__(self, run: Run) -> None:
+        args, self._config = run.args.eval, run.config
+        self._prompts: list[tuple[str, list[int]]] = []
+        if not args.samples:
+            return
+        assert args.tokenizer is not None  # check() has seen to it
+        self._tokenizer = matching_tokenizer(args.tokenizer, run.sources[0].tokenizer_sha256, run.config)
+        for prompt in args.samples:
+            ids = self._tokenizer.encode(prompt)
+            if not 0 < len(ids) < run.config.block_size:
+                hint = f"give one of 1 to {run.config.block_size - 1:,}, fewer than model.block_size"
+                raise InputError(f"eval.samples: {prompt!r:.60} has {len(ids):,} tokens: {hint}")
+            self._prompts.append((prompt, ids))
+
+    @torch.no_grad()
+    def texts(
+        self, model: Callable[[Tensor], Tensor], device: torch.device, stop: Callable[[], bool]
+    ) -> list[tuple[str, str]] | None:
+        """Collective. Return each prompt and its continuation, up to the document's end; None once ``stop`` says so."""
+        found = []
+        for prompt, ids in self._prompts:
+            context = torch.zeros(1, self._config.block_size, dtype=torch.int64, device=device)
+            context[0, : len(ids)] = torch.tensor(ids)
+            end = min(len(ids) + NEW_TOKENS, self._config.block_size)
+            for position in range(len(ids), end):
+                if stop():
+                    return None
+                logits = model(context)[0, position - 1, : self._config.vocab_size]  # what follows is not looked at
+                context[0, position] = logits.argmax()
+            new = context[0, len(ids) : end].tolist()
+            if self._tokenizer.eos_id in new:
+                new = new[: new.index(self._tokenizer.eos_id)]
+            whole, begun = self._tokenizer.decode(ids + new), self._tokenizer.decode(ids)
+            found.append((prompt, whole.removeprefix(begun)))
+        return found
