@@ -2,6 +2,7 @@
 
 python scripts/convert_lit_checkpoint.py CHECKPOINT OUTPUT [--tokenizer FILE] [--dtype bfloat16] [--no-verify]
 python scripts/convert_lit_checkpoint.py CHECKPOINT OUTPUT --average 5 [...]
+python scripts/convert_lit_checkpoint.py CHECKPOINT OUTPUT --license apache-2.0 --push_to_hub OWNER/NAME
 python scripts/convert_lit_checkpoint.py lit_model.pth OUTPUT --model.name tinyllama_1.1b [--model.n_layer 3 ...]
 """
 
@@ -12,11 +13,12 @@ from pathlib import Path
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.config.args import ModelArgs
-from tinyllama.convert import hf_folder
+from tinyllama.convert import hf_folder, hub
 from tinyllama.convert.average import open_average, source
 from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.verify import VerificationError, verified
 from tinyllama.convert.weights import DTYPES, open_weights
+from tinyllama.monitor.model_card import model_card
 
 
 def main() -> int:
@@ -29,6 +31,10 @@ def main() -> int:
     parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N steps up to it, in float32")
     verify = "compare logits and token ids with transformers', and write nothing if they differ (the default)"
     parser.add_argument("--verify", action=BooleanOptionalAction, default=True, help=verify)
+    parser.add_argument("--license", metavar="ID", help="for the model card, as the Hub names it, such as apache-2.0")
+    parser.add_argument(
+        "--push_to_hub", metavar="OWNER/NAME", help="upload the folder to a model repository of the Hub"
+    )
     cli.add_fields(parser, ModelArgs, "model.")
     args = parser.parse_args()
     sizes = cli.given(args, ModelArgs(), "model.") if "given" in args else None
@@ -42,6 +48,12 @@ def main() -> int:
     trained_with, tokenizer = weights.metadata["tokenizer_sha256"], None
     if args.tokenizer is not None:
         tokenizer = matching_tokenizer(args.tokenizer, trained_with, weights.config)
+    if args.push_to_hub is not None:
+        hub.check(args.push_to_hub)
+    run = weights.path.parents[1] if weights.path.parent.name == "checkpoints" else weights.path
+    card = model_card(
+        weights, args.push_to_hub or run.resolve().name, args.push_to_hub or args.output.resolve().name, args.license
+    )
     lines = [f"{source(weights)} -> {args.output}"]
 
     def check(folder: Path) -> None:
@@ -49,12 +61,14 @@ def main() -> int:
             lines.append(verified(folder, weights, weights.dtype))
 
     try:
-        hf_folder.write(args.output, weights, tokenizer, check=check)
+        hf_folder.write(args.output, weights, tokenizer, check=check, more=card)
     except VerificationError as error:
         print(f"{args.output} is not written: the conversion is wrong", file=sys.stderr)
         print(error)
         return 1
     print("\n".join(lines))
+    if args.push_to_hub is not None:
+        print(f"{args.output} -> {hub.push(args.output, args.push_to_hub)}")
     return 0
 
 

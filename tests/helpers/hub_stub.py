@@ -1,5 +1,9 @@
-"""A tiny Hugging Face Hub on 127.0.0.1: datasets whose branches point to commits, each a table of files."""
+"""A tiny Hugging Face Hub on 127.0.0.1.
 
+It has datasets, whose branches point to commits, each a table of files, and takes models from who has its token.
+"""
+
+import base64
 import contextlib
 import hashlib
 import json
@@ -18,6 +22,10 @@ class Hub:
         self.commits: dict[str, dict[str, Files]] = {}  # of each dataset, by hash, the last one being main
         self.gated: set[str] = set()
         self.fetched: list[str] = []  # the paths that were downloaded
+        self.models: dict[str, Files] = {}  # what was uploaded
+        self.namespaces = {"owner"}
+        self.token = "hf_good"
+        self.refuses = ""  # what a path has to hold to be refused
         self.url = ""
 
     def push(self, name: str, files: Files) -> str:
@@ -26,6 +34,41 @@ class Hub:
         self.commits.setdefault(name, {}).pop(sha, None)
         self.commits[name][sha] = files
         return sha
+
+    def receive(self, path: str, body: bytes, token: str) -> tuple[int, dict[str, str], bytes] | None:
+        """Answer what an upload asks; None for a path of a download."""
+        parts = path.strip("/").split("/")
+        if self.refuses and self.refuses in path:
+            return 400, {}, b'{"error": "out of order"}'
+        if path == "/api/validate-yaml":
+            return 200, {}, b'{"errors": [], "warnings": []}'
+        if path not in ("/api/whoami-v2", "/api/repos/create") and parts[:2] != ["api", "models"]:
+            return None
+        if token != self.token:
+            return 401, {}, b'{"error": "Invalid credentials"}'
+        if path == "/api/whoami-v2":
+            return 200, {}, b'{"type": "user", "name": "owner", "auth": {"accessToken": {"role": "write"}}}'
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            name = f"{wanted.get('organization') or 'owner'}/{wanted['name']}"
+            if name.split("/")[0] not in self.namespaces:
+                return 403, {}, b'{"error": "You may not create a model under this namespace"}'
+            status = 409 if name in self.models else 200
+            self.models.setdefault(name, {})
+            return status, {}, json.dumps({"url": f"{self.url}/{name}", "name": name, "id": name}).encode()
+        name = "/".join(parts[2:4])
+        if name not in self.models:
+            return 404, {"X-Error-Code": "RepoNotFound"}, b'{"error": "Repository not found"}'
+        if parts[4:5] == ["preupload"]:
+            files = [{"path": file["path"], "uploadMode": "regular"} for file in json.loads(body)["files"]]
+            return 200, {}, json.dumps({"files": [file | {"shouldIgnore": False} for file in files]}).encode()
+        if parts[4:5] == ["commit"]:
+            for line in map(json.loads, body.splitlines()):
+                if line["key"] == "file":
+                    self.models[name][line["value"]["path"]] = base64.b64decode(line["value"]["content"])
+            return 200, {}, json.dumps({"commitUrl": f"{self.url}/{name}/commit/1", "commitOid": "1" * 40}).encode()
+        content = {"id": name, "sha": "1" * 40, "private": False, "siblings": []}
+        return 200, {}, json.dumps(content).encode()
 
     def answer(self, path: str, query: dict[str, list[str]], body: bytes) -> tuple[int, dict[str, str], bytes]:
         """Return status, headers and content for a request."""
@@ -96,7 +139,14 @@ def serve() -> Iterator[Hub]:
         def do_GET(self) -> None:
             url = urllib.parse.urlsplit(self.path)
             body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-            status, headers, content = hub.answer(url.path, urllib.parse.parse_qs(url.query), body)
+            if self.headers.get("Transfer-Encoding") == "chunked":
+                while size := int(self.rfile.readline(), 16):
+                    body += self.rfile.read(size)
+                    self.rfile.readline()
+                self.rfile.readline()
+            token = (self.headers.get("Authorization") or "").removeprefix("Bearer ")
+            answer = hub.receive(url.path, body, token)
+            status, headers, content = answer or hub.answer(url.path, urllib.parse.parse_qs(url.query), body)
             if status == 200 and (span := self.headers.get("Range")):
                 start, _, end = span.removeprefix("bytes=").partition("-")
                 part = content[int(start) : int(end) + 1 if end else None]

@@ -1,6 +1,6 @@
 """Write our weights as a folder that transformers' LlamaForCausalLM and AutoTokenizer load."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,13 +21,14 @@ def write(
     tokenizer: Tokenizer | None = None,
     shard_bytes: int = SHARD_BYTES,
     check: Callable[[Path], None] | None = None,
+    more: Mapping[str, str] | None = None,
 ) -> None:
     """Write ``weights`` as a Hugging Face folder, completely or not at all; it replaces an earlier export.
 
-    All of them are in memory for the while. ``check`` is called with the complete folder before it gets its name, which
-    it does not if ``check`` raises. Raises InputError for an ``output`` that cannot be written or has files that no
-    export wrote, for a model that is not transformers' Llama, and for a sentencepiece model that a tokenizer.json
-    cannot express.
+    All of them are in memory for the while. ``more`` are texts of further files by name. ``check`` is called with the
+    complete folder before it gets its name, which it does not if ``check`` raises. Raises InputError for an ``output``
+    that cannot be written or has files that no export wrote, for a model that is not transformers' Llama, and for a
+    sentencepiece model that a tokenizer.json cannot express.
     """
     config, metadata = weights.config, weights.metadata
     layout.check_model(config)
@@ -50,6 +51,8 @@ def write(
         folder.write_json(partial / "config.json", layout.hf_config(config, eos_id, bos_id, weights.dtype))
         folder.write_json(partial / "generation_config.json", generation)
         _write_tensors(partial, weights, shard_bytes)
+        for name, text in (more or {}).items():
+            (partial / name).write_text(text, encoding="utf-8")
         if check is not None:
             check(partial)
 
