@@ -86,6 +86,7 @@ NOT_RUN = {
     r"apptainer exec --nv IMAGE": "needs an image",
     r"wandb sync": "sends to an account",
     r"scancel .*": "needs a job; tests/slurm signals one",
+    r"vllm serve .*": "needs vLLM and a GPU",
 }
 MESSAGES = {"nothing is wrong"}  # between backticks, as a command is
 

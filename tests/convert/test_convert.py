@@ -97,7 +97,7 @@ def test_the_tokenizer_of_the_folder_is_ours(exported, tokenizer_file):
         assert theirs.decode(ids, skip_special_tokens=True) == ours.decode(ids)
         if "</s>" not in text:
             assert theirs(text)["input_ids"] == ids
-    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, len(theirs)) == (None, "</s>", "<unk>", 400)
+    assert (theirs.bos_token, theirs.eos_token, theirs.unk_token, len(theirs)) == ("</s>", "</s>", "<unk>", 400)
     assert (theirs.eos_token_id, theirs.model_max_length) == (2, 96)
     assert theirs("a</s>")["input_ids"] == [*ours.encode("a"), 2]
     assert Tokenizer(exported).sha256 == ours.sha256
@@ -119,7 +119,7 @@ def test_a_tokenizer_json_is_exported_without_what_adds_tokens(tmp_path):
     ours = Tokenizer(tmp_path)
     hf_folder.write(tmp_path / "hf", given(), ours)
     theirs = AutoTokenizer.from_pretrained(tmp_path / "hf")
-    assert (theirs.bos_token_id, theirs.eos_token_id) == (None, 257)
+    assert (theirs.bos_token_id, theirs.eos_token_id) == (257, 257)
     hf_folder.write(tmp_path / "bos", given(metadata=METADATA | {"bos": True}), ours)
     assert AutoTokenizer.from_pretrained(tmp_path / "bos").bos_token_id == 256
     for text in tokenizer_files.TEXTS:

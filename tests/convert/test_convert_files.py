@@ -76,7 +76,7 @@ def test_each_field_of_the_small_files(tmp_path, tokenizer_file):
     assert read_json(tmp_path / "more/export.json") == mark | {"files": files}
     assert read_json(tmp_path / "more/tokenizer_config.json") == {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        **{"bos_token": None, "eos_token": "</s>", "unk_token": "<unk>"},
+        **{"bos_token": "</s>", "eos_token": "</s>", "unk_token": "<unk>"},
         **{"pad_token": "<unk>", "padding_side": "left"},
         **{"add_bos_token": False, "add_eos_token": False, "clean_up_tokenization_spaces": False},
         "model_max_length": 96,

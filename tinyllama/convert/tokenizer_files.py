@@ -56,9 +56,9 @@ def _inexact(tokenizer: Tokenizer, reason: str) -> InputError:
 def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bool | None = None) -> None:
     """Write tokenizer.json and tokenizer_config.json, and copy the .model where there is one.
 
-    As in training there is no bos before a text. Where documents are not known to begin with ``bos`` the tokenizer
-    names none: lm-eval and others condition a text's first token on bos if there is one, and else on eos. A literal
-    ``</s>`` is a token here, as in every Hugging Face folder, unless split_special_tokens=True asks for ours: text.
+    As in training there is no bos before a text. Where documents are not known to begin with ``bos`` the bos that it
+    names is eos, as GPT-2's: lm-eval and others condition a text's first token on it, and CTranslate2 needs one. A
+    literal ``</s>`` is a token here, as in every Hugging Face folder, unless split_special_tokens=True asks for ours.
     """
     import tokenizers
     from tokenizers import decoders
@@ -81,8 +81,7 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bo
     if is_model:
         shutil.copyfile(tokenizer.path, output / "tokenizer.model")
     fast.save(str(output / "tokenizer.json"))
-    names_bos = separator(bos, tokenizer.bos_id, tokenizer.eos_id) == tokenizer.bos_id
-    ids = (tokenizer.bos_id if names_bos else None, tokenizer.eos_id, pad_id(tokenizer))
+    ids = (separator(bos, tokenizer.bos_id, tokenizer.eos_id), tokenizer.eos_id, pad_id(tokenizer))
     bos_token, eos_token, pad_token = (None if i is None else fast.id_to_token(i) for i in ids)
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",  # reads tokenizer.json as it is; LlamaTokenizer changes blanks
