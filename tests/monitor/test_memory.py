@@ -34,7 +34,7 @@ CASES = {
     ),
     "AdamW": ([(f"{SITE}/optim/adam.py", 800, "_fused_adam"), STEP], "temporaries of the optimizer"),
     "another library": ([("/opt/lib/wandb/x.py", 3, "f")], "x.py:3 f"),
-    "no frames": ([], memory.BACKWARD),
+    "no frames": ([], memory.WITHOUT_FRAMES),
 }
 
 

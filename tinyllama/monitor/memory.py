@@ -15,13 +15,19 @@ from tinyllama.model import GPT
 
 VIEWER = "https://docs.pytorch.org/memory_viz"
 HINT = "lower train.micro_batch_size, or set train.activation_checkpointing or parallel.shard full"
-BACKWARD = "gradients and others of the backward pass, which has no Python frames"
+WITHOUT_FRAMES = "without Python frames: the backward pass, and all that came after the first log interval"
 
 
 def record() -> None:
     """Record which Python code allocates each block of GPU memory: about 2 us for each, and no history."""
     if torch.cuda.is_available():
         torch.cuda.memory._record_memory_history("state", context="state", stacks="python")
+
+
+def stop_recording() -> None:
+    """Record no more: nearly every run that is out of memory is so in its first steps, and recording takes time."""
+    if torch.cuda.is_available():
+        torch.cuda.memory._record_memory_history(None)
 
 
 def explain(rank: int, gpt: GPT, optimizer: torch.optim.Optimizer, folder: Path) -> str:
@@ -90,4 +96,4 @@ def _by_frames(frames: list[dict[str, Any]]) -> str:
         ):
             activations = layer or parts[-1] == "model.py" or parts[-2] in ("ops", "nn")
             return f"{'activations of ' * activations}{'/'.join(parts[-2:])}:{frame['line']} {frame['name']}"
-    return BACKWARD if not frames else f"{Path(files[0]).name}:{frames[0]['line']} {frames[0]['name']}"
+    return WITHOUT_FRAMES if not frames else f"{Path(files[0]).name}:{frames[0]['line']} {frames[0]['name']}"

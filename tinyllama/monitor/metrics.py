@@ -132,12 +132,14 @@ class RunLog:
         return {"wandb_id": self._tracker.id} if self._tracker else {}
 
     def watch_memory(self, gpt: GPT, optimizer: torch.optim.Optimizer) -> None:
-        """From now on, an error of GPU memory says who holds it."""
+        """From now on, an error of GPU memory says who holds it; after the first log interval, less precisely."""
         self._owners = gpt, optimizer
         memory.record()
 
     def row(self, row: Row, seconds_left: float | None = None) -> None:
         """Append ``row`` to metrics.csv, or add it to the last row if that is of the same step, and show it."""
+        if "loss" in row:
+            memory.stop_recording()
         if not self._is_rank_zero:
             return
         block_size = self._run.config.block_size
