@@ -80,7 +80,7 @@ def _run_of(weights: Weights) -> tuple[Path | None, dict[str, Any], dict[str, An
 def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> list[tuple[str, ...]]:
     sources = _of(settings, "data", "sources") or []
     weights = [float(source["weight"]) for source in sources]
-    found = []
+    found: list[tuple[str, ...]] = []
     for source, weight in zip(sources, weights, strict=True):
         name = Path(source["path"]).name
         drawn = rows[-1].get(f"tokens_{printable(name)}") if rows else None
@@ -98,7 +98,7 @@ def _recipe(settings: Mapping[str, Any], block_size: int) -> list[tuple[str, ...
         return []
     batch = train["global_batch_size"]
     decay = f"{optim.get('schedule', 'cosine')} from {optim['lr']:g} to {optim['min_lr']:g}"
-    found = [
+    found: list[tuple[str, ...]] = [
         ("optimizer", f"{optim.get('name', 'adamw')}, betas {optim.get('beta1')} and {optim.get('beta2')}"),
         ("learning rate", f"{decay}, {optim['warmup_steps']:,} steps of warm-up"),
         ("weight decay, clipping", f"{optim['weight_decay']:g}, {optim.get('max_norm', 1):g}"),
@@ -106,8 +106,8 @@ def _recipe(settings: Mapping[str, Any], block_size: int) -> list[tuple[str, ...
         ("precision", str(train.get("precision", ""))),
     ]
     if train.get("init_from"):
-        found.insert(0, ("starts from", f"`{_cell(Path(train['init_from']).name)}`"))
-    return [(name, _cell(value)) for name, value in found]
+        found.insert(0, ("starts from", f"`{Path(train['init_from']).name}`"))
+    return [tuple(map(_cell, row)) for row in found]
 
 
 def _loss(rows: Rows) -> str:
