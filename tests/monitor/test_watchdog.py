@@ -415,3 +415,18 @@ def test_a_damaged_heartbeat_is_none(tmp_path: Path) -> None:
     (tmp_path / "rank-00006.json").mkdir()
     assert watchdog.read(tmp_path, 8) == []
     assert watchdog.diagnosis(tmp_path, 1, limit=60) == "dead, stopped or stuck in C code: rank 0 (never started)"
+
+
+def test_a_stall_is_told_before_the_process_ends(start, tmp_path: Path) -> None:
+    code = """
+told = Path(folder) / "told"
+with watch(timeout=1) as watchdog:
+    watchdog.on_stall = told.write_text
+    for step in range(2):
+        watchdog.beat(step, "step")
+    lost_in_thought()
+"""
+    codes, said = start(code, 1).end()
+    assert codes == [1]
+    (diagnosis,) = diagnoses(said)
+    assert f"watchdog: {(tmp_path / 'told').read_text()}" == diagnosis
