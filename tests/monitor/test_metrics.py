@@ -131,10 +131,13 @@ def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.Cap
     assert len((run.out_dir / "events.jsonl").read_text().splitlines()) == 2
 
 
-def test_a_start_records_what_the_run_was_started_by_and_on(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_start_records_what_the_run_was_started_by_and_on(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--out_dir", "a b"])
-    RunLog(run, None, is_rank_zero=True).start("here we go", step=3)
-    RunLog(run, None, is_rank_zero=False).start("nobody hears this", step=4)
+    RunLog(run, None, is_rank_zero=True).start(3)
+    RunLog(run, None, is_rank_zero=False).start(4)
+    assert capsys.readouterr().out == "start    a new run at step 3\n"
     (event,) = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
     assert (event["event"], event["step"], event["max_steps"], event["nodes"]) == ("start", 3, 9, 1)
     assert event["command"] == "python pretrain/train.py --out_dir 'a b'"
