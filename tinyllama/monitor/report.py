@@ -32,7 +32,7 @@ from tinyllama.monitor.metrics import complete_rows, read_json_lines, read_metri
 from tinyllama.throughput import duration
 from tinyllama.train.preemption import Preemption
 
-BUCKETS = 800
+BUCKETS = 600
 """Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
 runs of one page share them."""
 
@@ -347,8 +347,8 @@ def _finite(value: Any) -> Any:
 
 
 def _rounded(value: Any) -> Any:
-    """Return ``value``, a float with as many digits as fp32 has: more cost the page twice the room."""
-    return float(f"{value:.7g}") if isinstance(value, float) else value
+    """Return ``value``, a float with six digits: no screen shows more, and all of them cost the page twice the room."""
+    return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
 def _table(file: Any) -> list[Row]:
