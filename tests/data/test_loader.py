@@ -378,7 +378,7 @@ def test_a_validation_batch_has_rows_of_one_dataset(two, max_samples):
             batches = list(validation_batches(two, rank=rank, max_samples=max_samples, **sizes))
             assert [batch.source for batch in batches] == sorted(batch.source for batch in batches)
             for batch in batches:
-                real = batch.tokens[torch.from_numpy(batch.samples >= 0)]
+                real = batch.tokens.long()[torch.from_numpy(batch.samples >= 0)]
                 assert ((real >= 10_000) == bool(batch.source)).all()  # the ids of the second begin there
 
 

@@ -1,5 +1,6 @@
 """Fixtures of tests that run the recipe."""
 
+import importlib.util
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 import yaml
 from runs import World
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
@@ -82,3 +85,14 @@ def straight(
         return _straight[size]
 
     return run
+
+
+@pytest.fixture(scope="module")
+def recipe() -> Any:
+    """pretrain/train.py as a module, for what it finds before anything is started."""
+    spec = importlib.util.spec_from_file_location("the_recipe", ROOT / "pretrain" / "train.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -12,6 +12,8 @@ from checkpoints import load_weights
 from runs import branch, metrics
 
 from tinyllama import InputError
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import named_config
 from tinyllama.eval import generate
 from tinyllama.model import GPT
@@ -93,12 +95,8 @@ def test_a_step_that_is_done_again_has_its_samples_once(world, sampled: dict[str
     ],
 )
 def test_samples_that_cannot_be_made_are_said_at_the_start(
-    sampled: dict[str, Any], tmp_path: Path, changes: dict[str, Any], error: str, monkeypatch: pytest.MonkeyPatch
+    recipe: Any, sampled: dict[str, Any], tmp_path: Path, changes: dict[str, Any], error: str
 ) -> None:
-    from pretrain import train as recipe
-    from tinyllama.config import cli
-    from tinyllama.config.args import PretrainArgs
-
     sampled["eval"] |= changes
     with pytest.raises(InputError, match=error):
         recipe.setup(cli.parse(PretrainArgs, ["--config", str(written(sampled, tmp_path))]))

@@ -1,6 +1,5 @@
 """What the recipe makes of data.*: the mixture, what is refused, and what a resumed run must have as it was."""
 
-import importlib.util
 import json
 import re
 import shutil
@@ -35,16 +34,6 @@ from tinyllama.monitor.console import start_summary
 
 ROOT = Path(__file__).parents[2]
 T = 16  # block_size
-
-
-@pytest.fixture(scope="module")
-def recipe():
-    spec = importlib.util.spec_from_file_location("the_recipe", ROOT / "pretrain" / "train.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
 
 
 @pytest.fixture

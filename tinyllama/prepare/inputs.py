@@ -51,14 +51,14 @@ class Fields:
     """subsets to leave out; needs ``subsets``"""
     fraction: float = 1.0
     """share of the documents that is kept, each by a draw of its own"""
-    held_out: float = 0.0
-    """share of the documents that is left out by the same draws, for a dataset of that ``fraction``"""
     seed: int = 0
     """of those draws, together with the input's name"""
     longest: int = 32 << 20
     """bytes of a JSON line or of a row's text; a longer one is an error (a ``.txt`` is read in parts, however long)"""
     unnamed: bool = False
     """with ``subsets``: records that name none are kept, too"""
+    held_out: float = 0.0
+    """share of the documents that is left out by the same draws, for a dataset of that ``fraction``"""
 
     @property
     def is_drawn(self) -> bool:

@@ -41,7 +41,7 @@ def all_reduce_bytes(backend: str, ranks: int, megabytes: int, timeout: float) -
                 for process in context.processes:
                     process.kill()
                 return None
-        seconds = float((Path(folder) / "seconds").read_text())
+        seconds = float((Path(folder) / "seconds").read_text(encoding="utf-8"))
     return 2 * (ranks - 1) / ranks * (megabytes << 20) / seconds
 
 
@@ -54,7 +54,7 @@ def _all_reduce(rank: int, backend: str, ranks: int, megabytes: int, timeout: fl
     numbers = torch.zeros((megabytes << 20) // 4, device=device)
     seconds = _seconds(lambda: dist.all_reduce(numbers), device)
     if rank == 0:
-        (Path(folder) / "seconds").write_text(str(seconds))
+        (Path(folder) / "seconds").write_text(str(seconds), encoding="utf-8")
     dist.barrier()
     dist.destroy_process_group()
 
