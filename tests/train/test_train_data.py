@@ -32,7 +32,6 @@ from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import start_summary
 
-ROOT = Path(__file__).parents[2]
 T = 16  # block_size
 
 
