@@ -68,14 +68,15 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpu
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
     config = args.model.resolve()
     ops = choice.resolve(vars(args.ops), config, DEVICE, precision=args.train.precision)
-    fabric = build_fabric(find_world(args.parallel), args.parallel, args.train)
+    world = find_world(args.parallel)
+    fabric = build_fabric(world, args.parallel, args.train)
     fabric.launch()
     with torch.device("meta"):
         gpt = GPT(config, ops)
     model = fabric.setup_module(gpt)
     optimizer: Any = fabric.setup_optimizers(build_optimizer(gpt, args.optim, args.train.precision))
     state = TrainState()
-    guard = Guard(args.train, optimizer.optimizer, state, gpus, fabric.device)
+    guard = Guard(args.train, optimizer.optimizer, state, world.copies, fabric.device)
     accumulation = tokens // config.block_size // micro_batch
     train_step = TrainStep(args, fabric, gpt, model, optimizer, guard, accumulation, tokens * gpus)
 
