@@ -95,6 +95,7 @@ TABLE = [
     # without an underscore, but in no library's documentation
     Private("quack.gemm_interface.gemm_gated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
     Private("quack.gemm_interface.gemm_dgated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
+    Private("quack.gemm_config.GemmConfig", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
     Private(
         "quack.gemm_interface.gemm_symmetric",
         ("tinyllama/ops/symmetric_matmul.py",),

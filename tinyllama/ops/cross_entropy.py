@@ -32,6 +32,14 @@ def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
+def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
+    """Add a (M, K) times b (K, N) to ``total`` (M, N) fp32, in place."""
+    if a.is_cuda:
+        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # the product is not rounded to bf16, nor stored
+    else:
+        total += a @ b
+
+
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -46,7 +54,7 @@ class _Chunked(torch.autograd.Function):
             loss += _loss_and_gradient(logits.is_cuda)(logits, targets[rows])
             if wants_gradient:  # the gradients have replaced the logits in place
                 torch.mm(logits, weight, out=dx[rows])
-                dw += logits.T @ x[rows]
+                _add_matmul(dw, logits.T, x[rows])
         if wants_gradient:
             ctx.save_for_backward(dx, dw)
             ctx.dtype = weight.dtype

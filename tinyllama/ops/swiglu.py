@@ -1,5 +1,6 @@
 """Compute Llama's gated MLP (arXiv:2002.05202), ``w3(silu(w1 x) * w2 x)``: x (..., C), w1, w2 (I, C), w3 (C, I)."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -50,8 +51,18 @@ def _quack_backward(gradient: Tensor, w3: Tensor, pre_gate: Tensor) -> tuple[Ten
     """Return the gradient of ``pre_gate``, (N, 2 I), and the output of the gate, (N, I)."""
     from quack.gemm_interface import gemm_dgated
 
-    d_pre_gate, gated = gemm_dgated(gradient, w3, pre_gate, activation="swiglu", tuned=False)
+    d_pre_gate, gated = gemm_dgated(gradient, w3, pre_gate, activation="swiglu", config=_tile(), tuned=False)
     return d_pre_gate, gated
+
+
+@functools.cache
+def _tile() -> Any:
+    """Return the configuration of the backward kernel: on Hopper a tile that is faster than quack's own choice."""
+    from quack.gemm_config import GemmConfig
+
+    if torch.cuda.get_device_capability()[0] != 9:
+        return None  # quack's own
+    return GemmConfig(tile_m=128, tile_n=128, pingpong=True, cluster_m=1, cluster_n=2, is_dynamic_persistent=False)
 
 
 @_quack_backward.register_fake
