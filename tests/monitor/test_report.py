@@ -38,6 +38,7 @@ def make_run(tmp_path: Path) -> Callable[..., Path]:
                 if step:
                     row |= {"loss": height + math.exp(-step / 9) + 0.01 * (step % 3), "lr": 1e-3 / step, "skipped": 0}
                     row |= {"grad_norm": 1 + 1 / step, "tokens_per_second": 1000 + step, "mfu": 0.5 + step / 1000}
+                    row |= {"step_seconds": 0.75, "data_seconds": 0.25}
                     row |= {"max_memory_gb": 2 + step / 100, "tokens_prose": step * 3072, "tokens_code": step * 1024}
                 if step % 10 == 0:
                     row["val_loss"] = height + 1 / (step + 1)
@@ -97,6 +98,47 @@ def test_what_is_smoothed_does_not_lag() -> None:
     assert rows[489]["smooth"] == pytest.approx(1)
     assert rows[494]["smooth"] == pytest.approx(1 - 5 / 21)
     assert rows[505]["smooth"] == pytest.approx(5 / 21)
+
+
+def timed(step: int, **waits: float | None) -> dict[str, Any]:
+    return {"step": step, "tokens": step * TOKENS, "loss": 3.0, "step_seconds": 0.5, **waits}
+
+
+def test_where_the_time_went_in_each_stretch_of_a_run() -> None:
+    """A stretch of 10 steps of 0.5 s takes 5 s, and what else training waited for."""
+    rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}, timed(10, validation_seconds=5.0, data_seconds=1.0)]
+    rows += [{"step": 15, "tokens": 15 * TOKENS, "val_loss": 8.0}, timed(20, save_seconds=15.0, data_seconds=None)]
+    none = {"slowest rank, estimated": 0.0}
+    assert report.where_time_goes(rows) == [
+        {"step": 0, "tokens": 0, "validation": 0.5, "checkpoints": 0.0, "data": 0.1, **none},
+        {"step": 10, "tokens": 10 * TOKENS, "validation": 0.5, "checkpoints": 0.0, "data": 0.1, **none},
+        {"step": 20, "tokens": 20 * TOKENS, "validation": 0.0, "checkpoints": 0.75, "data": 0.0, **none},
+    ]
+    assert report.where_time_goes(rows, stretches=1)[1:] == [
+        {"step": 20, "tokens": 20 * TOKENS, "validation": 5 / 30, "checkpoints": 15 / 30, "data": 1 / 30, **none}
+    ]
+
+
+def test_what_the_slowest_rank_costs_is_estimated_from_its_forward_pass() -> None:
+    """Where it takes a quarter longer than the median, a fifth of the time in steps is waiting for it."""
+    ranks = {"forward_seconds_median": 0.08, "forward_seconds_slowest": 0.1, "data_seconds": 1.0}
+    rows = [timed(0), timed(10, **ranks)]
+    _, found = report.where_time_goes(rows)
+    assert found["slowest rank, estimated"] == pytest.approx((5 - 1) * 0.2 / 5)
+    assert found["data"] == 0.2
+
+
+def test_rows_without_times_have_no_place_in_them() -> None:
+    assert report.where_time_goes([{"step": 0, "tokens": 0}, {"step": 10, "tokens": 5, "loss": 3.0}]) == []
+    assert report.where_time_goes([timed(10)]) == []  # nobody knows of how many steps it is
+    rows = [
+        timed(0),
+        timed(10, data_seconds=-1.0),
+        timed(20, data_seconds=1e300),
+        timed(20),
+        timed(30) | {"step_seconds": 0},
+    ]
+    assert all(0 <= share <= 1 for row in report.where_time_goes(rows) for share in list(row.values())[2:])
 
 
 def test_losses_that_are_no_numbers_are_not_smoothed() -> None:
@@ -531,6 +573,13 @@ def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callabl
         assert (found["x"], found["y"]) == curve(run, "tokens", column), column
     assert [one["name"] for one in shown(browser, "sources")] == ["prose", "code"]
     assert [set(one["y"]) for one in shown(browser, "sources")] == [{0.75}, {0.25}]
+    assert shown(browser, "time") == [
+        {
+            "name": "data",
+            "x": [step * TOKENS for step in range(STEPS + 1)],
+            "y": [pytest.approx(1 / 3)] * (STEPS + 1),
+        }
+    ]
     marks = {one["name"]: one["x"] for one in shown(browser, "timeline")}
     assert marks["restart"] == [10 * TOKENS, 20 * TOKENS, 30 * TOKENS]
     assert marks["skip"] == [15 * TOKENS]

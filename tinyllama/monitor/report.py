@@ -1,7 +1,7 @@
-"""Write report.html from what runs have written: one self-contained page below 2 MB, which draws by plotly.js, offline.
+"""Write report.html from what runs have written: one self-contained page below 2 MB, drawn by plotly.js, offline.
 
-Everything is read from ``out_dir``: metrics.csv, events.jsonl, config.yaml and, where it is there, eval.csv. The page
-itself, with its drawing, is report_page.html; here its data are read, smoothed and thinned out.
+Everything is read from ``out_dir``: metrics.csv, events.jsonl, config.yaml and, if present, samples.jsonl and eval.csv.
+The page itself, with its drawing, is report_page.html; its data are read, smoothed and thinned out here.
 """
 
 import base64
@@ -27,27 +27,28 @@ from tinyllama.checkpoint.names import step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
-from tinyllama.monitor.console import last_by_source, mean_speed
+from tinyllama.monitor.console import WAITS, last_by_source, mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_json_lines, read_metrics, read_samples
 from tinyllama.throughput import duration
 from tinyllama.train.preemption import Preemption
 
 BUCKETS = 600
-"""Curves of more points than twice this are thinned out to the lowest and highest in each of as many stretches; the
-runs of one page share them."""
+"""A curve of more than twice as many points is thinned out to the lowest and the highest in each of as many buckets,
+which the runs of a page share."""
+STRETCHES = 60
+"""At most as many stretches of a run, again shared by the runs of a page, have their time divided among its uses."""
 
 ENVIRONMENT = {"command", "commit", "device", "nodes", "versions", "max_steps"}
-"""Of a start, what the page's cards show."""
-
-NOT_IN_MEMORY = RecursionError, MemoryError
-"""What a file may cause that is nested too deep or declares too much."""
+"""Keys of a start event that the cards at the top of the page show, so that the timeline need not."""
+TOO_LARGE = RecursionError, MemoryError
+"""What reading a file raises that is nested too deep or declares too much."""
 
 Row = dict[str, Any]
 
 
 def write(out_dirs: list[Path], output: Path) -> None:
     """Write the page of one run, or of several in comparison; raises InputError where there is no run."""
-    runs = [read_run(out_dir, BUCKETS // len(out_dirs)) for out_dir in out_dirs]
+    runs = [read_run(out_dir, len(out_dirs)) for out_dir in out_dirs]
     names = [run["name"] for run in runs]
     for run, out_dir in zip(runs, out_dirs, strict=True):
         if names.count(run["name"]) > 1:
@@ -97,8 +98,8 @@ def short(names: list[str], most: int = 24) -> list[str]:
     return ["…" * (begin > 0) + name[begin : len(name) - end] + "…" * (end > 0) for name in names]
 
 
-def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
-    """Read all that the page shows of the run in ``out_dir``."""
+def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
+    """Read all that a page of ``num_runs`` runs shows of the run in ``out_dir``."""
     rows = [{name: _finite(cell) for name, cell in row.items()} for row in read_metrics(out_dir / "metrics.csv")]
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
@@ -107,48 +108,49 @@ def read_run(out_dir: Path, buckets: int = BUCKETS) -> dict[str, Any]:
         tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
         if not (0 < tokens_per_step < 2**63 and isinstance(model.name, str)):
-            raise ValueError("of no run")
-    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, *NOT_IN_MEMORY) as error:
+            raise ValueError("not the settings of a run")
+    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, *TOO_LARGE) as error:
         text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
         raise InputError(text) from error
-    # steps may have had other batches than today's, which are those of the last rows
+    # the batch may have changed during the run: tokens are those of the rows, and today's batch counts after the last
     counts: dict[float, float] = {0: 0} | {row["step"]: row["tokens"] for row in rows}
     last, far = max(counts), 10**9
     counts[last + far] = counts[last] + far * tokens_per_step
     events = read_events(out_dir / "events.jsonl", counts)
     window = smooth(rows)
-    thinned = thin(rows, buckets)
+    thinned = thin(rows, BUCKETS // num_runs)
     origin = branched_from(out_dir)
     branch = {} if origin is None else {"branched from": printable(origin)}
     starts = [event for event in read_json_lines(out_dir / "events.jsonl") if is_start(event)]
-    told = progress(rows, starts, tokens_per_step) | summary(rows, events, model) | surroundings(starts)
+    found = progress(rows, starts, tokens_per_step) | summary(rows, events, model) | surroundings(starts)
     return {
         "name": out_dir.resolve().name,
-        "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | told,
+        "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | found,
         "window": window,
         "settings": {key: _setting(value) for key, value in leaves(config).items()},
         "columns": {name: [_rounded(row.get(name)) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
+        "time": where_time_goes(rows, max(STRETCHES // num_runs, 1)),
         "events": events,
-        "samples": some(read_samples(out_dir / "samples.jsonl")),
+        "samples": thin_samples(read_samples(out_dir / "samples.jsonl")),
         "evaluations": _table(out_dir / "eval.csv"),
     }
 
 
 def is_start(event: Row) -> bool:
-    """Return whether ``event`` is a start that says from where and on how many ranks."""
+    """Return whether ``event`` is a start that says at which step and on how many ranks."""
     return event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size"))
 
 
-def some(samples: list[Row], most: int = 12) -> list[Row]:
-    """Return the sample texts of at most ``most`` steps, evenly spread, the last among them."""
+def thin_samples(samples: list[Row], most: int = 12) -> list[Row]:
+    """Return the sample texts of at most ``most`` evenly spread steps, including the last."""
     steps = sorted({sample["step"] for sample in samples})
     chosen = {steps[round(i)] for i in np.linspace(0, len(steps) - 1, most)} if steps else set()
     return [sample for sample in samples if sample["step"] in chosen]
 
 
 def branched_from(out_dir: Path) -> Path | None:
-    """Return the step directory of another run that the run in ``out_dir`` continues, by the path it was given as."""
+    """Return the step directory of another run that the run in ``out_dir`` continues, as the path it was given by."""
     for event in read_json_lines(out_dir / "events.jsonl"):
         try:
             if event["event"] == "start":
@@ -157,7 +159,7 @@ def branched_from(out_dir: Path) -> Path | None:
                 step_dir = Path(event["resumed_from"])
                 is_own = step_dir.parent.parent.resolve() == out_dir.resolve()  # of a run whose first events are gone
                 return None if is_own or step_of(step_dir) != event["step"] else step_dir
-        except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, *NOT_IN_MEMORY):
+        except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, *TOO_LARGE):
             continue  # it was damaged
     return None
 
@@ -173,7 +175,7 @@ def state(events: list[Row], metrics: Path) -> str:
 
 
 def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str, str]:
-    """Summarize the run in a phrase for each thing that its files tell about."""
+    """Summarize the run in one phrase for each quantity that its files have."""
     found = {"model": f"{printable(model.name)}, {model.num_params():,} parameters"}
     if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
         best, at = min(validated)
@@ -198,7 +200,7 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
 
 
 def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[str, str]:
-    """Say how far the run is, what that has taken, and what is left, as far as its ``starts`` tell its length."""
+    """Say how far the run is, what that has taken and, if its last start recorded ``max_steps``, what is left."""
     step, tokens = rows[-1]["step"], rows[-1]["tokens"]
     found = {"progress": f"step {step:,.0f}, {tokens:,.0f} tokens"}
     known = starts[-1] if starts else {}
@@ -210,7 +212,7 @@ def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[s
                 f"{duration((max_steps - step) * tokens_per_step / speed)}, without validations and saves"
             )
     hours = before = 0.0
-    for row in rows:  # a step was done by the ranks of the last start before it
+    for row in rows:  # the ranks of a step are those of the last start before it
         ranks = next((s["world_size"] for s in starts[::-1] if s["step"] < row["step"]), 0)
         if (speed := row.get("tokens_per_second") or 0) > 0:
             hours += ranks * (row["tokens"] - before) / speed / 3600
@@ -222,7 +224,7 @@ def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[s
 
 
 def surroundings(starts: list[Row]) -> dict[str, str]:
-    """Return what the last of ``starts`` was started by and on, in a phrase each; earlier versions recorded none."""
+    """Return the hardware, versions, commit and command of the last of ``starts``; earlier versions recorded none."""
     known = starts[-1] if starts else {}
     found = {}
     if device := known.get("device"):
@@ -235,9 +237,9 @@ def surroundings(starts: list[Row]) -> dict[str, str]:
 
 
 def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
-    """Read the events of a run: their kind, step and its tokens, time (s since 1970), and details in a line.
+    """Read the events of a run: kind, step, tokens at that step, time (s since 1970), and details in one line.
 
-    ``counts`` are the tokens at some steps, between which every step has as many.
+    ``counts`` are the tokens at some steps; between those they are interpolated.
     """
     steps, tokens = zip(*sorted(counts.items()), strict=True)
     events: list[Row] = []
@@ -248,7 +250,7 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
             found = step if found is None else int(found)
         except (ValueError, KeyError, TypeError, OverflowError):
             continue  # it was damaged
-        if not (0 <= at < 1e12 and 0 <= found < 2**63):  # no date, no step
+        if not (0 <= at < 1e12 and 0 <= found < 2**63):  # neither a date nor a step
             continue
         step = found
         if kind == "stop" and event.get("by") not in (None, Preemption.NAMES[Preemption.FAILED_SAVE]):
@@ -266,13 +268,13 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
 def smooth(rows: list[Row]) -> int:
     """Add ``smooth``, the mean training loss of the rows around it, to each row that has a loss; return its steps.
 
-    The window is centered, so that the mean does not lag: a fiftieth of the run's rows, but five at least. Towards the
-    ends it is smaller, for as many rows lie on either side.
+    The window is centered, so that the mean does not lag: a fiftieth of the run's rows, but at least five. It shrinks
+    towards the ends, where fewer rows are left on one side.
     """
     trained = [row for row in rows if _finite(row.get("loss")) is not None]
     losses = np.array([row["loss"] for row in trained], dtype=np.float64)
     half = max(len(trained) // 100, 2)
-    scale = max(np.abs(losses).max(initial=0), 1e-300)  # a sum of losses could be beyond any number
+    scale = max(np.abs(losses).max(initial=0), 1e-300)  # a sum of the largest losses could overflow
     sums = np.concatenate([[0.0], np.cumsum(losses / scale)])
     at = np.arange(len(trained))
     reach = np.minimum(np.minimum(at, at[::-1]), half)
@@ -284,9 +286,9 @@ def smooth(rows: list[Row]) -> int:
 
 
 def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
-    """Return ``rows``, or of a long run the lowest and highest training loss of each bucket, and so of validations.
+    """Return ``rows``, of a long run only those with the lowest and the highest training loss of each bucket.
 
-    Those have a fourth as many buckets.
+    The same is done for validations, in a fourth as many buckets.
     """
     if len(rows) <= 2 * buckets:
         return rows
@@ -300,8 +302,38 @@ def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
     return [rows[i] for i in sorted(kept)]
 
 
+def where_time_goes(rows: list[Row], stretches: int = STRETCHES) -> list[Row]:
+    """Divide a run into at most ``stretches`` stretches, and return which share of each one's time each wait took.
+
+    A stretch has the step and the tokens at its end; the first is there twice, with those at its beginning as well.
+    What the slowest rank costs the others is estimated: it is taken to be as slow in all of a step as in the forward
+    pass that is timed.
+    """
+    table, before = [], rows[0]["step"]
+    for row in rows:
+        in_steps = (row["step"] - before) * _seconds(row, "step_seconds")
+        if in_steps <= 0:
+            continue
+        before = row["step"]
+        seconds = {what: _seconds(row, column) for column, what in WAITS.items()}
+        seconds["data"] = min(seconds["data"], in_steps)
+        median, slowest = (_seconds(row, f"forward_seconds_{which}") for which in ("median", "slowest"))
+        share_lost = 1 - median / slowest if slowest > median else 0.0
+        seconds["slowest rank, estimated"] = (in_steps - seconds["data"]) * share_lost
+        total = in_steps + seconds["checkpoints"] + seconds["validation"]
+        table.append({"step": row["step"], "tokens": row["tokens"], "total": total} | seconds)
+    size = -(-len(table) // stretches) or 1
+    found = []
+    for first in range(0, len(table), size):
+        stretch = table[first : first + size]
+        total = sum(interval["total"] for interval in stretch)
+        shares = {what: sum(interval[what] for interval in stretch) / total for what in list(table[0])[3:]}
+        found.append({"step": stretch[-1]["step"], "tokens": stretch[-1]["tokens"]} | shares)
+    return [found[0] | {"step": rows[0]["step"], "tokens": rows[0]["tokens"]}, *found] if found else []
+
+
 def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
-    """Draw training and validation loss over the tokens for a terminal: lines of braille dots, labelled at the ends."""
+    """Draw training and validation loss over the tokens for a terminal, as lines of braille dots."""
     curves = [
         [(row["tokens"], row[name]) for row in rows if _finite(row.get(name)) is not None]
         for name in ("loss", "val_loss")
@@ -310,7 +342,7 @@ def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
     if not losses:
         return []
     low, high, right = min(losses), max(losses), max(tokens for curve in curves for tokens, _ in curve) or 1
-    scale = max(abs(low), abs(high)) or 1  # of the largest numbers, a difference could be beyond any number
+    scale = max(abs(low), abs(high)) or 1  # a difference of the largest numbers could overflow
     span = high / scale - low / scale or 1
     training, points = ([(x / right, (high / scale - y / scale) / span) for x, y in curve] for curve in curves)
     points += training[-1:]
@@ -326,6 +358,12 @@ def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
     return [*lines, " " * 8 + " └" + "─" * width, " " * 10 + f"0{f'{right:,.0f} tokens':>{width - 1}}"]
 
 
+def _seconds(row: Row, column: str) -> float:
+    """Return the seconds in a cell, 0 for those that no run can have taken."""
+    value = row.get(column)
+    return float(value) if value is not None and 0 < value < 1e9 else 0.0
+
+
 def _setting(value: Any) -> str:
     """Return a setting's value as YAML has it."""
     return printable(value if isinstance(value, str) else json.dumps(value, default=str), 200)
@@ -336,18 +374,18 @@ def _read_config(out_dir: Path) -> Any:
 
 
 def _loss(loss: float, digits: int = 4) -> str:
-    """Format a loss, one far from those of language models by its power of ten."""
+    """Format a loss; one far from those of language models as a power of ten."""
     is_usual = loss == 0 or 1e-3 <= abs(loss) < 1e4
     return f"{loss:.{digits}f}" if is_usual else f"{loss:.1e}"
 
 
 def _finite(value: Any) -> Any:
-    """Return ``value``, but None for text and for numbers that JSON does not have."""
+    """Return ``value``, or None if it is text or a number that JSON does not have."""
     return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _rounded(value: Any) -> Any:
-    """Return ``value``, a float with six digits: no screen shows more, and all of them cost the page twice the room."""
+    """Return ``value``, a float with six digits: more would not be visible, but double the size of the page."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
