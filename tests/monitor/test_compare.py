@@ -24,7 +24,10 @@ MakeRun = Callable[..., Path]
 
 @pytest.fixture
 def make_run(tmp_path: Path) -> MakeRun:
-    """A function that writes a run of 10 tokens a step: ``val_losses`` by step, and ``speeds`` of the steps after."""
+    """A function that writes a run of 10 tokens a step: ``val_losses`` by step, and ``speeds`` of the steps after.
+
+    The loss of each validation source is by one above that of the source before.
+    """
     from dataclasses import asdict, replace
 
     def make(
@@ -33,15 +36,18 @@ def make_run(tmp_path: Path) -> MakeRun:
         speeds: dict[int, float],
         origin: Path | None = None,
         ends: str = "done",
+        sources: tuple[str, ...] = (),
         **settings: Any,
     ) -> Path:
         out_dir = tmp_path / name
         out_dir.mkdir(parents=True)
         with (out_dir / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, COLUMNS)
+            writer = csv.DictWriter(file, [*COLUMNS, *(f"val_loss/{source}" for source in sources)])
             writer.writeheader()
             for step in sorted(val_losses.keys() | speeds.keys()):
                 row: dict[str, Any] = {"step": step, "tokens": 10 * step, "val_loss": val_losses.get(step)}
+                for i, source in enumerate(sources if step in val_losses else ()):
+                    row[f"val_loss/{source}"] = val_losses[step] + i
                 writer.writerow(row | {"tokens_per_second": speeds.get(step), "skipped": 0})
         step = int(origin.name[5:]) if origin else 0
         events = [{"time": 1, "event": "start", "step": step, "resumed_from": str(origin) if origin else None}]
@@ -153,6 +159,38 @@ def test_losses_that_are_not_finite_and_rows_without_a_speed_are_passed_over(mak
     assert (curve.tokens, curve.losses) == ([0, 200, 300], [9.0, 3.0, 2.0])
     assert curve.seconds_at(300) == 30  # as fast after the last speed as there
     assert read_curve(make_run("no_speed", {0: 9.0}, {})).clock is None
+
+
+def test_each_validation_source_is_compared_where_all_runs_have_it(make_run: MakeRun, script: Any) -> None:
+    runs = [
+        make_run("one", {0: 8.0, 10: 4.0, 20: 2.0}, {20: 1.0}, sources=("web", "code", "old")),
+        make_run("two", {0: 9.0, 10: 3.0, 15: 1.0}, {15: 1.0}, sources=("web", "code")),
+    ]
+    found = compare.compare(read_curves(runs))
+    assert found["by_source"] == [
+        {"source": "web", "tokens": 150, "losses": [3.0, 1.0]},
+        {"source": "code", "tokens": 150, "losses": [4.0, 2.0]},
+    ]
+    table = """\
+Held-out loss by validation source after 150 tokens
+source                                            A          B
+web                                          3.0000     1.0000
+code                                         4.0000     2.0000
+"""
+    code, out, _ = script("compare_runs", *runs)
+    assert code == 0
+    assert table in out
+    later = make_run("later", {30: 1.0}, {30: 1.0}, sources=("web", "code"))
+    assert compare.compare(read_curves([runs[0], later]))["by_source"] == []  # no token count in common
+
+
+def test_a_branch_has_the_sources_of_its_history_unless_it_was_validated_otherwise(make_run: MakeRun) -> None:
+    trunk = make_run("trunk", {0: 9.0, 10: 5.0}, {10: 1.0}, sources=("web", "code"))
+    origin = trunk / "checkpoints" / "step-00000010"
+    branch = make_run("branch", {20: 2.0}, {20: 1.0}, origin=origin, sources=("web", "code"))
+    assert read_curve(branch).by_source["code"] == ([0, 100, 200], [10.0, 6.0, 3.0])
+    other = make_run("other", {20: 2.0}, {20: 1.0}, origin=origin, sources=("web",), eval__max_samples=7)
+    assert read_curve(other).by_source == {"web": ([200], [2.0])}
 
 
 def test_many_validations_are_thinned_to_ten_and_keep_the_last(make_run: MakeRun) -> None:

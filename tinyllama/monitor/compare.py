@@ -21,6 +21,8 @@ WIDTH = 100
 """columns of a printed line"""
 POINTS = 10
 """The losses are printed at no more token counts than this, those of validations."""
+VAL_LOSS = "val_loss"
+"""the column of the held-out loss; that of a validation source is val_loss/NAME"""
 OF_THE_FOLDER = {"out_dir", "train.resume"}
 """settings that differ between any two runs"""
 
@@ -40,6 +42,8 @@ class Curve:
     tokens: list[int]
     """tokens at each validation"""
     losses: list[float]
+    by_source: dict[str, tuple[list[int], list[float]]]
+    """tokens at each validation and the loss then, of each validation source that has losses of its own"""
     clock: tuple[list[int], list[float]] | None
     """tokens, and the seconds of training until then; None where part of the history is missing"""
 
@@ -86,20 +90,30 @@ def read_curve(out_dir: Path) -> Curve:
     Raises InputError for a run without a held-out loss, a damaged metrics.csv, and settings of no run.
     """
     rows, is_whole = history(out_dir, validation_of(out_dir))
-    validated = [(row["tokens"], row["val_loss"]) for row in rows if _is_finite(row.get("val_loss"))]
-    if not validated:
+    tokens, losses = validations(rows, VAL_LOSS)
+    if not losses:
         hint = "compare runs with data.validation, after a validation"
         raise InputError(f"{out_dir / 'metrics.csv'} has no held-out loss (val_loss): {hint}")
+    sources = dict.fromkeys(
+        name[len(VAL_LOSS) + 1 :] for row in rows for name in row if name.startswith(f"{VAL_LOSS}/")
+    )
     events = read_events(out_dir / "events.jsonl", {0: 0})
     return Curve(
         out_dir,
         {key: value for key, value in leaves(read_settings(out_dir)).items() if key not in OF_THE_FOLDER},
         branched_from(out_dir),
         bool(events) and events[-1]["kind"] == "done",
-        [tokens for tokens, _ in validated],
-        [loss for _, loss in validated],
+        tokens,
+        losses,
+        {name: found for name in sources if (found := validations(rows, f"{VAL_LOSS}/{name}"))[1]},
         clock(rows) if is_whole else None,
     )
+
+
+def validations(rows: list[Row], column: str) -> tuple[list[int], list[float]]:
+    """Return the tokens and the losses of the rows that have a finite loss in ``column``."""
+    having = [row for row in rows if _is_finite(row.get(column))]
+    return [row["tokens"] for row in having], [row[column] for row in having]
 
 
 def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple[list[Row], bool]:
@@ -117,8 +131,9 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
     if not found:
         return rows, False
     earlier, is_whole = history(found[0], validation, seen)
-    hidden = {"val_loss": None} if different(validation_of(found[0]), validation) else {}
-    return [row | hidden for row in earlier if row["step"] <= begins] + rows, is_whole
+    if different(validation_of(found[0]), validation):
+        earlier = [{name: cell for name, cell in row.items() if not name.startswith(VAL_LOSS)} for row in earlier]
+    return [row for row in earlier if row["step"] <= begins] + rows, is_whole
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -203,8 +218,19 @@ def compare(curves: Sequence[Curve]) -> dict[str, Any]:
     losses = [
         {"tokens": tokens, "losses": [curve.loss_at(tokens) for curve in curves]} for tokens in common_tokens(curves)
     ]
+    tokens = losses[-1]["tokens"] if losses else 0
+    by_source = [
+        {
+            "source": name,
+            "tokens": tokens,
+            "losses": [float(np.interp(tokens, *curve.by_source[name])) for curve in curves],
+        }
+        for name in curves[0].by_source
+        if losses and all(name in curve.by_source for curve in curves)
+    ]
     reached = [_reached(curve, target) for target in curves for curve in curves if curve is not target]
-    return {"runs": runs, "losses": losses, "reached": reached, "settings": different_settings(curves)}
+    settings = different_settings(curves)
+    return {"runs": runs, "losses": losses, "by_source": by_source, "reached": reached, "settings": settings}
 
 
 def common_tokens(curves: Sequence[Curve]) -> list[int]:
@@ -264,6 +290,11 @@ def lines(curves: Sequence[Curve], found: dict[str, Any]) -> Iterator[str]:
     yield from ("", "Held-out loss at equal tokens, interpolated between validations")
     rows = [[f"{row['tokens']:,}", *map(_loss, row["losses"])] for row in found["losses"]]
     yield from _table(["tokens", *names.values()], rows, first=20, column=10)
+
+    if sources := found["by_source"]:
+        yield from ("", f"Held-out loss by validation source after {sources[0]['tokens']:,} tokens")
+        rows = [[row["source"], *map(_loss, row["losses"])] for row in sources]
+        yield from _table(["source", *names.values()], rows, first=40, column=10)
 
     yield from ("", "What a run needs to the last held-out loss of another, and as a share of what that has needed")
     rows = []
