@@ -215,18 +215,16 @@ def compare(curves: Sequence[Curve]) -> dict[str, Any]:
         }
         for curve in curves
     ]
-    losses = [
-        {"tokens": tokens, "losses": [curve.loss_at(tokens) for curve in curves]} for tokens in common_tokens(curves)
-    ]
-    tokens = losses[-1]["tokens"] if losses else 0
+    common = common_tokens(curves)
+    losses = [{"tokens": tokens, "losses": [curve.loss_at(tokens) for curve in curves]} for tokens in common]
     by_source = [
         {
             "source": name,
-            "tokens": tokens,
-            "losses": [float(np.interp(tokens, *curve.by_source[name])) for curve in curves],
+            "tokens": common[-1],
+            "losses": [float(np.interp(common[-1], *curve.by_source[name])) for curve in curves],
         }
         for name in curves[0].by_source
-        if losses and all(name in curve.by_source for curve in curves)
+        if common and all(name in curve.by_source for curve in curves)
     ]
     reached = [_reached(curve, target) for target in curves for curve in curves if curve is not target]
     settings = different_settings(curves)
