@@ -8,7 +8,7 @@ import pty
 import re
 import resource
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -256,8 +256,8 @@ def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: 
     assert set(events[1]["seconds"]) == {"training", "validation", "checkpoints"}
 
 
-def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
-    """The same through a pseudo-terminal."""
+def in_terminal(columns: int, write: Callable[[], None]) -> bytes:
+    """Return what ``write`` writes to stdout if that is a terminal of ``columns`` columns."""
     reader, writer = pty.openpty()
     with (
         os.fdopen(writer, "w", encoding="utf-8") as terminal,
@@ -265,16 +265,27 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
         pytest.MonkeyPatch.context() as env,
     ):
         env.setenv("TERM", "xterm-256color")
-        env.setenv("COLUMNS", "60")  # as narrow as a phone's
-        show_summary("pretrain", start_summary(run, "master float32", ["here: rank 0"]))
-        with RunLog(run, None, is_rank_zero=True) as log:
-            log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
-            log.event("skip", "skipped step 4")
+        env.setenv("COLUMNS", str(columns))
+        env.delenv("NO_COLOR", raising=False)
+        write()
     said = b""
     with contextlib.suppress(OSError):  # a terminal that nobody writes to any more
         while chunk := os.read(reader, 65536):
             said += chunk
     os.close(reader)
+    return said
+
+
+def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
+    """The same through a pseudo-terminal."""
+
+    def write() -> None:
+        show_summary("pretrain", start_summary(run, "master float32", ["here: rank 0"]))
+        with RunLog(run, None, is_rank_zero=True) as log:
+            log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
+            log.event("skip", "skipped step 4")
+
+    said = in_terminal(60, write)  # as narrow as a phone's
     plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
     assert "─ pretrain ─" in plain
     assert all(len(line) <= 60 for line in plain.replace("\r", "\n").split("\n"))
@@ -282,6 +293,28 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     assert "loss 3.2500" in plain
     assert "skipped step 4\r\n" in plain
     assert said.rstrip().endswith(b"\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize(
+    ("name", "details", "text", "is_alarm"),
+    [
+        *[("stop", {"by": by}, "stopped", False) for by in ("SIGTERM", "SIGUSR1", "SIGINT", "train.max_time")],
+        ("stop", {"by": "checkpoint.on_failure"}, "stopped", True),
+        ("stop", {"reason": "a spike"}, "stopped for good", True),
+        ("checkpoint_failed", {}, "error: no space left", True),
+        ("checkpoint", {}, "checkpoint of step 3", False),
+    ],
+)
+def test_red_in_a_terminal_is_for_errors_and_stops_that_nobody_asked_for(
+    run: Run, name: str, details: dict[str, Any], text: str, is_alarm: bool
+) -> None:
+    def write() -> None:
+        with RunLog(run, None, is_rank_zero=True) as log:
+            log.event(name, text, step=3, **details)
+
+    said = in_terminal(100, write)
+    assert text.encode() in said
+    assert (b"\x1b[1;31m" + text.encode() in said) is is_alarm
 
 
 def full_row(step: int, **changes: Any) -> dict[str, Any]:

@@ -44,7 +44,15 @@ NOTEWORTHY = 1.1
 """slowest over median rank from where the slowest is named"""
 WIDTH = 100  # columns of a summary in a file
 TO_COPY = ("saved", "next", "")  # keys of a summary whose values stay on one line: paths and commands
-STYLES = {"start": "bold", "validation": "cyan", "checkpoint": "green", "skip": "yellow", "stop": "bold red"}
+ALARM = "bold red"
+STYLES = {
+    "start": "bold",
+    "validation": "cyan",
+    "checkpoint": "green",
+    "skip": "yellow",
+    "pause": "bold",
+    "stop": ALARM,
+}
 
 
 class Console:
@@ -70,10 +78,11 @@ class Console:
             self._live.stop()
 
     def line(self, text: str, kind: str = "") -> None:
-        """Print a line that stays."""
+        """Print a line that stays; errors and a stop that nobody asked for are alarms."""
         text = printable(text)
         if self._live:
-            self._live.console.print(Text(text, STYLES.get(kind, "")), soft_wrap=True)
+            style = ALARM if text.startswith("error: ") else STYLES.get(kind, "")
+            self._live.console.print(Text(text, style), soft_wrap=True)
         else:
             print(text, flush=True)
 

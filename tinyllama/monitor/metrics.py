@@ -27,6 +27,7 @@ from tinyllama.monitor.profile import Trace
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
+from tinyllama.train.preemption import was_asked_for
 from tinyllama.train.run import Run
 
 TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
@@ -45,13 +46,14 @@ BY_SOURCE = ("val_loss/", "val_bpb/")
 
 HOOK_EVENTS = {
     "start": "started",
-    "stop": "stopped",
+    "pause": "stopped",
+    "stop": "failed",
     "done": "finished",
     "skip": "anomaly",
     "checkpoint_failed": "anomaly",
     "metrics_failed": "anomaly",
 }
-"""What log.on_event is told of the events in events.jsonl."""
+"""What log.on_event is told of the events in events.jsonl; a pause is a stop that was asked for."""
 
 
 class RunLog:
@@ -236,11 +238,11 @@ class RunLog:
         """Append an event with its details to events.jsonl, and show ``lines``."""
         if self._is_rank_zero:
             append_json(self._events, {"time": round(time.time(), 3), "event": name, **details})
+            kind = "pause" if name == "stop" and was_asked_for(details.get("by")) else name
             for line in lines:
-                self._console.line(line, name)
-            if self._hook and name in HOOK_EVENTS:
-                is_failure = "reason" in details or details.get("by") == "checkpoint.on_failure"
-                self._hook("failed" if name == "stop" and is_failure else HOOK_EVENTS[name], "; ".join(lines))
+                self._console.line(line, kind)
+            if self._hook and kind in HOOK_EVENTS:
+                self._hook(HOOK_EVENTS[kind], "; ".join(lines))
 
     def _append(self, row: dict[str, Any]) -> None:
         step = row["step"]

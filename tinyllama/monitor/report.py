@@ -30,7 +30,7 @@ from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import WAITS, last_by_source, mean_speed
 from tinyllama.monitor.metrics import complete_rows, read_json_lines, read_metrics, read_samples
 from tinyllama.throughput import duration
-from tinyllama.train.preemption import Preemption
+from tinyllama.train.preemption import was_asked_for
 
 BUCKETS = 600
 """A curve of more than twice as many points is thinned out to the lowest and the highest in each of as many buckets,
@@ -253,8 +253,8 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
         if not (0 <= at < 1e12 and 0 <= found < 2**63):  # neither a date nor a step
             continue
         step = found
-        if kind == "stop" and event.get("by") not in (None, Preemption.NAMES[Preemption.FAILED_SAVE]):
-            kind = "pause"  # as it was asked to; the same command resumes
+        if kind == "stop" and was_asked_for(event.get("by")):
+            kind = "pause"
         shown = {key: value for key, value in event.items() if key not in ENVIRONMENT and value not in (None, [], {})}
         details = ", ".join(f"{key} {value}" for key, value in shown.items())
         done = round(float(np.interp(step, steps, tokens)))

@@ -9,6 +9,11 @@ import torch
 import torch.distributed as dist
 
 
+def was_asked_for(by: object) -> bool:
+    """Return whether ``by`` of a stop event is a signal or setting that asked for it: then the same command resumes."""
+    return by not in (None, Preemption.NAMES[Preemption.FAILED_SAVE])
+
+
 class Preemption:
     """A stop that every rank agrees on, whichever of them the signal reached or whose time is over.
 
