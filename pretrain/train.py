@@ -39,7 +39,7 @@ from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption
 from tinyllama.train.run import Run, choose_ops, gradient_accumulation, load_checkpoint, mix, start_from
-from tinyllama.train.samples import Samples
+from tinyllama.train.samples import open_samples
 from tinyllama.train.step import Losses, TrainStep
 from tinyllama.train.step_clock import StepClock
 
@@ -58,9 +58,10 @@ def setup(args: PretrainArgs) -> Run:
     mixture = mix(args, sources, config.block_size, accumulation)
     ops = choose_ops(args, config, [*sources, *validation])
     step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
-    run = start_from(step_dir, Run(args, config, world, sources, validation, mixture, accumulation, ops))
+    samples = open_samples(args.eval, config, sources[0].tokenizer_sha256)
+    run = Run(args, config, world, sources, validation, mixture, accumulation, ops, samples=samples)
+    run = start_from(step_dir, run)
     initial_weights(run)  # for its errors; they are read once every rank is there
-    Samples(run)  # likewise
     return run
 
 
@@ -156,7 +157,6 @@ class Training:
         self.guard = Guard(args.train, self.optimizer, state, run.world.copies, fabric.device)
         self.losses = losses_of(run, model)
         log.watch_memory(gpt, self.optimizer)
-        self.samples = Samples(run)
         tokens = run.tokens_per_step
         self.train_step = TrainStep(args, fabric, gpt, self.losses, optimizer, self.guard, run.accumulation, tokens)
         self.micro_batches = {  # what a batch of this rank is, in training and in validation
@@ -228,7 +228,7 @@ class Training:
         with self.log.clock("validation", step):
             batches = validation_batches(run.validation, **self.micro_batches, max_samples=run.args.eval.max_samples)
             found = evaluate.held_out_losses(self.losses, batches, run.validation, self.fabric.device, stop)
-            texts = self.samples.texts(self.gpt, self.fabric.device, stop)
+            texts = run.samples.texts(self.gpt, self.fabric.device, stop) if run.samples else []
             reshard(self.gpt)
         if found is not None and texts is not None:
             self.state.validated = step

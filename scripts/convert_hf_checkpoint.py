@@ -3,19 +3,18 @@
 python scripts/convert_hf_checkpoint.py HF_DIR OUTPUT [--dtype bfloat16] [--no-verify]
 """
 
-import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.convert import native
-from tinyllama.convert.verify import VerificationError, verified
+from tinyllama.convert.verify import verified, written
 from tinyllama.convert.weights import DTYPES, open_weights
 
 
-def main() -> int:
-    """Parse the flags, convert and print; return 1, with nothing written, when verification finds a difference."""
+def main() -> None:
+    """Parse the flags, convert and print; exit with 1, with nothing written, when verification finds a difference."""
     parser = cli.arguments(__doc__)
     parser.add_argument("hf_dir", type=Path, help="config.json with safetensors or .bin files")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier conversion there is replaced")
@@ -33,14 +32,9 @@ def main() -> int:
         if args.verify:
             lines.append(verified(args.hf_dir, open_weights(step_dir), weights.dtype, is_foreign=True))
 
-    try:
+    with written(args.output):
         step_dir = native.write(args.output, weights, check)
-    except VerificationError as error:
-        print(f"{args.output} is not written: the conversion is wrong", file=sys.stderr)
-        print(error)
-        return 1
     print("\n".join([f"{args.hf_dir} -> {step_dir}", *lines]))
-    return 0
 
 
 if __name__ == "__main__":

@@ -6,23 +6,23 @@ python scripts/convert_lit_checkpoint.py CHECKPOINT OUTPUT --license apache-2.0 
 python scripts/convert_lit_checkpoint.py lit_model.pth OUTPUT --model.name tinyllama_1.1b [--model.n_layer 3 ...]
 """
 
-import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
 from tinyllama import InputError
+from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.config import cli
 from tinyllama.config.args import ModelArgs
 from tinyllama.convert import hf_folder, hub
 from tinyllama.convert.average import open_average, source
 from tinyllama.convert.tokenizer_files import matching_tokenizer
-from tinyllama.convert.verify import VerificationError, verified
+from tinyllama.convert.verify import verified, written
 from tinyllama.convert.weights import DTYPES, open_weights
 from tinyllama.monitor.model_card import model_card
 
 
-def main() -> int:
-    """Parse the flags, convert and print; return 1, with nothing written, when verification finds a difference."""
+def main() -> None:
+    """Parse the flags, convert and print; exit with 1, with nothing written, when verification finds a difference."""
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or upstream's .pth")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier export there is replaced")
@@ -50,26 +50,20 @@ def main() -> int:
         tokenizer = matching_tokenizer(args.tokenizer, trained_with, weights.config)
     if args.push_to_hub is not None:
         hub.check(args.push_to_hub)
-    run = weights.path.parents[1] if weights.path.parent.name == "checkpoints" else weights.path
-    card = model_card(
-        weights, args.push_to_hub or run.resolve().name, args.push_to_hub or args.output.resolve().name, args.license
-    )
+    source_dir = weights.path if step_of(weights.path) is None else run_dir(weights.path)
+    title, model = (args.push_to_hub or folder.resolve().name for folder in (source_dir, args.output))
+    card = model_card(weights, title, model, args.license)
     lines = [f"{source(weights)} -> {args.output}"]
 
     def check(folder: Path) -> None:
         if args.verify:
             lines.append(verified(folder, weights, weights.dtype))
 
-    try:
+    with written(args.output):
         hf_folder.write(args.output, weights, tokenizer, check=check, more=card)
-    except VerificationError as error:
-        print(f"{args.output} is not written: the conversion is wrong", file=sys.stderr)
-        print(error)
-        return 1
     print("\n".join(lines))
     if args.push_to_hub is not None:
         print(f"{args.output} -> {hub.push(args.output, args.push_to_hub)}")
-    return 0
 
 
 if __name__ == "__main__":

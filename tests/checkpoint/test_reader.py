@@ -18,7 +18,7 @@ from torch.distributed.checkpoint.metadata import _MEM_FORMAT_ENCODING, Metadata
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader, resume
-from tinyllama.checkpoint.names import step_dir
+from tinyllama.checkpoint.names import run_dir, step_dir
 from tinyllama.checkpoint.state import TrainState
 
 
@@ -288,3 +288,8 @@ def test_a_pickle_may_name_nothing_but_metadata(what: Callable[..., object], sav
     with pytest.raises(InputError, match=said):
         load_weights(step_dir)
     assert said in (reader.problem(step_dir) or "")
+
+
+def test_the_run_of_a_step_directory_is_above_its_checkpoints() -> None:
+    assert run_dir(Path("out/mine/checkpoints/step-00000005")) == Path("out/mine")
+    assert run_dir(Path("kept/step-00000005")) == Path("kept")  # a copy of it

@@ -15,6 +15,12 @@ def step_of(path: Path) -> int | None:
     return int(named[1]) if named else None
 
 
+def run_dir(step_dir: Path) -> Path:
+    """Return the folder of the run that a step directory is of: above ``checkpoints``, else the one it is in."""
+    folder = step_dir.parent
+    return folder.parent if folder.name == "checkpoints" else folder
+
+
 def step_dirs(folder: Path) -> list[tuple[int, Path]]:
     """Return the steps in ``folder`` and their directories, complete or not, sorted by step."""
     return sorted((step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None)

@@ -1,5 +1,8 @@
 """Verify a conversion: compare logits in fp32 and token ids of both models on fixed input."""
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +61,17 @@ def summarize(difference: float) -> tuple[str, int]:
     """Return the line that a command prints about ``difference`` and its exit code, 1 if not within the tolerance."""
     text = f"verify: max |logit difference| to transformers {difference:.1e}, tolerance {TOLERANCE:.0e}"
     return text, int(not difference <= TOLERANCE)
+
+
+@contextlib.contextmanager
+def written(output: Path) -> Iterator[None]:
+    """End the command with 1 if the verification in the block finds a difference, so that ``output`` is not written."""
+    try:
+        yield
+    except VerificationError as error:
+        print(f"{output} is not written: the conversion is wrong", file=sys.stderr)
+        print(error)
+        sys.exit(1)
 
 
 def verified(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool = False) -> str:

@@ -16,7 +16,7 @@ import torch
 
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.names import step_dirs
+from tinyllama.checkpoint.names import run_dir, step_dirs
 from tinyllama.checkpoint.resume import stopped_file
 from tinyllama.convert import hf_folder
 from tinyllama.convert.tokenizer_files import separator
@@ -167,8 +167,7 @@ def _scores(weights: Weights, found: dict[str, Any], task: Task) -> Iterator[Sco
 
 def csv_of(weights: Weights) -> Path:
     """Return the path for a checkpoint's scores: eval.csv in its run's folder, or beside the checkpoint."""
-    folder = weights.path.parent
-    return (folder.parent if folder.name == "checkpoints" else folder) / "eval.csv"
+    return run_dir(weights.path) / "eval.csv"
 
 
 def read_scores(path: Path) -> list[dict[str, str]]:

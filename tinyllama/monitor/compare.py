@@ -10,7 +10,7 @@ import numpy as np
 
 from tinyllama import InputError, printable
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.names import step_of
+from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.metrics import parse_metrics
@@ -124,7 +124,7 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
     rows, origin = read_rows(out_dir / "metrics.csv"), branched_from(out_dir)
     if origin is None:
         return rows, True
-    begins, given, seen = step_of(origin) or 0, origin.parent.parent, [*later, out_dir.resolve()]
+    begins, given, seen = step_of(origin) or 0, run_dir(origin), [*later, out_dir.resolve()]
     beside = out_dir.resolve().parent / given.name  # both may have been moved
     found = [path for path in (given, beside) if (path / "metrics.csv").is_file() and path.resolve() not in seen]
     rows = [row for row in rows if row["step"] > begins]

@@ -15,6 +15,7 @@ from typing import Any
 
 from tinyllama import InputError, __version__, printable
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import run_dir
 from tinyllama.convert.weights import Weights
 from tinyllama.monitor.metrics import complete_rows, read_metrics
 
@@ -72,9 +73,7 @@ def _run_of(weights: Weights) -> tuple[Path | None, dict[str, Any], dict[str, An
     """Return the folder, the settings and the state of the run that saved ``weights``; nothing for others' weights."""
     if not (weights.path / "state.json").is_file():
         return None, {}, {}
-    run = weights.path.parent
-    settings, state = reader.read_settings(weights.path), reader.read_state(weights.path)
-    return run.parent if run.name == "checkpoints" else run, settings, state
+    return run_dir(weights.path), reader.read_settings(weights.path), reader.read_state(weights.path)
 
 
 def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> list[tuple[str, ...]]:
@@ -161,7 +160,7 @@ def _curve(rows: Rows, width: int = 720, height: int = 320) -> str:
     if max(map(len, points.values())) < 2:
         return ""
     low, high, right = min(losses), max(losses), max(tokens for curve in points.values() for tokens, _ in curve) or 1
-    scale = max(abs(low), abs(high)) or 1  # of the largest numbers, a difference could be beyond any number
+    scale = max(abs(low), abs(high)) or 1  # a difference of the largest numbers could overflow
     span = high / scale - low / scale or 1
     parts = [
         f'<text x="60" y="{height - 8}">0</text>',

@@ -23,7 +23,7 @@ import numpy as np
 import yaml
 
 from tinyllama import InputError, __version__, atomic, printable
-from tinyllama.checkpoint.names import step_of
+from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
@@ -157,7 +157,7 @@ def branched_from(out_dir: Path) -> Path | None:
                 if "resumed_from" not in event:  # of a version that did not record it
                     event |= {"resumed_from": _read_config(out_dir)["train"]["resume"]}
                 step_dir = Path(event["resumed_from"])
-                is_own = step_dir.parent.parent.resolve() == out_dir.resolve()  # of a run whose first events are gone
+                is_own = run_dir(step_dir).resolve() == out_dir.resolve()  # of a run whose first events are gone
                 return None if is_own or step_of(step_dir) != event["step"] else step_dir
         except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, *TOO_LARGE):
             continue  # it was damaged

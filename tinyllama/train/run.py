@@ -21,6 +21,7 @@ from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
 from tinyllama.ops import choice, float8
 from tinyllama.train.launch import World
+from tinyllama.train.samples import Samples
 from tinyllama.train.schedule import lr_at
 
 FIRST_ORDER = {"version": 1, "window": 1024}
@@ -50,6 +51,8 @@ class Run:
     """the step directory to go on from"""
     done: TrainState = field(default_factory=TrainState)
     """what has been done there, at whichever batch it was; everything else of a run is as its settings are today"""
+    samples: Samples | None = None
+    """the prompts to continue at each validation"""
 
     @cached_property
     def max_steps(self) -> int:

@@ -1,35 +1,44 @@
 """Sample texts as a run goes: greedy continuations of fixed prompts, at each validation."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
 from tinyllama import InputError
+from tinyllama.config.args import EvalArgs
+from tinyllama.config.model import ModelConfig
 from tinyllama.convert.tokenizer_files import matching_tokenizer
-from tinyllama.train.run import Run
+from tinyllama.tokenizer import Tokenizer
 
 NEW_TOKENS = 64
 
 
+def open_samples(args: EvalArgs, config: ModelConfig, trained_with: str | None) -> "Samples | None":
+    """Return what continues the prompts of ``eval.samples``, if there are any.
+
+    ``trained_with`` is the hash of the data's tokenizer. Raises InputError where a prompt cannot be continued.
+    """
+    if not args.samples:
+        return None
+    assert args.tokenizer is not None  # check() has seen to it
+    return Samples(args.samples, matching_tokenizer(args.tokenizer, trained_with, config), config)
+
+
 class Samples:
-    """Continue the prompts of ``eval.samples``; raises InputError where one cannot be.
+    """Continue prompts; raises InputError where one cannot be.
 
     It draws no random numbers, and every rank makes as many passes of one shape whatever the tokens are, as collectives
     and compiled blocks need: each pass reads the whole context again.
     """
 
-    def __init__(self, run: Run) -> None:
-        args, self._config = run.args.eval, run.config
+    def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, config: ModelConfig) -> None:
+        self._tokenizer, self._config = tokenizer, config
         self._prompts: list[tuple[str, list[int]]] = []
-        if not args.samples:
-            return
-        assert args.tokenizer is not None  # check() has seen to it
-        self._tokenizer = matching_tokenizer(args.tokenizer, run.sources[0].tokenizer_sha256, run.config)
-        for prompt in args.samples:
-            ids = self._tokenizer.encode(prompt)
-            if not 0 < len(ids) < run.config.block_size:
-                hint = f"give one of 1 to {run.config.block_size - 1:,}, fewer than model.block_size"
+        for prompt in prompts:
+            ids = tokenizer.encode(prompt)
+            if not 0 < len(ids) < config.block_size:
+                hint = f"give one of 1 to {config.block_size - 1:,}, fewer than model.block_size"
                 raise InputError(f"eval.samples: {prompt!r:.60} has {len(ids):,} tokens: {hint}")
             self._prompts.append((prompt, ids))
 
