@@ -50,6 +50,13 @@ def test_it_says_what_the_run_recorded(weights: Weights) -> None:
     }
     assert "pretrained from scratch on 3,456 tokens (12 steps) with TinyLlama" in text
     assert f"a Llama of {CONFIG.num_params():,} parameters" in text
+    pieces = f"{CONFIG.vocab_size:,} pieces in {CONFIG.padded_vocab_size:,} rows"
+    assert CONFIG.vocab_size < CONFIG.padded_vocab_size
+    assert f"| size | value |\n| --- | --- |\n| layers, width, MLP | {CONFIG.n_layer}, " in text
+    assert f"| vocabulary | {pieces} |\n" in text
+    assert "| setting | value |\n" in text
+    assert "\n|  |" not in text  # no empty heading
+    assert "\n\n\n" not in text
     assert "| `slim\\|pajama` | 75.0000% | 2,592 |\n| `starcoder` | 25.0000% | 864 |\n" in text
     assert "| learning rate | cosine from 0.0004 to 4e-05, 2,000 steps of warm-up |" in text
     assert "| batch | 1,024 samples, 98,304 tokens |" in text

@@ -43,7 +43,8 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
         "layers, width, MLP": f"{config.n_layer}, {config.n_embd:,}, {config.intermediate_size:,}",
         "query heads, key-value heads": f"{config.n_head}, {config.n_query_groups}",
         "context": f"{config.block_size:,} tokens",
-        "vocabulary": f"{config.vocab_size:,} pieces in {config.padded_vocab_size:,} rows",
+        "vocabulary": f"{config.vocab_size:,} pieces"
+        + (f" in {config.padded_vocab_size:,} rows" if config.padded_vocab_size > config.vocab_size else ""),
         "weights": str(weights.dtype).removeprefix("torch."),
     }
     if steps := metadata.get("averaged_steps"):
@@ -58,9 +59,9 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
         "MODEL": printable(model),
         "PARAMETERS": f"{config.num_params():,}",
         "TRAINED": trained,
-        "SIZES": "\n".join(f"| {name} | {value} |" for name, value in sizes.items()) + "\n",
+        "SIZES": _table(("size", "value"), list(sizes.items())),
         "DATA": _section("Data", ("source", "share of the samples", "tokens"), _data(settings, state, rows)),
-        "RECIPE": _section("Recipe", ("", ""), _recipe(settings, config.block_size)),
+        "RECIPE": _section("Recipe", ("setting", "value"), _recipe(settings, config.block_size)),
         "LOSS": _loss(rows) if curve else "",
         "SCORES": _scores(run / "eval.csv" if run else None, metadata["step"]),
     }
@@ -142,10 +143,12 @@ def _scores(file: Path | None, step: int | None) -> str:
 
 def _section(title: str, header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
     """Format a heading and a table; "" without rows."""
-    if not rows:
-        return ""
+    return f"\n## {title}\n\n{_table(header, rows)}" if rows else ""
+
+
+def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
     lines = [tuple(map(_cell, header)), ("---",) * len(rows[0]), *rows]
-    return f"\n## {title}\n\n" + "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
+    return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
 def _curve(rows: Rows, width: int = 720, height: int = 320) -> str:
@@ -163,6 +166,7 @@ def _curve(rows: Rows, width: int = 720, height: int = 320) -> str:
     scale = max(abs(low), abs(high)) or 1  # a difference of the largest numbers could overflow
     span = high / scale - low / scale or 1
     parts = [
+        '<text x="60" y="13">nats a token</text>',
         f'<text x="60" y="{height - 8}">0</text>',
         f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">{right:,} tokens</text>',
     ]
