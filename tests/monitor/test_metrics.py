@@ -291,6 +291,7 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     assert all(len(line) <= 60 for line in plain.replace("\r", "\n").split("\n"))
     assert "step 3/9  33.3%  1m 01s left" in plain
     assert "loss 3.2500" in plain
+    assert b"\x1b[36m\xe2\x94\x81" in said  # the bar is cyan: red is for alarms
     assert "skipped step 4\r\n" in plain
     assert said.rstrip().endswith(b"\x1b[?25h")  # the cursor is back
 

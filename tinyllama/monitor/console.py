@@ -99,7 +99,8 @@ class Console:
         head = Table.grid(padding=(0, 2), expand=True)
         head.add_column(ratio=1)
         head.add_column(no_wrap=True)
-        head.add_row(ProgressBar(self._max_steps, self.step), counter)
+        bar = ProgressBar(self._max_steps, self.step, complete_style="cyan", finished_style="green")
+        head.add_row(bar, counter)
         return Group(head, Text(self._numbers, "dim"))
 
 
