@@ -75,7 +75,7 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
     assert run["summary"] == {
         "state": "done",
         "progress": "step 40, 163,840 tokens",
-        "GPU-hours": f"{sum(2 * TOKENS / (1000 + step) for step in range(1, 41)) / 3600:.4g} in steps",
+        "GPU-hours": f"{sum(2 * TOKENS / (1000 + step) for step in range(1, 41)) / 3600:.3g} in steps",
         "model": "quickstart, 1,311,872 parameters",
         "validation loss": "4.0244 (best 4.0244 at step 40)",
         "perplexity": "55.95",
@@ -84,7 +84,7 @@ def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
         "speed": "1,020 tokens/s, MFU 52.0%",
         "peak memory": "2.40 GB",
         "events": "3 restarts, 3 checkpoints, 1 skip",
-        "life": "2h 01m",
+        "elapsed": "2h 01m",
     }
 
 
@@ -359,13 +359,13 @@ def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
     assert report.summary(rows, events, named_config("quickstart")) == {
         "model": "quickstart, 1,311,872 parameters",
         "validation loss": "8.5000 (best 7.5000 at step 2)",
-        "perplexity": "4,915",
+        "perplexity": "4,914.77",
         "bits per byte": "3.2500",
         "training loss": "7.2500",
         "speed": "20 tokens/s, MFU 50.0%",  # 300 tokens in 10 s and 5 s; nobody knows of the others
         "peak memory": "5.50 GB",
         "events": "1 restart, 0 checkpoints, 2 skips",
-        "life": "1m 00s",
+        "elapsed": "1m 00s",
     }
     assert report.summary(rows[:1], [], named_config("quickstart")).keys() == {
         *("model", "validation loss", "perplexity", "events")
@@ -417,6 +417,15 @@ def test_how_far_a_run_is_and_what_it_has_taken() -> None:
     on_cpu = report.progress(rows, [start_of(0, 2, device="CPU (x86_64)", max_steps=4)], 3600)
     assert on_cpu == {"progress": "step 4 of 4 (100.0%), 14,400 tokens", "CPU-hours": "6 in steps"}
     assert report.progress(rows, [], 3600) == {"progress": "step 4, 14,400 tokens"}
+    published = [{"step": 1_430_512, "tokens": 3 * 10**12, "tokens_per_second": 384_243.0}]
+    found = report.progress(published, [start_of(0, 16)], 2_097_152)
+    assert found["GPU-hours"] == "34,700 in steps"
+
+
+def test_a_perplexity_of_any_size_is_short() -> None:
+    for loss, said in ((2.0, "7.39"), (10.37, "31,888.48"), (14.0, "1.2e+06"), (800.0, "1.0e+304")):
+        row = {"step": 1, "tokens": 1, "val_loss": loss}
+        assert report.summary([row], [], named_config("quickstart"))["perplexity"] == said
 
 
 def test_what_a_run_was_started_by_and_on(make_run: Callable[..., Path]) -> None:
@@ -644,15 +653,17 @@ def test_settings_and_scale_as_the_page_opens(browser: Any, make_run: Callable[.
     for run, lr in zip(runs, (1e-3, 2e-3), strict=True):
         settings = yaml.safe_load((run / "config.yaml").read_text())
         settings |= {"out_dir": str(run), "optim": {"lr": lr, "name": "<b>adamw"}}
-        sample = {"step": 1000, "tokens": 9, "prompt": "<b>Once", "text": " upon\n  a <i>time"}
+        sample = {"step": 1000, "tokens": 9, "prompt": "<b>Once", "text": " upon\n  a <i>time" + "\n" * 99}
         (run / "samples.jsonl").write_text(json.dumps(sample))
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
     report.write(runs, page)
     show(browser, page)
     cells = "return [...document.querySelectorAll(arguments[0])].map(cell => cell.textContent)"
     assert browser.execute_script(cells, "#differing :is(th, td)") == ["", "one", "two", "optim.lr", "0.001", "0.002"]
-    texts = [f"{name} · step 1,000| upon\n  a <i>time" for name in ("one", "two")]
+    texts = [f"{name} · step 1,000| upon\n  a <i>time" + "\n" * 99 for name in ("one", "two")]
     assert "|".join(browser.execute_script(cells, "#samples td")) == "|".join(texts)
+    tallest = "return Math.max(...[...document.querySelectorAll('#samples tr')].map(row => row.clientHeight))"
+    assert browser.execute_script(tallest) < 200  # a text of blank lines scrolls
     assert browser.execute_script(cells, "#samples summary") == ["Samples of “<b>Once”"]
     everything = browser.execute_script(cells, "#settings td")
     at = everything.index("optim.name")
@@ -807,6 +818,7 @@ def test_two_runs_on_a_phone_in_the_dark_and_in_print(
     assert browser.execute_script("return document.documentElement.scrollWidth") == 390  # nothing sticks out
     assert [one["name"] for one in shown(browser, "lr")] == ["one", "two"]
     validations = [one for one in shown(browser, "loss") if one["name"].endswith("validation")]
+    assert [one["name"] for one in shown(browser, "time")] == ["one · data", "two · data"]
     assert [one["y"] for one in validations] == [curve(run, "tokens", "val_loss")[1] for run in runs]
     browser.find_element("xpath", "//section[@id='summary']//h2[contains(., 'one')]").click()
     assert [one["name"] for one in shown(browser, "lr")] == ["two"]

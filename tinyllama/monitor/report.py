@@ -180,7 +180,8 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
         best, at = min(validated)
         found["validation loss"] = f"{_loss(validated[-1][0])} (best {_loss(best)} at step {at:,.0f})"
-        found["perplexity"] = f"{math.exp(min(validated[-1][0], 700)):,.4g}"
+        perplexity = math.exp(min(validated[-1][0], 700))
+        found["perplexity"] = f"{perplexity:,.2f}" if perplexity < 1e6 else f"{perplexity:.1e}"
     if bits := [row["val_bpb"] for row in rows if row.get("val_bpb") is not None]:
         found["bits per byte"] = _loss(bits[-1])
     if parts := last_by_source(rows):
@@ -195,7 +196,7 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     found["events"] = ", ".join(f"{count} {kind}{'s' * (count != 1)}" for kind, count in counts)
     if len(events) > 1:
         times = [event["time"] for event in events]
-        found["life"] = duration(max(times) - min(times))
+        found["elapsed"] = duration(max(times) - min(times))
     return found
 
 
@@ -208,9 +209,8 @@ def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[s
     if is_count(max_steps) and max_steps:
         found["progress"] = f"step {step:,.0f} of {max_steps:,} ({step / max_steps:.1%}), {tokens:,.0f} tokens"
         if speed > 0 and step < max_steps:
-            found["time left"] = (
-                f"{duration((max_steps - step) * tokens_per_step / speed)}, without validations and saves"
-            )
+            seconds = (max_steps - step) * tokens_per_step / speed
+            found["time left"] = f"{duration(seconds)}, without validations and saves"
     hours = before = 0.0
     for row in rows:  # the ranks of a step are those of the last start before it
         ranks = next((s["world_size"] for s in starts[::-1] if s["step"] < row["step"]), 0)
@@ -219,7 +219,7 @@ def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[s
         before = row["tokens"]
     if hours:
         what = "CPU" if str(known.get("device", "")).startswith("CPU") else "GPU"
-        found[f"{what}-hours"] = f"{hours:,.4g} in steps"
+        found[f"{what}-hours"] = (f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}") + " in steps"
     return found
 
 
