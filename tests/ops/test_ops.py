@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from tinyllama import InputError
 from tinyllama.config.model import named_config
@@ -430,7 +431,7 @@ def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: False)
     chosen = choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")
-    assert tuple(chosen.values()) == ("sdpa_cudnn", "reference", "reference", "chunked", "reference")
+    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked", "reference")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")["attention"] == "sdpa_flash"
     old = Backend(call=print, cuda=True, capability=(9, 0))
@@ -452,12 +453,9 @@ def deterministic(monkeypatch):
     torch.use_deterministic_algorithms(False)
 
 
-def test_with_deterministic_algorithms_cudnn_is_passed_over_by_auto_and_refused_by_name(deterministic, monkeypatch):
+def test_with_deterministic_algorithms_cudnn_is_refused_by_name(deterministic, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: False)
     cuda = torch.device("cuda")
-    chosen = choice.resolve({}, CONFIG, cuda, precision="bf16")
-    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked", "reference")
     with pytest.raises(InputError) as error:
         choice.resolve({"attention": "sdpa_cudnn"}, CONFIG, cuda, precision="bf16")
     assert error.value.args == (
@@ -465,7 +463,7 @@ def test_with_deterministic_algorithms_cudnn_is_passed_over_by_auto_and_refused_
         "(torch.use_deterministic_algorithms): choose another, or auto",
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
-    assert choice.resolve({}, CONFIG, cuda, precision="bf16")["attention"] == "sdpa_cudnn"
+    assert choice.resolve({"attention": "sdpa_cudnn"}, CONFIG, cuda, precision="bf16")["attention"] == "sdpa_cudnn"
     monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: True)
     torch.use_deterministic_algorithms(True)
     assert choice.resolve({}, CONFIG, cuda, precision="bf16")["attention"] == "flash_attn_4"
@@ -509,6 +507,25 @@ def test_selective_checkpointing_keeps_products_and_attention():
         ours.flash_attn_4.default,
         ours.swiglu_quack.default,
     }
+
+
+def test_auto_leaves_cudnns_attention_alone():
+    # its outputs and gradients are at times wrong or not finite, and nothing says so (pytorch#193893, pytorch#196678)
+    assert not any("sdpa_cudnn" in column.get("attention", ()) for column in choice.AUTO.values())
+    assert SDPBackend.CUDNN_ATTENTION not in attention.TRUSTED
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_sdpa_compiles_with_the_kernels_that_are_trusted(masked):
+    q, k, v = (normal(1, heads, 9, 8) for heads in (4, 2, 2))
+    mask = torch.ones(9, 9, dtype=torch.bool).tril() if masked else None
+
+    def call(q, k, v):
+        with sdpa_kernel(attention.TRUSTED):  # as on a GPU
+            return attention._sdpa(q, k, v, mask)
+
+    compiled = torch.compile(call, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(q, k, v), reference(q, k, v), atol=1e-5, rtol=1e-5)
 
 
 def test_every_choice_of_auto_is_a_backend():

@@ -4,7 +4,6 @@ import math
 from collections.abc import Collection, Iterator, Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tinyllama import InputError
@@ -39,13 +38,10 @@ class KVCache:
         number, end = self._number[layer], self.length + q.size(2)
         keys, values = self._keys[number], self._values[number]  # (B, G, length_limit, hs)
         keys[:, :, self.length : end], values[:, :, self.length : end] = k, v
-        empty = self.length == 0
+        was_empty = self.length == 0
         if number == len(self._number) - 1:
             self.length = end
-        if empty:
-            return sdpa(q, k, v)
-        gqa = k.size(1) != q.size(1)
-        return F.scaled_dot_product_attention(q, keys[:, :, :end], values[:, :, :end], enable_gqa=gqa)
+        return sdpa(q, keys[:, :, :end], values[:, :, :end], is_causal=was_empty)
 
 
 @torch.inference_mode()

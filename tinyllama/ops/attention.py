@@ -27,20 +27,32 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
     return scores.masked_fill(~mask, -math.inf).softmax(-1).to(v.dtype) @ v
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-    """Call PyTorch's fused attention, which chooses its own kernel."""
-    if q.is_cuda and q.dtype == torch.float32:
-        # no fused CUDA kernel takes both fp32 and fewer key heads: without expansion, PyTorch 2.11 falls back to
-        # materializing all scores (H200, 16 x 2048 tokens: 74 ms and 34 GiB; expanded: 29 ms and 3 GiB)
-        k, v = _expanded(q, k, v)
-    # in bf16 (cuDNN: 2.8 ms, 3.2 ms expanded) and on the CPU (no difference) the copies are not needed
-    grouped = k.size(1) != q.size(1)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, enable_gqa=grouped)
+# cuDNN's is left out: on Blackwell its output is wrong with few key heads (pytorch#193893), on Hopper its gradients are
+# not finite at times, with a mask (pytorch#196678) or a large batch (kyutai-labs/pocket-tts#264)
+TRUSTED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
+    """Call PyTorch's fused attention, which chooses its own kernel; not ``is_causal``: all queries see all keys."""
+    if not q.is_cuda:
+        return _sdpa(q, k, v, mask, is_causal)
+    with sdpa_kernel(TRUSTED):
+        return _sdpa(q, k, v, mask, is_causal)
+
+
+def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
     with sdpa_kernel(kernel):
-        return sdpa(q, k, v, mask)
+        return _sdpa(q, k, v)
+
+
+def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
+    if q.is_cuda and (mask is not None or q.dtype == torch.float32):
+        # no fused CUDA kernel takes fewer key heads and a mask or fp32: without expansion, PyTorch 2.11 falls back to
+        # materializing all scores (H200, 16 x 2048 tokens in fp32: 74 ms and 34 GiB; expanded: 29 ms and 3 GiB)
+        k, v = _expanded(q, k, v)
+    grouped = k.size(1) != q.size(1)
+    causal = is_causal and mask is None
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
@@ -130,7 +142,11 @@ _fused = functools.partial(Backend, cuda=True, half=True, capability=(8, 0), mul
 BACKENDS = {
     "reference": Backend(reference),
     "sdpa": Backend(sdpa),
-    "sdpa_cudnn": _fused(functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION), deterministic=False),
+    "sdpa_cudnn": _fused(
+        functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION),
+        deterministic=False,
+        note="gradients that are not finite have been reported: auto passes it over",
+    ),
     "sdpa_flash": _fused(functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)),
     "flex": Backend(flex, cuda=True, capability=(8, 0)),
     "flash_attn": _fused(flash_attn, module="flash_attn.flash_attn_interface", package="flash-attn"),

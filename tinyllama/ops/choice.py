@@ -32,7 +32,7 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"attention": ("sdpa",)},
     "ampere": {"attention": ("flash_attn", "sdpa_flash"), "cross_entropy": ("chunked",)},
     "hopper": {
-        "attention": ("flash_attn_4", "sdpa_cudnn", "sdpa_flash"),
+        "attention": ("flash_attn_4", "flash_attn", "sdpa_flash"),
         "rms_norm": ("quack",),
         "swiglu": ("quack",),
         "cross_entropy": ("chunked",),
