@@ -7,6 +7,7 @@ itself needs Popen.
 
 import atexit
 import contextlib
+import errno
 import functools
 import gc
 import importlib
@@ -22,6 +23,8 @@ from pathlib import Path
 from typing import IO, Any
 
 ROOT = Path(__file__).parents[2]
+_started: list[subprocess.Popen[bytes]] = []
+"""warm processes that this one has started: they end by themselves"""
 
 
 class Forked:
@@ -50,19 +53,26 @@ class Forked:
 
 @functools.cache
 def _server(number: int) -> socket.socket:
-    """The socket of a warm process. Each has its own hash seed, so ranks of two do not agree on the order of a set."""
-    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, __file__, str(theirs.fileno())]
-    quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
-    server = subprocess.Popen(command, env=env, cwd=ROOT, pass_fds=[theirs.fileno()], **quiet)
-    theirs.close()
+    """A connection to a warm process, which serves all workers of these tests and ends with the last of them.
 
-    def end() -> None:
-        ours.close()
-        server.wait()
-
-    atexit.register(end)
+    Each has its own hash seed, so ranks of two do not agree on the order of a set.
+    """
+    name = f"\0warm {number} of {os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}"
+    ours = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    while ours.connect_ex(name):  # nobody has begun it, or somebody just does
+        with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as theirs:
+            try:
+                theirs.bind(name)
+            except OSError as error:
+                assert error.errno == errno.EADDRINUSE
+                time.sleep(0.01)
+            else:
+                theirs.listen()
+                env = os.environ | {"OMP_NUM_THREADS": "1"}
+                command = [sys.executable, __file__, str(theirs.fileno())]
+                quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
+                _started.append(subprocess.Popen(command, env=env, cwd=ROOT, pass_fds=[theirs.fileno()], **quiet))
+    atexit.register(ours.close)
     return ours
 
 
@@ -76,20 +86,30 @@ def fork(command: list[str], *, stderr: int, server: int, env: Any = None, cwd: 
     return Forked(command, os.fdopen(to_stdin, "w"), os.fdopen(from_stdout), report)
 
 
-def _serve(requests: socket.socket) -> tuple[dict[str, Any], list[int]]:
-    """Fork for each request, until there are no more; returns in the forks, with the request and its files."""
+def _serve(listening: socket.socket) -> tuple[dict[str, Any], list[int]]:
+    """Fork for each request, until nobody is left to make one; returns in the forks, with the request and its files."""
+    sockets = [listening]
     while True:
-        message, fds, _, _ = socket.recv_fds(requests, 1 << 20, 4)
+        ready, _, _ = select.select(sockets, [], [])
+        if listening in ready:
+            sockets.append(listening.accept()[0])
+            continue
+        message, fds, _, _ = socket.recv_fds(ready[0], 1 << 20, 4)
         with contextlib.suppress(ChildProcessError):
             while os.waitpid(-1, os.WNOHANG)[0]:  # those that have reported
                 pass
         if not message:
-            os._exit(0)
+            sockets.remove(ready[0])
+            ready[0].close()
+            if sockets == [listening]:
+                os._exit(0)
+            continue
         if os.fork() == 0:
             break
         for fd in fds:
             os.close(fd)
-    requests.close()
+    for one in sockets:
+        one.close()
     *files, report = fds
     pid = os.fork()
     if pid:
