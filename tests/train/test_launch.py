@@ -204,7 +204,9 @@ def test_five_variables_make_processes_one_run(
     start: Callable[..., Process], config_file: Path, tmp_path: Path
 ) -> None:
     flags = ("--config", config_file, "--out_dir", tmp_path / "run", "--train.max_steps", "6")
-    ranks = [start(env, sys.executable, "pretrain/train.py", *flags) for env in two_ranks()]
+    first, second = two_ranks()
+    ranks = [start(first, sys.executable, "pretrain/train.py", *flags)]
+    ranks += [start(second, sys.executable, "pretrain/train.py", *flags, warm=1)]
     (code, said, errors), other = [rank.end() for rank in ranks]
     assert (code, *other[:2]) == (0, 0, ""), errors + other[2]
     assert f"ranks    {socket.gethostname()}: ranks 0 1" in said
@@ -244,13 +246,36 @@ def test_on_one_machine_the_store_is_served_to_that_machine_only(start: Callable
     assert (code, said) == (0, "0100007F\n"), errors  # 127.0.0.1, the bytes reversed
 
 
+TORCHRUN_OF_FORKS = """
+import os, runpy, sys
+from pathlib import Path
+from torch.distributed.launcher.api import elastic_launch
+from torch.distributed.run import config_from_args, get_args_parser
+
+def rank(*argv):  # in a fork of this process, where torchrun starts a Python
+    for link in list(Path("/proc/self/fd").iterdir()):
+        if link.is_symlink() and os.readlink(link).startswith("socket:"):  # the agent's store, which a Python lacks
+            os.close(int(link.name))
+    sys.argv = list(argv)
+    try:
+        runpy.run_path(argv[0], run_name="__main__")
+    except SystemExit as end:
+        assert not end.code, end.code
+
+flags = ["--rdzv-backend", "c10d", "--rdzv-endpoint", "localhost:0", "--start-method", "fork"]
+args = get_args_parser().parse_args([*flags, "--nproc-per-node", "2", *sys.argv[1:]])
+config, _, _ = config_from_args(args)
+elastic_launch(config, rank)(*sys.argv[1:])
+"""
+
+
 def test_on_one_machine_no_rank_listens_to_others(start: Callable[..., Process], monkeypatch) -> None:
     """Neither the store nor gloo, by a launcher of variables and by torchrun, whose agent serves the store."""
     for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
         monkeypatch.delenv(name, raising=False)
     ranks = [start(env, sys.executable, LAUNCHED, "listeners", warm=0) for env in two_ranks()]
-    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", LAUNCHED, "listeners"]
-    for process, lines in [(ranks[0], 1), (ranks[1], 1), (start({}, sys.executable, *torchrun), 2)]:
+    torchrun = start({}, sys.executable, "-c", TORCHRUN_OF_FORKS, LAUNCHED, "listeners", warm=0)
+    for process, lines in [(ranks[0], 1), (ranks[1], 1), (torchrun, 2)]:
         code, said, errors = process.end()
         assert code == 0, errors
         assert said == "0100007F\n" * lines  # 127.0.0.1, the bytes reversed
