@@ -55,9 +55,9 @@ WORLDS: dict[str, tuple[int, object, dict[str, int]]] = {
 
 @pytest.fixture
 def muon(config: dict[str, Any], tmp_path: Path) -> dict[str, Any]:
-    """The tiny run with Muon, of a batch that one to four ranks divide."""
+    """The tiny run with Muon, of a batch that one, two and four ranks divide, each with a micro-batch or two."""
     config["model"] |= SIZES
-    config["train"] |= {"global_batch_size": 12, "micro_batch_size": 1, "max_steps": 20}
+    config["train"] |= {"global_batch_size": 12, "micro_batch_size": 3, "max_steps": 20}
     config["optim"] |= {"name": "muon", "schedule": "linear", "lr": LR, "min_lr": 0.0, "weight_decay": DECAY}
     config["checkpoint"]["interval"] = config["eval"]["interval"] = 10
     (tmp_path / "muon.yaml").write_text(yaml.safe_dump(config))
@@ -122,8 +122,9 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
 
 def steps_on(world: Any, size: int, tmp_path: Path, *flags: object) -> tuple[dict[str, torch.Tensor], Any]:
     """All tensors after ten steps of optimizer_steps in rank.py, and what each rank says of them."""
-    file = tmp_path / "tensors.pt"
-    answers = world(size)("optimizer_steps", file, "--config", tmp_path / "muon.yaml", "--out_dir", tmp_path, *flags)
+    file, settings = tmp_path / "tensors.pt", ["--config", tmp_path / "muon.yaml", "--out_dir", tmp_path]
+    settings += ["--train.micro_batch_size", 1]  # which three ranks can share
+    answers = world(size)("optimizer_steps", file, *settings, *flags)
     return torch.load(file), [answer["result"] for answer in answers]
 
 
