@@ -1,9 +1,10 @@
 """Bounds of numeric settings, each written in the type of its field: ``max_steps: Count = 10``."""
 
 import dataclasses
+import functools
 import math
 import typing
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Annotated, Any
 
 
@@ -36,19 +37,22 @@ Layers = Annotated[int, _above_0(1000)]  # each is built, and compiled, in turn
 Context = Annotated[int, _above_0(2**24)]  # RoPE's tables have a row for each position
 
 
-def bounds(cls: type) -> Iterator[tuple[str, type, Bound | None]]:
-    """Yield name, int or float, and bound of every numeric field of the dataclass ``cls``."""
+@functools.cache
+def bounds(cls: type) -> Sequence[tuple[str, type, Bound | None]]:
+    """Return name, int or float, and bound of every numeric field of the dataclass ``cls``."""
+    found: list[tuple[str, type, Bound | None]] = []
     for name, hint in typing.get_type_hints(cls, include_extras=True).items():
         # int, int | None, or a word or int; what is in a list is for check() to see
         for option in (hint,) if typing.get_origin(hint) in (Annotated, list) else (hint, *typing.get_args(hint)):
             kind, bound = typing.get_args(option) if typing.get_origin(option) is Annotated else (option, None)
             if kind in (int, float):
-                yield name, kind, bound
+                found.append((name, kind, bound))
+    return found
 
 
 def bound_errors(settings: Any, prefix: str) -> Iterator[str]:
     """Yield an error for each number in the dataclass ``settings`` that is out of its bounds, or not whole."""
-    for name, kind, bound in bounds(type(settings)):
+    for name, kind, bound in bounds(type(settings)):  # type: ignore[arg-type]
         value = getattr(settings, name)
         if not isinstance(value, int | float) or bound is None:
             continue  # null, or one of the words that may stand for a number

@@ -7,6 +7,7 @@ import argparse
 import contextlib
 import difflib
 import errno
+import functools
 import io
 import os
 import reprlib
@@ -15,7 +16,7 @@ import signal
 import sys
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import MISSING, asdict, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
@@ -102,7 +103,7 @@ class _Given(argparse.Action):
 def add_fields(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> None:
     """Add a flag for each field of ``cls`` and of the dataclasses in it, helped by the string under it."""
     group = parser.add_argument_group((cls.__doc__ or "").rstrip("."))
-    kinds = typing.get_type_hints(cls)
+    kinds = _kinds(cls)
     for field in fields(cls):
         key, kind = f"{prefix}{field.name}", kinds[field.name]
         if is_dataclass(kind):
@@ -117,7 +118,7 @@ def add_fields(parser: argparse.ArgumentParser, cls: type, prefix: str = "") -> 
 
 def given(args: argparse.Namespace, settings: Config, prefix: str = "", errors: Sequence[str] = ()) -> Config:
     """Return ``settings`` with the flags of ``add_fields``; raises InputError with ``errors`` and what is wrong."""
-    kinds, errors = dict(_kinds(type(settings), prefix)), list(errors)
+    kinds, errors = _kinds(type(settings), prefix), list(errors)  # type: ignore[arg-type]
     for key, text in getattr(args, "given", ()):
         found: list[str] = []
         if key == "config":
@@ -148,7 +149,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if unknown and not flags:
         parser.error(f"unrecognized arguments: {' '.join(unknown)}")
-    kinds = dict(_kinds(cls))
+    kinds = _kinds(cls)  # type: ignore[arg-type]
     config = given(args, cls(), errors=[f"unknown flag {flag}; {_nearest(flag.lstrip('-'), kinds)}" for flag in flags])
     if args.print_config:
         print(dump(asdict(config)), end="")  # type: ignore[call-overload]
@@ -161,13 +162,16 @@ def dump(config: Mapping[str, Any]) -> str:
     return yaml.safe_dump(config, sort_keys=False)
 
 
-def _kinds(cls: type, prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Yield the dotted keys of ``cls`` with their types, those of the items of its lists too."""
+@functools.cache
+def _kinds(cls: type, prefix: str = "") -> Mapping[str, Any]:
+    """Return the types of the dotted keys of ``cls``, those of the items of its lists too."""
+    kinds: dict[str, Any] = {}
     for name, kind in typing.get_type_hints(cls).items():
-        yield prefix + name, kind
+        kinds[prefix + name] = kind
         for inner in (kind, *typing.get_args(kind)):
             if is_dataclass(inner):
-                yield from _kinds(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+                kinds |= _kinds(inner, f"{prefix}{name}.")  # type: ignore[arg-type]
+    return kinds
 
 
 def _nearest(key: str, kinds: Mapping[str, Any]) -> str:
