@@ -34,13 +34,13 @@ def config(packed_folder: Callable[..., Path], tmp_path: Path) -> dict[str, Any]
     """A run of 40 steps on two sources; documents count up or down, so that there is something to learn."""
     rng = np.random.default_rng(0)
 
-    def documents(step: int) -> list[list[int]]:
-        starts = rng.integers(3, 250, 60)
+    def documents(step: int, count: int = 60) -> list[list[int]]:
+        starts = rng.integers(3, 250, count)
         return [[int(3 + (start + step * i) % 250) for i in range(rng.integers(5, 90))] + [2] for start in starts]
 
     up = packed_folder([documents(1), documents(1)], name="up", vocab_size=256)
     down = packed_folder([documents(-1)], name="down", vocab_size=256)
-    held_out = packed_folder([documents(1)], name="held_out", vocab_size=256)
+    held_out = packed_folder([documents(1, count=15)], name="held_out", vocab_size=256)
     return {
         "model": {"name": "quickstart", "block_size": 32, "vocab_size": 256, "n_layer": 2, "n_embd": 32}
         | {"intermediate_size": 64},
