@@ -5,6 +5,7 @@ import codecs
 import gzip
 import hashlib
 import json
+import lzma
 import random
 import sys
 from pathlib import Path
@@ -334,6 +335,22 @@ def test_a_text_file_longer_than_what_is_read_at_once(tmp_path, short):
     path.write_bytes(("one\n" * 50 + "é").encode()[:-1])  # half a character at the end
     with pytest.raises(InputError, match="line 51: not UTF-8"):
         list(DocumentReader(path, Fields()))
+
+
+@pytest.mark.parametrize("ending", [".jsonl", ".jsonl.gz", ".jsonl.zst", ".jsonl.xz"])
+@pytest.mark.parametrize("blank", ["\n", "\r\n", " \t\n\n\x0c\n", "\n" * 99_999 + " \n"])
+def test_blank_lines_are_counted_however_many_there_are(tmp_path, ending, blank):
+    many = blank * (2 if len(blank) > 9 else 70_000)  # more than is read at a time
+    path, count = tmp_path / f"a{ending}", many.count("\n")
+    compress = {".gz": gzip.compress, ".zst": zstandard.compress, ".xz": lzma.compress}.get(path.suffix, bytes)
+    good = [f'{{"text": "{n}"}}' for n in range(3)]
+    for between in ("", "  "):  # what begins the line of the next document, too
+        lines = f"{many}{between}{good[0]}\n{good[1]}\n{many}{between}{good[2]}"
+        path.write_bytes(compress(lines.encode()))
+        assert list(DocumentReader(path, Fields())) == ["0", "1", "2"]
+        path.write_bytes(compress(f"{lines}\n{many}{between}bad\n{many}".encode()))
+        with pytest.raises(InputError, match=f"line {3 * count + 4}: not valid JSON"):
+            list(DocumentReader(path, Fields()))
 
 
 @pytest.mark.parametrize("seed", [0, 7])

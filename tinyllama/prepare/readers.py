@@ -150,8 +150,9 @@ class DocumentReader:
         """Each line that is not blank, and how errors name it."""
         stream, longest = decompressed(file, self._suffix), self.fields.longest
         try:
-            is_first = True
-            for number in itertools.count(1):
+            is_first, number = True, 0
+            while True:
+                number += 1
                 line = stream.readline(longest + 1)
                 if number == 1:
                     line = line.removeprefix(codecs.BOM_UTF8)  # as Windows writes it; it is no part of the JSON
@@ -164,7 +165,9 @@ class DocumentReader:
                     raise self._too_long(f"line {number}:")
                 if not line:
                     return
-                if not line.isspace():
+                if line.isspace():
+                    number += _skip_blank_lines(stream)
+                else:
                     is_first = False
                     yield f"line {number}:", line
         except EOFError:
@@ -375,6 +378,17 @@ class DocumentReader:
 
     def _error(self, what: str, hint: str = "repair or remove it") -> InputError:
         return InputError(f"{self.path}: {what}: {hint}")
+
+
+def _skip_blank_lines(stream: Any) -> int:
+    """Read past the blank lines that ``stream`` has in its buffer, and return how many there are.
+
+    A file may have a hundred million of them, and ``readline`` takes half a microsecond for each.
+    """
+    ahead = stream.peek(1)
+    blank = ahead[: len(ahead) - len(ahead.lstrip())]
+    stream.read(blank.rfind(b"\n") + 1)
+    return blank.count(b"\n")
 
 
 def _check_offsets(column: Any) -> None:
