@@ -88,6 +88,7 @@ def shards(tmp_path: Path) -> list[str]:
 
 def test_a_configuration_of_a_dataset(hub, run, tmp_path):
     commit = hub.push("owner/corpus", corpus())
+    hub.fetched.clear()  # by other tests
     done = run("prepare_text", "hf://datasets/owner/corpus")
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path) == ["data--a--0.parquet", "data--b--0.parquet"]
