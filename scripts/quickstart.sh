@@ -77,7 +77,7 @@ stage "resume: the same command continues where it stopped"
 step "${pretrain[@]}"
 
 stage "conversion: to a folder that transformers loads, logits compared"
-step python scripts/convert_lit_checkpoint.py $run $run/hf --tokenizer $tokenizer --verify
+step python scripts/convert_lit_checkpoint.py $run $run/hf --tokenizer $tokenizer
 
 stage "generation: by our model, and by transformers from the converted folder"
 ours=(python scripts/generate.py "$run" --tokenizer "$tokenizer" --prompt "$prompt" --max_new_tokens 40)

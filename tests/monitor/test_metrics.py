@@ -250,7 +250,8 @@ def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: 
     assert "val_loss 2.5000 at step 2, best 2.5000 at step 2\n" in said  # metrics.csv has one value a step
     assert "tokens   900 in all; 16 tokens/s on average\n" in said  # 10 s and 2.5 s
     assert f"saved    {run.out_dir}/checkpoints/step-00000009\n" in said
-    assert f"next     python scripts/convert_lit_checkpoint.py {run.out_dir} {run.out_dir / 'hf'} --tokenizer " in said
+    convert = f"python scripts/convert_lit_checkpoint.py {run.out_dir} {run.out_dir / 'hf'} --tokenizer TOKENIZER\n"
+    assert f"next     {convert}" in said  # verified by default: no flag for it
     assert said.endswith(f"done: 9 steps, 900 tokens, in {run.out_dir}\n")
     events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
     assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 2), ("done", 9)]

@@ -255,7 +255,7 @@ def end_summary(
         yield "next", f"{same_command(run.world.launcher)}    # {from_where}"
     else:
         hf = run.out_dir / "hf"
-        yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER --verify"
+        yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER"
     if saved.exists():
         yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
     if rows:
