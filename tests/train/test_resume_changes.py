@@ -41,6 +41,9 @@ CASES: dict[str, tuple[int, list[Any], int, int, int]] = {
     "steps, fewer of them": (2, [*BATCH_16, "--train.max_steps", 13], 13, 128, 4096),
 }
 
+# tokens that are more than asked for, epochs that are fewer, and steps: cases that are started once more at their end
+DONE = ("tokens, a batch for three ranks", "epochs, half of it on two ranks", "steps, fewer of them")
+
 
 @pytest.fixture(scope="module")
 def begun() -> dict[str, Path]:
@@ -97,10 +100,10 @@ def test_samples_and_tokens_are_those_of_the_budget(world, resumed, tmp_path: Pa
         seconds = (steps - int(row["step"])) * batch / float(row["tokens_per_second"])
         (line,) = [line for line in said.splitlines() if line.startswith(f"step {row['step']}/{steps}  loss ")]
         assert line.endswith(f"  {duration(seconds)} left")
-    # the same command again has nothing to do
-    again = world(ranks).train(*resumed, *flags)
-    assert f"step-{steps:08d} at step {steps}" in again
-    assert re.search(r"^left     0 steps, 0 samples, 0 tokens, 0.00 epochs", again, re.M)
+    if case in DONE:  # the same command again has nothing to do
+        again = world(ranks).train(*resumed, *flags)
+        assert f"step-{steps:08d} at step {steps}" in again
+        assert re.search(r"^left     0 steps, 0 samples, 0 tokens, 0.00 epochs", again, re.M)
 
 
 def test_an_interruption_after_the_change_changes_nothing(world, resumed, tmp_path: Path) -> None:
