@@ -206,7 +206,7 @@ def train_signalled(argv: list[str]) -> int | str:
 
         def counted(*args: Any, **kwargs: Any) -> Any:
             nonlocal calls_now
-            calls_now = next(calls)  # the second validation, at step 20, not the first at step 0
+            calls_now = next(calls)  # the second validation, not the first at step 0
             return some(*args, **kwargs)
 
         calls_now = -1

@@ -3,10 +3,11 @@
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from runs import SHORT, column, metrics, tensors
+from runs import column, metrics, tensors
 
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
@@ -14,14 +15,28 @@ from tinyllama.checkpoint.names import step_dir
 ROOT = Path(__file__).parents[2]
 
 
+@pytest.fixture
+def config(config: dict[str, Any]) -> dict[str, Any]:
+    """The run of 40 steps in 12, which is validated and saved at step 8."""
+    config["train"]["max_steps"] = 12
+    config["eval"]["interval"] = config["checkpoint"]["interval"] = 8
+    return config
+
+
+@pytest.fixture(scope="module")
+def _straight() -> dict[int, Path]:
+    """Runs of ``straight`` of these tests alone."""
+    return {}
+
+
 @pytest.mark.parametrize(
     ("phase", "step", "asynchronous"),
     [
         ("7", 7, True),
-        ("validation", 20, False),
-        ("checkpoint", 21, True),
+        ("validation", 8, False),
+        ("checkpoint", 9, True),
         pytest.param("1", 1, False, marks=pytest.mark.slow),
-        pytest.param("checkpoint", 21, False, marks=pytest.mark.slow),
+        pytest.param("checkpoint", 9, False, marks=pytest.mark.slow),
         ("ctrl-c", 7, True),
         pytest.param("both", 7, True, marks=pytest.mark.slow),
     ],
@@ -70,12 +85,12 @@ def test_a_stopped_run_says_what_it_did_and_how_to_go_on(world, config_file: Pat
 
 
 def test_no_rank_ends_before_the_last_word(world, config_file: Path, tmp_path: Path) -> None:
-    answers = world(2)("train_ending_late", "--config", config_file, "--out_dir", tmp_path / "run", *SHORT)
+    answers = world(2)("train_ending_late", "--config", config_file, "--out_dir", tmp_path / "run")
     assert [answer["result"] for answer in answers] == [True, True]
 
 
 def test_a_signal_in_the_last_step_stops_nothing(world, config_file: Path, tmp_path: Path) -> None:
-    answers = world(2)("train_signalled", "12", 1, "--config", config_file, "--out_dir", tmp_path / "run", *SHORT)
+    answers = world(2)("train_signalled", "12", 1, "--config", config_file, "--out_dir", tmp_path / "run")
     assert [answer["result"] for answer in answers] == [0, 0]
     assert answers[0]["said"].splitlines()[-1].startswith("done: 12 steps, 3,072 tokens")
 
@@ -110,7 +125,7 @@ def test_steps_that_are_judged_late_are_named_and_saved_right(world, config_file
 
 
 def test_a_step_that_must_stop_the_run_is_not_saved(world, config_file: Path, tmp_path: Path) -> None:
-    flags = ["--config", config_file, "--out_dir", tmp_path / "run", *SHORT, "--log.interval", 5]
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", "--log.interval", 5, "--checkpoint.interval", 4]
     (answer,) = world(1)("train_poisoned", 0, 8, *flags)
     assert answer["result"] == 1
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
@@ -141,17 +156,17 @@ def test_a_stop_before_the_first_step_has_no_checkpoint_and_does_not_say_so(
 
 def test_nan_in_one_ranks_gradient_stops_all(world, straight, config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
-    answers = world(2)("train_poisoned", 1, 25, "--config", config_file, "--out_dir", out)
+    answers = world(2)("train_poisoned", 1, 10, "--config", config_file, "--out_dir", out)
     assert [answer["result"] for answer in answers] == [1, 1]
-    assert "skipped step 25, samples 192 to 199" in answers[0]["said"]
+    assert "skipped step 10, samples 72 to 79" in answers[0]["said"]
     assert "not finite on rank [1]" in answers[0]["said"]
     stop = json.loads((out / "STOPPED").read_text())
-    assert (stop["step"], stop["samples"]) == (25, 200)
+    assert (stop["step"], stop["samples"]) == (10, 80)
     # nothing after the last good checkpoint was written, and nobody goes on by accident
-    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000020"]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000008"]
     (problem,) = world(2)("train", "--config", config_file, "--out_dir", out)[0]["problems"]
     assert problem.startswith(f"{out / 'STOPPED'} says why this run ended: ")
-    assert "step 25" in problem
+    assert "step 10" in problem
     (out / "STOPPED").unlink()
     world(2).train("--config", config_file, "--out_dir", out)
     assert column(out, "loss") == column(straight(2), "loss")
