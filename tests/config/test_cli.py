@@ -58,6 +58,12 @@ def test_a_list_given_as_a_flag_replaces_the_whole_list(yaml_file: str, flag: li
     assert args.data.sources == [Source(path, 1.0) for path in paths]
 
 
+def test_an_error_names_the_script_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    for script in ("pretrain/one.py", "pretrain/other.py"):
+        monkeypatch.setattr("sys.argv", [script])
+        assert problems("--optim.lr")[0].endswith(f"; {Path(script).name} --help lists what there is")
+
+
 def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("model: {n_layers: 3}\ndata: {sources: [{pth: a}]}\nlr: 3\nzzzzzz: 1\ntrain: 3\n")

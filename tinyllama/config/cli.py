@@ -141,10 +141,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     ``--help`` and ``--print_config`` print and exit. Raises InputError for a file that cannot be read, or with all
     keys that do not exist, each with the nearest that does, and all values of a wrong type.
     """
-    parser = arguments(cls.__doc__)
-    parser.add_argument("--config", action=_Given, metavar="FILE", help="YAML file; flags given after it win")
-    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
-    add_fields(parser, cls)
+    parser = _parser(cls, sys.argv[0])
     args, unknown = parser.parse_known_args(argv)
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if unknown and not flags:
@@ -155,6 +152,16 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
         print(dump(asdict(config)), end="")  # type: ignore[call-overload]
         sys.exit(0)
     return config
+
+
+@functools.cache
+def _parser(cls: type, _script: str) -> argparse.ArgumentParser:
+    """Build the parser of ``parse``, once for a script: its errors and help name ``sys.argv[0]``."""
+    parser = arguments(cls.__doc__)
+    parser.add_argument("--config", action=_Given, metavar="FILE", help="YAML file; flags given after it win")
+    parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
+    add_fields(parser, cls)
+    return parser
 
 
 def dump(config: Mapping[str, Any]) -> str:
