@@ -3,10 +3,12 @@
 import json
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from processes import Group, Process
+from warm import Forked
 
 RANK = """
 import sys, time
@@ -85,3 +87,39 @@ def test_ranks_that_are_warm_do_not_share_the_order_of_sets_and_can_be_killed() 
         assert rank.popen.poll() is None
         rank.kill()
         assert rank.popen.poll() == -9
+
+
+def test_a_process_that_was_not_begun_has_no_number_and_an_end_nobody_reports_is_no_success() -> None:
+    report, reporter = os.pipe()
+    os.close(reporter)
+    with pytest.raises(ConnectionResetError, match="the warm process has ended"):
+        Forked(["a"], sys.stdin, sys.stdin, report)
+    report, reporter = os.pipe()
+    os.write(reporter, (7).to_bytes(4))
+    os.close(reporter)
+    forked = Forked(["a"], sys.stdin, sys.stdin, report)
+    assert (forked.pid, forked.wait()) == (7, -9)
+
+
+@pytest.mark.slow  # it imports twice what warm processes have
+def test_a_warm_process_that_was_killed_is_replaced_and_none_is_left() -> None:
+    code = f"""
+import os, sys
+sys.path.insert(0, {str(Path(__file__).parent / "helpers")!r})
+import warm
+for number in range(2):
+    forked = warm.fork([sys.executable, "-c", "print('said')"], stderr=2, server=0)
+    print(forked.stdout.read().strip(), forked.wait(), flush=True)
+    if number == 0:
+        warm._started[0].kill()
+        warm._started[0].wait()
+print(warm._started[1].pid, flush=True)
+os.kill(os.getpid(), 9)
+"""
+    alone = {name: value for name, value in os.environ.items() if name != "PYTEST_XDIST_TESTRUNUID"}
+    process = Process(sys.executable, "-c", code, env=alone)
+    assert [process.line(), process.line()] == ["said 0\n", "said 0\n"]
+    warm = Path(f"/proc/{process.line().strip()}")
+    process.end()
+    while warm.exists() and "State:\tZ" not in (warm / "status").read_text():
+        time.sleep(0.01)

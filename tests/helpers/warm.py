@@ -15,9 +15,12 @@ import json
 import os
 import runpy
 import select
+import signal
 import socket
+import struct
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import IO, Any
@@ -32,7 +35,10 @@ class Forked:
 
     def __init__(self, args: list[str], stdin: IO[str], stdout: IO[str], report: int) -> None:
         self.args, self.stdin, self.stdout, self._report = args, stdin, stdout, report
-        self.pid = int.from_bytes(os.read(report, 4))  # once it can be killed with all that it starts
+        pid = os.read(report, 4)  # once it can be killed with all that it starts
+        if not pid:
+            raise ConnectionResetError("the warm process has ended; its stderr is that of the tests")
+        self.pid = int.from_bytes(pid)
         self.returncode: int | None = None
 
     def wait(self, timeout: float | None = None) -> int:
@@ -40,7 +46,8 @@ class Forked:
         if self.returncode is None:
             if not select.select([self._report], [], [], timeout)[0]:
                 raise subprocess.TimeoutExpired(self.args, timeout or 0)
-            self.returncode = int.from_bytes(os.read(self._report, 4), signed=True)
+            status = os.read(self._report, 4)  # nothing if who reports it was killed too, as when memory runs out
+            self.returncode = int.from_bytes(status, signed=True) if status else -signal.SIGKILL
             os.close(self._report)
         return self.returncode
 
@@ -69,22 +76,42 @@ def _server(number: int) -> socket.socket:
                 time.sleep(0.01)
             else:
                 theirs.listen()
+                ours.connect(name)  # before it is started, which then ends with this process whenever that is killed
                 env = os.environ | {"OMP_NUM_THREADS": "1"}
                 command = [sys.executable, __file__, str(theirs.fileno())]
                 quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "start_new_session": True}
                 _started.append(subprocess.Popen(command, env=env, cwd=ROOT, pass_fds=[theirs.fileno()], **quiet))
+                break
+    if not _of_this_user(ours):
+        raise PermissionError(f"another user has {name[1:]}")
     atexit.register(ours.close)
     return ours
 
 
 def fork(command: list[str], *, stderr: int, server: int, env: Any = None, cwd: Any = None) -> Forked:
     """Start a Python script, or ``-c`` and code, in a session of its own; its stdin and stdout are pipes."""
+    how: dict[str, Any] = {"stderr": stderr, "server": server, "env": env, "cwd": cwd}
+    try:
+        return _fork(command, **how)
+    except ConnectionError:  # the warm process was killed, or has just ended with the last of the other workers
+        _server.cache_clear()
+        return _fork(command, **how)
+
+
+def _fork(command: list[str], *, stderr: int, server: int, env: Any, cwd: Any) -> Forked:
     (stdin, to_stdin), (from_stdout, stdout), (report, reporter) = os.pipe(), os.pipe(), os.pipe()
     request = {"argv": command[1:], "env": dict(os.environ if env is None else env), "cwd": str(cwd or os.getcwd())}
-    socket.send_fds(_server(server), [json.dumps(request).encode()], [stdin, stdout, stderr, reporter])
-    for fd in (stdin, stdout, reporter):
-        os.close(fd)
+    try:
+        socket.send_fds(_server(server), [json.dumps(request).encode()], [stdin, stdout, stderr, reporter])
+    finally:
+        for fd in (stdin, stdout, reporter):
+            os.close(fd)
     return Forked(command, os.fdopen(to_stdin, "w"), os.fdopen(from_stdout), report)
+
+
+def _of_this_user(connection: socket.socket) -> bool:
+    """Whether the other end is a process of this user: names of sockets that are no files have no permissions."""
+    return struct.unpack("3i", connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))[1] == os.geteuid()
 
 
 def _serve(listening: socket.socket) -> tuple[dict[str, Any], list[int]]:
@@ -93,7 +120,11 @@ def _serve(listening: socket.socket) -> tuple[dict[str, Any], list[int]]:
     while True:
         ready, _, _ = select.select(sockets, [], [])
         if listening in ready:
-            sockets.append(listening.accept()[0])
+            connection, _ = listening.accept()
+            if _of_this_user(connection):  # anybody else could run what they like as this one
+                sockets.append(connection)
+            else:
+                connection.close()
             continue
         message, fds, _, _ = socket.recv_fds(ready[0], 1 << 20, 4)
         with contextlib.suppress(ChildProcessError):
@@ -140,6 +171,7 @@ def main() -> None:
     os.environ.clear()
     os.environ.update(request["env"])
     time.tzset()
+    tempfile.tempdir = None  # an import has looked at TMPDIR, that of the warm process
     sys.path.remove(str(ROOT / "pretrain"))
     first, *rest = request["argv"]
     if first == "-c":
