@@ -141,7 +141,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
     ``--help`` and ``--print_config`` print and exit. Raises InputError for a file that cannot be read, or with all
     keys that do not exist, each with the nearest that does, and all values of a wrong type.
     """
-    parser = _parser(cls, sys.argv[0])
+    parser = _parser(cls, sys.argv[0])  # type: ignore[arg-type]
     args, unknown = parser.parse_known_args(argv)
     flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
     if unknown and not flags:
