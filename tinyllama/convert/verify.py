@@ -51,7 +51,8 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
     if not is_foreign and (hf_dir / "tokenizer_config.json").exists():
         reference, exported = Tokenizer(hf_dir), AutoTokenizer.from_pretrained(hf_dir)
         for text in TEXTS:
-            encoded = exported(text, add_special_tokens=False, verbose=False)["input_ids"]  # longer than the context, some
+            # some are longer than the context
+            encoded = exported(text, add_special_tokens=False, verbose=False)["input_ids"]
             if encoded != reference.encode(text):
                 name = reference.path.name
                 raise VerificationError(f"verify: AutoTokenizer does not encode {text!r} as {name} in {hf_dir} does")
