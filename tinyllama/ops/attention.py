@@ -32,27 +32,23 @@ def reference(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Te
 TRUSTED = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 
 
-def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
-    """Call PyTorch's fused attention, which chooses its own kernel; not ``is_causal``: all queries see all keys."""
-    if not q.is_cuda:
-        return _sdpa(q, k, v, mask, is_causal)
-    with sdpa_kernel(TRUSTED):
-        return _sdpa(q, k, v, mask, is_causal)
-
-
-def _sdpa_by(kernel: SDPBackend, q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
-    with sdpa_kernel(kernel):
-        return _sdpa(q, k, v)
-
-
-def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, is_causal: bool = True) -> Tensor:
+def sdpa(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    is_causal: bool = True,
+    kernels: SDPBackend | list[SDPBackend] = TRUSTED,
+) -> Tensor:
+    """Call PyTorch's fused attention, which chooses one of ``kernels``; not ``is_causal``: all queries see all keys."""
     if q.is_cuda and (mask is not None or q.dtype == torch.float32):
         # no fused CUDA kernel takes fewer key heads and a mask or fp32: without expansion, PyTorch 2.11 falls back to
         # materializing all scores (H200, 16 x 2048 tokens in fp32: 74 ms and 34 GiB; expanded: 29 ms and 3 GiB)
         k, v = _expanded(q, k, v)
     grouped = k.size(1) != q.size(1)
     causal = is_causal and mask is None
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+    with sdpa_kernel(kernels):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
 
 
 def flash_attn(q: Tensor, k: Tensor, v: Tensor, mask: None = None) -> Tensor:
@@ -143,11 +139,11 @@ BACKENDS = {
     "reference": Backend(reference),
     "sdpa": Backend(sdpa),
     "sdpa_cudnn": _fused(
-        functools.partial(_sdpa_by, SDPBackend.CUDNN_ATTENTION),
+        functools.partial(sdpa, kernels=SDPBackend.CUDNN_ATTENTION),
         deterministic=False,
         note="gradients that are not finite have been reported: auto passes it over",
     ),
-    "sdpa_flash": _fused(functools.partial(_sdpa_by, SDPBackend.FLASH_ATTENTION)),
+    "sdpa_flash": _fused(functools.partial(sdpa, kernels=SDPBackend.FLASH_ATTENTION)),
     "flex": Backend(flex, cuda=True, capability=(8, 0)),
     "flash_attn": _fused(flash_attn, module="flash_attn.flash_attn_interface", package="flash-attn"),
     "flash_attn_4": _fused(flash_attn_4, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"),
