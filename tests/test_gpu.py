@@ -21,7 +21,7 @@ from tinyllama.model import GPT, OPS, Block, init_weights
 from tinyllama.monitor.metrics import read_metrics
 from tinyllama.ops import choice
 from tinyllama.train.optim import build_optimizer, local_gradients
-from tinyllama.train.parallel import parallelize
+from tinyllama.train.parallel import finish_gradients, parallelize
 
 ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda")
@@ -134,6 +134,7 @@ def test_a_step_of_the_whole_1_1b_model_is_that_of_the_reference(mesh: dist.Devi
         optimizer = build_optimizer(model, OptimArgs(lr=1e-4))
         first = model(ids[:, :-1], ids[:, 1:]) / config.block_size
         first.backward()
+        finish_gradients(model)
         norm = torch.nn.utils.get_total_norm(local_gradients(model))
         optimizer.step()
         with torch.no_grad():

@@ -74,6 +74,10 @@ TABLE = [
         for name in ("_record_memory_history", "_snapshot")
     ),
     Private("torch._foreach_mul_", ("tinyllama/train/optim.py",), "one kernel clips all gradients"),
+    *(
+        Private(f"torch._foreach_{name}_", ("tinyllama/train/unsharded.py",), "one kernel for all weights or gradients")
+        for name in ("copy", "div", "zero")
+    ),
     Private("torch._foreach_norm", ("tinyllama/train/anomaly.py",), "one kernel takes the norm of all gradients"),
     Private("torch.ops.aten._scaled_mm.default", ("tinyllama/train/parallel.py",), RECOMPUTATION),
     *(

@@ -15,6 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama.config.model import ModelConfig
 from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
+from tinyllama.ops.linear import linear
 from tinyllama.ops.rope import rope, rope_tables
 
 # backends that run anywhere; ops/choice.py chooses those of a run
@@ -47,6 +48,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
+        self.unsharded: Any = None  # how a pass gets its weights, if not by FSDP (train/unsharded.py)
         self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -125,6 +127,20 @@ class Block(nn.Module):
         return x + self.mlp(h)
 
 
+class Linear(nn.Linear):
+    """Multiply by a weight (out_features, in_features), without a bias."""
+
+    weight_gradient: Tensor | None = None
+    """fp32 sum to which a backward pass adds the weight's gradient; None: autograd keeps it (ops/linear.py)"""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__(in_features, out_features, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in_features) -> (..., out_features)."""
+        return linear(x, self.weight, self.weight_gradient)
+
+
 class CausalSelfAttention(nn.Module):
     """Attend with nh query heads over G key-value heads; ``attn`` is the fused projection to all of them."""
 
@@ -133,8 +149,8 @@ class CausalSelfAttention(nn.Module):
         self.attention = attention.BACKENDS[ops["attention"]].call
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
         # rows: for each group, its nh/G query heads, then its key head, then its value head
-        self.attn = nn.Linear(config.n_embd, config.qkv_size, bias=False)
-        self.proj = nn.Linear(config.n_embd, config.n_embd, bias=False)
+        self.attn = Linear(config.n_embd, config.qkv_size)
+        self.proj = Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
         """Apply the attention: x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
@@ -163,16 +179,19 @@ class LLaMAMLP(nn.Module):
 class SwiGLU(nn.Module):
     """Compute ``w3(silu(w1 x) * w2 x)``: w1 gates, w2 projects up to intermediate_size and w3 down again."""
 
+    w12: swiglu.Interleaved | None = None
+    """w1 and w2 in one tensor, if they lie in memory like that (train/unsharded.py)"""
+
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
         self.gated_mlp = swiglu.BACKENDS[ops["swiglu"]].call
-        self.w1 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.w2 = nn.Linear(config.n_embd, config.intermediate_size, bias=False)
-        self.w3 = nn.Linear(config.intermediate_size, config.n_embd, bias=False)
+        self.w1 = Linear(config.n_embd, config.intermediate_size)
+        self.w2 = Linear(config.n_embd, config.intermediate_size)
+        self.w3 = Linear(config.intermediate_size, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        return self.gated_mlp(x, self.w1, self.w2, self.w3)
+        return self.gated_mlp(x, self.w1, self.w2, self.w3, self.w12)
 
 
 class RMSNorm(nn.Module):

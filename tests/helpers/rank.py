@@ -34,6 +34,7 @@ from tinyllama.checkpoint import reader, writer
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
 from tinyllama.train import collectives, step, step_clock
+from tinyllama.train.parallel import finish_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
@@ -426,6 +427,7 @@ def dtypes(argv: list[str]) -> dict[str, list[str]]:
         block.attn.register_forward_pre_hook(lambda attn, inputs: look(attn, inputs))
     ids = torch.zeros(1, run.config.block_size, dtype=torch.int64)
     fabric.backward(model(ids, ids))
+    finish_gradients(gpt)
     optimizer.step()
     seen["gradients"] = {str(parameter.grad.dtype) for parameter in gpt.parameters()}
     seen["master"] = {str(parameter.dtype) for parameter in gpt.parameters()}

@@ -249,15 +249,18 @@ def test_what_is_gathered_and_what_is_kept() -> None:
 
     held = ParallelArgs(reshard_after_forward=False)
     rest = 2 * rows * d + d
-    assert parts()["FSDP buffers"] == 2 * (rest + 2 * block) + 6 * block
-    assert parts(held)["FSDP buffers"] == 2 * n + 6 * block
-    assert parts(precision="fp32")["FSDP buffers"] == 4 * (rest + 2 * block) + 4 * block
-    assert parts(held, precision="float8")["FSDP buffers"] == 2 * n + 6 * block
+    assert parts()["gathered weights"] == 2 * (rest + 2 * block) + 6 * block
+    assert parts(held)["gathered weights"] == 2 * n + 6 * block
+    assert parts(precision="fp32")["gathered weights"] == 4 * (rest + 2 * block) + 4 * block
+    assert parts(held, precision="float8")["gathered weights"] == 2 * n + 6 * block
     one = plan.memory(settings(), CONFIG, shard=16, micro_batch=2, accumulation=1)
     assert one["gradients (fp32)"] == 0  # they come into being as activations go
     assert parts()["gradients (fp32)"] == 4 * n
+    unsharded = plan.memory(settings(), CONFIG, shard=1, micro_batch=2, accumulation=1)
+    assert (unsharded["gradients (fp32)"], unsharded["gathered weights"]) == (4 * n, 2 * n)
+    assert plan.memory(settings(precision="fp32"), CONFIG, 1, 2, 1)["gathered weights"] == 4 * n
     assert set(one) == {
-        *("parameters (fp32)", "optimizer (fp32)", "gradients (fp32)", "FSDP buffers", "activations", "logits"),
+        *("parameters (fp32)", "optimizer (fp32)", "gradients (fp32)", "gathered weights", "activations", "logits"),
     }
     kv = 2 * 4 * 64
     compiled = 2 * (7 * d + 2 * kv + 3 * wide)

@@ -118,10 +118,11 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 GATHER, REDUCE = "c10d._allgather_base_.default over 2", "c10d._reduce_scatter_base_.default over 2"
-AGAIN, ATTENDS, PRODUCTS = (
+AGAIN, ATTENDS, PRODUCTS, ADDED = (
     "aten.silu.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
     "aten.mm.default",
+    "tinyllama.add_matmul.default",
 )
 LAYERS, MICRO_BATCHES = 2, 2
 UNITS = LAYERS + 1  # what FSDP gathers at once: each block, and the rest
@@ -134,12 +135,17 @@ USUAL = {
     AGAIN: ONCE,
     ATTENDS: ONCE,
     PRODUCTS: 3 * FORWARD,  # a backward pass has two for each
+    ADDED: 0,
     "aten.cummax.default": 0,
 }
 AGAIN_BUT_THE_LAST = FORWARD + 2 * FORWARD + ONCE * 4  # w3's result, which nothing behind it needs, is not made again
 RUNS: dict[str, tuple[list[object], float, dict[str, int]]] = {
     "sharded": ([], 1e-3, {}),
-    "replicated, clipped at a norm that none reaches": (["--parallel.shard", "none"], 100.0, {GATHER: 0, REDUCE: 0}),
+    "replicated, clipped at a norm that none reaches": (
+        ["--parallel.shard", "none"],
+        100.0,  # the gradients of a layer's matrices are added to a sum
+        {GATHER: 0, REDUCE: 0, PRODUCTS: 3 * FORWARD - 5 * ONCE, ADDED: 5 * ONCE},
+    ),
     "gathered once": (["--parallel.reshard_after_forward", "false"], 1e-3, {GATHER: UNITS}),
     "reduced often": (["--parallel.sync_every_micro_batch", "true"], 1e-3, {REDUCE: MICRO_BATCHES * UNITS}),
     "full checkpointing": (

@@ -180,7 +180,7 @@ class ParallelArgs:
     reshard_after_forward: bool = True
     """free a block's gathered weights between forward and backward; false: more memory, less communication"""
     sync_every_micro_batch: bool = False
-    """reduce the gradients after each micro-batch: less memory, more communication"""
+    """reduce the gradients after each micro-batch: less memory, more communication; not with unsharded weights"""
 
 
 @dataclass(frozen=True)

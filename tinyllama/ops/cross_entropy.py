@@ -14,6 +14,7 @@ from torch import Tensor
 
 from tinyllama.config.model import LOGITS_CHUNK
 from tinyllama.ops.backend import Backend
+from tinyllama.ops.linear import add_matmul
 
 IGNORE_INDEX = -100
 """the loss skips targets of this value"""
@@ -32,14 +33,6 @@ def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
     return loss
 
 
-def _add_matmul(total: Tensor, a: Tensor, b: Tensor) -> None:
-    """Add a (M, K) times b (K, N) to ``total`` (M, N) fp32, in place."""
-    if a.is_cuda:
-        torch.addmm(total, a, b, out_dtype=torch.float32, out=total)  # the product is not rounded to bf16, nor stored
-    else:
-        total += a @ b
-
-
 class _Chunked(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -54,7 +47,7 @@ class _Chunked(torch.autograd.Function):
             loss += _loss_and_gradient(logits.is_cuda)(logits, targets[rows])
             if wants_gradient:  # the gradients have replaced the logits in place
                 torch.mm(logits, weight, out=dx[rows])
-                _add_matmul(dw, logits.T, x[rows])
+                add_matmul(dw, logits.T, x[rows])
         if wants_gradient:
             ctx.save_for_backward(dx, dw)
             ctx.dtype = weight.dtype

@@ -2,34 +2,68 @@
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from tinyllama.ops.backend import Backend, quack_backend
+from tinyllama.ops.linear import add_matmul
 
 Linear = Callable[[Tensor], Tensor]
 
 
-def reference(x: Tensor, w1: Linear, w2: Linear, w3: Linear) -> Tensor:
+class Interleaved(NamedTuple):
+    """The rows of w1 and w2 in turn, (2 I, C), and the fp32 sum of its gradients, to which a backward pass adds."""
+
+    weight: Tensor
+    gradient: Tensor
+
+
+def reference(x: Tensor, w1: Linear, w2: Linear, w3: Linear, w12: Interleaved | None = None) -> Tensor:
     """Call the modules for the three matmuls (perhaps in float8); torch.compile fuses the operations between them."""
     return w3(F.silu(w1(x)) * w2(x))
 
 
-def xformers(x: Tensor, w1: torch.nn.Linear, w2: torch.nn.Linear, w3: torch.nn.Linear) -> Tensor:
+def xformers(
+    x: Tensor, w1: torch.nn.Linear, w2: torch.nn.Linear, w3: torch.nn.Linear, w12: Interleaved | None = None
+) -> Tensor:
     """Call xformers' SwiGLU, upstream's choice; it was fused on an A100 in 16 bits, until version 0.0.34."""
     from xformers.ops import swiglu
 
     return swiglu(x, w1.weight, None, w2.weight, None, w3.weight, None)
 
 
-def quack(x: Tensor, w1: torch.nn.Linear, w2: torch.nn.Linear, w3: torch.nn.Linear) -> Tensor:
+def quack(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Interleaved | None = None) -> Tensor:
     """Call quack-kernels' matmuls with the gate fused, in both passes; backward recomputes the gate's output."""
-    w12 = torch.stack((w1.weight, w2.weight), dim=1).flatten(0, 1)  # (2 I, C), rows of w1 and w2 interleaved
-    out, _ = _quack(x.flatten(0, -2), w12, w3.weight)
+    weight12 = w12.weight if w12 else torch.stack((w1.weight, w2.weight), dim=1).flatten(0, 1)
+    gradients = (w12.gradient, w3.weight_gradient) if w12 else (None, None)
+    out = _Quack.apply(x.flatten(0, -2), weight12, w3.weight, *gradients)
+    assert isinstance(out, Tensor)
     return out.view(x.shape)
+
+
+class _Quack(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, w12: Tensor, w3: Tensor, w12_gradient: Tensor | None, w3_gradient: Tensor | None
+    ) -> Tensor:
+        out, pre_gate = _quack(x, w12, w3)
+        ctx.save_for_backward(x, w12, w3, pre_gate, w12_gradient, w3_gradient)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
+        x, w12, w3, pre_gate, w12_gradient, w3_gradient = ctx.saved_tensors
+        gradient = gradients[0].contiguous()
+        d_pre_gate, gated = _quack_backward(gradient, w3, pre_gate)
+        dx = d_pre_gate @ w12
+        if w12_gradient is None:
+            return dx, d_pre_gate.T @ x, gradient.T @ gated, None, None
+        add_matmul(w12_gradient, d_pre_gate.T, x)
+        add_matmul(w3_gradient, gradient.T, gated)
+        return dx, None, None, None, None
 
 
 @torch.library.custom_op("tinyllama::swiglu_quack", mutates_args=())
@@ -68,19 +102,6 @@ def _tile() -> Any:
 @_quack_backward.register_fake
 def _(gradient: Tensor, w3: Tensor, pre_gate: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(pre_gate), pre_gate.new_empty((pre_gate.size(0), w3.size(1)))
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, Tensor, Tensor], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs, output[1])
-
-
-def _gradients(ctx: Any, gradient: Tensor, _: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    x, w12, w3, pre_gate = ctx.saved_tensors
-    d_pre_gate, gated = _quack_backward(gradient.contiguous(), w3, pre_gate)
-    return d_pre_gate @ w12, d_pre_gate.T @ x, gradient.T @ gated
-
-
-_quack.register_autograd(_gradients, setup_context=_keep)
 
 
 SAVED = [torch.ops.tinyllama.swiglu_quack.default]

@@ -80,14 +80,20 @@ def memory(
     block = config.n_embd * (config.qkv_size + config.n_embd + 3 * config.intermediate_size + 2)
     outside_blocks = params - config.n_layer * block
     # resharded, only this block and the prefetched one are gathered
+    width = 4 if args.train.precision == "fp32" else 2
     gathered = outside_blocks + 2 * block if args.parallel.reshard_after_forward else params
     # gradients of earlier micro-batches, whole until they are reduced; the last ones come into being as activations go
     gradients = 4 * params / (shard if args.parallel.sync_every_micro_batch else 1)
+    if shard == 1:  # train/unsharded.py: a copy of the weights, and the sums of the gradients, both at all times
+        gradients, buffers = 4 * params, width * params
+    else:
+        gradients = gradients if accumulation > 1 else 0.0
+        buffers = width * gathered + (4 if args.train.precision == "fp32" else 6) * block
     return {
         "parameters (fp32)": 4 * params / shard,
         "optimizer (fp32)": args.optim.state_bytes(config) / shard,
-        "gradients (fp32)": gradients if accumulation > 1 else 0.0,
-        "FSDP buffers": 4 * gathered + 4 * block if args.train.precision == "fp32" else 2 * gathered + 6 * block,
+        "gradients (fp32)": gradients,
+        "gathered weights": buffers,
         "activations": tokens * activations(args, config),
         "logits": logits(args, config, tokens),
     }

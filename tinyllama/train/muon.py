@@ -8,6 +8,7 @@ alone computes its update. A step needs three collectives, however many matrices
 in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
 """
 
+import functools
 import itertools
 import math
 from collections import defaultdict
@@ -169,26 +170,23 @@ class Muon(torch.optim.Optimizer):
         group = self.param_groups[0]
         lr = group["lr"] * (1 - found_inf)
         decay = 1 - lr * group["weight_decay"]
+        move = in_one_pass(move_weights, self._scales.is_cuda)
         for matrix, update, factor in zip(self._matrices, updates, (-lr * self._scales).unbind(), strict=True):
-            weight = local(matrix.parameter)
-            weight.mul_(decay).addcmul_(update.view_as(weight), factor)
+            move(local(matrix.parameter).view(-1), update, decay, factor)
 
     def _directions(self, found_inf: Tensor) -> list[Tensor]:
-        """Nesterov's momentum of this rank's shard of each matrix, up to a factor; the momenta take in the gradients.
-
-        Where ``found_inf`` is 1 a momentum takes in 0 with a weight of 0, which leaves it as it is, bit for bit.
-        """
+        """The direction of this rank's shard of each matrix; the momenta take in the gradients."""
         skip, weight = found_inf.bool(), (1 - MOMENTUM) * (1 - found_inf)
         directions = []
+        direct = in_one_pass(take_direction, self._scales.is_cuda)
         for parameter in (matrix.parameter for matrix in self._matrices):
             state = self.state[parameter]
             if not state:
                 state["momentum"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
-            momentum, gradient = local(state["momentum"]), local(parameter.grad).masked_fill_(skip, 0)
-            momentum.lerp_(gradient, weight)
-            direction = torch.empty_like(momentum, dtype=self._dtype)
-            directions.append(torch.add(momentum, gradient, alpha=(1 - MOMENTUM) / MOMENTUM, out=direction))
+            momentum, gradient = local(state["momentum"]), local(parameter.grad)
+            direction = direct(momentum.view(-1), gradient.view(-1), skip, weight, self._dtype)
+            directions.append(direction.view(momentum.shape))
         return directions
 
     def _orthogonalized(self, owned: dict[int, Tensor]) -> dict[int, Tensor]:
@@ -314,6 +312,27 @@ def iterate_on_gram(x: Tensor, multiply: Multiply) -> Tensor:
                 square = multiply(half_way, polynomial, half_way, beta=a)
         x = product @ x
     return x.to(dtype)
+
+
+def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
+    """Take a gradient into the momentum, in place, and return Nesterov's direction up to a factor.
+
+    Where ``skip`` is true the momentum takes in 0 with a ``weight`` of 0, which leaves it as it is, bit for bit.
+    """
+    gradient = gradient.masked_fill(skip, 0)
+    momentum.lerp_(gradient, weight)
+    return torch.add(momentum, gradient, alpha=(1 - MOMENTUM) / MOMENTUM).to(dtype)
+
+
+def move_weights(weight: Tensor, update: Tensor, decay: Tensor, factor: Tensor) -> None:
+    """Multiply a weight by ``decay`` and add ``factor`` times its update, in place."""
+    weight.mul_(decay).addcmul_(update, factor)
+
+
+@functools.cache
+def in_one_pass(function: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
+    """``function`` of flat tensors, on a GPU as one kernel, which reads and writes each only once."""
+    return torch.compile(function, dynamic=True, fullgraph=True) if cuda else function
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -4,20 +4,21 @@ import functools
 import logging
 from collections.abc import Callable
 from datetime import timedelta
-from typing import Any
+from typing import Any, cast
 
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.strategies import ModelParallelStrategy
 from torch import Tensor
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
 from tinyllama.ops import attention, float8, swiglu
 from tinyllama.train.launch import World, cluster_environment
+from tinyllama.train.unsharded import Unsharded
 
 # what selective activation checkpointing keeps: the matmuls, which are dear; the rest is cheap to do again
 SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
@@ -60,10 +61,15 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
         whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
         for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
-    for block in model.transformer["h"].children():
-        fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
-    fully_shard(model, mesh=replicate_shard, mp_policy=policy)
-    model.to_empty(device="cuda" if mesh.device_type == "cuda" else "cpu")
+    device = "cuda" if mesh.device_type == "cuda" else "cpu"
+    if shard == 1:
+        model.to_empty(device=device)
+        model.unsharded = Unsharded(model, replicate_shard, cast(torch.dtype, policy.param_dtype))
+    else:
+        for block in model.transformer["h"].children():
+            fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
+        fully_shard(model, mesh=replicate_shard, mp_policy=policy)
+        model.to_empty(device=device)
     init_weights(model, train.seed)
     return model
 
@@ -94,14 +100,32 @@ def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
 
     Those before the last keep what they gathered, if ``parallel.reshard_after_forward`` does not ask for the memory.
     """
-    model.set_requires_gradient_sync(last or args.sync_every_micro_batch)  # type: ignore[operator]
-    model.set_reshard_after_backward(last or args.reshard_after_forward)  # type: ignore[operator]
+    if isinstance(model, FSDPModule):
+        model.set_requires_gradient_sync(last or args.sync_every_micro_batch)
+        model.set_reshard_after_backward(last or args.reshard_after_forward)
+    else:
+        unsharded(model).reduces = last
+
+
+def finish_gradients(model: GPT) -> None:
+    """After a step's last backward pass: every parameter has its gradient."""
+    if not isinstance(model, FSDPModule):  # which does so itself
+        unsharded(model).finish_gradients()
 
 
 def reshard(model: GPT) -> None:
-    """Free what FSDP leaves gathered after a forward pass without a backward pass."""
-    for module in [model, *model.transformer["h"].children()]:
-        module.reshard()  # type: ignore[operator]
+    """Free what is left gathered after a forward pass without a backward pass."""
+    if isinstance(model, FSDPModule):
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+    else:
+        unsharded(model).end_pass()
+
+
+def unsharded(model: GPT) -> Unsharded:
+    """The weights of a model that is not sharded."""
+    return cast(Unsharded, model.unsharded)
 
 
 def check_dtypes(model: GPT, train: TrainArgs) -> str:

@@ -13,7 +13,7 @@ from tinyllama.config.args import PretrainArgs
 from tinyllama.model import GPT
 from tinyllama.train.anomaly import Guard
 from tinyllama.train.optim import clip, local_gradients, set_lr
-from tinyllama.train.parallel import sync_gradients
+from tinyllama.train.parallel import finish_gradients, sync_gradients
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """Input ids and targets, (B, T) int64 each, to the loss summed over the tokens, ()"""
@@ -49,6 +49,7 @@ class TrainStep:
             # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
             self.fabric.backward(loss * (self.fabric.world_size / self.tokens))
             loss_sum += loss.detach()
+        finish_gradients(self.gpt)
         state.step += 1
         state.samples += self.args.train.global_batch_size
         state.tokens += self.tokens
