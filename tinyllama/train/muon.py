@@ -273,9 +273,13 @@ def orthogonalize(x: Tensor, multiply: Multiply = symmetric_matmul.reference) ->
 
     ``multiply`` is a backend of ops/symmetric_matmul.py.
     """
-    x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    iterate = iterate_on_gram if max(x.shape[1:]) >= 2 * min(x.shape[1:]) else iterate_on_matrix
-    return iterate(x.mT, multiply).mT if x.shape[1] > x.shape[2] else iterate(x, multiply)
+    norm = x.norm(dim=(1, 2), keepdim=True) + 1e-7
+    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
+        # bfloat16 would round too much for it; float16 does not, with x x^T computed anew after two iterations
+        scaled = torch.empty_like(x, dtype=torch.float16 if x.dtype == torch.bfloat16 else x.dtype)
+        return iterate_on_gram(torch.div(x, norm, out=scaled), multiply).to(x.dtype)
+    x = x / norm
+    return iterate_on_matrix(x.mT, multiply).mT if x.shape[1] > x.shape[2] else iterate_on_matrix(x, multiply)
 
 
 def iterate_on_matrix(x: Tensor, multiply: Multiply) -> Tensor:
@@ -289,18 +293,16 @@ def iterate_on_matrix(x: Tensor, multiply: Multiply) -> Tensor:
 
 
 def iterate_on_gram(x: Tensor, multiply: Multiply) -> Tensor:
-    """Return the same with fewer operations, if s is much smaller than l: most products are of (B, s, s).
+    """Return the same of x (B, m, n), with fewer operations if its shorter side s is much shorter: most are (B, s, s).
 
     The polynomials are those of one symmetric matrix, so that they and their products commute and are symmetric (Gram
-    Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz). bfloat16 would round too much for it; float16 does
-    not, with x x^T computed anew after two iterations.
+    Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz).
     """
     a, b, c = QUINTIC
-    dtype = x.dtype
-    x = x.half() if dtype == torch.bfloat16 else x
-    identity = torch.eye(x.shape[1], dtype=x.dtype, device=x.device)
+    tall = x.shape[1] > x.shape[2]
+    identity = torch.eye(min(x.shape[1:]), dtype=x.dtype, device=x.device)
     for iterations in (2, ITERATIONS - 2):
-        square, product = multiply(x, x.mT), identity
+        square, product = multiply(x.mT, x) if tall else multiply(x, x.mT), identity
         for remaining in reversed(range(iterations)):
             polynomial = multiply(square, square, square, alpha=c, beta=b)  # lacks its constant term, a
             if product is identity:
@@ -310,8 +312,8 @@ def iterate_on_gram(x: Tensor, multiply: Multiply) -> Tensor:
             if remaining:
                 half_way = multiply(polynomial, square, square, beta=a)
                 square = multiply(half_way, polynomial, half_way, beta=a)
-        x = product @ x
-    return x.to(dtype)
+        x = x @ product if tall else product @ x
+    return x
 
 
 def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
