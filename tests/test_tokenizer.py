@@ -1,5 +1,6 @@
 import hashlib
 import io
+import itertools
 import json
 import os
 import random
@@ -199,6 +200,30 @@ def test_pieces_that_are_made_in_several_ways(model, tmp_path):
     pieces = set(Tokenizer(runs).pieces())
     halves = [sum(piece[:i] in pieces and piece[i:] in pieces for i in range(1, len(piece))) for piece in pieces]
     assert max(halves) > 2
+    merges = json.loads(Tokenizer(runs).json_for_text())["model"]["merges"]
+    made = [left + right for left, right in merges]
+    assert len(made) == len(set(made)) > 50
+
+
+def test_a_piece_that_never_comes_about_has_no_merge(tmp_path):
+    """In "abca" the first merge is into "ab", after which there is no "bca"."""
+    pytest.importorskip("google.protobuf")
+    from sentencepiece import sentencepiece_model_pb2
+
+    proto = sentencepiece_model_pb2.ModelProto()
+    proto.ParseFromString(train(tmp_path / "plain.model").read_bytes())
+    del proto.pieces[259:]
+    for score, piece in enumerate(("▁", "a", "b", "c", "ab", "bc", "bca", "abca", "▁a")):
+        proto.pieces.add(piece=piece, score=-score, type=1)
+    proto.trainer_spec.vocab_size = len(proto.pieces)
+    (tmp_path / "small.model").write_bytes(proto.SerializeToString())
+    tokenizer = Tokenizer(tmp_path / "small.model")
+    merges = json.loads(tokenizer.json_for_text())["model"]["merges"]
+    assert merges == [["a", "b"], ["b", "c"], ["bc", "a"], ["▁", "a"]]
+    bare = tokenizers.Tokenizer.from_str(tokenizer.json_for_text())
+    for length in range(1, 8):
+        for text in map("".join, itertools.product("abc", repeat=length)):
+            assert bare.encode(text).ids == tokenizer.encode(text), text
 
 
 def test_unused_pieces_are_none_that_text_becomes(tmp_path):

@@ -1,6 +1,7 @@
 """A sentencepiece BPE model as a tokenizer.json: the same ids, or an error that says why there is none."""
 
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Any
 
 from tinyllama import InputError
@@ -17,10 +18,10 @@ def tokenizer_json(processor: Any) -> dict[str, Any]:
     """Return the tokenizer.json of a sentencepiece model, without control tokens and decoder.
 
     User-defined pieces are added tokens there. A merge into a piece of better score goes first: not of lower id, as
-    Llama 2 gave its runs of blanks low ids and the lowest scores. The ways to merge into one piece have one score, and
-    sentencepiece takes the leftmost in the text, which a list of merges cannot say; they are in the order of their
-    halves' ids, and the ids of a text have not been seen to depend on it. transformers' converter needs protobuf, and
-    merges bytes and control tokens, as the model does not.
+    Llama 2 gave its runs of blanks low ids and the lowest scores. A piece has one merge, of the halves that it comes
+    from where it is the whole text. No other halves ever meet: until two that do are merged, nothing around them has
+    been merged with a part of them, so they were built as they are where there is nothing around them. (transformers'
+    converter lists them all, twice as many for Llama 2, needs protobuf, and merges bytes and control tokens.)
 
     Raises InputError for a model whose ids such a file cannot give.
     """
@@ -29,20 +30,16 @@ def tokenizer_json(processor: Any) -> dict[str, Any]:
     user_defined = user_defined_pieces(processor)
     mergeable = set(text_pieces(processor)) - set(user_defined)
     has_prefix = _refuse_inexact(processor, vocab, mergeable, user_defined)
-    merges = []
-    for piece in mergeable:
-        rank = (-processor.get_score(vocab[piece]), vocab[piece])
-        for cut in range(1, len(piece)):
-            left, right = piece[:cut], piece[cut:]
-            if left in mergeable and right in mergeable:
-                merges.append((*rank, vocab[left], vocab[right], [left, right]))
+    ranked = sorted(mergeable, key=lambda piece: (-processor.get_score(vocab[piece]), vocab[piece]))
+    ranks = {piece: rank for rank, piece in enumerate(ranked)}
+    merges = [halves for piece in ranked if (halves := _halves(piece, ranks))]
     bpe = {
         "type": "BPE",
         "unk_token": processor.id_to_piece(processor.unk_id()),
         "fuse_unk": True,
         "byte_fallback": any(processor.is_byte(ids)),
         "vocab": vocab,
-        "merges": [halves for *_, halves in sorted(merges)],
+        "merges": merges,
     }
     blanks: list[dict[str, Any]] = [{"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}]
     if has_prefix:  # not Metaspace, which leaves out the prefix of a text that begins with a blank
@@ -54,6 +51,21 @@ def tokenizer_json(processor: Any) -> dict[str, Any]:
         "normalizer": {"type": "Sequence", "normalizers": blanks},
         "model": bpe,
     }
+
+
+def _halves(piece: str, ranks: dict[str, int]) -> list[str] | None:
+    """Return the two pieces that ``piece`` comes from, by merges into the piece of lowest rank; None: from no two."""
+    parts, never = list(piece), len(ranks)
+    if len(parts) < 2 or not all(part in ranks for part in parts):
+        return None
+    while len(parts) > 2:
+        found = [ranks.get(left + right, never) for left, right in pairwise(parts)]
+        best = min(found)
+        if best == never:
+            return None
+        place = found.index(best)
+        parts[place : place + 2] = [parts[place] + parts[place + 1]]
+    return parts
 
 
 def text_pieces(processor: Any) -> list[str]:
