@@ -77,13 +77,13 @@ class ShardWriter:
         if (wrong := first_outside(ids, self.vocab_size)) is not None:
             hint = "prepare with the tokenizer the vocabulary size comes from"
             raise vocabulary_error(self.name, ids[wrong], self._tokens + wrong, self.vocab_size, hint)
-        payload = ids.astype(DTYPES[self.dtype]).data
-        self._file.write(payload)
-        self._blake2b.update(payload)
-        self._ends.extend((np.asarray(ends, dtype=np.uint64) + np.uint64(self._tokens)).tolist())
+        tokens = ids.astype(DTYPES[self.dtype])
+        self._file.write(tokens.data)
+        self._blake2b.update(tokens.data)
+        self._ends.frombytes((np.asarray(ends, dtype=np.uint64) + np.uint64(self._tokens)).tobytes())
         self._tokens += ids.size
         if ids.size:
-            self.max_token = max(self.max_token, int(ids.max()))
+            self.max_token = max(self.max_token, int(tokens.max()))
 
     def finish(self, **metadata: Any) -> dict[str, Any]:
         """Publish the shard and return what NAME.json says: counts, the hashes of the other files, and ``metadata``.
@@ -257,7 +257,7 @@ def open_all(*groups: Sequence[str]) -> list[list[PackedDataset]]:
 
 def first_outside(ids: np.ndarray, vocab_size: int) -> int | None:
     """Return the index in the flattened ``ids`` of the first one outside the vocabulary, or None."""
-    if ids.min(initial=0) >= 0 and ids.max(initial=0) < vocab_size:
+    if ids.max(initial=0) < vocab_size and (ids.dtype.kind == "u" or ids.min(initial=0) >= 0):
         return None
     return int(np.flatnonzero((ids < 0) | (ids >= vocab_size))[0])
 

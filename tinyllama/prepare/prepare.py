@@ -13,7 +13,8 @@ import os
 import re
 import sys
 import time
-from collections import Counter
+from array import array
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
@@ -347,33 +348,45 @@ def _write(
     policy = recipe.policy
     begin, end = ([np.array([policy[f"{name}_id"]], np.uint32)] if policy[name] else [] for name in ("bos", "eos"))
     folder = one.name.partition("/")[0] if "/" in one.name else "."  # StarCoder's languages; SlimPajama says itself
-    figures: dict[str, Counter[str]] = {}
+    figures: dict[str, Counter[str]] = defaultdict(Counter)
+    long: dict[str, array[int]] = defaultdict(lambda: array("Q"))  # tokens of each document that CONTEXTS tell apart
     parts: list[np.ndarray] = []
     ends: list[int] = []
-    size = length = 0  # tokens in parts, of the document
+    size = start = 0  # tokens in parts; where among them the document begins, which may be before the first
     begun = False
     for ids, num_bytes, subset, is_last in chunks:
-        new = [*(() if begun else begin), ids, *(end if is_last else ())]
-        tokens = sum(map(len, new))
-        parts += new
-        size += tokens
-        length += tokens
-        begun = not is_last
-        counts = figures.setdefault(subset or folder, Counter())
-        counts.update(documents=int(is_last), tokens=tokens, bytes=num_bytes)
+        before = size
+        new = [ids] if begun else [*begin, ids]
         if is_last:
+            new += end
+        parts += new
+        size += sum(map(len, new))
+        begun = not is_last
+        counts = figures[subset or folder]
+        counts["tokens"] += size - before
+        counts["bytes"] += num_bytes
+        if is_last:
+            counts["documents"] += 1
             ends.append(size)
-            for context in CONTEXTS:
-                if length > context:
-                    counts.update({f"documents_over_{context}": 1, f"tokens_over_{context}": length})
-            length = 0
+            if size - start > CONTEXTS[0]:
+                long[subset or folder].append(size - start)
+            start = size
         if size >= _FLUSH:
             writer.append(np.concatenate(parts), ends)
+            start -= size
             parts, ends, size = [], [], 0
     if parts:
         writer.append(np.concatenate(parts), ends)
-    keys = ["documents", "tokens", "bytes", *(f"{key}_over_{n}" for n in CONTEXTS for key in ("documents", "tokens"))]
-    return {subset: {key: figures[subset][key] for key in keys} for subset in sorted(figures)}
+    return {subset: _figures(figures[subset], np.array(long[subset])) for subset in sorted(figures)}
+
+
+def _figures(counts: Counter[str], long: np.ndarray) -> dict[str, int]:
+    """Return the counts, and how many of the ``long`` documents are longer than each of ``CONTEXTS``."""
+    figures = {key: counts[key] for key in ("documents", "tokens", "bytes")}
+    for context in CONTEXTS:
+        over = long[long > context]
+        figures |= {f"documents_over_{context}": len(over), f"tokens_over_{context}": int(over.sum())}
+    return figures
 
 
 def _is_empty(info: Info) -> bool:
