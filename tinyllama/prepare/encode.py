@@ -40,6 +40,7 @@ _PLACES = (
     (re.compile(rb"(?s:.)"), 16),
 )
 _PREFIXES = "\n.,;0aenxZ"  # letters of which one before a part that continues may let it keep its ids
+_BATCH = 1 << 22  # bytes of text that are read before they are encoded
 _RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of words in one only grows
 # texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
@@ -132,7 +133,7 @@ class Encoder:
     def stream(self, chunks: Iterable[TextChunk]) -> Iterator[TokenChunk]:
         """Encode each document, a long one in parts of its own cutting; raises Mismatch."""
         rest, lead = bytearray(), None  # of a long document: what is not encoded yet; None: nothing of it is
-        for text, subset, is_last in chunks:
+        for text, subset, is_last in _batched(chunks):
             if is_last and not rest and len(text) <= CUT:
                 yield TokenChunk(self._checked(text), len(text), subset, is_last=True)
                 continue
@@ -204,6 +205,19 @@ class Encoder:
             )
         self._texts += 1
         return ids[lead.dropped :] if lead else ids
+
+
+def _batched(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
+    """Yield the same chunks, many read before the first is encoded: what each works on is in a core's caches longer."""
+    batch: list[TextChunk] = []
+    size = 0
+    for chunk in chunks:
+        batch.append(chunk)
+        size += len(chunk.text)
+        if size >= _BATCH:
+            yield from batch
+            batch, size = [], 0
+    yield from batch
 
 
 def _known_letters(tokenizer: Tokenizer) -> Iterator[str]:
