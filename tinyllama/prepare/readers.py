@@ -201,11 +201,14 @@ class DocumentReader:
         if len(line) > _LONG and (count := elements(line)) > self.fields.longest // _ELEMENT:
             hint = "remove it, or raise --longest_document of the prepare command"
             raise self._error(f"{where} {count:,} values and keys, which take too much memory", hint)
-        # what orjson refuses, lone surrogates above all, json may take; and it says better what is wrong
-        with contextlib.suppress(ImportError, ValueError):  # without orjson json gives the same, at half the speed
+        try:
             import orjson
 
             return orjson.loads(line)
+        except ImportError:  # json gives the same, at half the speed
+            pass
+        except ValueError:  # json takes some of it, lone surrogates above all, and says better what is wrong
+            pass
         try:
             return json.loads(line.decode())
         except UnicodeDecodeError:
