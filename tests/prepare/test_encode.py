@@ -271,6 +271,20 @@ def test_one_document_in_a_thousand_is_encoded_by_both(tokenizer_file):
     assert checked[3:] == [b"5"]
 
 
+def test_text_is_read_ahead_up_to_a_bound(tokenizer_file, monkeypatch):
+    monkeypatch.setattr(encode, "_BATCH", 100)
+    read = []
+
+    def chunks():
+        for number in range(20):
+            read.append(number)
+            yield TextChunk(b"the llama " * 3, "", is_last=True)
+
+    encoded = Encoder(Tokenizer(tokenizer_file), "sentencepiece").stream(chunks())
+    counts = [len(read) for _ in encoded]  # at each document that comes out
+    assert counts == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4 + [20] * 4
+
+
 def test_encoders_are_renewed_before_their_cache_is_large(tokenizer_file, monkeypatch):
     monkeypatch.setattr(encode, "_RENEWED", 100)  # bytes
     encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
