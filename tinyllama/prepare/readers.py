@@ -321,7 +321,7 @@ class DocumentReader:
                 yield from table.iter_batches(rows, row_groups=[number], columns=leaves, use_threads=False)
 
     def _rows_at_a_time(self, file: BinaryIO, group: Any, number: int, leaves: list[str]) -> int:
-        largest = 1
+        largest, row_bytes = 1, _ROW_BYTES
         for column in map(group.column, range(group.num_columns)):
             if not any(f"{column.path_in_schema}.".startswith(f"{leaf}.") for leaf in leaves):
                 continue
@@ -331,8 +331,10 @@ class DocumentReader:
                 raise self._error(f"{what}, which no text can be")
             # no value is larger than the page, or the dictionary's page, that it stands in
             largest = max(largest, *page_sizes(file, column), 1)
+            if "DELTA_BYTE_ARRAY" in column.encodings:  # each can be as large, and pyarrow takes several times that
+                row_bytes = _ROW_BYTES // 4
         self._check_size(f"row group {number}: a page", largest, _PAGE)
-        return max(1, min(_ROWS, _ROW_BYTES // largest))
+        return max(1, min(_ROWS, row_bytes // largest))
 
     def _check_batches(self) -> None:
         """Refuse an Arrow stream with a batch that decompresses to too much, or with more behind its end."""
