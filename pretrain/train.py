@@ -272,7 +272,10 @@ class Training:
         """Finish what is being written and say how the run ended; returns the exit code."""
         self.loader.close()
         self.finish_save(wait=True)
-        if self.failed or self.saved_step < self.state.step:
+        if self.failed:
+            return DEFECT
+        if self.saved_step < self.state.step:
+            self.log.unsaved(self.state.step)
             return DEFECT
         stopped_by = None if self.is_last else self.stop_asked
         self.log.end(self.state, stopped_by)

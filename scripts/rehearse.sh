@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Rehearse a run on random tokens, in about ten minutes: start, save at a signal, requeue, resume, crash, retry, end, export.
 #
-#     scripts/rehearse.sh --config configs/pretrain/tinyllama_1.1b.yaml --train.micro_batch_size 16
+#     scripts/rehearse.sh --config configs/pretrain/tinyllama_1.1b.yaml --train.micro_batch_size 8
 #     SBATCH_ACCOUNT=lab SBATCH_PARTITION=gpu OPTIONS="--nodes 4" scripts/rehearse.sh --config FILE
 #     LAUNCH="torchrun --nproc-per-node 8" scripts/rehearse.sh --config FILE
 #

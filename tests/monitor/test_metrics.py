@@ -86,11 +86,43 @@ def test_damaged_rows_are_left_out(run: Run) -> None:
     ):
         (run.out_dir / "metrics.csv").write_text(f"{head}\n{cells}\n{last}\n")
         assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [float("inf")], cells
+        damaged = (run.out_dir / "metrics.csv").read_bytes()
         with RunLog(run, 2, is_rank_zero=True) as log:
             assert rows(run) == [{"step": "1", "tokens": "8", "loss": "inf", "val_loss": "7.5"}]
+            assert (run.out_dir / "metrics.csv.damaged").read_bytes() == damaged
             log.end(TrainState(step=2, tokens=16), None)
     (run.out_dir / "metrics.csv").write_text(f"{head},note\n{last},good\n")  # a column of the user's
     assert [row["note"] for row in read_metrics(run.out_dir / "metrics.csv")] == ["good"]
+
+
+def test_what_a_damaged_file_was_is_kept_and_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(run, None, is_rank_zero=True) as log:
+        for step in (1, 2, 3):
+            log.row({"step": step, "tokens": 8 * step, "loss": 7.0})
+    file = run.out_dir / "metrics.csv"
+    whole = file.read_bytes()
+    head, first, second, third = whole.splitlines(keepends=True)
+    for content, lost in (
+        (whole, 0),
+        (head, 0),
+        (b"", 0),
+        (whole[:-9], 0),  # the last row was being written
+        (b"\0" + whole, 3),  # no column has its name
+        (head[:7] + b"\n" + first + second + third, 3),
+        (head + first[:5] + b"\n" + second + third, 1),
+        (head + b"\0" * 40 + second[20:] + third, 1),
+        (bytes(range(11, 200)), 1),  # not one line
+    ):
+        file.write_bytes(content)
+        capsys.readouterr()
+        with RunLog(run, 3, is_rank_zero=True):
+            told = capsys.readouterr().out
+        kept = file.with_name("metrics.csv.damaged")
+        assert f"{lost} lines of {file} cannot be read: {kept} is what it was" in told if lost else told == "", content
+        assert kept.exists() == bool(lost)
+        if lost:
+            assert kept.read_bytes() == content
+            kept.unlink()
 
 
 def test_a_file_that_is_removed_stops_nobody_and_is_told(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
@@ -493,7 +525,7 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
     reason = {"step": 6, "samples": 48, "reason": "not finite on rank [1]: step 6, samples 40 to 47"}
     assert json.loads((run.out_dir / "STOPPED").read_text()) == reason
     assert {key: events[2][key] for key in reason} == reason
-    assert said[2] == f"stopped for good, see {run.out_dir / 'STOPPED'}"
+    assert said[2].startswith(f"stopped for good, see {run.out_dir / 'STOPPED'}: mend its cause and delete it")
 
 
 def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

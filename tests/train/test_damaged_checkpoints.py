@@ -85,6 +85,19 @@ def test_a_run_stops_when_three_saves_in_a_row_have_failed(world, config_file, t
     assert [error.partition("; ")[2] for error in errors][-2:] == ["", "3 saves in a row have failed"]
 
 
+def test_a_run_whose_last_save_fails_too_says_how_it_ends(world, config_file, tmp_path) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out, *SHORT, "--checkpoint.interval", 2, "--train.max_steps", 20]
+    told = tmp_path / "told"
+    flags += ["--log.on_event", f'echo "$TINYLLAMA_EVENT" >> {told}']
+    (answer,) = world(1)("train_without_room", "2,3,4,5", *flags)
+    assert answer["result"] == 1
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
+    (stop,) = events(out, "stop")
+    assert stop["by"] == "failed saves"
+    assert told.read_text().split()[-1] == "failed"
+
+
 def test_nothing_is_saved_amid_skipped_steps(world, config_file, tmp_path) -> None:
     out = tmp_path / "run"
     flags = ["--config", config_file, "--out_dir", out, *SHORT, "--train.on_nonfinite", "skip"]

@@ -13,7 +13,8 @@ from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
 from tinyllama.train import parallel
-from tinyllama.train.parallel import check_dtypes, parallelize, recomputing
+from tinyllama.train.optim import local_gradients
+from tinyllama.train.parallel import check_dtypes, finish_gradients, mixed_precision, parallelize, recomputing
 
 
 @pytest.fixture
@@ -71,11 +72,16 @@ def test_master_weights_and_the_reduction_are_fp32(mesh: DeviceMesh) -> None:
         train = TrainArgs(precision=precision)  # type: ignore[arg-type]
         model = parallelize(on_meta(), mesh, ParallelArgs(), 1, train)
         assert check_dtypes(model, train) == f"master float32, pass {computed}, reduction float32"
-        for module in [model, *model.transformer["h"].children()]:
-            policy = module._get_fsdp_state()._mp_policy
-            assert policy.reduce_dtype == torch.float32
-            assert policy.param_dtype == getattr(torch, computed)
-            assert policy.cast_forward_inputs is False
+        policy = mixed_precision(train)
+        assert policy.reduce_dtype == torch.float32
+        assert policy.param_dtype == getattr(torch, computed)
+        assert policy.cast_forward_inputs is False
+        ids = torch.zeros(1, 8, dtype=torch.int64)
+        model(ids, ids).backward()
+        assert {parameter.dtype for parameter in model.parameters()} == {getattr(torch, computed)}
+        finish_gradients(model)
+        assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+        assert {gradient.dtype for gradient in local_gradients(model)} == {torch.float32}
     with pytest.raises(RuntimeError, match="the master weights are .*bfloat16.*, not fp32"):
         check_dtypes(on_meta().bfloat16(), TrainArgs())
 

@@ -81,12 +81,11 @@ class RunLog:
         self._sources = source_columns([source.path for source in run.args.data.sources])
         try:
             run.out_dir.mkdir(parents=True, exist_ok=True)
-            rows = [] if step is None else [row for row in read_metrics(self._metrics) if row["step"] <= step]
+            rows, damage = ([], "") if step is None else self._read(step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
             names += [name for name in (rows[0] if rows else ()) if name.startswith(BY_SOURCE)]  # of other sources, too
             self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
-            table = self._csv(rows, header=True)
-            atomic.write(self._metrics, table)
+            atomic.write(self._metrics, table := self._csv(rows, header=True))
             if (samples := run.out_dir / "samples.jsonl").exists():
                 kept = [sample for sample in read_samples(samples) if step is not None and sample["step"] <= step]
                 atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
@@ -98,10 +97,23 @@ class RunLog:
         self._best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=float("inf"))
         if run.args.log.on_event is not None:
             self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
+        if damage:
+            self.event("metrics_damaged", damage)
         if run.args.log.wandb != "off":
             self._tracker = Tracker(run, -1 if step is None else step, self._console.line)
             for row in rows[:-1]:  # those it missed, if any
                 self._tracker.send(row)
+
+    def _read(self, step: int) -> tuple[list[dict[str, Any]], str]:
+        """Read metrics.csv up to ``step``, and what to say of it if it is damaged, when a copy of it is kept."""
+        content = self._metrics.read_bytes() if self._metrics.is_file() else b""
+        rows, damage = read_metrics(self._metrics), ""
+        lines = content.count(b"\n") - 1  # without the header and an unfinished last line
+        if lines > len(rows) or (content and not rows and not content.startswith(b"step,")):
+            copy = self._metrics.with_name("metrics.csv.damaged")
+            atomic.write(copy, content)
+            damage = f"{max(lines, 1) - len(rows)} lines of {self._metrics} cannot be read: {copy} is what it was"
+        return [row for row in rows if row["step"] <= step], damage
 
     def __enter__(self) -> "RunLog":
         if self._is_rank_zero:
@@ -192,7 +204,10 @@ class RunLog:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""
         if self._is_rank_zero:
             resume.write_stopped(self._run.out_dir, details)
-        self.event("stop", f"stopped for good, see {resume.stopped_file(self._run.out_dir)}", **details)
+        file = resume.stopped_file(self._run.out_dir)
+        self.event(
+            "stop", f"stopped for good, see {file}: mend its cause and delete it, and the command resumes", **details
+        )
 
     def end(self, state: TrainState, stopped_by: str | None) -> None:
         """Log the end, after its summary: the last step is done, or a signal or setting has stopped the run."""
@@ -216,6 +231,11 @@ class RunLog:
             self.event("stop", text, by=stopped_by, **details)
         else:
             self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **details)
+
+    def unsaved(self, step: int) -> None:
+        """Log an end at ``step`` that could not be saved."""
+        hint = "make room, and the command resumes from the newest that is"
+        self.event("stop", f"error: ended at step {step}, which is not saved: {hint}", by="failed saves", step=step)
 
     def record_skips(self, results: list[StepResult]) -> bool:
         """Log skipped steps. If one ends the run, write STOPPED and return True."""

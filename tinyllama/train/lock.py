@@ -6,6 +6,7 @@ alive, and one whose file does not is gone.
 """
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
@@ -55,7 +56,9 @@ class RunLock:
                 before = self._evict()
             self._folder = self._path.parent.stat()
         except OSError as error:
-            raise InputError(f"cannot write {self._path}: {error.strerror}: give an out_dir that can be") from None
+            full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+            hint = "make room there" if full else "give an out_dir that can be"
+            raise InputError(f"cannot write {self._path}: {error.strerror}: {hint}") from None
         if before is not None:
             print(printable(f"took over {self._path.parent} from {before}"), flush=True)
         self._heart.start()
