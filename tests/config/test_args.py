@@ -66,10 +66,21 @@ def test_numbers_that_are_slips_of_the_hand(train: dict[str, Any], problem: str)
         check(run(**train))
 
 
-@pytest.mark.parametrize("train", [{}, {"max_steps": 1, "max_epochs": 1}])
-def test_one_length_must_be_given(train: dict[str, int]) -> None:
-    with pytest.raises(InputError, match="one of train.max_steps, train.max_tokens and train.max_epochs must be given"):
+@pytest.mark.parametrize(
+    ("train", "given"),
+    [
+        ({}, "none"),
+        (
+            {"max_steps": 1, "max_epochs": 1},
+            "train.max_steps and train.max_epochs: unset one, as --train.max_epochs null does",
+        ),
+    ],
+)
+def test_one_length_must_be_given(train: dict[str, int], given: str) -> None:
+    with pytest.raises(InputError) as error:
         check(run(**train))
+    (problem,) = error.value.args
+    assert problem == f"one of train.max_steps, train.max_tokens and train.max_epochs must be given; given: {given}"
 
 
 @pytest.mark.parametrize(
@@ -293,7 +304,7 @@ def test_a_weight_that_is_none(weights: tuple[float, float | None]) -> None:
 
 def test_sources_and_what_belongs_together() -> None:
     (problem,) = data()
-    assert problem.startswith("data.sources is empty")
+    assert problem.startswith("data.sources is empty: give a recipe, --config FILE, or ")
     together = "data.ramp_tokens and a final_weight of a source belong together: give both or neither"
     assert data(sources=[Source("a", 1), Source("b", 0, 1)], ramp_tokens=1) == ()
     assert data(sources=[Source("a", 1), Source("b", 1, 0)], ramp_tokens=1) == ()

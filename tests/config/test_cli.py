@@ -81,10 +81,15 @@ def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) ->
     ("text", "problem"),
     [
         ("ops.attention: sdpa", "ops.attention is not nested: write {ops: {attention: ...}}, on two lines if you like"),
-        ("data: {sources: null}", "data.sources cannot be 'null': expected list"),
+        ("data: {sources: null}", "data.sources cannot be 'null': expected [{path: ...}, ...]"),
         ("data: {sources: [{path: a, weight: null}]}", "data.sources.weight cannot be 'null': expected float"),
         ("optim: {lr: }", "optim.lr cannot be '': expected float"),
-        ("data: {sources: [3]}", "data.sources is not a group of keys but '3'; --help lists the keys"),
+        ("data: {sources: [3]}", "data.sources cannot be ['3']: expected [{path: ...}, ...]"),
+        (
+            "data: {validation: [{path: a}, b]}",
+            "data.validation cannot be [{'path': 'a'}, 'b']: expected [{path: ...}, ...]",
+        ),
+        ("log: {profile: 3}", "log.profile cannot be '3': expected [int, ...]"),
         ("data: {sources: [{weight: 1}]}", "data.sources.path is missing"),
     ],
 )
@@ -231,7 +236,7 @@ def test_wrong_types_name_the_key(tmp_path: Path) -> None:
     assert problems("--model.n_layer", "x") == ("model.n_layer cannot be 'x': expected int | null",)
     path = tmp_path / "run.yaml"
     path.write_text("data: {sources: 3}")
-    assert problems("--config", str(path)) == (f"{path}: data.sources cannot be '3': expected list",)
+    assert problems("--config", str(path)) == (f"{path}: data.sources cannot be '3': expected [{{path: ...}}, ...]",)
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

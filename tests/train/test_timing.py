@@ -76,7 +76,7 @@ def test_a_trace_that_cannot_be_written_costs_nothing_else(world, config_file: P
         ("[1, 21]", "log.profile [1, 21] is no range of steps"),
         ("[40, 41]", "log.profile [40, 41] ends after the run's 40 steps: lower it"),
         ("[a, 3]", "log.profile cannot be 'a': expected int"),
-        ("3", "log.profile cannot be '3': expected list"),
+        ("3", "log.profile cannot be '3': expected [int, ...]"),
     ],
 )
 def test_steps_that_cannot_be_traced_are_refused(

@@ -270,7 +270,10 @@ def check(args: PretrainArgs) -> ModelConfig:
     if not args.out_dir.strip():
         errors.append("out_dir is empty: give a folder for the run")
     if not args.data.sources:
-        errors.append('data.sources is empty: give at least one packed folder, --data.sources \'[{"path": "DIR"}]\'')
+        errors.append(
+            "data.sources is empty: give a recipe, --config FILE, or a packed folder, "
+            '--data.sources \'[{"path": "DIR"}]\''
+        )
     for source in args.data.sources:
         last = source.weight if source.final_weight is None else source.final_weight
         if any(bound_errors(source, "")) or max(source.weight, last) == 0:
@@ -294,7 +297,10 @@ def check(args: PretrainArgs) -> ModelConfig:
     given = [k for k in ("max_steps", "max_tokens", "max_epochs") if getattr(args.train, k) is not None]
     if len(given) != 1:
         what = " and ".join(f"train.{k}" for k in given) or "none"
-        errors.append(f"one of train.max_steps, train.max_tokens and train.max_epochs must be given; given: {what}")
+        hint = f": unset one, as --train.{given[-1]} null does" if given else ""
+        errors.append(
+            f"one of train.max_steps, train.max_tokens and train.max_epochs must be given; given: {what}{hint}"
+        )
     for group in fields(args):
         settings = getattr(args, group.name)
         if is_dataclass(settings) and not isinstance(settings, ModelArgs):  # whose bounds are those of its ModelConfig

@@ -248,7 +248,9 @@ def _updated(base: Any, content: Any, kinds: Mapping[str, Any], errors: list[str
             values[name] = _updated(getattr(base, name), value, kinds, errors, f"{key}.")
         elif typing.get_origin(kind) is list and isinstance(value, list):
             (item,) = typing.get_args(kind)
-            if is_dataclass(item):
+            if is_dataclass(item) and not all(isinstance(each, dict) for each in value):
+                errors.append(f"{key} cannot be {reprlib.repr(value)}: expected {_name(kind)}")
+            elif is_dataclass(item):
                 values[name] = [_updated(item, each, kinds, errors, f"{key}.") for each in value]
             else:
                 values[name] = [_value(each, item, key, errors) for each in value]
@@ -275,10 +277,16 @@ def _options(kind: Any) -> tuple[Any, ...]:
 
 
 def _name(kind: Any) -> str:
-    """Name a type in YAML's words: ``int | null``, ``full | node | none | int``."""
-    literal = typing.Literal
-    names = [" | ".join(typing.get_args(o)) if typing.get_origin(o) is literal else o.__name__ for o in _options(kind)]
-    return " | ".join(names).replace("NoneType", "null")
+    """Name a type in YAML's words: ``int | null``, ``full | node | none | int``, ``[{path: ...}, ...]``."""
+    if is_dataclass(kind):
+        required = [field.name for field in fields(kind) if field.default is field.default_factory]
+        return f"{{{', '.join(f'{name}: ...' for name in required)}}}"
+    if typing.get_origin(kind) is list:
+        return f"[{_name(*typing.get_args(kind))}, ...]"
+    if typing.get_origin(kind) is typing.Literal:
+        return " | ".join(typing.get_args(kind))
+    options = _options(kind)
+    return " | ".join(map(_name, options)) if len(options) > 1 else kind.__name__.replace("NoneType", "null")
 
 
 _WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "false": False}, type(None): {"null": None, "~": None}}
