@@ -197,6 +197,12 @@ def test_changes_are_named(tmp_path: Path) -> None:
         resume.refuse_changes(tmp_path, then, now)
     what = "model.n_layer was 2 and is 3; data.sources[1].weight was 0.3 and is absent"
     assert str(error.value).startswith(f"cannot resume from {tmp_path}: {what}; put it back")
+    with pytest.raises(InputError) as error:
+        resume.refuse_changes(tmp_path, {"sources": [{"fingerprint": "a"}]}, {"sources": [{"fingerprint": "b"}]})
+    other_data = "sources[0].fingerprint was a and is b (other packed data than the run's)"
+    assert str(error.value) == (
+        f"cannot resume from {tmp_path}: {other_data}; put it back, or start a new run in another --out_dir"
+    )
     # and what there was not
     with pytest.raises(InputError, match="data.final was 1 and is absent; data.ramp_tokens was absent and is 9; put"):
         resume.refuse_changes(tmp_path, {"data": {"final": 1}}, {"data": {"ramp_tokens": 9}})

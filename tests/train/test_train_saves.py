@@ -52,7 +52,11 @@ def test_settings_that_a_resumed_run_changes_are_told(world, config_file: Path, 
     out = tmp_path / "run"
     flags = ["--config", config_file, "--out_dir", out]
     world(1)("train_signalled", "7", 0, *flags)
-    answers = world(1)("train", *flags, "--optim.weight_decay", 0.3, "--log.interval", 5)
+    others = ["--optim.weight_decay", 0.3, "--log.interval", 5]
+    planned = world(1).train(*flags, *others, "--dry_run").splitlines()
+    assert "changed  optim.weight_decay 0.1 -> 0.3, log.interval 1 -> 5" in planned
+    assert "changed  " not in world(1).train(*flags, "--dry_run")
+    answers = world(1)("train", *flags, *others)
     said = " ".join(answers[0]["said"].split())  # summaries fold long lines
     start = f"start resumed from {out}/checkpoints/step-00000007"
     assert said.startswith(f"{start} model ")

@@ -55,19 +55,20 @@ def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -
     then, today = leaves(saved), leaves(now)
     changes = [
         f"{key} was {then.get(key, 'absent')} and is {today.get(key, 'absent')}"
+        + " (other packed data than the run's)" * key.endswith(".fingerprint")
         for key in {**then, **today}
         if then.get(key) != today.get(key)
     ]
     if changes:
         raise InputError(
-            f"cannot resume from {step_dir}: {'; '.join(changes)}; put it back, or start a new run in another out_dir"
+            f"cannot resume from {step_dir}: {'; '.join(changes)}; put it back, or start a new run in another --out_dir"
         )
 
 
 def changed(step_dir: Path, now: dict[str, Any]) -> dict[str, list[Any]]:
     """Return the settings that have changed since ``step_dir`` was saved: [then, now] by key."""
     then, today = (leaves(settings, lists=False) for settings in (read_settings(step_dir), now))
-    keys = [key for key in today if key in then and key not in ("out_dir", "train.resume")]
+    keys = [key for key in today if key in then and key not in ("out_dir", "train.resume", "dry_run")]
     return {key: [then[key], today[key]] for key in keys if then[key] != today[key]}
 
 

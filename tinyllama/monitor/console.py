@@ -17,6 +17,7 @@ from rich.table import Table
 from rich.text import Text
 
 from tinyllama import printable
+from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.ops import choice
@@ -168,6 +169,8 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     args, done = run.args, run.done
     samples = done.samples + run.samples_left
     yield "start", run.origin
+    if args.dry_run and (changes := resume.changed(run.resume, run.resolved()) if run.resume else {}):
+        yield "changed", changes_in_words(changes)  # a run that trains logs them with its start
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
         yield "ranks", host
@@ -203,6 +206,11 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
         yield "trace", f"steps {traced.start} to {traced.stop - 1} of every rank, into {run.profile_dir}"
     elif run.args.log.profile:
         yield "trace", f"none: log.profile {run.args.log.profile} was over at step {done.step}"
+
+
+def changes_in_words(changes: dict[str, list[Any]]) -> str:
+    """Return what ``resume.changed`` has found, as a line."""
+    return ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changes.items())
 
 
 def _length(run: Run, steps: int, samples: int) -> str:

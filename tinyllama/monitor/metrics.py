@@ -20,7 +20,17 @@ from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState, is_count
 from tinyllama.model import GPT
 from tinyllama.monitor import memory
-from tinyllama.monitor.console import FORMATS, WAITS, Console, Row, by_source, console_line, end_summary, show_summary
+from tinyllama.monitor.console import (
+    FORMATS,
+    WAITS,
+    Console,
+    Row,
+    by_source,
+    changes_in_words,
+    console_line,
+    end_summary,
+    show_summary,
+)
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
@@ -196,8 +206,8 @@ class RunLog:
             return
         run = self._run
         changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
-        changes = ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changed.items())
-        lines = [f"start    {run.origin} at step {step}", *([f"changed  {changes}"] if changes else [])]
+        lines = [f"start    {run.origin} at step {step}"]
+        lines += [f"changed  {changes_in_words(changed)}"] if changed else []
         self.event("start", *lines, step=step, changed=changed, **environment(run))
 
     def stop(self, **details: Any) -> None:
