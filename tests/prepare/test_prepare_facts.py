@@ -338,7 +338,10 @@ def test_shards_of_no_input_are_refused_though_they_are_not_done(tmp_path, token
     pack(source, tokenizer_file, output)
     for name in ("z.bin", "y.json"):
         (output / name).touch()
-    expected = f"{output}: 2 shards belong to no input (y, z): remove them or use another --output"
+    expected = (
+        f"{output}: 2 shards belong to no input (y, z): remove their files (NAME.*) or the whole folder, "
+        "or use another --output"
+    )
     assert refused(source, tokenizer_file, output) == expected
     (output / "z.bin").rename(output / "z.txt")
     (output / "y.json").unlink()

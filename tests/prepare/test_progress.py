@@ -58,7 +58,7 @@ def test_names_from_files_are_printed_in_one_line(capsys):
 
 
 def test_counts_in_words():
-    noted = "7 of RedPajamaGithub left out, 2,005 not of the fraction, 1,034 with lone surrogates replaced"
+    noted = "7 of RedPajamaGithub left out, 2,005 not drawn, 1,034 with lone surrogates replaced"
     assert progress.counts(progress.total(INFOS)) == f"1,003 documents ({noted}), 6,200 tokens"
     plain = INFOS[0] | {"dropped": {}, "repaired": 0}
     assert progress.counts(plain) == "3 documents, 1,200 tokens"
@@ -72,7 +72,7 @@ def test_table():
         ["C4", "1,002", "6,000", "25,000"],
         ["all", "1,003", "6,200", "25,900"],
         ["of", "RedPajamaGithub", "left", "out", "7"],
-        ["not", "of", "the", "fraction", "2,005"],
+        ["not", "drawn", "2,005"],
     ]
     lines = progress.table(progress.total(INFOS)).splitlines()
     name = len("of RedPajamaGithub left out")  # the longest
@@ -99,7 +99,7 @@ def test_progress_is_a_line_for_each_shard(clock, capsys):
     bar.close()
     out, err = capsys.readouterr()
     assert out == ""
-    noted = "7 of RedPajamaGithub left out, 2,000 not of the fraction, 1,000 with lone surrogates replaced"
+    noted = "7 of RedPajamaGithub left out, 2,000 not drawn, 1,000 with lone surrogates replaced"
     assert err.splitlines() == [
         f"[1/3] a: 3 documents ({noted}), 1,200 tokens; 600 tokens/s, 6s left",  # 100 bytes took 2 s, and 300 are left
         "[2/3] b: not packed; 120 tokens/s, 0s left",

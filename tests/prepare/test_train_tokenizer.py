@@ -175,6 +175,13 @@ def test_32000_pieces_where_no_number_is_given(raw, tmp_path, script):
     assert err.startswith("error: --vocab_size 32000 cannot be trained on this text: ")
 
 
+def test_texts_without_text_are_called_so(tmp_path, script):
+    (tmp_path / "a.txt").touch()
+    code, _, err = script("train_tokenizer", "--source", tmp_path, "--output", tmp_path / "tokenizer.model")
+    reason = "give texts that are not empty, or a larger one"
+    assert (code, err) == (2, f"error: --vocab_size 32000 cannot be trained on this text: {reason}\n")
+
+
 def test_what_the_command_says(raw, tmp_path):
     done = run([raw[0]], tmp_path / "a.model", 300)
     sha256 = hashlib.sha256((tmp_path / "a.model").read_bytes()).hexdigest()

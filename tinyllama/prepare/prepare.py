@@ -248,7 +248,7 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
     if unknown := shards - {one.shard for one in inputs}:
         raise InputError(
             f"{output}: {len(unknown)} shards belong to no input ({some(sorted(unknown))}): "
-            "remove them or use another --output"
+            "remove their files (NAME.*) or the whole folder, or use another --output"
         )
     infos = {}
     own = {one.shard for one in mine}

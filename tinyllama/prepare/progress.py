@@ -90,5 +90,5 @@ def table(info: Info) -> str:
 
 
 def _why(reason: str) -> str:
-    why = {"fraction": "not of the fraction", "null": "rows of a column of type null"}
+    why = {"fraction": "not drawn", "null": "rows of a column of type null"}
     return why.get(reason) or f"of {printable(reason, 80)} left out"
