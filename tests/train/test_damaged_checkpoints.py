@@ -94,7 +94,7 @@ def test_a_run_whose_last_save_fails_too_says_how_it_ends(world, config_file, tm
     assert answer["result"] == 1
     assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000002"]
     (stop,) = events(out, "stop")
-    assert stop["by"] == "failed saves"
+    assert stop["by"] == "checkpoint.on_failure"
     assert told.read_text().split()[-1] == "failed"
 
 

@@ -185,7 +185,7 @@ def test_a_file_that_cannot_be_written_to_its_end_is_not_left(tmp_path: Path, mo
 
     run = RunLock(tmp_path, None)
     monkeypatch.setattr(lock.json, "dumps", full)
-    with pytest.raises(InputError, match="cannot write .*OWNER.json: No space left on device: give an out_dir"):
+    with pytest.raises(InputError, match="cannot write .*OWNER.json: No space left on device: make room there"):
         run.__enter__()
     assert list(tmp_path.iterdir()) == []
 

@@ -120,8 +120,7 @@ class RunLog:
         rows, damage = read_metrics(self._metrics), ""
         lines = content.count(b"\n") - 1  # without the header and an unfinished last line
         if lines > len(rows) or (content and not rows and not content.startswith(b"step,")):
-            copy = self._metrics.with_name("metrics.csv.damaged")
-            atomic.write(copy, content)
+            atomic.write(copy := self._metrics.with_name("metrics.csv.damaged"), content)
             damage = f"{max(lines, 1) - len(rows)} lines of {self._metrics} cannot be read: {copy} is what it was"
         return [row for row in rows if row["step"] <= step], damage
 
@@ -242,10 +241,10 @@ class RunLog:
         else:
             self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **details)
 
-    def unsaved(self, step: int) -> None:
-        """Log an end at ``step`` that could not be saved."""
+    def unsaved(self, step: int, by: str) -> None:
+        """Log an end at ``step`` that could not be saved: the setting ``by`` decided so."""
         hint = "make room, and the command resumes from the newest that is"
-        self.event("stop", f"error: ended at step {step}, which is not saved: {hint}", by="failed saves", step=step)
+        self.event("stop", f"error: ended at step {step}, which is not saved: {hint}", by=by, step=step)
 
     def record_skips(self, results: list[StepResult]) -> bool:
         """Log skipped steps. If one ends the run, write STOPPED and return True."""
