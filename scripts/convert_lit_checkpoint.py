@@ -6,7 +6,6 @@ python scripts/convert_lit_checkpoint.py CHECKPOINT OUTPUT --license apache-2.0 
 python scripts/convert_lit_checkpoint.py lit_model.pth OUTPUT --model.name tinyllama_1.1b [--model.n_layer 3 ...]
 """
 
-import sys
 from argparse import BooleanOptionalAction
 from pathlib import Path
 
@@ -63,8 +62,6 @@ def main() -> None:
     with written(args.output):
         hf_folder.write(args.output, weights, tokenizer, check=check, more=card)
     print("\n".join(lines))
-    if tokenizer is None:
-        print(f"{args.output} has no tokenizer: with --tokenizer FILE it is exported too", file=sys.stderr)
     if args.push_to_hub is not None:
         print(f"{args.output} -> {hub.push(args.output, args.push_to_hub)}")
 
