@@ -178,7 +178,7 @@ def test_32000_pieces_where_no_number_is_given(raw, tmp_path, script):
 def test_texts_without_text_are_called_so(tmp_path, script):
     (tmp_path / "a.txt").touch()
     code, _, err = script("train_tokenizer", "--source", tmp_path, "--output", tmp_path / "tokenizer.model")
-    reason = "give texts that are not empty, or a larger one"
+    reason = "give a larger one, or texts that are not empty"
     assert (code, err) == (2, f"error: --vocab_size 32000 cannot be trained on this text: {reason}\n")
 
 

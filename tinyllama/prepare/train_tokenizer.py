@@ -46,7 +46,7 @@ def train(sources: list[str], vocab_size: int, split: str | None = None, config_
     except ValueError as error:  # before it looks at the text
         raise InputError(f"--vocab_size {vocab_size} cannot be trained: give one below 2**31") from error
     except RuntimeError as error:
-        reason = str(error).rpartition("] ")[2] or "give texts that are not empty, or a larger one"
+        reason = str(error).rpartition("] ")[2] or "give a larger one, or texts that are not empty"
         raise InputError(f"--vocab_size {vocab_size} cannot be trained on this text: {reason}") from error
     return model.getvalue()
 
