@@ -46,6 +46,20 @@ def test_a_signal_asks_for_a_stop_by_its_name(name: str) -> None:
     assert preemption.asked() == name
 
 
+@pytest.mark.parametrize("name", SIGNALS)
+def test_a_signal_while_the_ranks_agree_is_not_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked, reduce = Preemption(), dist.all_reduce
+
+    def interrupted(*args: Any, **how: Any) -> None:
+        reduce(*args, **how)
+        os.kill(os.getpid(), getattr(signal, name))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dist, "all_reduce", interrupted)
+        assert asked.asked() is None
+    assert asked.asked() == name
+
+
 def test_one_press_of_ctrl_c_may_come_twice_and_a_second_press_stops_at_once(monkeypatch, capfd) -> None:
     preemption, clock = Preemption(), Clock(monkeypatch)
     for clock.now in (1000.0, 1000.001, 1001.9):  # the terminal's to every process, and what a launcher hands on

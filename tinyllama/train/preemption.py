@@ -57,7 +57,7 @@ class Preemption:
             self.ask(self.MAX_TIME)
         number = torch.tensor(self._asked)
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
-        self._asked = int(number)
-        if self._asked in self.NAMES:
-            return self.NAMES[self._asked]
-        return signal.Signals(self._asked).name if self._asked else None
+        if not (agreed := int(number)):
+            return None  # one that has come meanwhile is for the next call
+        self._asked = agreed
+        return self.NAMES.get(agreed) or signal.Signals(agreed).name
