@@ -1,4 +1,4 @@
-"""Ranks that hold all of the weights: their gradients are those of FSDP2 bit for bit, whatever computes them."""
+"""Ranks that hold all of the weights: their gradients are those of FSDP2, whatever computes them."""
 
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +23,14 @@ from tinyllama.train.parallel import finish_gradients, mixed_precision, parallel
 CONFIG = ModelConfig(
     "tiny", block_size=16, vocab_size=64, n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48
 )
+
+
+LIMIT = {"fp32": 1e-6, "bf16": 1e-3}
+"""0 on the CPUs seen so far; a matmul may round by where its operands lie"""
+
+
+def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return ((found - expected).norm() / expected.norm()).item()
 
 
 @pytest.fixture
@@ -102,7 +110,7 @@ def test_the_gradients_are_those_of_fsdp(mesh: DeviceMesh, precision: Any, check
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             assert gradient.dtype == torch.float32
-            assert torch.equal(gradient, expected[name]), name
+            assert apart(gradient, expected[name]) <= LIMIT[precision], name
         model.zero_grad()
 
 
@@ -112,7 +120,7 @@ def test_the_output_matrix_may_be_the_embedding(mesh: DeviceMesh) -> None:
     model = parallelize(meta_model(config), mesh, ParallelArgs(), 1, train)
     expected = fsdp_gradients(mesh, train, config)
     found = unsharded_gradients(model)
-    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(apart(found[name], expected[name]) <= LIMIT["bf16"] for name in expected)
 
 
 def test_w1_and_w2_alternate_in_memory_for_the_kernel_that_wants_it(mesh: DeviceMesh, kernels: None) -> None:
