@@ -244,17 +244,16 @@ def test_iterations_on_x_x_t_are_those_on_x(shape: tuple[int, ...]) -> None:
     wide = x if shape[1] < shape[2] else x.mT
     expected = iterate_on_matrix(wide, symmetric_matmul.reference)
     torch.testing.assert_close(iterate_on_gram(wide, symmetric_matmul.reference), expected, rtol=0, atol=1e-12)
-    # in 16 bits both round; on x x^T they may be no worse
+    # in 16 bits both round
     exact = expected if wide is x else expected.mT
     errors = [
         (found.double() - target).norm() / target.norm()
         for found, target in (
             (orthogonalize(x.bfloat16()), exact),
-            (iterate_on_matrix(wide.bfloat16(), symmetric_matmul.reference), expected),
+            (iterate_on_matrix(wide.half(), symmetric_matmul.reference), expected),
         )
     ]
-    assert errors[0] < 0.02, errors
-    assert errors[1] < 0.03, errors
+    assert max(errors) < 0.01, errors
 
 
 def test_every_matrix_has_one_owner_and_owners_have_about_the_same_to_do() -> None:

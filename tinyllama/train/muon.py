@@ -130,9 +130,9 @@ class Assignment:
 class Muon(torch.optim.Optimizer):
     """Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
 
-    ``dtype`` is that of the iterations and of what goes from rank to rank; weights and momenta are fp32. As fused AdamW
-    does, ``step`` obeys ``found_inf``: where it is 1, weights and state stay as they are, and the host does not wait
-    to learn it.
+    ``dtype`` is that of the directions, which go to a matrix's owner; the iterations have ``iterated(dtype)``, weights
+    and momenta fp32. As fused AdamW does, ``step`` obeys ``found_inf``: where it is 1, weights and state stay as they
+    are, and the host does not wait to learn it.
     """
 
     found_inf: Tensor | None = None
@@ -202,7 +202,8 @@ class Muon(torch.optim.Optimizer):
         owners = split.owned[self._copy]
         mine = owners[self._shard]
         numels = [[split.numel(index, shard) for index in mine] for shard in range(split.shards)]
-        received = self._all_to_all([[shards[index] for index in owner] for owner in owners], numels)
+        outgoing = [[shards[index] for index in owner] for owner in owners]
+        received = self._all_to_all(outgoing, numels, self._dtype)
         full = {
             index: torch.cat(pieces) if len(pieces) > 1 else pieces[0]
             for index, *pieces in zip(mine, *received, strict=True)
@@ -218,37 +219,40 @@ class Muon(torch.optim.Optimizer):
         ]
         numels = [[[split.numel(index, self._shard) for index in owner] for owner in copy] for copy in split.owned]
         outgoing = [[rows[shard] for rows in cut] for shard in range(split.shards)]
-        received = self._all_to_all(outgoing, numels[self._copy])
-        by_copy = self._all_gather(joined(received), [joined(copy) for copy in numels])
+        dtype = iterated(self._dtype)
+        received = self._all_to_all(outgoing, numels[self._copy], dtype)
+        by_copy = self._all_gather(joined(received), [joined(copy) for copy in numels], dtype)
         order = joined(joined(split.owned))
         found = dict(zip(order, joined(by_copy), strict=True))
         return [found[index] for index in range(len(self._matrices))]
 
-    def _all_to_all(self, outgoing: list[list[Tensor]], numels: list[list[int]]) -> list[list[Tensor]]:
+    def _all_to_all(
+        self, outgoing: list[list[Tensor]], numels: list[list[int]], dtype: torch.dtype
+    ) -> list[list[Tensor]]:
         """Send ``outgoing[shard]`` to each shard of this copy; returns what each sends here, flat, of these sizes."""
         if self.assignment.shards == 1:
             return [[tensor.flatten() for tensor in outgoing[0]]]
-        sent = self._flat(joined(outgoing))
+        sent = self._flat(joined(outgoing), dtype)
         sizes = [sum(of_shard) for of_shard in numels]
         received = sent.new_empty(sum(sizes))
         sent_sizes = [sum(tensor.numel() for tensor in tensors) for tensors in outgoing]
         dist.all_to_all_single(received, sent, sizes, sent_sizes, self._group("shard"))
         return [list(one.split(of_shard)) for one, of_shard in zip(received.split(sizes), numels, strict=True)]
 
-    def _all_gather(self, tensors: list[Tensor], numels: list[list[int]]) -> list[list[Tensor]]:
+    def _all_gather(self, tensors: list[Tensor], numels: list[list[int]], dtype: torch.dtype) -> list[list[Tensor]]:
         """The tensors of every copy, flat, of these sizes; the collective wants as much of each, so they are padded."""
         if self.assignment.copies == 1:
             return [tensors]
-        flat = self._flat(tensors)
+        flat = self._flat(tensors, dtype)
         padded = F.pad(flat, (0, max(sum(of_copy) for of_copy in numels) - len(flat)))
         gathered = [torch.empty_like(padded) for _ in numels]
         dist.all_gather(gathered, padded, self._group("replicate"))
         by_copy = zip(gathered, numels, strict=True)
         return [list(one[: sum(of_copy)].split(of_copy)) for one, of_copy in by_copy]
 
-    def _flat(self, tensors: list[Tensor]) -> Tensor:
+    def _flat(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """One vector of all, which may be none."""
-        empty = torch.empty(0, device=self._scales.device, dtype=self._dtype)
+        empty = torch.empty(0, device=self._scales.device, dtype=dtype)
         return torch.cat([empty, *(tensor.flatten() for tensor in tensors)])
 
     def _group(self, name: str) -> dist.ProcessGroup:
@@ -263,32 +267,38 @@ def orthogonalize_all(matrices: list[Tensor], multiply: Multiply = symmetric_mat
         batches[matrix.shape].append(number)
     done: dict[int, Tensor] = {}
     for numbers in batches.values():
-        batch = torch.stack([matrices[number] for number in numbers])
-        done |= zip(numbers, orthogonalize(batch, multiply).unbind(), strict=True)
+        batch = orthogonalize([matrices[number] for number in numbers], multiply)
+        done |= zip(numbers, batch.unbind(), strict=True)
     return [done[number] for number in range(len(matrices))]
 
 
-def orthogonalize(x: Tensor, multiply: Multiply = symmetric_matmul.reference) -> Tensor:
-    """Take all singular values of a batch of matrices, (B, m, n), to about 1, by Newton-Schulz.
+def orthogonalize(matrices: Sequence[Tensor], multiply: Multiply = symmetric_matmul.reference) -> Tensor:
+    """Take all singular values of B matrices (m, n) to about 1, by Newton-Schulz -> (B, m, n), in fp16 if in bf16.
 
     ``multiply`` is a backend of ops/symmetric_matmul.py.
     """
-    norm = x.norm(dim=(1, 2), keepdim=True) + 1e-7
-    if max(x.shape[1:]) >= 2 * min(x.shape[1:]):
-        # bfloat16 would round too much for it; float16 does not, with x x^T computed anew after two iterations
-        scaled = torch.empty_like(x, dtype=torch.float16 if x.dtype == torch.bfloat16 else x.dtype)
-        return iterate_on_gram(torch.div(x, norm, out=scaled), multiply).to(x.dtype)
-    x = x / norm
-    return iterate_on_matrix(x.mT, multiply).mT if x.shape[1] > x.shape[2] else iterate_on_matrix(x, multiply)
+    rows, cols = matrices[0].shape
+    # bfloat16 rounds too much for iterations on x x^T; float16 does not, if x x^T is computed anew after two of them
+    dtype = iterated(matrices[0].dtype)
+    x = torch.empty(len(matrices), rows, cols, dtype=dtype, device=matrices[0].device)
+    norms = torch._foreach_norm(list(matrices), dtype=torch.promote_types(dtype, torch.float32))
+    into = in_one_pass(normalise_into, x.is_cuda)
+    for slot, matrix, norm in zip(x, matrices, norms, strict=True):
+        into(slot.view(-1), matrix.reshape(-1), norm)
+    if max(rows, cols) >= 2 * min(rows, cols):
+        return iterate_on_gram(x, multiply)
+    return iterate_on_matrix(x.mT, multiply).mT if rows > cols else iterate_on_matrix(x, multiply)
+
+
+def iterated(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of the iterations on matrices of ``dtype``."""
+    return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
 def iterate_on_matrix(x: Tensor, multiply: Multiply) -> Tensor:
     """Return p(x) x, (B, s, l), after all iterations, p being the polynomial of x x^T."""
-    a, b, c = QUINTIC
     for _ in range(ITERATIONS):
-        square = multiply(x, x.mT)  # (B, s, s)
-        polynomial = multiply(square, square, square, alpha=c, beta=b)
-        x = torch.baddbmm(x, polynomial, x, beta=a)
+        x = polynomial(multiply(x, x.mT), multiply) @ x
     return x
 
 
@@ -298,22 +308,24 @@ def iterate_on_gram(x: Tensor, multiply: Multiply) -> Tensor:
     The polynomials are those of one symmetric matrix, so that they and their products commute and are symmetric (Gram
     Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz).
     """
-    a, b, c = QUINTIC
     tall = x.shape[1] > x.shape[2]
-    identity = torch.eye(min(x.shape[1:]), dtype=x.dtype, device=x.device)
     for iterations in (2, ITERATIONS - 2):
-        square, product = multiply(x.mT, x) if tall else multiply(x, x.mT), identity
-        for remaining in reversed(range(iterations)):
-            polynomial = multiply(square, square, square, alpha=c, beta=b)  # lacks its constant term, a
-            if product is identity:
-                product = polynomial + a * identity
-            else:
-                product = multiply(polynomial, product, product, beta=a)
-            if remaining:
-                half_way = multiply(polynomial, square, square, beta=a)
-                square = multiply(half_way, polynomial, half_way, beta=a)
+        square = multiply(x.mT, x) if tall else multiply(x, x.mT)
+        product = factor = polynomial(square, multiply)
+        for _ in range(iterations - 1):
+            square = multiply(multiply(factor, square), factor)
+            factor = polynomial(square, multiply)
+            product = multiply(factor, product)
         x = x @ product if tall else product @ x
     return x
+
+
+def polynomial(square: Tensor, multiply: Multiply) -> Tensor:
+    """Return a + b square + c square^2 of symmetric matrices, (B, s, s)."""
+    a, b, c = QUINTIC
+    result = multiply(square, square, square, alpha=c, beta=b)
+    result.diagonal(dim1=1, dim2=2).add_(a)
+    return result
 
 
 def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, weight: Tensor, dtype: torch.dtype) -> Tensor:
@@ -324,6 +336,11 @@ def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, weight: Ten
     gradient = gradient.masked_fill(skip, 0)
     momentum.lerp_(gradient, weight)
     return torch.add(momentum, gradient, alpha=(1 - MOMENTUM) / MOMENTUM).to(dtype)
+
+
+def normalise_into(out: Tensor, matrix: Tensor, norm: Tensor) -> None:
+    """Write a matrix, divided by its norm, to ``out``."""
+    out.copy_(matrix / (norm + 1e-7))
 
 
 def move_weights(weight: Tensor, update: Tensor, decay: Tensor, factor: Tensor) -> None:
