@@ -8,7 +8,8 @@
 It prints a JSON line per run: tokens/s (median over the steps), MFU (throughput.py has the formula), peak memory,
 seconds to the end of the first step (compilation), backends and versions. A run is NAME[:SETTING,...]; a number sets
 its micro-batch, key=value a flag of pretrain/train.py (ours only). Tokens are random; master weights are always fp32.
-`litgpt` uses the model, loss, precision, optimizer and FSDP strategy of its pretraining loop under torch.compile, `hf`
+`litgpt` uses the model, loss, precision, optimizer and FSDP strategy of its pretraining loop under torch.compile;
+`litgpt:cudnn=off` without cuDNN's attention, which PyTorch chooses on Hopper and an A100 does not have. `hf` is
 transformers with Liger's kernels. --budget adds the time of a step by kind of kernel. With --gpus, tokens and tokens/s
 are those of each GPU; ``kept`` is its tokens/s as a fraction of those at the first number of GPUs, and
 ``not_hidden_ms`` by how much longer a step takes than there.
@@ -98,6 +99,7 @@ def litgpt(
     from litgpt.utils import chunked_cross_entropy
 
     ours = named_config(name)
+    torch.backends.cuda.enable_cudnn_sdp(settings.get("cudnn") != "off")
     strategy: Any = "auto"
     if gpus > 1:
         strategy = FSDPStrategy(auto_wrap_policy={Block}, state_dict_type="full", sharding_strategy="HYBRID_SHARD")
@@ -121,7 +123,7 @@ def litgpt(
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, {"versions": _versions("litgpt", "torch", "lightning")}
+    return step, {"versions": _versions("litgpt", "torch", "lightning"), **settings}
 
 
 def _litgpt_sizes(config: ModelConfig) -> dict[str, Any]:
