@@ -512,7 +512,7 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
         assert RunLog(run, None, is_rank_zero=False).record_skips([broken]) is fatal
     said = capsys.readouterr().out.splitlines()
     assert said[0] == "skipped step 5, samples 32 to 39: loss 9.5000, grad_norm 80.000: a spike"
-    assert said[1] == "skipped step 6, samples 40 to 47: loss inf, grad_norm 1.000: not finite on rank [1]"
+    assert said[1] == "skipped step 6, samples 40 to 47: loss inf, grad_norm 1.000: not finite on rank 1"
     events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
     assert [event["event"] for event in events] == ["skip", "skip", "stop" if fatal else "skip"]
     assert {key: value for key, value in events[0].items() if key != "time"} == {
@@ -522,7 +522,7 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
     if not fatal:
         assert not (run.out_dir / "STOPPED").exists()
         return
-    reason = {"step": 6, "samples": 48, "reason": "not finite on rank [1]: step 6, samples 40 to 47"}
+    reason = {"step": 6, "samples": 48, "reason": "not finite on rank 1: step 6, samples 40 to 47"}
     assert json.loads((run.out_dir / "STOPPED").read_text()) == reason
     assert {key: events[2][key] for key in reason} == reason
     assert said[2].startswith(f"stopped for good, see {run.out_dir / 'STOPPED'}: mend its cause and delete it")

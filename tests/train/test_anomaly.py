@@ -8,7 +8,7 @@ import torch.distributed as dist
 
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import TrainArgs
-from tinyllama.train.anomaly import WINDOW, Guard
+from tinyllama.train.anomaly import WINDOW, Guard, StepResult
 from tinyllama.train.optim import clip
 
 CPU = torch.device("cpu")
@@ -185,3 +185,14 @@ def test_a_restart_before_the_window_is_full_goes_on_filling_it() -> None:
         state = TrainState(recent=[list(pair) for pair in usual[:before]])
         guard = training(TrainArgs(skip_spikes=6.0), state)[2]
         assert judged(guard, [*usual[before:], (9.0, 1.0)])[-1]
+
+
+def test_the_cause_of_a_skip_names_the_ranks() -> None:
+    def cause(finite: bool, ranks: list[int]) -> str:
+        return StepResult(1, (0, 7), 2.5, 1.0, finite=finite, skipped=True, fatal=False, ranks=ranks).cause
+
+    assert cause(True, []) == "a spike"
+    assert cause(False, [3]) == "not finite on rank 3"
+    assert cause(False, [0, 1]) == "not finite on ranks 0 and 1"
+    assert cause(False, [0, 2, 5]) == "not finite on ranks 0, 2 and 5"
+    assert cause(False, []) == "not finite in the sum over the ranks"  # of which each is large

@@ -131,7 +131,7 @@ def test_a_step_that_must_stop_the_run_is_not_saved(world, config_file: Path, tm
     assert [path.name for path in (tmp_path / "run/checkpoints").iterdir()] == ["step-00000004"]
     stop = json.loads((tmp_path / "run" / "STOPPED").read_text())
     assert (stop["step"], stop["samples"]) == (8, 64)
-    assert stop["reason"] == "not finite on rank [0]: step 8, samples 56 to 63"
+    assert stop["reason"] == "not finite on rank 0: step 8, samples 56 to 63"
 
 
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
@@ -159,7 +159,7 @@ def test_nan_in_one_ranks_gradient_stops_all(world, straight, config_file: Path,
     answers = world(2)("train_poisoned", 1, 10, "--config", config_file, "--out_dir", out)
     assert [answer["result"] for answer in answers] == [1, 1]
     assert "skipped step 10, samples 72 to 79" in answers[0]["said"]
-    assert "not finite on rank [1]" in answers[0]["said"]
+    assert "not finite on rank 1" in answers[0]["said"]
     stop = json.loads((out / "STOPPED").read_text())
     assert (stop["step"], stop["samples"]) == (10, 80)
     # nothing after the last good checkpoint was written, and nobody goes on by accident

@@ -255,11 +255,10 @@ class RunLog:
                 continue
             first, last = result.samples
             where = f"step {result.step}, samples {first} to {last}"
-            what = "a spike" if result.finite else f"not finite on rank {result.ranks}"
-            text = f"skipped {where}: loss {result.loss:.4f}, grad_norm {result.grad_norm:.3f}: {what}"
+            text = f"skipped {where}: loss {result.loss:.4f}, grad_norm {result.grad_norm:.3f}: {result.cause}"
             self.event("skip", text, **asdict(result))
             if result.fatal:
-                self.stop(step=result.step, samples=last + 1, reason=f"{what}: {where}")
+                self.stop(step=result.step, samples=last + 1, reason=f"{result.cause}: {where}")
                 return True
         return False
 

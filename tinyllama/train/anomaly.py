@@ -40,6 +40,16 @@ class StepResult:
     ranks: list[int]
     """ranks whose own loss or gradient shard was not finite"""
 
+    @property
+    def cause(self) -> str:
+        """Why it was skipped, in words."""
+        if self.finite:
+            return "a spike"
+        if not self.ranks:
+            return "not finite in the sum over the ranks"
+        *others, last = map(str, self.ranks)
+        return f"not finite on ranks {', '.join(others)} and {last}" if others else f"not finite on rank {last}"
+
 
 class Guard:
     """Checks every step, with the same result on every rank; ``state`` carries what it has seen over a restart.
