@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 
 from tinyllama.tools import doctor, rates
 
@@ -123,6 +124,21 @@ def test_an_all_reduce_between_two_processes() -> None:
     assert measured is not None
     assert measured > 0
     assert rates.all_reduce_bytes("gloo", ranks=1, megabytes=1, timeout=-1) is None  # nothing is done in no time
+
+
+def test_a_gpu_is_named_to_the_process_group(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    class Enough(Exception):
+        pass
+
+    def init(*_: object, **given: Any) -> None:
+        raise Enough(given["device_id"])
+
+    monkeypatch.setattr(torch.cuda, "set_device", lambda device: None)
+    monkeypatch.setattr(dist, "init_process_group", init)
+    for backend, device in (("nccl", torch.device("cuda", 1)), ("gloo", None)):  # else barrier() warns: it has to guess
+        with pytest.raises(Enough) as caught:
+            rates._all_reduce(1, backend, 2, 1, 300, str(tmp_path))
+        assert caught.value.args == (device,)
 
 
 def test_nccl_that_fails_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -46,11 +46,18 @@ def all_reduce_bytes(backend: str, ranks: int, megabytes: int, timeout: float) -
 
 
 def _all_reduce(rank: int, backend: str, ranks: int, megabytes: int, timeout: float, folder: str) -> None:
-    device = torch.device("cuda", rank) if backend == "nccl" else torch.device("cpu")
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-    limit = timedelta(seconds=timeout)
-    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks, timeout=limit)
+    gpu = torch.device("cuda", rank) if backend == "nccl" else None
+    if gpu is not None:
+        torch.cuda.set_device(gpu)
+    dist.init_process_group(
+        backend,
+        init_method=f"file://{folder}/store",
+        rank=rank,
+        world_size=ranks,
+        timeout=timedelta(seconds=timeout),
+        device_id=gpu,
+    )
+    device = gpu or torch.device("cpu")
     numbers = torch.zeros((megabytes << 20) // 4, device=device)
     seconds = _seconds(lambda: dist.all_reduce(numbers), device)
     if rank == 0:
