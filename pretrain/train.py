@@ -275,7 +275,7 @@ class Training:
         if self.failed:
             return DEFECT
         if self.saved_step < self.state.step:
-            self.log.unsaved(self.state.step, Preemption.NAMES[Preemption.FAILED_SAVE])
+            self.log.unsaved(self.state.step)
             return DEFECT
         stopped_by = None if self.is_last else self.stop_asked
         self.log.end(self.state, stopped_by)

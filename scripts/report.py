@@ -8,7 +8,7 @@ from pathlib import Path
 from tinyllama import printable
 from tinyllama.config import cli
 from tinyllama.monitor import report
-from tinyllama.monitor.metrics import read_metrics
+from tinyllama.monitor.run_files import read_metrics
 
 
 def main() -> None:

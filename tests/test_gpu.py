@@ -18,7 +18,7 @@ from models import generate
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.model import GPT, OPS, Block, init_weights
-from tinyllama.monitor.metrics import read_metrics
+from tinyllama.monitor.run_files import read_metrics
 from tinyllama.ops import choice
 from tinyllama.tools import rates
 from tinyllama.train.optim import build_optimizer, local_gradients

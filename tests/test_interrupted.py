@@ -13,7 +13,7 @@ from processes import Group, Process
 
 from tinyllama.checkpoint import reader
 from tinyllama.monitor import report
-from tinyllama.monitor.metrics import read_metrics
+from tinyllama.monitor.run_files import read_metrics
 
 ROOT = Path(__file__).parents[1]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from tinyllama.monitor.metrics import read_metrics
+from tinyllama.monitor.run_files import read_metrics
 
 ROOT = Path(__file__).parents[1]
 TOKENS_PER_STEP = 32 * 2048

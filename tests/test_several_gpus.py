@@ -16,7 +16,7 @@ import yaml
 from checkpoints import load_weights
 
 from tinyllama.checkpoint.names import step_dir
-from tinyllama.monitor.metrics import read_metrics
+from tinyllama.monitor.run_files import read_metrics
 from tinyllama.monitor.watchdog import Heartbeat, read
 
 ROOT = Path(__file__).parents[1]

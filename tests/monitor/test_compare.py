@@ -14,7 +14,7 @@ from tinyllama.config.args import DataArgs, PretrainArgs, Source, ValidationSour
 from tinyllama.config.model import named_config
 from tinyllama.monitor import compare, report
 from tinyllama.monitor.compare import read_curve, read_curves
-from tinyllama.monitor.metrics import COLUMNS
+from tinyllama.monitor.run_files import COLUMNS
 
 SPEED = COLUMNS.index("tokens_per_second")
 VAL_LOSS = COLUMNS.index("val_loss")

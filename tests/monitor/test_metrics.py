@@ -23,7 +23,8 @@ from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, 
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import console_line, mean_speed, show_summary, start_summary
-from tinyllama.monitor.metrics import COLUMNS, RunLog, max_memory_gb, read_metrics, source_columns
+from tinyllama.monitor.metrics import RunLog, max_memory_gb, source_columns
+from tinyllama.monitor.run_files import COLUMNS, read_metrics
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
 from tinyllama.train.launch import World

@@ -17,7 +17,7 @@ from tinyllama import InputError
 from tinyllama.config.model import named_config
 from tinyllama.eval import harness
 from tinyllama.monitor import report
-from tinyllama.monitor.metrics import COLUMNS, read_metrics
+from tinyllama.monitor.run_files import COLUMNS, read_metrics
 
 STEPS = 40
 TOKENS = 16 * 256  # a step

@@ -13,8 +13,8 @@ from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.metrics import parse_metrics
 from tinyllama.monitor.report import branched_from, read_events
+from tinyllama.monitor.run_files import parse_metrics
 from tinyllama.throughput import duration
 
 WIDTH = 100

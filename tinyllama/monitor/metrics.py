@@ -17,11 +17,10 @@ import torch.distributed as dist
 
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
-from tinyllama.checkpoint.state import TrainState, is_count
+from tinyllama.checkpoint.state import TrainState
 from tinyllama.model import GPT
 from tinyllama.monitor import memory
 from tinyllama.monitor.console import (
-    FORMATS,
     WAITS,
     Console,
     Row,
@@ -34,25 +33,12 @@ from tinyllama.monitor.console import (
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
+from tinyllama.monitor.run_files import BY_SOURCE, COLUMNS, read_metrics, read_samples, read_until
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
-from tinyllama.train.preemption import was_asked_for
+from tinyllama.train.preemption import Preemption, was_asked_for
 from tinyllama.train.run import Run
-
-TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
-COLUMNS = ("step", "tokens", *FORMATS, "skipped", *TIMES, *WAITS)
-"""Columns of metrics.csv: optimizer steps and tokens done, training loss of the step and validation loss (nats a
-token), the latter in bits per byte of text where the validation data record their bytes, learning rate, gradient norm
-before clipping, tokens a second over the whole world, model FLOPs utilization (0 to 1), peak memory of rank 0 (GB: of
-the GPU, else of the process), steps skipped so far; of the steps since the row before: mean time of one, and of its
-first micro-batch's forward pass in the blocks, without waiting for others, on the median rank and on the slowest,
-which is named (none of the three on one rank); since then the time for which training waited for data (the rank with
-the longest), for checkpoints and for validations, all in seconds. Then, for each source, a column ``tokens_FOLDER``:
-tokens drawn from it so far; and for each validation source its own ``val_loss/FOLDER`` and ``val_bpb/FOLDER``. A cell
-without a value is empty."""
-BY_SOURCE = ("val_loss/", "val_bpb/")
-
 
 HOOK_EVENTS = {
     "start": "started",
@@ -91,7 +77,7 @@ class RunLog:
         self._sources = source_columns([source.path for source in run.args.data.sources])
         try:
             run.out_dir.mkdir(parents=True, exist_ok=True)
-            rows, damage = ([], "") if step is None else self._read(step)
+            rows, damage = ([], "") if step is None else read_until(self._metrics, step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
             names += [name for name in (rows[0] if rows else ()) if name.startswith(BY_SOURCE)]  # of other sources, too
             self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
@@ -113,16 +99,6 @@ class RunLog:
             self._tracker = Tracker(run, -1 if step is None else step, self._console.line)
             for row in rows[:-1]:  # those it missed, if any
                 self._tracker.send(row)
-
-    def _read(self, step: int) -> tuple[list[dict[str, Any]], str]:
-        """Read metrics.csv up to ``step``, and what to say of it if it is damaged, when a copy of it is kept."""
-        content = self._metrics.read_bytes() if self._metrics.is_file() else b""
-        rows, damage = read_metrics(self._metrics), ""
-        lines = content.count(b"\n") - 1  # without the header and an unfinished last line
-        if lines > len(rows) or (content and not rows and not content.startswith(b"step,")):
-            atomic.write(copy := self._metrics.with_name("metrics.csv.damaged"), content)
-            damage = f"{max(lines, 1) - len(rows)} lines of {self._metrics} cannot be read: {copy} is what it was"
-        return [row for row in rows if row["step"] <= step], damage
 
     def __enter__(self) -> "RunLog":
         if self._is_rank_zero:
@@ -241,10 +217,11 @@ class RunLog:
         else:
             self.event("done", f"done: {state.step} steps, {state.tokens:,} tokens, in {self._run.out_dir}", **details)
 
-    def unsaved(self, step: int, by: str) -> None:
-        """Log an end at ``step`` that could not be saved: the setting ``by`` decided so."""
+    def unsaved(self, step: int) -> None:
+        """Log an end at ``step`` that could not be saved."""
         hint = "make room, and the command resumes from the newest that is"
-        self.event("stop", f"error: ended at step {step}, which is not saved: {hint}", by=by, step=step)
+        text = f"error: ended at step {step}, which is not saved: {hint}"
+        self.event("stop", text, by=Preemption.NAMES[Preemption.FAILED_SAVE], step=step)
 
     def record_skips(self, results: list[StepResult]) -> bool:
         """Log skipped steps. If one ends the run, write STOPPED and return True."""
@@ -322,72 +299,6 @@ def append_json(file: Path, *contents: dict[str, Any]) -> None:
         opened.seek(max(opened.tell() - 1, 0))
         is_half = opened.read() not in (b"", b"\n")  # of the last line: a kill or a full disk cost the rest
         opened.write(b"\n" * is_half + lines.encode())
-
-
-def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
-    """Yield what the lines of a file hold, without those that were damaged or half written."""
-    for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError, MemoryError):  # nested too deep, or declaring too much
-            content = json.loads(line)
-            if isinstance(content, dict):
-                yield content
-
-
-def read_samples(file: Path) -> list[dict[str, Any]]:
-    """Read samples.jsonl by step; of a step that was done again, what came of it last."""
-    kinds = {"step": is_count, "tokens": is_count, "prompt": is_text, "text": is_text}
-    found = {
-        (sample["step"], sample["prompt"]): {name: sample[name] for name in kinds}
-        for sample in read_json_lines(file)
-        if all(holds(sample.get(name)) for name, holds in kinds.items())
-    }
-    return [found[key] for key in sorted(found, key=lambda key: key[0])]
-
-
-def is_text(value: Any) -> bool:
-    """Return whether ``value`` is a text."""
-    return isinstance(value, str)
-
-
-def read_metrics(file: Path) -> list[dict[str, Any]]:
-    """Read the rows of a metrics.csv, numbers as such and empty cells as None; [] if there is no file.
-
-    A row that is, or was when killed, being written is left out, and so is one that was damaged.
-    """
-    text = file.read_text(encoding="utf-8", errors="replace") if file.is_file() else ""
-    return parse_metrics(text[: text.rfind("\n") + 1])
-
-
-def parse_metrics(text: str) -> list[dict[str, Any]]:
-    """Return the rows in ``text``, a header and complete lines, without those that were damaged."""
-    rows = []
-    for cells in complete_rows(text):
-        numbers = [name for name in cells if name in COLUMNS or name.startswith(("tokens_", *BY_SOURCE))]
-        with contextlib.suppress(ValueError):
-            row = cells | {name: _number(cells[name]) for name in numbers}
-            if isinstance(row.get("step"), int) and isinstance(row.get("tokens"), int):
-                rows.append(row)
-    return rows
-
-
-def complete_rows(text: str) -> Iterator[dict[str, Any]]:
-    """Yield the rows of a CSV that have a cell for each column; a row is a line, so damage to one costs no other."""
-    columns: list[str] | None = None
-    for line in text.splitlines():
-        try:
-            cells = next(csv.reader([line]))
-        except csv.Error:  # a cell of more than 131,072 characters
-            cells = []
-        if columns is None:
-            columns = cells
-        elif len(cells) == len(columns):
-            yield dict(zip(columns, cells, strict=True))
-
-
-def _number(cell: str) -> float | None:
-    """Return what is in ``cell``: a count as an int, any other number as a float, None for nothing."""
-    number = float(cell) if cell else None
-    return int(cell) if number is not None and cell.isdigit() and number < 2**63 else number
 
 
 def source_columns(paths: list[str]) -> list[str]:

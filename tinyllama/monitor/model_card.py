@@ -17,7 +17,7 @@ from tinyllama import InputError, __version__, printable
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir
 from tinyllama.convert.weights import Weights
-from tinyllama.monitor.metrics import complete_rows, read_metrics
+from tinyllama.monitor.run_files import complete_rows, read_metrics
 
 CURVES = {"loss": ("training (mean)", "#4477cc"), "val_loss": ("validation", "#dd7733")}
 POINTS = 200  # most of them in the curve of the training loss

@@ -28,7 +28,7 @@ from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor.console import WAITS, last_by_source, mean_speed
-from tinyllama.monitor.metrics import complete_rows, read_json_lines, read_metrics, read_samples
+from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics, read_samples
 from tinyllama.throughput import duration
 from tinyllama.train.preemption import was_asked_for
 
