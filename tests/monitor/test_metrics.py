@@ -22,7 +22,7 @@ from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.console import console_line, mean_speed, show_summary, start_summary
+from tinyllama.monitor.console import console_line, end_summary, mean_speed, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb, source_columns
 from tinyllama.monitor.run_files import COLUMNS, read_metrics
 from tinyllama.train.anomaly import StepResult
@@ -329,6 +329,27 @@ def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
     assert b"\x1b[36m\xe2\x94\x81" in said  # the bar is cyan: red is for alarms
     assert "skipped step 4\r\n" in plain
     assert said.rstrip().endswith(b"\x1b[?25h")  # the cursor is back
+
+
+@pytest.mark.parametrize("columns", [40, 100])
+def test_what_a_person_copies_stands_below_the_frame_as_it_is(
+    run: Run, columns: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--config", "configs/of_a_rather_long_name.yaml"])
+    saved = run.out_dir / "checkpoints/step-00000002"
+    saved.mkdir(parents=True)
+    rows = [{"step": 2, "tokens": 64, "val_loss": 2.5} | {f"val_loss/{name}": 2.5 for name in ("web", "code")}]
+    summary = end_summary(run, rows, {"training": 1.0}, TrainState(step=2, tokens=64))
+    said = in_terminal(columns, lambda: show_summary("stopped", summary))
+    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).splitlines()
+    frame = next(number for number, line in enumerate(plain) if line.startswith("╰"))
+    assert any("web 2.5000, code 2.5000" in line for line in plain[:frame])  # to be read
+    assert plain[frame + 1 :] == [
+        f"saved    {saved}",
+        "next     python pretrain/train.py --config configs/of_a_rather_long_name.yaml    # resumes from there",
+        f"         python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT",
+        f"         python scripts/report.py {run.out_dir}",
+    ]
 
 
 @pytest.mark.parametrize(

@@ -44,7 +44,7 @@ WAITS = {"data_seconds": "data", "save_seconds": "checkpoints", "validation_seco
 NOTEWORTHY = 1.1
 """slowest over median rank from where the slowest is named"""
 WIDTH = 100  # columns of a summary in a file
-TO_COPY = ("saved", "next", "")  # keys of a summary whose values stay on one line: paths and commands
+TO_COPY = ("saved", "next", "")  # keys of a summary whose values are paths and commands: one line each, without a frame
 ALARM = "bold red"
 STYLES = {
     "start": "bold",
@@ -111,7 +111,7 @@ def in_terminal() -> bool:
 
 
 def show_summary(title: str, summary: Summary) -> None:
-    """Print a summary: framed in a terminal, else lines of ``key      value`` of at most WIDTH columns."""
+    """Print a summary: framed in a terminal, but for what is there to copy, else lines of at most WIDTH columns."""
     if not in_terminal():
         for key, value in summary:
             line = f"{key:<8} {printable(value)}"
@@ -125,9 +125,16 @@ def show_summary(title: str, summary: Summary) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="bold cyan", no_wrap=True)
     table.add_column(overflow="fold")
+    below = []
     for key, value in summary:
-        table.add_row(key, Text(printable(value)))
-    Terminal(highlight=False).print(Panel(table, title=f"[bold]{title}", title_align="left", border_style="cyan"))
+        if key in TO_COPY:
+            below.append(Text.assemble((f"{key:<8} ", "bold cyan"), printable(value)))
+        else:
+            table.add_row(key, Text(printable(value)))
+    terminal = Terminal(highlight=False)
+    terminal.print(Panel(table, title=f"[bold]{title}", title_align="left", border_style="cyan"))
+    for line in below:
+        terminal.print(line, soft_wrap=True)
 
 
 def numbers(row: Row) -> list[str]:
@@ -247,7 +254,7 @@ def end_summary(
     if bits := [(row["val_bpb"], row["step"]) for row in rows if row.get("val_bpb") is not None]:
         yield "val_bpb", f"{bits[-1][0]:.4f} bits per byte at step {bits[-1][1]:,}"
     if parts := last_by_source(rows):
-        yield "", ", ".join(parts)
+        yield "sources", ", ".join(parts)
     if trained := [row for row in rows if row.get("loss") is not None]:
         yield "loss", f"{trained[-1]['loss']:.4f} at step {trained[-1]['step']:,}"
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
