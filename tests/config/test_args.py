@@ -90,11 +90,32 @@ def test_accumulation_follows_the_world(world_size: int, micro_batch_size: int, 
     assert gradient_accumulation(TrainArgs(micro_batch_size=micro_batch_size), world_size) == accumulation
 
 
-def test_a_batch_that_does_not_divide_names_the_nearest() -> None:
-    with pytest.raises(InputError, match=r"1024 is not a multiple of 6 ranks x .* 8; nearest valid: 1008 or 1056"):
-        gradient_accumulation(TrainArgs(), 6)
-    with pytest.raises(InputError, match=r"nearest valid: 12$"):
-        gradient_accumulation(TrainArgs(global_batch_size=4, micro_batch_size=6), 2)
+@pytest.mark.parametrize(
+    ("batch", "ranks", "micro_batch", "hint"),
+    [
+        (1024, 6, 8, "start 4 or 8 ranks, or give --train.global_batch_size 1008 or 1056"),
+        (1024, 16, 24, "give --train.micro_batch_size 16, or give --train.global_batch_size 768 or 1152"),
+        (84, 16, 2, "start 14 or 21 ranks, or give --train.global_batch_size 64 or 96"),
+        (
+            48,
+            16,
+            2,
+            "start 12 or 24 ranks, or give --train.micro_batch_size 1, or give --train.global_batch_size 32 or 64",
+        ),
+        (96, 64, 8, "start 12 ranks, or give --train.global_batch_size 512"),
+        (8, 3, 8, "start 1 rank, or give --train.global_batch_size 24"),
+        (4, 2, 6, "give --train.micro_batch_size 2, or give --train.global_batch_size 12"),
+        (10, 4, 4, "give --train.global_batch_size 16"),
+        (10**15, 7, 10**14 + 1, "give --train.global_batch_size 700000000000007 or 1400000000000014"),  # in no time
+    ],
+)
+def test_a_batch_that_does_not_divide_names_ranks_micro_batches_and_batches_that_do(
+    batch: int, ranks: int, micro_batch: int, hint: str
+) -> None:
+    with pytest.raises(InputError) as error:
+        gradient_accumulation(TrainArgs(global_batch_size=batch, micro_batch_size=micro_batch), ranks)
+    what = f"train.global_batch_size {batch} is not a multiple of {ranks} ranks x train.micro_batch_size {micro_batch}"
+    assert str(error.value).startswith(f"{what}: {hint}")
 
 
 def test_length_in_steps_tokens_or_epochs() -> None:

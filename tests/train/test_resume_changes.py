@@ -130,7 +130,10 @@ REFUSED = {
         ["--train.max_steps", "null", "--train.max_epochs", 0.25],
         "is beyond the run's 0.25 epochs: raise train.max_epochs",
     ),
-    "no whole micro-batches": (BATCH_12, "12 is not a multiple of 2 ranks x train.micro_batch_size 4; nearest"),
+    "no whole micro-batches": (
+        BATCH_12,
+        "not a multiple of 2 ranks x train.micro_batch_size 4: start 1 or 3 ranks",
+    ),
 }
 
 

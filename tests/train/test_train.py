@@ -224,7 +224,10 @@ BAD_RUNS = {
     "no such folder": (["--data.sources", '[{"path": "nowhere"}]'], ["nowhere is not a folder"]),
     "no batch": (["--train.global_batch_size", 4096], ["blocks of 33 tokens, less than one batch of train.global_b"]),
     "no block": (["--model.block_size", 100000], ["up holds", "down holds", "held_out holds"]),
-    "batch": (["--train.global_batch_size", 7], ["7 is not a multiple of 1 ranks x train.micro_batch_size 2; nearest"]),
+    "batch": (
+        ["--train.global_batch_size", 7],
+        ["not a multiple of 1 ranks x train.micro_batch_size 2: give"],
+    ),
     "vocabulary": (["--model.vocab_size", 999], ["up was made", "down was made", "held_out was made"]),
     "shard": (["--parallel.shard", 3], ["parallel.shard 3 does not divide the 1 ranks; valid: 1"]),
     "min_lr": (["--optim.min_lr", 1], ["optim.min_lr 1.0 is greater than optim.lr 0.01"]),

@@ -230,17 +230,31 @@ def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Opt
 def gradient_accumulation(train: TrainArgs, world_size: int) -> int:
     """Micro-batches a rank passes through in one step.
 
-    Raises InputError, naming the nearest sizes that divide, when the global batch is not a whole number of them.
+    Raises InputError, naming the nearest numbers that divide, when the global batch is not a whole number of them.
     """
-    unit = world_size * train.micro_batch_size
-    if train.global_batch_size % unit:
-        lower = train.global_batch_size // unit * unit
-        nearest = " or ".join(str(size) for size in (lower, lower + unit) if size)
-        raise InputError(
-            f"train.global_batch_size {train.global_batch_size} is not a multiple of {world_size} ranks x "
-            f"train.micro_batch_size {train.micro_batch_size}; nearest valid: {nearest}"
-        )
-    return train.global_batch_size // unit
+    batch, micro_batch = train.global_batch_size, train.micro_batch_size
+    unit = world_size * micro_batch
+    if batch % unit == 0:
+        return batch // unit
+    hints = []
+    most, share = batch // micro_batch, batch // world_size
+    fewer, more = range(min(world_size - 1, most), 0, -1), range(world_size + 1, min(2 * world_size, most) + 1)
+    if batch % micro_batch == 0 and (ranks := [*_first_divisor(most, fewer), *_first_divisor(most, more)]):
+        hints.append(f"start {' or '.join(map(str, ranks))} rank{'s' * (ranks != [1])}")
+    if batch % world_size == 0 and (fits := _first_divisor(share, range(min(micro_batch - 1, share), 0, -1))):
+        hints.append(f"give --train.micro_batch_size {fits[0]}")
+    lower = batch // unit * unit
+    nearest = " or ".join(str(size) for size in (lower, lower + unit) if size)
+    hints.append(f"give --train.global_batch_size {nearest}")
+    raise InputError(
+        f"train.global_batch_size {batch} is not a multiple of {world_size} ranks x train.micro_batch_size "
+        f"{micro_batch}: {', or '.join(hints)}"
+    )
+
+
+def _first_divisor(total: int, numbers: range) -> list[int]:
+    """Return the first of ``numbers`` that divides ``total``, if one of their first 10,000 does."""
+    return [number for number in numbers[:10_000] if total % number == 0][:1]
 
 
 def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: TrainState | None = None) -> int:
