@@ -237,7 +237,29 @@ def test_token_outside_the_vocabulary(tmp_path):
     assert list(batches) == []  # and not a wait for a thread that is gone
     message = str(caught.value)
     assert message.startswith(f"{tmp_path / 'damaged'}: token 65000 at position 41 is outside the vocabulary of 60000")
+    assert message.endswith(": prepare the folder again with this model's tokenizer, or correct model.vocab_size")
     assert "\n" not in message
+
+
+def test_bytes_of_a_shard_that_are_damaged_are_no_other_vocabulary(tmp_path, script):
+    pack(tmp_path / "my data", numbers(8, rest=0), num_shards=2)
+    with (tmp_path / "my data" / "shard-01.bin").open("r+b") as file:
+        file.seek(2 * 5)
+        file.write(b"\xff\xff")
+    message = (
+        f"{tmp_path}/my data: token 65535 at position 21 is outside the vocabulary of 60000: its manifest says so too, "
+        f"so bytes are damaged: python scripts/inspect_packed.py '{tmp_path}/my data' --verify says where"
+    )
+    dataset = open_packed(tmp_path / "my data")
+    with loader([dataset]) as batches, pytest.raises(InputError) as caught:
+        list(itertools.islice(batches, 4))
+    assert str(caught.value) == message
+    with pytest.raises(InputError) as caught:
+        validate([dataset], 1, 2)
+    assert str(caught.value) == message
+    code, _, err = script("inspect_packed", tmp_path / "my data", "--verify")
+    assert code == 2
+    assert f"{tmp_path / 'my data' / 'shard-01'}.bin is not what was written" in err
 
 
 def test_a_defect_in_the_thread_reaches_the_consumer(two):

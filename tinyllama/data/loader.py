@@ -5,6 +5,7 @@ B is the micro-batch size, T the block size; a block is T + 1 tokens, so that ea
 
 import itertools
 import queue
+import shlex
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple, Self
@@ -167,8 +168,12 @@ def _read(
         if (wrong := first_outside(found, vocab_size)) is not None:
             row, column = divmod(wrong, block_size + 1)
             position = block[rows[row]] * (block_size + 1) + column
+            path = datasets[k].path
             hint = "prepare the folder again with this model's tokenizer, or correct model.vocab_size"
-            raise vocabulary_error(datasets[k].path, found[row, column], position, vocab_size, hint)
+            if datasets[k].vocab_size == vocab_size:
+                command = f"python scripts/inspect_packed.py {shlex.quote(str(path))} --verify"
+                hint = f"its manifest says so too, so bytes are damaged: {command} says where"
+            raise vocabulary_error(path, found[row, column], position, vocab_size, hint)
     return tokens
 
 
