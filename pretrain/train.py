@@ -247,16 +247,17 @@ class Training:
         if self.failed or self.save_owed:
             return
         self.watchdog.beat(self.state.step, "checkpoint")
-        with self.failures_recorded(), self.log.clock("checkpoints", self.state.step):
+        wait = bool(self.is_last or self.stop_asked) or not self.run.args.checkpoint.asynchronous
+        with self.failures_recorded(), self.log.clock("checkpoints", self.state.step, is_background=not wait):
             self.finish_save(wait=True)
-            self.checkpointer.save(self.state, self.gpt, self.optimizer, wait=bool(self.is_last or self.stop_asked))
+            self.checkpointer.save(self.state, self.gpt, self.optimizer, wait=wait)
             self.saved_step = self.state.step
 
     def finish_save(self, wait: bool = False) -> None:
         """Publish the checkpoint that was being written, if it is, or if we ``wait``, now."""
         if wait or self.checkpointer.done():
             with self.failures_recorded():
-                self.checkpointer.wait()
+                self.log.published(self.checkpointer.wait())
 
     @contextlib.contextmanager
     def failures_recorded(self) -> Iterator[None]:

@@ -279,7 +279,7 @@ def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: 
         log.end(TrainState(step=9, tokens=900), None)
     said = capsys.readouterr().out
     assert "val_loss 2.2500  the best so far\nstep 2/9  val_loss 2.5000  best 2.2500\n" in said
-    assert "checkpoint of step 2: training waited 0.0 s for it\n" in said
+    assert "checkpoint of step 2 is on disk: training waited 0.0 s for it\n" in said
     assert "val_loss 2.5000 at step 2, best 2.5000 at step 2\n" in said  # metrics.csv has one value a step
     assert "tokens   900 in all; 16 tokens/s on average\n" in said  # 10 s and 2.5 s
     assert f"saved    {run.out_dir}/checkpoints/step-00000009\n" in said
@@ -565,6 +565,42 @@ def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: py
     assert (events[2]["event"], events[2]["by"], events[2]["step"]) == ("stop", "SIGTERM", 4)
     assert events[2]["seconds"] == pytest.approx({"training": 30.0, "validation": 3.0, "checkpoints": 3.23456})
     assert abs(events[0]["time"] - time.time()) < 600
+
+
+def done(step: int) -> StepResult:
+    return StepResult(step, (0, 0), 3.0, 1.0, finite=True, skipped=False, fatal=False, ranks=[])
+
+
+def test_the_time_left_does_not_count_the_first_step(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    now = [100.0]
+    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
+
+    def steps(log: RunLog, *results: tuple[float, list[int]]) -> None:
+        for seconds, steps in results:
+            now[0] += seconds
+            log.record_skips([done(step) for step in steps])
+
+    with RunLog(run, None, is_rank_zero=True) as log:
+        steps(log, (60.0, []), (2.0, [1]), (2.0, [2]), (2.0, [3, 4]))
+        log.row({"step": 4, "tokens": 32, "loss": 3.0}, seconds_left=82.5)  # by a meter that counts the first step
+        steps(log, (2.0, []), (2.0, [5, 6]))
+        log.row({"step": 6, "tokens": 48, "loss": 2.5}, seconds_left=6.0)
+    expected = ["step 4/9  loss 3.0000  10s left", "step 6/9  loss 2.5000  6s left"]
+    assert capsys.readouterr().out.splitlines() == expected
+    with RunLog(run, None, is_rank_zero=True) as log:
+        steps(log, (60.0, [1]))
+        log.row({"step": 1, "tokens": 8, "loss": 3.0}, seconds_left=480.0)
+        steps(log, (2.0, [2]))
+        log.row({"step": 2, "tokens": 16, "loss": 2.5}, seconds_left=14.0)
+    assert capsys.readouterr().out.splitlines() == ["step 1/9  loss 3.0000", "step 2/9  loss 2.5000  14s left"]
+
+    def write() -> None:
+        with RunLog(run, None, is_rank_zero=True) as log:
+            steps(log, (60.0, [1]), (2.0, [2]), (2.0, [3]))  # and no row yet
+
+    assert "step 3/9  33.3%  12s left" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", in_terminal(60, write).decode())
 
 
 def test_the_waits_are_those_since_the_row_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

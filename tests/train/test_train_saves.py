@@ -1,6 +1,7 @@
 """Runs that save, that cannot, and what a start does with the checkpoints that it finds."""
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,25 @@ def test_settings_that_a_resumed_run_changes_are_told(world, config_file: Path, 
     assert " changed optim.weight_decay 0.1 -> 0.3, log.interval 1 -> 5 " in said
 
 
+@pytest.mark.parametrize("is_async", [True, False])
+def test_a_checkpoint_is_called_on_disk_when_it_is(world, config_file: Path, tmp_path: Path, is_async: bool) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", *SHORT, "--checkpoint.asynchronous", is_async]
+    said = [line for line in world(1).train(*flags).splitlines() if line.startswith("checkpoint of step ")]
+    said = [re.sub(r"waited \d+\.\d s", "waited N s", line) for line in said]
+    background = ["is being written: training waited N s for it", "is on disk"]
+    waiting = ["is on disk: training waited N s for it"]
+    usual = background if is_async else waiting
+    expected = [*((4, how) for how in usual), *((8, how) for how in usual), *((12, how) for how in waiting)]
+    assert said == [f"checkpoint of step {step} {how}" for step, how in expected]
+
+
 @pytest.mark.parametrize("on_failure", ["continue", "stop"])
 def test_a_disk_that_fills_up(world, straight, config_file: Path, small_disk: Path, on_failure: str) -> None:
     straight, out = straight(2), small_disk / "run"
     flags = ["--checkpoint.interval", 10, "--checkpoint.asynchronous", "true", "--checkpoint.on_failure", on_failure]
     answers = world(2)("train_on_a_full_disk", "--config", config_file, "--out_dir", out, *flags)
+    assert "checkpoint of step 10 is on disk\n" in answers[0]["said"]
+    assert "checkpoint of step 20 is on disk" not in answers[0]["said"]
     (said, *others) = [line for line in answers[0]["said"].splitlines() if line.startswith("error: ")]
     assert said.startswith(f"error: {out}/checkpoints/step-00000020 is not saved: ")
     assert said.endswith(("No space left on device", "(is the disk full?)"))

@@ -4,6 +4,7 @@ import shlex
 import shutil
 import sys
 import textwrap
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -64,6 +65,8 @@ class Console:
         self._max_steps = max_steps
         self._numbers = ""
         self._seconds_left: float | None = None
+        self._first: tuple[int, float] | None = None  # the first step done, and when
+        self._pace: float | None = None  # seconds a step
         self._live = None
         if in_terminal():
             self._live = Live(get_renderable=self._render, refresh_per_second=4, console=Terminal(highlight=False))
@@ -87,8 +90,25 @@ class Console:
         else:
             print(text, flush=True)
 
+    def reached(self, steps: list[int]) -> None:
+        """Show that ``steps`` are done, which have just been read; until there is a row, their pace tells what is left.
+
+        It does not count the first one, which compiles. Where two are read at once, the host has waited for the device.
+        """
+        self.step = steps[-1]
+        if self._numbers or len(steps) > 1:
+            return
+        now = time.perf_counter()
+        if self._first is None:
+            self._first = self.step, now
+        else:
+            self._pace = (now - self._first[1]) / (self.step - self._first[0])
+            self._seconds_left = self._pace * (self._max_steps - self.step)
+
     def metrics(self, row: Row, seconds_left: float | None) -> None:
         """Show a row of training: under the bar, or as a line."""
+        if self._first and not self._numbers:  # what the caller says counts the first step
+            seconds_left = self._pace and self._pace * (self._max_steps - int(row["step"] or 0))
         self.step, self._seconds_left, self._numbers = int(row["step"] or 0), seconds_left, "  ".join(numbers(row))
         if not self._live:
             self.line(console_line(row, self._max_steps, seconds_left))
@@ -133,8 +153,8 @@ def show_summary(title: str, summary: Summary) -> None:
             table.add_row(key, Text(printable(value)))
     terminal = Terminal(highlight=False)
     terminal.print(Panel(table, title=f"[bold]{title}", title_align="left", border_style="cyan"))
-    for line in below:
-        terminal.print(line, soft_wrap=True)
+    for text in below:
+        terminal.print(text, soft_wrap=True)
 
 
 def numbers(row: Row) -> list[str]:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
+from tinyllama.checkpoint.names import step_of
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.model import GPT
 from tinyllama.monitor import memory
@@ -165,15 +166,24 @@ class RunLog:
         return {name: self._before[what] - before[what] for name, what in WAITS.items() if what in before}
 
     @contextlib.contextmanager
-    def clock(self, what: str, step: int) -> Iterator[None]:
-        """Count the time in it to ``what``, not to training; a checkpoint is an event of ``step``, too."""
+    def clock(self, what: str, step: int, is_background: bool = False) -> Iterator[None]:
+        """Count the time in it to ``what``, not to training; a checkpoint is an event of ``step``, too.
+
+        ``is_background`` says that the checkpoint is not yet complete.
+        """
         began = time.perf_counter()
         yield
         seconds = time.perf_counter() - began
         self._seconds[what] += seconds
         if what == "checkpoints":
-            text = f"checkpoint of step {step}: training waited {seconds:.1f} s for it"
+            stands = "is being written" if is_background else "is on disk"
+            text = f"checkpoint of step {step} {stands}: training waited {seconds:.1f} s for it"
             self.event("checkpoint", text, step=step, seconds=round(seconds, 3))
+
+    def published(self, step_dir: Path | None) -> None:
+        """Show that ``step_dir``, if there is one, has been written in the background."""
+        if self._is_rank_zero and step_dir is not None:
+            self._console.line(f"checkpoint of step {step_of(step_dir)} is on disk", "checkpoint")
 
     def start(self, step: int) -> None:
         """Log where the run starts, which settings a resumed one changes, and what it was started by and on."""
@@ -225,9 +235,9 @@ class RunLog:
 
     def record_skips(self, results: list[StepResult]) -> bool:
         """Log skipped steps. If one ends the run, write STOPPED and return True."""
+        if results and self._is_rank_zero:
+            self._console.reached([result.step for result in results])
         for result in results:
-            if self._is_rank_zero:
-                self._console.step = result.step
             if not result.skipped:
                 continue
             first, last = result.samples
