@@ -624,6 +624,25 @@ def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.C
     assert not (run.out_dir / "STOPPED").exists()
 
 
+@pytest.mark.parametrize("by", ["SIGTERM", "SIGUSR1", "train.max_time"])
+def test_in_a_batch_job_the_job_is_what_resumes(
+    run: Run, by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in {"SLURM_JOB_ID": "1234", "ENVIRONMENT": "BATCH"}.items():  # as sbatch sets them
+        monkeypatch.setenv(name, value)
+    (run.out_dir / "checkpoints/step-00000004").mkdir(parents=True)
+    with RunLog(run, None, is_rank_zero=True) as log:
+        log.end(TrainState(step=4, tokens=128), by)
+    said = capsys.readouterr().out
+    again = "unless Slurm requeues the job, sbatch of the same script resumes from there"
+    assert said.endswith(f"stopped by {by} at step 4; {again}\n")
+    assert "next     sbatch ...    # the script of job 1234, unless Slurm requeues it: resumes from there\n" in said
+    monkeypatch.delenv("ENVIRONMENT")  # in a shell of salloc's or srun's
+    with RunLog(run, None, is_rank_zero=True) as log:
+        log.end(TrainState(step=4, tokens=128), by)
+    assert "sbatch" not in capsys.readouterr().out
+
+
 def test_what_is_shown_of_an_event_is_a_line_each(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     log = RunLog(run, None, is_rank_zero=True)
     log.event("start", "start\x1b[2J of\nall", "changed \u202ex", step=0, run="\x1b\n\udcff")

@@ -1,5 +1,6 @@
 """Print a run's progress: a summary at either end and, between them, a bar in a terminal or else plain lines."""
 
+import os
 import shlex
 import shutil
 import sys
@@ -287,7 +288,10 @@ def end_summary(
     if state.step < run.max_steps:
         from_where = f"starts from {run.resume} again" if run.resume else "starts anew"
         from_where = "resumes from there" if saved.exists() else from_where
-        yield "next", f"{same_command(run.world.launcher)}    # {from_where}"
+        if job := batch_job():
+            yield "next", f"sbatch ...    # the script of job {job}, unless Slurm requeues it: {from_where}"
+        else:
+            yield "next", f"{same_command(run.world.launcher)}    # {from_where}"
     else:
         hf = run.out_dir / "hf"
         yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER"
@@ -295,6 +299,11 @@ def end_summary(
         yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
     if rows:
         yield "", f"python scripts/report.py {run.out_dir}"
+
+
+def batch_job() -> str | None:
+    """Return the id of the batch job of Slurm that this is part of; None in a shell, even if that is in a job."""
+    return os.environ.get("SLURM_JOB_ID") if os.environ.get("ENVIRONMENT") == "BATCH" else None
 
 
 def same_command(launcher: str | None) -> str:

@@ -25,6 +25,7 @@ from tinyllama.monitor.console import (
     WAITS,
     Console,
     Row,
+    batch_job,
     by_source,
     changes_in_words,
     console_line,
@@ -220,7 +221,8 @@ class RunLog:
             self._console.line(f"error: {self._metrics} lacks the rows {steps}, which are above")
         details = {"step": state.step, "seconds": self._seconds}
         if stopped_by:
-            then = "the same command resumes from there" if state.step else "there was nothing to save"
+            again = "unless Slurm requeues the job, sbatch of the same script" if batch_job() else "the same command"
+            then = f"{again} resumes from there" if state.step else "there was nothing to save"
             hint = ": raise it" if stopped_by == "train.max_time" and not state.step else ""
             text = f"stopped by {stopped_by} at step {state.step}; {then}{hint}"
             self.event("stop", text, by=stopped_by, **details)
