@@ -179,6 +179,29 @@ def test_a_start_records_what_the_run_was_started_by_and_on(
     assert event.keys() >= {"device", "commit"}
 
 
+def test_a_start_after_failed_saves_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    full = "checkpoints/step-00000004 is not saved: No space left on device"
+    failed = ("checkpoint_failed", {"error": full, "step": 4})
+    gave_up = ("stop", {"by": "checkpoint.on_failure", "step": 4})
+    for events, is_told in (
+        ([failed, gave_up], True),
+        ([failed], True),  # and killed
+        ([("checkpoint", {"step": 4}), failed, gave_up, ("metrics_damaged", {})], True),
+        ([failed, ("checkpoint", {"step": 8})], False),
+        ([failed, gave_up, ("start", {"step": 0}), ("stop", {"by": "SIGTERM", "step": 3})], False),
+        ([("stop", {"reason": "a spike"})], False),
+        ([], False),
+    ):
+        log = RunLog(run, None, is_rank_zero=True)
+        (run.out_dir / "events.jsonl").unlink(missing_ok=True)
+        for name, details in events:
+            log.event(name, **details)
+        RunLog(run, None, is_rank_zero=True).start(3)
+        hint = f"check that {run.out_dir} has room"
+        before = [f"before   the last save failed ({full}): {hint}"] if is_told else []
+        assert capsys.readouterr().out.splitlines() == ["start    a new run at step 3", *before], events
+
+
 def test_a_console_line() -> None:
     row: dict[str, float | None] = {"step": 10, "loss": 2.34567, "lr": 4e-4, "grad_norm": 1.25, "mfu": None}
     row |= {"tokens_per_second": 24000.4, "max_memory_gb": 37.123, "skipped": 0}

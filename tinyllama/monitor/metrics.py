@@ -35,7 +35,7 @@ from tinyllama.monitor.console import (
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
-from tinyllama.monitor.run_files import BY_SOURCE, COLUMNS, read_metrics, read_samples, read_until
+from tinyllama.monitor.run_files import BY_SOURCE, COLUMNS, failed_save, read_metrics, read_samples, read_until
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
@@ -194,6 +194,8 @@ class RunLog:
         changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
         lines = [f"start    {run.origin} at step {step}"]
         lines += [f"changed  {changes_in_words(changed)}"] if changed else []
+        if error := failed_save(self._events):
+            lines.append(f"before   the last save failed ({error}): check that {run.out_dir} has room")
         self.event("start", *lines, step=step, changed=changed, **environment(run))
 
     def stop(self, **details: Any) -> None:

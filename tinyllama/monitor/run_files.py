@@ -86,6 +86,18 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
                 yield content
 
 
+def failed_save(file: Path) -> str | None:
+    """Return why the last save in events.jsonl failed, if it did."""
+    error = None
+    for event in read_json_lines(file):
+        kind = event.get("event")
+        if kind == "checkpoint_failed":
+            error = str(event.get("error"))
+        elif kind in ("start", "checkpoint", "done"):
+            error = None
+    return error
+
+
 def read_samples(file: Path) -> list[dict[str, Any]]:
     """Read samples.jsonl by step; of a step that was done again, what came of it last."""
     kinds = {"step": is_count, "tokens": is_count, "prompt": is_text, "text": is_text}
