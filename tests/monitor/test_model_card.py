@@ -1,6 +1,7 @@
 """The model card of an export says what the run recorded, and no more."""
 
 import dataclasses
+import json
 import re
 import shutil
 import xml.etree.ElementTree as ElementTree
@@ -13,7 +14,7 @@ from models import CONFIG, given
 from tinyllama import InputError
 from tinyllama.checkpoint import hashes, reader
 from tinyllama.convert.weights import Weights, open_weights
-from tinyllama.monitor.model_card import model_card
+from tinyllama.monitor.model_card import _data, _recipe, model_card
 
 
 @pytest.fixture
@@ -58,7 +59,7 @@ def test_it_says_what_the_run_recorded(weights: Weights) -> None:
     assert "\n|  |" not in text  # no empty heading
     assert "\n\n\n" not in text
     assert "| `slim\\|pajama` | 75.0000% | 2,592 |\n| `starcoder` | 25.0000% | 864 |\n" in text
-    assert "| learning rate | cosine from 0.0004 to 4e-05, 2,000 steps of warm-up |" in text
+    assert "| learning rate | cosine from a peak of 0.0004 to 4e-05, 2,000 steps of warm-up |" in text
     assert "| batch | 1,024 samples, 98,304 tokens |" in text
     assert "Validation loss 4.5000 at step 12." in text
     header, _, first, second = text.partition("## Scores\n\n")[2].splitlines()[:4]
@@ -75,6 +76,46 @@ def test_it_says_what_the_run_recorded(weights: Weights) -> None:
     assert [len(curve) for curve in curves] == [12, 2]  # not what came after the step
     heights = [float(point.partition(",")[2]) for point in curves[0]]
     assert heights == sorted(heights)  # a falling loss
+
+
+def test_a_learning_rate_that_was_changed_is_told(weights: Weights) -> None:
+    events = [
+        {"event": "start", "step": 0, "changed": {}},
+        {"event": "start", "step": 4, "changed": {"optim.lr": [3e-3, 9e-4], "log.interval": [1, 5]}},
+        {"event": "start", "step": 4, "changed": {"optim.lr": [3e-3, 1e-3]}},  # again from there
+        {"event": "start", "step": 8, "changed": {"optim.lr": [1e-3, 4e-4]}},
+        {"event": "start", "step": 9, "changed": {"optim.lr": "damaged"}},
+        {"event": "start", "step": 13, "changed": {"optim.lr": [4e-4, 1e-5]}},  # after the checkpoint
+    ]
+    lines = "".join(json.dumps(event) + "\n" for event in events)
+    (weights.path.parents[1] / "events.jsonl").write_text(lines)
+    told = (
+        "cosine from a peak of 0.0004 to 4e-05, 2,000 steps of warm-up; peak 0.003 before step 4, 0.001 before step 8"
+    )
+    assert f"| learning rate | {told} |" in model_card(weights, "mine", "mine")["README.md"]
+
+
+def test_tokens_of_sources_are_of_the_step_that_is_named(weights: Weights) -> None:
+    assert "| source | share of the samples | tokens |" in model_card(weights, "mine", "mine")["README.md"]
+    metrics = weights.path.parents[1] / "metrics.csv"
+    metrics.write_text("".join(metrics.read_text().splitlines(keepends=True)[:11]))  # the run was stopped at step 12
+    card = model_card(weights, "mine", "mine")["README.md"]
+    assert "| source | share of the samples | tokens by step 10 |" in card
+    assert "| `starcoder` | 25.0000% | 720 |\n" in card
+
+
+def test_the_tokens_of_a_single_source_are_those_of_the_checkpoint() -> None:
+    settings = {"data": {"sources": [{"path": "data/mine", "weight": 1.0}]}}
+    rows = [{"step": 10, "tokens": 2880, "tokens_mine": 2880}]
+    assert _data(settings, {"tokens": 3456}, rows) == [("`mine`", "100.0000%", "3,456")]
+    assert _data(settings, {}, rows) == [("`mine`", "100.0000%", "2,880")]
+
+
+def test_a_constant_learning_rate_has_no_other() -> None:
+    optim = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": 0, "weight_decay": 0.1, "schedule": "constant"}
+    assert dict(_recipe({"optim": optim, "train": {"global_batch_size": 8}}, 32, []))["learning rate"] == (
+        "constant at 0.0004, 0 steps of warm-up"
+    )
 
 
 def test_what_is_not_known_is_left_out() -> None:

@@ -18,6 +18,7 @@ from tinyllama.config.model import named_config
 from tinyllama.eval import harness
 from tinyllama.monitor import report
 from tinyllama.monitor.run_files import COLUMNS, read_metrics
+from tinyllama.throughput import duration
 
 STEPS = 40
 TOKENS = 16 * 256  # a step
@@ -420,6 +421,23 @@ def test_how_far_a_run_is_and_what_it_has_taken() -> None:
     published = [{"step": 1_430_512, "tokens": 3 * 10**12, "tokens_per_second": 384_243.0}]
     found = report.progress(published, [start_of(0, 16)], 2_097_152)
     assert found["GPU-hours"] == "34,700 in steps"
+
+
+def test_a_run_is_as_far_as_its_last_event(make_run: Callable[..., Path]) -> None:
+    """It was stopped between two log intervals, and its checkpoint is later than the last row."""
+    out_dir = make_run("one")
+    stop = [start_of(30, 2), {"time": 9000, "event": "checkpoint", "step": 43, "seconds": 0.5}]
+    stop += [{"time": 9001, "event": "stop", "by": "SIGTERM", "step": 43}]
+    with (out_dir / "events.jsonl").open("a") as file:
+        file.write("\n" + "".join(json.dumps(event) + "\n" for event in stop))
+    found = report.read_run(out_dir)["summary"]
+    assert found["progress"] == f"step 43 of 100 (43.0%), {43 * TOKENS:,} tokens"
+    assert found["time left"] == f"{duration(57 * TOKENS / 1040)}, without validations and saves"
+    rows = [{"step": 4, "tokens": 14_400, "tokens_per_second": 1.0}]
+    for step, expected in ((3, 4), (4, 4), (6, 6)):  # a row that is later counts
+        events = [{"step": 9, "tokens": 32_400}, {"step": step, "tokens": 3600 * step}]
+        progress = report.progress(rows, [start_of(0, 1)], 3600, events)["progress"]
+        assert progress == f"step {expected} of 100 ({expected}.0%), {3600 * expected:,} tokens"
 
 
 def test_a_perplexity_of_any_size_is_short() -> None:

@@ -16,8 +16,9 @@ from typing import Any
 from tinyllama import InputError, __version__, printable
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir
+from tinyllama.checkpoint.state import is_count
 from tinyllama.convert.weights import Weights
-from tinyllama.monitor.run_files import complete_rows, read_metrics
+from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics
 
 CURVES = {"loss": ("training (mean)", "#4477cc"), "val_loss": ("validation", "#dd7733")}
 POINTS = 200  # most of them in the curve of the training loss
@@ -38,6 +39,13 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
     config, metadata = weights.config, weights.metadata
     run, settings, state = _run_of(weights)
     rows = [row for row in read_metrics(run / "metrics.csv") if row["step"] <= (metadata["step"] or 0)] if run else []
+    starts = [
+        event
+        for event in (read_json_lines(run / "events.jsonl") if run else ())
+        if event.get("event") == "start" and is_count(event.get("step")) and event["step"] <= (metadata["step"] or 0)
+    ]
+    is_older = bool(rows) and rows[-1]["step"] < metadata["step"] and len(_of(settings, "data", "sources") or ()) > 1
+    drawn = f"tokens by step {rows[-1]['step']:,}" if is_older else "tokens"
     curve = _curve(rows)
     sizes = {
         "layers, width, MLP": f"{config.n_layer}, {config.n_embd:,}, {config.intermediate_size:,}",
@@ -60,8 +68,8 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
         "PARAMETERS": f"{config.num_params():,}",
         "TRAINED": trained,
         "SIZES": _table(("size", "value"), list(sizes.items())),
-        "DATA": _section("Data", ("source", "share of the samples", "tokens"), _data(settings, state, rows)),
-        "RECIPE": _section("Recipe", ("setting", "value"), _recipe(settings, config.block_size)),
+        "DATA": _section("Data", ("source", "share of the samples", drawn), _data(settings, state, rows)),
+        "RECIPE": _section("Recipe", ("setting", "value"), _recipe(settings, config.block_size, starts)),
         "LOSS": _loss(rows) if curve else "",
         "SCORES": _scores(run / "eval.csv" if run else None, metadata["step"]),
     }
@@ -83,24 +91,34 @@ def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> 
     found: list[tuple[str, ...]] = []
     for source, weight in zip(sources, weights, strict=True):
         name = Path(source["path"]).name
-        drawn = rows[-1].get(f"tokens_{printable(name)}") if rows else None
-        if drawn is None and len(sources) == 1:
-            drawn = state.get("tokens")
+        drawn = state.get("tokens") if len(sources) == 1 else None
+        if drawn is None and rows:
+            drawn = rows[-1].get(f"tokens_{printable(name)}")
         changes = source.get("final_weight") not in (None, source["weight"])
         share = "changes in the run" if changes else f"{weight / sum(weights):.4%}"
         found.append((f"`{_cell(name)}`", share, "" if drawn is None else f"{drawn:,.0f}"))
     return found
 
 
-def _recipe(settings: Mapping[str, Any], block_size: int) -> list[tuple[str, ...]]:
+def _recipe(settings: Mapping[str, Any], block_size: int, starts: Rows) -> list[tuple[str, ...]]:
+    """Return the recipe as it is in ``settings``, and what a resumed run has changed of its learning rate."""
     optim, train = _of(settings, "optim") or {}, _of(settings, "train") or {}
     if not ({"lr", "min_lr", "warmup_steps", "weight_decay"} <= optim.keys() and "global_batch_size" in train):
         return []
     batch = train["global_batch_size"]
-    decay = f"{optim.get('schedule', 'cosine')} from {optim['lr']:g} to {optim['min_lr']:g}"
+    decay = f"{optim.get('schedule', 'cosine')} from a peak of {optim['lr']:g} to {optim['min_lr']:g}"
+    if optim.get("schedule") == "constant":
+        decay = f"constant at {optim['lr']:g}"
+    changes = {start["step"]: _of(start, "changed", "optim.lr") for start in starts}
+    peaks = [
+        f"{peak:g} before step {step:,}"
+        for step, change in changes.items()
+        if isinstance(change, list) and change and (peak := _number(change[0])) is not None
+    ]
+    before = f"; peak {', '.join(peaks)}" if peaks else ""
     found: list[tuple[str, ...]] = [
         ("optimizer", f"{optim.get('name', 'adamw')}, betas {optim.get('beta1')} and {optim.get('beta2')}"),
-        ("learning rate", f"{decay}, {optim['warmup_steps']:,} steps of warm-up"),
+        ("learning rate", f"{decay}, {optim['warmup_steps']:,} steps of warm-up{before}"),
         ("weight decay, clipping", f"{optim['weight_decay']:g}, {optim.get('max_norm', 1):g}"),
         ("batch", f"{batch:,} samples, {batch * block_size:,} tokens"),
         ("precision", str(train.get("precision", ""))),

@@ -16,6 +16,7 @@ import math
 import os
 import re
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -119,10 +120,9 @@ def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
     events = read_events(out_dir / "events.jsonl", counts)
     window = smooth(rows)
     thinned = thin(rows, BUCKETS // num_runs)
-    origin = branched_from(out_dir)
-    branch = {} if origin is None else {"branched from": printable(origin)}
+    branch = {"branched from": printable(origin)} if (origin := branched_from(out_dir)) else {}
     starts = [event for event in read_json_lines(out_dir / "events.jsonl") if is_start(event)]
-    found = progress(rows, starts, tokens_per_step) | summary(rows, events, model) | surroundings(starts)
+    found = progress(rows, starts, tokens_per_step, events) | summary(rows, events, model) | surroundings(starts)
     return {
         "name": out_dir.resolve().name,
         "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | found,
@@ -200,9 +200,9 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
     return found
 
 
-def progress(rows: list[Row], starts: list[Row], tokens_per_step: int) -> dict[str, str]:
+def progress(rows: list[Row], starts: list[Row], tokens_per_step: int, events: Sequence[Row] = ()) -> dict[str, str]:
     """Say how far the run is, what that has taken and, if its last start recorded ``max_steps``, what is left."""
-    step, tokens = rows[-1]["step"], rows[-1]["tokens"]
+    step, tokens = max((at["step"], at["tokens"]) for at in (rows[-1], *events[-1:]))  # it may end between two rows
     found = {"progress": f"step {step:,.0f}, {tokens:,.0f} tokens"}
     known = starts[-1] if starts else {}
     max_steps, speed = known.get("max_steps"), next((s for r in rows[::-1] if (s := r.get("tokens_per_second"))), 0)
