@@ -1,6 +1,8 @@
 import dataclasses
 import json
+import logging
 import re
+import warnings
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from models import CONFIG, METADATA, difference, from_hf, generate, given, llama
 from tinyllama import InputError
 from tinyllama.convert import hf_folder, tokenizer_files, verify
 from tinyllama.model import from_weights
+from tinyllama.monitor.model_card import model_card
 from tinyllama.tokenizer import Tokenizer
 
 
@@ -18,6 +21,23 @@ def exported(tmp_path_factory, tokenizer_file):
     folder = tmp_path_factory.mktemp("export") / "hf"
     hf_folder.write(folder, given(), Tokenizer(tokenizer_file))
     return folder
+
+
+def test_the_snippet_of_the_model_card_runs_without_a_warning(
+    exported: Path, caplog: pytest.LogCaptureFixture, capsys: pytest.CaptureFixture[str]
+) -> None:
+    card = model_card(given(), "mine", str(exported))["README.md"]
+    (snippet,) = re.findall(r"```python\n(.*?)```", card, re.DOTALL)
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)  # it propagates nothing
+    try:
+        with warnings.catch_warnings(record=True) as warned:
+            exec(snippet, {})
+    finally:
+        logger.removeHandler(caplog.handler)
+    assert capsys.readouterr().out.removeprefix("<s> ").startswith("The capital of France is")
+    assert [record.getMessage() for record in caplog.records if record.levelno >= logging.WARNING] == []
+    assert [str(warning.message) for warning in warned if warning.category is UserWarning] == []
 
 
 @pytest.mark.parametrize("vocab_size", [130, 192])
