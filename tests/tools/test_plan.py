@@ -414,7 +414,7 @@ def test_checkpoints_kept(policy: dict[str, Any], steps: int, kept: int) -> None
     assert plan.checkpoints_kept(CheckpointArgs(**policy), steps) == kept
 
 
-def test_a_small_run_is_in_hours_or_minutes_and_its_energy_in_kwh(packed_folder: Any) -> None:
+def test_a_small_run_is_in_hours_minutes_or_seconds_and_its_energy_in_kwh(packed_folder: Any) -> None:
     folder = packed_folder([[[3] * 2049 * 10]], eos=False)
     gpu = replace(plan.GPUS["h100"], watts=700.0)
     args = PretrainArgs(data=DataArgs(sources=[Source(str(folder))]), train=TrainArgs(max_epochs=4))
@@ -431,6 +431,9 @@ def test_a_small_run_is_in_hours_or_minutes_and_its_energy_in_kwh(packed_folder:
     assert "time       10.0 min, 0.17 GPU-hours for 6,000,000 tokens" in lines
     table = list(plan.scaling(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000))
     assert table[1].split()[:3] == ["GPUs", "tokens/s", "min"]
+    args = replace(args, train=TrainArgs(max_tokens=25_000))
+    lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
+    assert "time       2.5 s, 0.00069 GPU-hours for 25,000 tokens" in lines
 
 
 def test_the_table_of_scaling() -> None:

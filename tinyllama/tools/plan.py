@@ -314,7 +314,9 @@ def time_unit(hours: float) -> tuple[str, float]:
     """Return the unit in which to state so many hours, and the hours that it has."""
     if hours >= 48:
         return "days", 24
-    return ("hours", 1) if hours >= 1 else ("min", 1 / 60)
+    if hours >= 1:
+        return "hours", 1
+    return ("min", 1 / 60) if hours >= 1 / 60 else ("s", 1 / 3600)
 
 
 def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
