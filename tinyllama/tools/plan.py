@@ -187,8 +187,8 @@ def muon(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | i
 
     For the exchange, the matrices are divided over the copies of the model. A copy's r ranks send (r - 1) / r of its
     h / copies hidden parameters to their owners and as many back; then each shard's updates are gathered over the
-    copies. The rest of the step reads and writes as many bytes as AdamW's, and is not counted. Measured for the 1.1B on
-    one H100: 87 ms more than AdamW, of which iterations 73; with quack's symmetric products 64, and 50.
+    copies. The rest of the step reads and writes as many bytes as AdamW's, and is not counted. Measured for the 1.1B:
+    87 ms more than AdamW on one H100, of which iterations 73; with quack's symmetric products 55, and 36 on two H200s.
     """
     if args.optim.name != "muon":
         return Muon(0.0, 0.0)
