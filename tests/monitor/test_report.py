@@ -668,9 +668,9 @@ def test_a_plot_is_saved_as_a_picture(browser: Any, make_run: Callable[..., Path
 @pytest.mark.browser
 def test_settings_and_scale_as_the_page_opens(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
     runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
-    for run, lr in zip(runs, (1e-3, 2e-3), strict=True):
+    for run, lr, timeout in zip(runs, (1e-3, 2e-3), (300, 300.0), strict=True):
         settings = yaml.safe_load((run / "config.yaml").read_text())
-        settings |= {"out_dir": str(run), "optim": {"lr": lr, "name": "<b>adamw"}}
+        settings |= {"out_dir": str(run), "optim": {"lr": lr, "name": "<b>adamw"}, "log": {"timeout": timeout}}
         sample = {"step": 1000, "tokens": 9, "prompt": "<b>Once", "text": " upon\n  a <i>time" + "\n" * 99}
         (run / "samples.jsonl").write_text(json.dumps(sample))
         (run / "config.yaml").write_text(yaml.safe_dump(settings))
