@@ -266,8 +266,7 @@ def test_one_document_in_a_thousand_is_encoded_by_both(tokenizer_file):
     documents = [TextChunk(b"%d" % number, "", True) for number in range(2500)]
     assert len(list(encoder.stream(documents))) == 2500
     assert checked == [b"0", b"1000", b"2000"]
-    encoder.renew()  # before each shard, of which the first is looked at
-    list(encoder.stream(documents[5:99]))
+    list(encoder.stream(documents[5:99]))  # the next shard, of which the first is looked at
     assert checked[3:] == [b"5"]
 
 
@@ -286,17 +285,13 @@ def test_text_is_read_ahead_up_to_a_bound(tokenizer_file, monkeypatch):
 
 
 def test_encoders_are_renewed_before_their_cache_is_large(tokenizer_file, monkeypatch):
-    monkeypatch.setattr(encode, "_RENEWED", 100)  # bytes
+    monkeypatch.setattr(encode, "_RENEWED", 100)  # ids
     encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
     made = []
     encoder._make = lambda: made.append(0) or encoder._reference
-    found = [len(made) for _ in encoder.stream([TextChunk(b"the llama " * 6, "", True)] * 7)]
-    assert found == [0, 0, 1, 1, 2, 2, 3]  # 60 bytes each
-    encoder.renew()
-    encoder.renew()  # has nothing to forget
-    assert len(made) == 4
-    found = [len(made) for _ in encoder.stream([TextChunk(b"the llama " * 6, "", True)] * 3)]
-    assert found == [4, 4, 5]
+    documents = [TextChunk(b"7" * 59, "", True)] * 4  # 60 ids each
+    found = [len(made) for shard in (documents, documents[:3]) for _ in encoder.stream(shard)]
+    assert found == [0, 0, 1, 1, 2, 2, 3]  # whichever shard they are of
 
 
 def test_fast_gives_the_ids_of_the_reference(tokenizer_file):

@@ -161,37 +161,36 @@ def test_every_thousandth_document_is_encoded_by_both(library, tokenizer_file, p
         list(stream)
 
 
-def test_a_shard_begins_with_an_encoder_of_its_own_and_a_check(library, tokenizer_file):
+def test_a_shard_begins_with_a_check(library, tokenizer_file):
     encoder = Encoder(Tokenizer(tokenizer_file), "fast")
-    encoder.renew()
-    assert len(made()) == 1  # it has encoded nothing yet
     list(encoder.stream(documents(["a", "b"])))
-    encoder.renew()
     with pytest.raises(Mismatch):
         list(encoder.stream(documents(["zebra"])))
-    assert used(tokenizer_file) == [[b"a", b"b"], [b"zebra"]]
+    assert used(tokenizer_file) == [[b"a", b"b", b"zebra"]]
 
 
 def test_an_encoder_is_renewed_within_a_long_shard(library, tokenizer_file, monkeypatch):
-    assert encode._RENEWED == 64 * 2**20
+    assert encode._RENEWED == 16 * 2**20
     monkeypatch.setattr(encode, "_RENEWED", 10)
     encoder = Encoder(Tokenizer(tokenizer_file), "fast")
-    list(encoder.stream(documents(["five!", "five.", "four", "a", "b" * 11, "c"])))
-    assert used(tokenizer_file) == [[b"five!", b"five.", b"four"], [b"a", b"b" * 11], [b"c"]]
+    list(encoder.stream(documents(["1234", "5678", "9", "0", "1" * 11, "2"])))  # a blank and the digits: 5, 5, 2...
+    assert used(tokenizer_file) == [[b"1234", b"5678", b"9"], [b"0", b"1" * 11], [b"2"]]
 
 
 @pytest.mark.usefixtures("one_process")
-def test_each_shard_is_encoded_anew(library, tokenizer_file, tmp_path):
-    for name in "abc":
-        (tmp_path / f"{name}.txt").write_text(f"shard {name}")
-    prepare(find_inputs(tmp_path, (".txt",)), Fields(), Options(tokenizer_file, tmp_path / "out"))
-    assert used(tokenizer_file) == [
-        [],
-        [b"shard a"],
-        [b"shard b"],
-        [b"shard c"],
-    ]  # the first one only tells whether it can
+def test_shards_share_an_encoder_and_do_not_depend_on_it(library, tokenizer_file, tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_RENEWED", 10)
+    source = write(tmp_path / "in", {"a.txt": "1234", "b.txt": "5678", "c.txt": "9", "d.txt": "0"})
+    prepare(find_inputs(source, (".txt",)), Fields(), Options(tokenizer_file, tmp_path / "out"))
+    # the first one only tells whether it can
+    assert used(tokenizer_file) == [[], [b"1234", b"5678", b"9"], [b"0"]]
     assert b'"encoded_by": "gigatoken 9.9"' in (tmp_path / "out" / "c.txt.json").read_bytes()
+    for name in "abcd":
+        alone = Options(tokenizer_file, tmp_path / name)
+        prepare(find_inputs(source / f"{name}.txt", (".txt",)), Fields(), alone)
+        shard = {path.name: path.read_bytes() for path in alone.output.glob(f"{name}.*")}
+        assert shard == {path.name: path.read_bytes() for path in (tmp_path / "out").glob(f"{name}.*")}
+        assert shard.keys() == {f"{name}.txt.bin", f"{name}.txt.idx.npy", f"{name}.txt.json"}
 
 
 def write(source: Path, texts: dict[str, str]) -> Path:

@@ -41,7 +41,7 @@ _PLACES = (
 )
 _PREFIXES = "\n.,;0aenxZ"  # letters of which one before a part that continues may let it keep its ids
 _BATCH = 1 << 22  # bytes of text that are read before they are encoded
-_RENEWED = 1 << 26  # bytes encoded between two fast encoders: the cache of words in one only grows
+_RENEWED = 1 << 24  # ids between two fast encoders: the cache of words in one only grows, by 4 bytes an id and more
 # texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
     "",
@@ -108,7 +108,7 @@ class Encoder:
         self._reference: Encode = tokenizer.encode_utf8
         self._encode: Encode = self._reference
         self._make: Callable[[], Encode] | None = None
-        self._encoded = self._texts = 0  # bytes by the encoder there is, texts since renew
+        self._encoded = self._texts = 0  # ids of the encoder there is, texts of the stream
         self._cuts, known = _cuts(tokenizer)
         # how a part that continues may have to begin
         letters = itertools.islice(_known_letters(tokenizer), 3)
@@ -124,14 +124,9 @@ class Encoder:
                     raise
                 self.fell_back = str(error)
 
-    def renew(self) -> None:
-        """Forget what encoding has cached; before each shard, so that a shard's memory and time are its own."""
-        if self._make and self._encoded:
-            self._encode = self._make()
-        self._encoded = self._texts = 0
-
     def stream(self, chunks: Iterable[TextChunk]) -> Iterator[TokenChunk]:
         """Encode each document, a long one in parts of its own cutting; raises Mismatch."""
+        self._texts = 0
         rest, lead = bytearray(), None  # of a long document: what is not encoded yet; None: nothing of it is
         for text, subset, is_last in _batched(chunks):
             if is_last and not rest and len(text) <= CUT:
@@ -195,9 +190,9 @@ class Encoder:
         """Ids of ``text``; ``lead``: of which the document has more before it, and how to begin."""
         if self._make and self._encoded > _RENEWED:
             self._encode, self._encoded = self._make(), 0
-        self._encoded += len(text)
         text = _begun(text, lead)
         ids = self._encode(text)
+        self._encoded += len(ids)
         if self._make and self._texts % SAMPLED == 0 and not np.array_equal(ids, self._reference(text)):
             raise Mismatch(
                 f"{self.name} gives other ids than the tokenizer's own library for the text {text[:60]!r}...: "

@@ -319,7 +319,6 @@ def _packer(recipe: _Recipe) -> Work:
     encoder = Encoder(tokenizer, recipe.encoder)
 
     def pack(one: Input) -> Info:
-        encoder.renew()
         with one.fetched() as path:
             reader = DocumentReader(path, recipe.fields, one.name)
             with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
