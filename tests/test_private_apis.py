@@ -78,7 +78,11 @@ TABLE = [
         Private(f"torch._foreach_{name}_", ("tinyllama/train/unsharded.py",), "one kernel for all weights or gradients")
         for name in ("copy", "div", "zero")
     ),
-    Private("torch._foreach_norm", ("tinyllama/train/anomaly.py",), "one kernel takes the norm of all gradients"),
+    Private(
+        "torch._foreach_norm",
+        ("tinyllama/train/anomaly.py", "tinyllama/train/muon.py"),
+        "one kernel takes the norms of all gradients or matrices",
+    ),
     Private("torch.ops.aten._scaled_mm.default", ("tinyllama/train/parallel.py",), RECOMPUTATION),
     *(
         Private(f"torch.ops.aten.{name}.default", ("tinyllama/ops/attention.py",), RECOMPUTATION)
