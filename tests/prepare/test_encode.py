@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 
 from tinyllama import InputError
 from tinyllama.prepare import encode
@@ -292,6 +293,18 @@ def test_encoders_are_renewed_before_their_cache_is_large(tokenizer_file, monkey
     documents = [TextChunk(b"7" * 59, "", True)] * 4  # 60 ids each
     found = [len(made) for shard in (documents, documents[:3]) for _ in encoder.stream(shard)]
     assert found == [0, 0, 1, 1, 2, 2, 3]  # whichever shard they are of
+
+
+def test_encoders_are_renewed_before_long_pieces_fill_their_cache(tmp_path, monkeypatch):
+    monkeypatch.setattr(encode, "_RENEWED", 100)
+    longest = "=" * 64  # one id: the cache holds the word's bytes, too
+    library = tokenizers.Tokenizer(tokenizers.models.WordLevel({longest: 0, "[UNK]": 1}, "[UNK]"))
+    library.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(Tokenizer(tmp_path / "tokenizer.json"), "sentencepiece")
+    made = []
+    encoder._make = lambda: made.append(0) or encoder._reference
+    found = [len(made) for _ in encoder.stream([TextChunk(longest.encode(), "", True)] * 28)]  # worth 8 ids each
+    assert found == [0] * 13 + [1] * 13 + [2] * 2
 
 
 def test_fast_gives_the_ids_of_the_reference(tokenizer_file):

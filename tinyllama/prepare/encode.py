@@ -42,6 +42,7 @@ _PLACES = (
 _PREFIXES = "\n.,;0aenxZ"  # letters of which one before a part that continues may let it keep its ids
 _BATCH = 1 << 22  # bytes of text that are read before they are encoded
 _RENEWED = 1 << 24  # ids between two fast encoders: the cache of words in one only grows, by 4 bytes an id and more
+_LONG_ID = 8  # bytes of text that count as an id where ids are longer: the cache holds its words' bytes, too
 # texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
     "",
@@ -108,7 +109,7 @@ class Encoder:
         self._reference: Encode = tokenizer.encode_utf8
         self._encode: Encode = self._reference
         self._make: Callable[[], Encode] | None = None
-        self._encoded = self._texts = 0  # ids of the encoder there is, texts of the stream
+        self._encoded = self._texts = 0  # ids (or as much text) of the encoder there is, texts of the stream
         self._cuts, known = _cuts(tokenizer)
         # how a part that continues may have to begin
         letters = itertools.islice(_known_letters(tokenizer), 3)
@@ -192,7 +193,7 @@ class Encoder:
             self._encode, self._encoded = self._make(), 0
         text = _begun(text, lead)
         ids = self._encode(text)
-        self._encoded += len(ids)
+        self._encoded += max(len(ids), len(text) // _LONG_ID)
         if self._make and self._texts % SAMPLED == 0 and not np.array_equal(ids, self._reference(text)):
             raise Mismatch(
                 f"{self.name} gives other ids than the tokenizer's own library for the text {text[:60]!r}...: "
