@@ -147,6 +147,16 @@ def test_texts_that_are_about_the_corpus_are_named(tmp_path):
     assert find_inputs(tmp_path / "README.txt".replace("README", "LICENSE"), ENDINGS).notes == ()  # named by the user
 
 
+def test_files_that_differ_in_their_ending_alone_are_named(tmp_path):
+    twice = ["a.jsonl", "a.jsonl.gz", "b/c.d.JSONL.zst", "b/c.d.parquet"]
+    found = find_inputs(touch(tmp_path, *twice, "b/a.jsonl", "a.b.jsonl", "A.jsonl"), ENDINGS)
+    assert set(twice) < set(names(found))
+    assert found.notes == (
+        "perhaps one text twice; keep one of each: a.jsonl and a.jsonl.gz, b/c.d.JSONL.zst and b/c.d.parquet",
+    )
+    assert find_inputs(tmp_path / "b/c.d.parquet", ENDINGS).notes == ()
+
+
 def test_pipes_and_sockets_are_errors_and_do_not_block(tmp_path):
     os.mkfifo(touch(tmp_path, "a.txt") / "b.jsonl")
     with socket.socket(socket.AF_UNIX) as server:

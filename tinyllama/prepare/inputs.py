@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -26,6 +26,7 @@ RECORDS = (
     *(".parquet", ".arrow"),
 )
 ENDINGS = (*RECORDS, ".txt")
+_ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$", re.IGNORECASE)
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
 _REFUSED = (401, 403, 404, 410)  # a server's answers that are the same the next time
 _LONGEST_NAME = 255 - len(".idx.npy.12345678.tmp")  # bytes that file systems leave for a shard's
@@ -256,6 +257,11 @@ def _notes(listing: Listing, dropped: Counter[str], names: Collection[str]) -> I
         yield f"read once, where the names in brackets are: {some(links)}"
     if notes := [name for name in names if _NO_CORPUS.fullmatch(name.rpartition("/")[2])]:
         yield f"read as text; remove what is no part of the corpus: {some(notes, 10)}"
+    alike: dict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[_ANY_ENDING.sub("", name)].append(name)
+    if twice := [" and ".join(sorted(group)) for group in alike.values() if len(group) > 1]:
+        yield f"perhaps one text twice; keep one of each: {some(twice)}"
 
 
 def some(names: Sequence[str], most: int = 3) -> str:
