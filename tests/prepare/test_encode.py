@@ -285,6 +285,14 @@ def test_text_is_read_ahead_up_to_a_bound(tokenizer_file, monkeypatch):
     assert counts == [4] * 4 + [8] * 4 + [12] * 4 + [16] * 4 + [20] * 4
 
 
+@pytest.mark.parametrize("text", [b"", b"a"])
+def test_documents_without_much_text_are_read_ahead_up_to_a_number(tokenizer_file, text):
+    read = iter(range(1 << 20))
+    documents = (TextChunk(text, "", True) for _ in read)
+    next(Encoder(Tokenizer(tokenizer_file), "sentencepiece").stream(documents))
+    assert next(read) <= 1 << 15
+
+
 def test_encoders_are_renewed_before_their_cache_is_large(tokenizer_file, monkeypatch):
     monkeypatch.setattr(encode, "_RENEWED", 100)  # ids
     encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")

@@ -51,6 +51,32 @@ def test_bos_and_eos_are_the_documents_not_its_parts(tmp_path, monkeypatch, flus
     }
 
 
+@pytest.mark.parametrize("eos", [True, False])
+def test_documents_without_tokens_are_written_before_they_are_many(tmp_path, monkeypatch, eos):
+    recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", Fields(), FACTS | {"bos": False, "eos": eos})
+    held, most = 0, 0
+
+    def documents():
+        nonlocal held, most
+        for _ in range(300_000):
+            held += 1
+            most = max(most, held)
+            yield TokenChunk(np.array([], dtype=np.uint32), 0, "", True)
+
+    class Writer(ShardWriter):
+        def append(self, ids, ends):
+            nonlocal held
+            held -= len(ends)
+            super().append(ids, ends)
+
+    with Writer(tmp_path, "x", 100) as writer:
+        subsets = prepare._write(writer, documents(), recipe, Input("", "x.jsonl", 0))
+        info = writer.finish(**FACTS)
+    assert most <= 1 << 17
+    assert (info["documents"], info["tokens"], held) == (300_000, 300_000 * eos, 0)
+    assert subsets == {".": {"documents": 300_000, "tokens": 300_000 * eos, "bytes": 0} | SHORT}
+
+
 @pytest.mark.parametrize(("name", "folder"), [("go/sub/x.jsonl", "go"), ("x.jsonl", ".")])
 def test_documents_of_no_subset_are_their_folders(tmp_path, name, folder):
     recipe = prepare._Recipe(tmp_path, Path("none"), "sentencepiece", Fields(), FACTS | {"bos": False})

@@ -7,8 +7,8 @@ its shards do.
 Memory is bounded for every document: one of more than ``CUT`` bytes is encoded in parts, by both alike. It is cut where
 that changes no id: with Llama's tokenizer at a blank, a line end, a digit, or between letters that no piece has side by
 side; with others, and where there is no such place, where the text around the cut has the same ids with and without it.
-Only where few places in ``WINDOW`` bytes promise that and none keeps it, as amid one letter repeated, are the few ids
-at the cut others than those of the whole.
+Only where few places in ``WINDOW`` bytes promise that and none keeps it, as amid one letter or digits without end,
+are the ids from the cut to the end of such a run others than those of the whole.
 """
 
 import contextlib
@@ -41,6 +41,7 @@ _PLACES = (
 )
 _PREFIXES = "\n.,;0aenxZ"  # letters of which one before a part that continues may let it keep its ids
 _BATCH = 1 << 22  # bytes of text that are read before they are encoded
+_BATCH_CHUNKS = 1 << 15  # and documents or parts of them, each of which takes memory besides its text
 _RENEWED = 1 << 24  # ids between two fast encoders: the cache of words in one only grows, by 4 bytes an id and more
 _LONG_ID = 8  # bytes of text that count as an id where ids are longer: the cache holds its words' bytes, too
 # texts on which the fast encoder must return the reference's ids before anything is written
@@ -210,7 +211,7 @@ def _batched(chunks: Iterable[TextChunk]) -> Iterator[TextChunk]:
     for chunk in chunks:
         batch.append(chunk)
         size += len(chunk.text)
-        if size >= _BATCH:
+        if size >= _BATCH or len(batch) >= _BATCH_CHUNKS:
             yield from batch
             batch, size = [], 0
     yield from batch

@@ -49,6 +49,7 @@ CONTEXTS = tuple(1 << power for power in range(9, 18))
 _MAX_BAD = 10  # inputs that may be bad one after another before one is good: then it is all of them, or a flag
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _FLUSH = 1 << 20  # tokens written at a time: seldom, as writing pushes the encoder out of the caches
+_FLUSH_PARTS = 1 << 17  # or arrays of them, each of which takes memory besides its tokens
 
 
 @dataclass(frozen=True)
@@ -370,7 +371,7 @@ def _write(
             if size - start > CONTEXTS[0]:
                 long[subset or folder].append(size - start)
             start = size
-        if size >= _FLUSH:
+        if size >= _FLUSH or len(parts) >= _FLUSH_PARTS:
             writer.append(np.concatenate(parts), ends)
             start -= size
             parts, ends, size = [], [], 0
