@@ -271,6 +271,19 @@ def test_one_document_in_a_thousand_is_encoded_by_both(tokenizer_file):
     assert checked[3:] == [b"5"]
 
 
+def test_of_shards_of_one_document_each_only_a_part_is_encoded_by_both(tokenizer_file, monkeypatch):
+    assert (encode._COMPARED, encode._SHARE) == (2**20, 100)
+    monkeypatch.setattr(encode, "_COMPARED", 25)
+    encoder = Encoder(Tokenizer(tokenizer_file), "sentencepiece")
+    encode_both, checked = encoder._encode, []
+    encoder._make = lambda: encode_both
+    monkeypatch.setattr(encoder, "_reference", lambda text: checked.append(text) or encode_both(text))
+    for number in range(600):
+        list(encoder.stream([TextChunk(b"%010d" % number, "", True)]))
+    # 25 bytes and what goes over them, then a hundredth of all
+    assert [int(text) for text in checked] == [0, 1, 2, 300, 400, 500]
+
+
 def test_text_is_read_ahead_up_to_a_bound(tokenizer_file, monkeypatch):
     monkeypatch.setattr(encode, "_BATCH", 100)
     read = []
