@@ -382,3 +382,17 @@ def test_what_is_left_out_takes_part_in_the_draws(tmp_path):
     reader = DocumentReader(tmp_path / "a.jsonl", Fields("text", True, ("set 0",), 0.4, 3), "a.jsonl")
     assert documents(reader) == [(str(n), "set 1") for n in kept if n % 2]
     assert reader.dropped == {"set 0": sum(n % 2 == 0 for n in kept), "fraction": 100 - len(kept)}
+
+
+def test_a_page_that_does_not_match_its_checksum(tmp_path):
+    path, text = tmp_path / "a.parquet", "the little llama walked along"
+    table = pa.table({"text": [text]})
+    pq.write_table(
+        table, path, compression="none", use_dictionary=False, write_statistics=False, write_page_checksum=True
+    )
+    assert list(DocumentReader(path, Fields())) == [text]
+    whole = path.read_bytes()
+    place = whole.index(text.encode())
+    path.write_bytes(whole[:place] + b"T" + whole[place + 1 :])
+    with pytest.raises(InputError, match=r"a\.parquet: not a readable parquet file \(could not verify page integrity"):
+        list(DocumentReader(path, Fields()))

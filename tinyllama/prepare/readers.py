@@ -276,7 +276,9 @@ class DocumentReader:
 
         text_key = self.fields.text_key
         if self._suffix == ".parquet":
-            table = parquet.ParquetFile(self.path, buffer_size=BUFFER, pre_buffer=False)
+            table = parquet.ParquetFile(
+                self.path, buffer_size=BUFFER, pre_buffer=False, page_checksum_verification=True
+            )
             if is_signed(self.path, table.metadata.serialized_size):
                 raise self._error("has encrypted columns", "write it without encryption")
             schema = table.schema_arrow

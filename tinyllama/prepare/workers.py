@@ -60,7 +60,8 @@ def over_workers(
                         continue
                     outcome = WorkerDied(
                         f"{one.path}: its worker died twice (exit code {process.exitcode}; -9: killed, perhaps for "
-                        "want of memory, then give fewer --workers): run the command again, what is done is kept"
+                        "want of memory, then give fewer --workers; -6 or -11: a library crashed, then repair or "
+                        "remove the file): run the command again, what is done is kept"
                     )
                 else:
                     idle[pipe] = process
