@@ -287,6 +287,16 @@ def test_exit_status(body: str, status: int, stderr: str) -> None:
     assert (done.returncode, done.stderr) == (status, stderr)
 
 
+@pytest.mark.parametrize("closed", [">&-", "2>&-", "<&- >&- 2>&-"])
+def test_streams_that_are_closed_are_no_defect_and_no_file_takes_their_number(closed: str, tmp_path: Path) -> None:
+    body = "sys.stderr.isatty(); print(1, file=sys.stderr); print(1); open('file').fileno() > 2 or 1 / 0"
+    (tmp_path / "file").touch()
+    code = f"import sys\nfrom tinyllama.config import cli\ndef main():\n    {body}\n    return 75\ncli.run(main)"
+    command = ["sh", "-c", f'exec "$@" {closed}', "sh", sys.executable, "-c", code]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    assert done.returncode == 75
+
+
 def test_defects_keep_their_traceback() -> None:
     code = "from tinyllama.config import cli\ncli.run(lambda: 1 / 0)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT)

@@ -42,6 +42,9 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     An InputError prints its errors and exits with 2, and so does a path that cannot be used. Ctrl-C prints a line and
     exits with 130; a closed stdout exits with 141, as in shells. Letters that stdout's encoding lacks are escaped.
     """
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:  # closed, as by a daemon: the next file would have its number
+            setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for good)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
     try:
