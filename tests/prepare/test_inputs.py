@@ -20,6 +20,7 @@ from hypothesis import strategies as st
 
 from tinyllama import InputError
 from tinyllama.prepare.inputs import ENDINGS, Fields, Input, NotFetched, find_inputs
+from tinyllama.prepare.prepare import Options, prepare
 from tinyllama.prepare.readers import DocumentReader
 
 TEXTS = ["one\ntwo", "", "  grüß 漢字 🦙  ", "</s> <s>\x00\r\n", "x" * 300_000]
@@ -477,6 +478,14 @@ def test_a_full_folder_of_temporary_files_is_named(remote):
     fail(OSError(errno.ENOSPC, "No space left on device", "x"))
     with pytest.raises(OSError, match=r"No space left on device: '.*tinyllama-fetched-.* \(\$TMPDIR\)'"):
         one.fetched().__enter__()
+
+
+def test_another_output_is_no_hint_for_a_full_folder_of_temporary_files(remote, tokenizer_file, tmp_path, one_process):
+    _, fail = remote
+    fail(OSError(errno.ENOSPC, "No space left on device", "x"))
+    said = r"\(\$TMPDIR\) \(No space left on device\): make room \(what is done is kept\) or set another \$TMPDIR$"
+    with pytest.raises(InputError, match=said):
+        prepare(find_inputs("memory://remote", ENDINGS), Fields(), Options(tokenizer_file, tmp_path / "out"))
 
 
 def test_the_error_of_a_remote_file_names_its_url(remote):

@@ -114,7 +114,8 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     except OSError as error:  # the output's: those of the inputs and of the tokenizer are reported as InputErrors
         where = error.filename2 or error.filename or options.output
         room = "make room (what is done is kept) or " if error.errno in _NO_ROOM else ""
-        raise InputError(f"cannot write {where} ({error.strerror}): {room}give another --output") from None
+        other = "set another $TMPDIR" if str(where).endswith(" ($TMPDIR)") else "give another --output"
+        raise InputError(f"cannot write {where} ({error.strerror}): {room}{other}") from None
 
 
 @contextlib.contextmanager
