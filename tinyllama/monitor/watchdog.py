@@ -14,6 +14,7 @@ import re
 import socket
 import sys
 import sysconfig
+import tempfile
 import threading
 import time
 import traceback
@@ -162,12 +163,12 @@ class Watchdog:
         """Say where this rank is, wait until the others have, let one rank name who is missing, and exit."""
         try:
             faulthandler.dump_traceback_later(4 * self._grace, exit=True, file=STDERR)  # should what follows hang
-            os.write(STDERR, f"watchdog: rank {self._rank}: no progress for {limit:g} s, {where}\n".encode())
-            faulthandler.dump_traceback(STDERR)
+            stacks = _stacks()
+            said = f"watchdog: rank {self._rank}: no progress for {limit:g} s, {where}\n".encode()
+            os.write(STDERR, said + stacks)
             self._stalled_at, self._waiting = _place(sys._current_frames().get(threading.main_thread().ident or 0))
             with contextlib.suppress(OSError):
-                with (self._folder / f"{self._name}.stacks.txt").open("w", encoding="utf-8") as file:
-                    faulthandler.dump_traceback(file)
+                (self._folder / f"{self._name}.stacks.txt").write_bytes(stacks)
                 _dump_nccl(self._folder / f"nccl_rank_{self._rank}")
             deadline = time.monotonic() + self._grace
             stalled = 0
@@ -241,6 +242,18 @@ def _place(frame: FrameType | None) -> tuple[str, bool]:
         waiting = waiting or "torch/distributed/" in file
         frame = frame.f_back
     return called or "no Python code", waiting
+
+
+def _stacks() -> bytes:
+    """Return where every thread is; faulthandler writes letter by letter, and the stacks of several ranks would mix."""
+    try:
+        with tempfile.TemporaryFile() as file:
+            faulthandler.dump_traceback(file)
+            file.seek(0)
+            return file.read()
+    except OSError:  # a full disk
+        faulthandler.dump_traceback(STDERR)
+        return b""
 
 
 def _dump_nccl(path: Path) -> None:
