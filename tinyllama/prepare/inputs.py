@@ -28,6 +28,7 @@ RECORDS = (
 ENDINGS = (*RECORDS, ".txt")
 _ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$", re.IGNORECASE)
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
+IN_TMPDIR = " ($TMPDIR)"  # what the file name of an OSError ends with, if not the output but that is full
 _REFUSED = (401, 403, 404, 410)  # a server's answers that are the same the next time
 _LONGEST_NAME = 255 - len(".idx.npy.12345678.tmp")  # bytes that file systems leave for a shard's
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python names the bytes of a path that are not
@@ -101,7 +102,7 @@ class Input:
                 raise
             except Exception as error:  # each filesystem has types of its own
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise OSError(error.errno, error.strerror, f"{folder} ($TMPDIR)") from None
+                    raise OSError(error.errno, error.strerror, f"{folder}{IN_TMPDIR}") from None
                 what = f"{self.path}: cannot be fetched ({reason(error)})"
                 status = getattr(getattr(error, "response", error), "status_code", 0)
                 if isinstance(error, FileNotFoundError | PermissionError) or status in _REFUSED:
