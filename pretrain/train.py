@@ -250,6 +250,7 @@ class Training:
         wait = bool(self.is_last or self.stop_asked) or not self.run.args.checkpoint.asynchronous
         with self.failures_recorded(), self.log.clock("checkpoints", self.state.step, is_background=not wait):
             self.finish_save(wait=True)
+            self.state.float8_exponents = self.gpt.scaling.exponents() if self.gpt.scaling else []
             self.checkpointer.save(self.state, self.gpt, self.optimizer, wait=wait)
             self.saved_step = self.state.step
 

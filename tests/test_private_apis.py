@@ -75,15 +75,18 @@ TABLE = [
     ),
     Private("torch._foreach_mul_", ("tinyllama/train/optim.py",), "one kernel clips all gradients"),
     *(
-        Private(f"torch._foreach_{name}_", ("tinyllama/train/unsharded.py",), "one kernel for all weights or gradients")
-        for name in ("copy", "div", "zero")
+        Private(f"torch._foreach_{name}_", files, "one kernel for all weights, gradients or scales")
+        for name, files in {
+            "copy": ("tinyllama/train/unsharded.py", "tinyllama/train/delayed_scaling.py"),
+            "div": ("tinyllama/train/unsharded.py",),
+            "zero": ("tinyllama/train/unsharded.py", "tinyllama/train/delayed_scaling.py"),
+        }.items()
     ),
     Private(
         "torch._foreach_norm",
         ("tinyllama/train/anomaly.py", "tinyllama/train/muon.py"),
         "one kernel takes the norms of all gradients or matrices",
     ),
-    Private("torch.ops.aten._scaled_mm.default", ("tinyllama/train/parallel.py",), RECOMPUTATION),
     *(
         Private(f"torch.ops.aten.{name}.default", ("tinyllama/ops/attention.py",), RECOMPUTATION)
         for name in (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama.config.model import ModelConfig
-from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu
+from tinyllama.ops import attention, cross_entropy, float8, rms_norm, swiglu
 from tinyllama.ops.linear import linear
 from tinyllama.ops.rope import rope, rope_tables
 
@@ -49,6 +49,7 @@ class GPT(nn.Module):
         self.config = config
         self.ops = ops
         self.unsharded: Any = None  # how a pass gets its weights, if not by FSDP (train/unsharded.py)
+        self.scaling: Any = None  # of the matmuls in float8 (train/delayed_scaling.py)
         self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
         if not config.tie_embeddings:
             self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
@@ -132,12 +133,16 @@ class Linear(nn.Linear):
 
     weight_gradient: Tensor | None = None
     """fp32 sum to which a backward pass adds the weight's gradient; None: autograd keeps it (ops/linear.py)"""
+    scales: float8.Scales | None = None
+    """of the matmul in float8; None: it is in the weight's dtype"""
 
     def __init__(self, in_features: int, out_features: int) -> None:
         super().__init__(in_features, out_features, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
+        if self.scales is not None:
+            return float8.linear(x, self.weight, self.scales, self.weight_gradient)
         return linear(x, self.weight, self.weight_gradient)
 
 

@@ -229,7 +229,7 @@ def test_rms_norm_of_bf16_divides_in_fp32():
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("device", ["cpu", gpu])
-@pytest.mark.parametrize("backend", swiglu.BACKENDS)
+@pytest.mark.parametrize("backend", [name for name in swiglu.BACKENDS if name != "float8"])
 def test_swiglu_gates_with_its_first_matrix(backend, device, dtype):
     call = usable("swiglu", backend, device, dtype)
     x = normal(5, 16, dtype=dtype, device=device)
@@ -355,8 +355,10 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
     with pytest.raises(InputError, match="flash_attn takes no document mask: choose auto, flex, sdpa, reference"):
         choice.resolve({"attention": "flash_attn"}, CONFIG, CPU, precision="bf16", masked=True)
     assert choice.resolve({}, CONFIG, CPU, precision="bf16", masked=True)["attention"] == "sdpa"
-    with pytest.raises(InputError, match="swiglu xformers does not multiply in float8: choose auto, reference"):
+    with pytest.raises(InputError, match="swiglu xformers does not multiply in float8: choose auto, float8, reference"):
         choice.resolve({"swiglu": "xformers"}, CONFIG, CPU, precision="float8")
+    with pytest.raises(InputError, match="swiglu float8 needs train.precision float8: choose auto, reference, quack"):
+        choice.resolve({"swiglu": "float8"}, CONFIG, CPU, precision="bf16")
     half = Backend(call=print, half=True)
     assert half.problem(CPU, torch.bfloat16) is None
     assert half.problem(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"
@@ -380,7 +382,7 @@ def test_a_backend_is_left_to_models_of_its_sizes(monkeypatch):
 PUBLIC = {
     "attention": ["reference", "sdpa", "sdpa_cudnn", "sdpa_flash", "flex", "flash_attn", "flash_attn_4"],
     "rms_norm": ["reference", "torch", "quack"],
-    "swiglu": ["reference", "quack", "xformers"],
+    "swiglu": ["reference", "quack", "xformers", "float8"],
     "cross_entropy": ["reference", "chunked"],
     "symmetric_matmul": ["reference", "quack"],
 }
@@ -413,7 +415,8 @@ def test_what_every_backend_needs():
         ((8, 9), "bf16", False, ("flash_attn", "reference", "reference", "chunked", "reference")),
         ((9, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked", "quack")),
         ((10, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked", "quack")),
-        ((9, 0), "float8", False, ("flash_attn_4", "quack", "reference", "chunked", "quack")),
+        ((9, 0), "float8", False, ("flash_attn_4", "quack", "float8", "chunked", "quack")),
+        ((8, 9), "float8", False, ("flash_attn", "reference", "float8", "chunked", "reference")),
         ((9, 0), "bf16", True, ("flex", "quack", "quack", "chunked", "quack")),
         ((9, 0), "fp32", False, ("sdpa", "reference", "reference", "reference", "reference")),
         ((9, 0), "fp32", True, ("sdpa", "reference", "reference", "reference", "reference")),
@@ -422,14 +425,14 @@ def test_what_every_backend_needs():
 )
 def test_auto_on_a_gpu_that_has_everything(capability, precision, masked, expected, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
-    monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: True)
+    monkeypatch.setattr("tinyllama.ops.backend.is_importable", lambda module: True)
     chosen = choice.resolve({}, CONFIG, torch.device("cuda"), precision=precision, masked=masked)
     assert tuple(chosen.values()) == expected
 
 
 def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: False)
+    monkeypatch.setattr("tinyllama.ops.backend.is_importable", lambda module: False)
     chosen = choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")
     assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked", "reference")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
@@ -438,11 +441,17 @@ def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     assert old.problem(torch.device("cuda")) == (
         "it needs compute capability (9, 0), this GPU has (8, 0): choose another, or auto"
     )
-    assert float8.problem(torch.device("cuda")) == "it needs compute capability (8, 9), this GPU has (8, 0): use bf16"
+    cuda, fits = torch.device("cuda"), {"model.n_embd": 2048}
+    assert float8.problem(cuda, fits) == "it needs compute capability (8, 9), this GPU has (8, 0): use bf16"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 9))
-    monkeypatch.setattr("importlib.util.find_spec", lambda module: None)
-    assert float8.problem(torch.device("cuda")) == "it needs torchao: pip install torchao, or use bf16"
-    assert float8.problem(CPU) == "it needs a CUDA GPU of compute capability 8.9 or more: use bf16 or fp32"
+    assert float8.problem(cuda, fits) == "it needs triton: pip install triton, or use bf16"
+    monkeypatch.setattr("tinyllama.ops.backend.is_importable", lambda module: True)
+    assert float8.problem(cuda, fits) is None
+    odd = {"model.n_embd": 2048, "train.micro_batch_size x model.block_size": 1000}
+    assert float8.problem(cuda, odd) == (
+        "train.micro_batch_size x model.block_size is 1000, not a multiple of 16: change it, or use bf16"
+    )
+    assert float8.problem(CPU, fits) == "it needs a CUDA GPU of compute capability 8.9 or more: use bf16 or fp32"
 
 
 @pytest.fixture
@@ -464,7 +473,7 @@ def test_with_deterministic_algorithms_cudnn_is_refused_by_name(deterministic, m
     )
     torch.use_deterministic_algorithms(True, warn_only=True)
     assert choice.resolve({"attention": "sdpa_cudnn"}, CONFIG, cuda, precision="bf16")["attention"] == "sdpa_cudnn"
-    monkeypatch.setattr("tinyllama.ops.backend._importable", lambda module: True)
+    monkeypatch.setattr("tinyllama.ops.backend.is_importable", lambda module: True)
     torch.use_deterministic_algorithms(True)
     assert choice.resolve({}, CONFIG, cuda, precision="bf16")["attention"] == "flash_attn_4"
     unable = [name for name, backend in attention.BACKENDS.items() if backend.problem(cuda)]
@@ -499,13 +508,14 @@ def test_selective_checkpointing_keeps_products_and_attention():
     aten, ours = torch.ops.aten, torch.ops.tinyllama
     assert set(parallel.SAVED) == {
         aten.mm.default,
-        aten._scaled_mm.default,
         aten._scaled_dot_product_cudnn_attention.default,
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
         ours.flash_attn_4.default,
         ours.swiglu_quack.default,
+        ours.float8_linear.default,
+        ours.float8_swiglu.default,
     }
 
 

@@ -27,6 +27,8 @@ class TrainState:
     """samples seen when the warm-up ended; -1 before that, and in checkpoints from before it was recorded"""
     decay_batch: float = -1
     """samples of each of the steps that optim.decay_steps counts; -1 in checkpoints from before it was recorded"""
+    float8_exponents: list[int] = field(default_factory=list)
+    """scales of the next step's casts to float8, as powers of two (train/delayed_scaling.py); [] without float8"""
 
 
 def from_json(content: dict[str, Any]) -> TrainState:
@@ -62,6 +64,10 @@ def _is_pair(value: Any) -> bool:
     return len(pair) == 2 and all(type(number) in (int, float) and abs(number) < 3.4e38 for number in pair)
 
 
+def _is_exponent(value: Any) -> bool:
+    return type(value) is int and abs(value) <= 126
+
+
 def _is_text(value: Any) -> bool:
     return isinstance(value, str) and len(value) <= 4096 and value.isprintable()
 
@@ -85,6 +91,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "warmup_samples": _is_count_or_unknown,
     "decay_batch": _is_batch_or_unknown,
     "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+    "float8_exponents": lambda value: isinstance(value, list) and all(map(_is_exponent, value)),
     "world_size": lambda value: is_count(value) and value > 0,
     "data": _or_none(lambda value: isinstance(value, dict)),
     "model": _or_none(lambda value: isinstance(value, dict)),

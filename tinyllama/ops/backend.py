@@ -51,7 +51,7 @@ class Backend:
         for key, size in sizes.items():
             if size % self.multiple:
                 return f"it takes multiples of {self.multiple}, the model's {key} is {size}: choose another, or auto"
-        if self.module is not None and not _importable(self.module):
+        if self.module is not None and not is_importable(self.module):
             return f"it needs {self.package}: pip install {self.package}, or choose another"
         return None
 
@@ -71,7 +71,8 @@ quack_backend = functools.partial(
 """An implementation that calls quack's kernels."""
 
 
-def _importable(module: str) -> bool:
+def is_importable(module: str) -> bool:
+    """Return whether ``module`` is installed."""
     try:
         return importlib.util.find_spec(module) is not None
     except ModuleNotFoundError:  # its parent is missing

@@ -43,8 +43,8 @@ AUTO: dict[str, dict[str, tuple[str, ...]]] = {
 MASKED = ("flex", "sdpa", "reference")
 """backends of attention that can keep documents apart, the fastest first"""
 
-FLOAT8 = ("reference",)
-"""backends of swiglu that leave the matmuls to its modules, which may be float8's"""
+FLOAT8 = ("float8", "reference")
+"""backends of swiglu whose matmuls are in float8 where train.precision is, the fastest first"""
 
 
 def family(device: torch.device) -> str:
@@ -71,8 +71,10 @@ def resolve(
         sizes = {key: getattr(config, key) for key in SIZES[operation]}
         if masked and operation == "attention":
             able, lack = MASKED, "takes no document mask"
-        if precision == "float8" and operation == "swiglu":
+        if operation == "swiglu" and precision == "float8":
             able, lack = FLOAT8, "does not multiply in float8"
+        elif operation == "swiglu" and name == "float8":
+            able, lack = tuple(backend for backend in able if backend != name), "needs train.precision float8"
         if name == "auto":
             order = able if lack and column != "cpu" else AUTO[column].get(operation, ())
             usable = (name for name in order if backends[name].problem(device, dtype, sizes) is None)

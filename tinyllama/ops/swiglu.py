@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from tinyllama.ops import float8
 from tinyllama.ops.backend import Backend, quack_backend
 from tinyllama.ops.linear import add_matmul
 
@@ -104,7 +105,7 @@ def _(gradient: Tensor, w3: Tensor, pre_gate: Tensor) -> tuple[Tensor, Tensor]:
     return torch.empty_like(pre_gate), pre_gate.new_empty((pre_gate.size(0), w3.size(1)))
 
 
-SAVED = [torch.ops.tinyllama.swiglu_quack.default]
+SAVED = [torch.ops.tinyllama.swiglu_quack.default, *float8.SAVED]
 """operations that selective activation checkpointing must not recompute"""
 
 
@@ -114,4 +115,8 @@ BACKENDS = {
     "xformers": Backend(
         xformers, cuda=True, module="xformers.ops", package="xformers", note="0.0.34 and newer are not fused"
     ),
+    "float8": Backend(float8.swiglu),
 }
+
+INTERLEAVED = (quack, float8.swiglu)
+"""backends that take w1 and w2 as ``Interleaved``"""

@@ -69,7 +69,6 @@ LIBRARIES = (
     Library("flash-attn-4", "ops.attention flash_attn_4", KERNEL.format("flash_attn.cute", *FLASH), gpu=True),
     Library("quack-kernels", "ops quack", KERNEL.format("quack.gemm_interface", *GATED), gpu=True),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
-    Library("torchao", "train.precision float8", "from torchao.float8 import convert_to_float8_training", gpu=True),
     Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),
     Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
     Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),

@@ -68,6 +68,7 @@ class Guard:
         self._seen = torch.full((2, WINDOW), torch.nan, device=device)
         if state.recent:
             self._seen[:, -len(state.recent) :] = torch.tensor(state.recent, device=device).T
+        self.rejected = torch.tensor(False)  # whether the step last checked must not reach the weights, () bool
         self._pending: deque[tuple[int, Tensor, torch.cuda.Event | None]] = deque()
 
     def check(self, step: int, loss_sum: Tensor, num_tokens: int, gradients: list[Tensor]) -> Tensor:
@@ -89,6 +90,7 @@ class Guard:
             mean, std = self._seen.mean(1), self._seen.std(1)  # NaN, and no spike, until the window is full
             skip = skip | (pair > mean + self._args.skip_spikes * std).any()
             self._seen = torch.where(skip, self._seen, torch.cat((self._seen[:, 1:], pair[:, None]), dim=1))
+        self.rejected = skip
         self._optimizer.found_inf = skip.float()  # type: ignore[attr-defined]
         result = torch.cat((pair, torch.stack((finite, skip)), report[2:]))
         event = None

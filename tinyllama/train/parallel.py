@@ -16,12 +16,13 @@ from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_conte
 
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
-from tinyllama.ops import attention, float8, swiglu
+from tinyllama.ops import attention, swiglu
+from tinyllama.train.delayed_scaling import DelayedScaling
 from tinyllama.train.launch import World, cluster_environment
 from tinyllama.train.unsharded import Unsharded
 
 # what selective activation checkpointing keeps: the matmuls, which are dear; the rest is cheap to do again
-SAVED = [torch.ops.aten.mm.default, torch.ops.aten._scaled_mm.default, *attention.SAVED, *swiglu.SAVED]
+SAVED = [torch.ops.aten.mm.default, *attention.SAVED, *swiglu.SAVED]
 
 
 def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
@@ -52,8 +53,9 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
     replicate_shard = init_device_mesh(
         mesh.device_type, (mesh.size() // shard, shard), mesh_dim_names=("replicate", "shard")
     )
+    device = "cuda" if mesh.device_type == "cuda" else "cpu"
     if train.precision == "float8":
-        float8.convert(model.transformer["h"])
+        model.scaling = DelayedScaling(model.transformer["h"], device)
     for block in model.transformer["h"].children():
         block.forward = recomputing(block.forward, train.activation_checkpointing)
     if train.compiles(mesh.device_type):
@@ -61,7 +63,6 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
         whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
         for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
-    device = "cuda" if mesh.device_type == "cuda" else "cpu"
     if shard == 1:
         model.to_empty(device=device)
         model.unsharded = Unsharded(model, replicate_shard, cast(torch.dtype, policy.param_dtype))

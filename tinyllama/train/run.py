@@ -19,6 +19,7 @@ from tinyllama.data import mixture
 from tinyllama.data.metadata import MANIFEST
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
+from tinyllama.model import GPT
 from tinyllama.ops import choice, float8
 from tinyllama.train.launch import World
 from tinyllama.train.samples import Samples
@@ -201,7 +202,7 @@ def _check_resume(step_dir: Path, saved: dict[str, Any], run: Run) -> None:
             raise InputError(f"{step_dir} is beyond the run's {budget} {unit}: raise train.max_{unit}")
 
 
-def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> tuple[Run, TrainState]:
+def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[Run, TrainState]:
     """Collective. Load the step that the run resumes from; return the run as it resumes, and where it stands.
 
     With train.resume auto, a damaged step is passed over for the one before it. Raises InputError if there is none.
@@ -213,7 +214,10 @@ def load_checkpoint(run: Run, model: torch.nn.Module, optimizer: torch.optim.Opt
         if run.resume is None:
             return run, TrainState(decay_batch=run.decay_batch)
         try:
-            return run, replace(reader.load(run.resume, model, optimizer), decay_batch=run.decay_batch)
+            state = replace(reader.load(run.resume, model, optimizer), decay_batch=run.decay_batch)
+            if model.scaling is not None:
+                model.scaling.resume(state.float8_exponents)
+            return run, state
         except reader.DamagedError as error:
             if run.args.train.resume != "auto":
                 raise
@@ -347,7 +351,10 @@ def _smaller_batch(args: PretrainArgs, num_blocks: int, block_size: int, accumul
 def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
     """The backend of each operation on the device that this run will have."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.train.precision == "float8" and (problem := float8.problem(device)):
+    tokens = args.train.micro_batch_size * config.block_size
+    sizes = {"train.micro_batch_size x model.block_size": tokens, "model.qkv_size": config.qkv_size}
+    sizes |= {f"model.{key}": getattr(config, key) for key in ("n_embd", "intermediate_size")}
+    if args.train.precision == "float8" and (problem := float8.problem(device, sizes)):
         raise InputError(f"train.precision float8 cannot be used: {problem}")
     for dataset in datasets if args.data.document_mask else []:
         if not dataset.eos:

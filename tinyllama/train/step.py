@@ -41,6 +41,8 @@ class TrainStep:
         Nothing here waits for the device; ``guard.poll`` tells what came of the step.
         """
         set_lr(self.optimizer.optimizer, lr)
+        if self.gpt.scaling is not None:
+            self.gpt.scaling.start_step()
         loss_sum = torch.zeros((), device=self.fabric.device)
         for micro_batch in range(self.accumulation):
             input_ids, targets = next(batches)
@@ -57,6 +59,8 @@ class TrainStep:
             state.warmup_samples = state.samples
         gradients = local_gradients(self.gpt)
         norm = self.guard.check(state.step, loss_sum, self.tokens, gradients)
+        if self.gpt.scaling is not None:
+            self.gpt.scaling.end_step(self.guard.rejected)
         clip(gradients, norm, self.args.optim.max_norm)
         self.optimizer.step()  # a step that must not reach the weights leaves them as they are
         self.optimizer.zero_grad()

@@ -68,7 +68,7 @@ class Unsharded:
                     taken.append(Weight(module, name, master, copy, torch.zeros_like(parameter)))
                     self._weights[module, name] = taken[-1]
         for module in part.modules():
-            if isinstance(module, SwiGLU) and module.gated_mlp is swiglu.quack and module.w12 is None:
+            if isinstance(module, SwiGLU) and module.gated_mlp in swiglu.INTERLEAVED and module.w12 is None:
                 pair = [self._weights[one, "weight"] for one in (module.w1, module.w2)]
                 module.w12 = interleave(*pair)
                 self._pairs.append((pair, module.w12))

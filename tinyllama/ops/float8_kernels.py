@@ -1,0 +1,126 @@
+"""Cast to 8-bit floating point on a GPU: one pass over memory each, in Triton.
+
+Every kernel reads (rows, columns), multiplies by the factor of a row of ``Scales`` (ops/float8.py), writes the result,
+transposed or not or both, and raises the row's largest magnitude. What is not finite becomes NaN, which reaches loss
+and gradients, where train/anomaly.py sees it.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
+"""greatest finite number of each dtype"""
+
+
+def cast(x: Tensor, row: Tensor, straight: Tensor | None, transposed: Tensor | None) -> None:
+    """Cast x (N, K) in 16 bits into ``straight`` (N, K), into ``transposed`` (K, N), or into both."""
+    out = straight if straight is not None else transposed
+    assert out is not None
+    grid, block = _blocks(x.shape, 128, 128)
+    _cast[grid](
+        x, straight, transposed, row, *x.shape, LARGEST[out.dtype],
+        straight is not None, transposed is not None, *block, num_warps=8,
+    )  # fmt: skip
+
+
+def gate(ab: Tensor, row: Tensor, h: Tensor) -> None:
+    """Cast ``silu(a) * b`` of ab (N, 2 I), whose columns are a's and b's in turn, into h (N, I)."""
+    grid, block = _blocks(h.shape, 32, 128)
+    _gate[grid](ab, h, row, *h.shape, LARGEST[h.dtype], *block, num_warps=4)
+
+
+def gate_backward(
+    dh: Tensor, ab: Tensor, d_row: Tensor, h_row: Tensor, d_ab: Tensor, d_ab_t: Tensor, h_t: Tensor
+) -> None:
+    """Cast the gradient of ab (N, 2 I) into d_ab (N, 2 I) and d_ab_t (2 I, N), and ``gate`` again into h_t (I, N).
+
+    dh (N, I) is the gradient of the gate's output.
+    """
+    grid, block = _blocks(dh.shape, 64, 64)
+    _gate_backward[grid](
+        dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, *dh.shape, LARGEST[d_ab.dtype], LARGEST[h_t.dtype], *block, num_warps=8
+    )
+
+
+def _blocks(shape: torch.Size, *block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the grid of programs for a matrix, and the block of each."""
+    return tuple(triton.cdiv(size, part) for size, part in zip(shape, block, strict=True)), block
+
+
+@triton.jit
+def _fit(x, factor, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
+    bounded = tl.minimum(tl.maximum(x * factor, -LARGEST), LARGEST)
+    return tl.where(tl.abs(x) < float("inf"), bounded, float("nan"))
+
+
+@triton.jit
+def _see(row, x):  # type: ignore[no-untyped-def]
+    tl.atomic_max(row + 2, tl.max(tl.max(tl.abs(x), axis=1), axis=0), sem="relaxed")
+
+
+@triton.jit
+def _cast(  # type: ignore[no-untyped-def]
+    x, straight, transposed, row, rows, columns, LARGEST: tl.constexpr,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    n = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
+    mask = (m < rows)[:, None] & (n < columns)[None, :]
+    values = tl.load(x + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    _see(row, values)
+    fitting = _fit(values, tl.load(row), LARGEST)
+    if STRAIGHT:
+        tl.store(straight + m[:, None] * columns + n[None, :], fitting.to(straight.dtype.element_ty), mask=mask)
+    if TRANSPOSED:
+        turned = tl.trans(fitting.to(transposed.dtype.element_ty))
+        tl.store(transposed + n[:, None].to(tl.int64) * rows + m[None, :], turned, mask=tl.trans(mask))
+
+
+@triton.jit
+def _load_pairs(ab, m, n, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a and b, (BLOCK_ROWS, BLOCK_COLUMNS) each, of whose columns the first is n."""
+    both = 2 * n + tl.arange(0, 2 * BLOCK_COLUMNS)
+    mask = (m < rows)[:, None] & (both < 2 * columns)[None, :]
+    pairs = tl.load(ab + m[:, None] * (2 * columns) + both[None, :], mask=mask, other=0.0)
+    a, b = tl.split(tl.reshape(pairs, (BLOCK_ROWS, BLOCK_COLUMNS, 2)))
+    return a.to(tl.float32), b.to(tl.float32), both, mask
+
+
+@triton.jit
+def _gate(  # type: ignore[no-untyped-def]
+    ab, h, row, rows, columns, LARGEST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+):
+    m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = tl.program_id(1) * BLOCK_COLUMNS
+    n = first + tl.arange(0, BLOCK_COLUMNS)
+    a, b, _, _ = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    gated = a * tl.sigmoid(a) * b
+    _see(row, gated)
+    mask = (m < rows)[:, None] & (n < columns)[None, :]
+    fitting = _fit(gated, tl.load(row), LARGEST).to(h.dtype.element_ty)
+    tl.store(h + m[:, None] * columns + n[None, :], fitting, mask=mask)
+
+
+@triton.jit
+def _gate_backward(  # type: ignore[no-untyped-def]
+    dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, rows, columns, D_LARGEST: tl.constexpr, H_LARGEST: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+):  # fmt: skip
+    m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+    first = tl.program_id(1) * BLOCK_COLUMNS
+    n = first + tl.arange(0, BLOCK_COLUMNS)
+    mask = (m < rows)[:, None] & (n < columns)[None, :]
+    a, b, both, both_mask = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
+    gradient = tl.load(dh + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
+    sigmoid = tl.sigmoid(a)
+    silu = a * sigmoid
+    gated = _fit(silu * b, tl.load(h_row), H_LARGEST).to(h_t.dtype.element_ty)
+    tl.store(h_t + n[:, None].to(tl.int64) * rows + m[None, :], tl.trans(gated), mask=tl.trans(mask))
+    d_a = gradient * b * sigmoid * (1 + a * (1 - sigmoid))
+    d_pairs = tl.reshape(tl.join(d_a, gradient * silu), (BLOCK_ROWS, 2 * BLOCK_COLUMNS))
+    _see(d_row, d_pairs)
+    fitting = _fit(d_pairs, tl.load(d_row), D_LARGEST).to(d_ab.dtype.element_ty)
+    tl.store(d_ab + m[:, None] * (2 * columns) + both[None, :], fitting, mask=both_mask)
+    tl.store(d_ab_t + both[:, None].to(tl.int64) * rows + m[None, :], tl.trans(fitting), mask=tl.trans(both_mask))
