@@ -136,13 +136,15 @@ class Linear(nn.Linear):
     scales: float8.Scales | None = None
     """of the matmul in float8; None: it is in the weight's dtype"""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    def __init__(self, in_features: int, out_features: int, x_is_kept: bool = False) -> None:
+        """``x_is_kept``: another operation keeps the input for its own backward pass (ops/float8.py)."""
         super().__init__(in_features, out_features, bias=False)
+        self.x_is_kept = x_is_kept
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in_features) -> (..., out_features)."""
         if self.scales is not None:
-            return float8.linear(x, self.weight, self.scales, self.weight_gradient)
+            return float8.linear(x, self.weight, self.scales, self.weight_gradient, self.x_is_kept)
         return linear(x, self.weight, self.weight_gradient)
 
 
@@ -155,7 +157,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
         # rows: for each group, its nh/G query heads, then its key head, then its value head
         self.attn = Linear(config.n_embd, config.qkv_size)
-        self.proj = Linear(config.n_embd, config.n_embd)
+        self.proj = Linear(config.n_embd, config.n_embd, x_is_kept=True)  # by attention
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
         """Apply the attention: x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""

@@ -6,13 +6,16 @@ import torch.nn.functional as F
 
 from tinyllama.model import Linear
 from tinyllama.ops import float8, float8_casts
+from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
 
 E4M3, E5M2 = float8.E4M3, float8.E5M2
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
 
 def row(device: str, factor: float = 8.0) -> torch.Tensor:
-    return torch.tensor([factor, 1 / factor, 0.0], device=device)
+    row = torch.zeros(ROW, device=device)
+    row[FACTOR], row[INVERSE] = factor, 1 / factor
+    return row
 
 
 def normal(*shape: int, device: str, std: float = 1.0, seed: int = 0) -> torch.Tensor:
@@ -32,7 +35,7 @@ def test_a_cast_writes_both_layouts_and_sees_the_largest(device: str, dtype: tor
     straight, transposed = (torch.zeros(shape, dtype=dtype, device=device) for shape in (x.shape, x.shape[::-1]))
     scale = row(device)
     casts(device).cast(x[1:], scale, straight[1:], None)
-    assert scale[2] == x[1:].float().abs().max()
+    assert scale[LARGEST] == x[1:].float().abs().max()
     casts(device).cast(x[:1], row(device), straight[:1], None)
     casts(device).cast(x, row(device), None, transposed)
     assert torch.equal(straight.float().nan_to_num(7), transposed.T.float().nan_to_num(7))
@@ -58,11 +61,11 @@ def test_the_gate_and_its_gradient_are_autograds(device: str, shape: tuple[int, 
     assert torch.equal(h.float(), h_t.T.float())
     assert torch.equal(d_ab.float(), d_ab_t.T.float())
     for found, of, scale, step in ((h, expected, h_row, 2**-4), (d_ab, d_expected, d_row, 2**-3)):
-        error = (found.double() * scale[1] - of).abs()
-        smallest = {E4M3: 2**-9, E5M2: 2**-16}[found.dtype] * scale[1].item()
+        error = (found.double() * scale[INVERSE] - of).abs()
+        smallest = {E4M3: 2**-9, E5M2: 2**-16}[found.dtype] * scale[INVERSE].item()
         assert (error <= of.abs() * step * 1.01 + smallest).all()  # half of the last digit
         assert error.norm() > 1e-3 * of.norm()  # it has been rounded
-        assert scale[2].item() == pytest.approx(of.abs().max().item(), rel=1e-5)
+        assert scale[LARGEST].item() == pytest.approx(of.abs().max().item(), rel=1e-5)
 
 
 @pytest.mark.gpu
@@ -76,10 +79,11 @@ def test_the_kernels_are_pytorchs_operations() -> None:
 
 
 def test_zeros_and_tiny_numbers_have_a_scale() -> None:
-    rows = torch.tensor([[1.0, 1.0, 0.0], [1.0, 1.0, 1e-38], [4.0, 0.25, 0.0]])
+    rows = float8.new_scales(torch.tensor(True), "cpu").rows
+    rows[1, LARGEST], rows[2, FACTOR] = 1e-38, 4.0
     float8.rescale(rows)
-    assert rows[:, float8.FACTOR].tolist() == [1.0, 2.0**100, 4.0]
-    assert rows[:, float8.INVERSE].tolist() == [1.0, 2.0**-100, 0.25]
+    assert rows[:, FACTOR].tolist() == [1.0, 2.0**100, 4.0]
+    assert rows[:, INVERSE].tolist() == [1.0, 2.0**-100, 0.25]
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])

@@ -14,6 +14,7 @@ from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
 from tinyllama.ops import float8
+from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST
 from tinyllama.train.optim import local_gradients
 from tinyllama.train.parallel import finish_gradients, parallelize, reshard, sync_gradients
 
@@ -74,14 +75,14 @@ def test_scales_are_powers_of_two_with_room(mesh) -> None:
     model.scaling.end_step(torch.tensor(False))
     block = model.layers[0]
     weight = block.attn.proj.weight.to_local().bfloat16().abs().max()
-    factor, inverse, largest = block.attn.proj.scales.rows[float8.WEIGHT]
+    factor, inverse, largest = block.attn.proj.scales.rows[float8.WEIGHT, [FACTOR, INVERSE, LARGEST]]
     assert largest == weight
     assert (
         factor == 2 ** torch.floor(torch.log2(224 / weight)) == 1 / inverse
     )  # 448 is e4m3's greatest, with room for 2
-    factor, _, largest = block.mlp.swiglu.w1.scales.rows[float8.GRADIENT]
+    factor, largest = block.mlp.swiglu.w1.scales.rows[float8.GRADIENT, [FACTOR, LARGEST]]
     assert 3584 / 2 < factor * largest <= 3584  # of e5m2's 57344, with room for 16
-    used = rows(model)[:, :, float8.LARGEST] > 0
+    used = rows(model)[:, :, LARGEST] > 0
     assert used.sum() == 2 * 3 * (MATMULS - 1)  # w2 is multiplied with w1, by its scales
 
 
@@ -89,17 +90,17 @@ def test_a_step_takes_the_scales_of_the_step_before(mesh) -> None:
     model = built(mesh, "float8", "float8")
     gradients(model)
     model.scaling.end_step(torch.tensor(False))
-    first = rows(model)[:, float8.GRADIENT, float8.FACTOR].clone()
+    first = rows(model)[:, float8.GRADIENT, FACTOR].clone()
     model.scaling.start_step()
     gradients(model, factor=8.0)
-    assert torch.equal(rows(model)[:, float8.GRADIENT, float8.FACTOR], first)
+    assert torch.equal(rows(model)[:, float8.GRADIENT, FACTOR], first)
     model.scaling.end_step(torch.tensor(True))  # a rejected step says nothing about the next one
-    assert torch.equal(rows(model)[:, float8.GRADIENT, float8.FACTOR], first)
+    assert torch.equal(rows(model)[:, float8.GRADIENT, FACTOR], first)
     model.scaling.start_step()
     gradients(model, factor=8.0)
     model.scaling.end_step(torch.tensor(False))
-    second = rows(model)[:, float8.GRADIENT, float8.FACTOR]
-    used = rows(model)[:, float8.GRADIENT, float8.LARGEST] > 0
+    second = rows(model)[:, float8.GRADIENT, FACTOR]
+    used = rows(model)[:, float8.GRADIENT, LARGEST] > 0
     assert torch.equal(second[used], first[used] / 8)
 
 
@@ -111,13 +112,13 @@ def test_what_grows_more_than_its_room_is_cut_and_what_is_not_finite_is_seen() -
     for value, expected in ((1.75, 1.75), (3.5, 3.5), (300.0, 3.5), (-300.0, -3.5)):  # 448 / 2^7 is 3.5
         x[0, 0] = value
         assert float8.linear(x, weight, scales)[0, 0] == expected
-    assert scales.rows[float8.X, float8.LARGEST] == 300
+    assert scales.rows[float8.X, LARGEST] == 300
     for value in (float("inf"), float("nan")):
         x[0, 0] = value
         assert float8.linear(x, weight, scales)[0, 0].isnan()
-    before = scales.rows[:, float8.FACTOR].clone()
+    before = scales.rows[:, FACTOR].clone()
     float8.rescale(scales.rows)
-    assert torch.equal(scales.rows[:, float8.FACTOR], before)  # of an infinite magnitude there is no scale
+    assert torch.equal(scales.rows[:, FACTOR], before)  # of an infinite magnitude there is no scale
 
 
 def test_validation_leaves_no_trace_in_the_scales(mesh) -> None:

@@ -8,6 +8,8 @@ Shapes: N tokens, I inputs and O outputs of a weight (O, I); of an MLP C channel
 w3 (C, I).
 """
 
+import functools
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -15,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from tinyllama.ops import backend, float8_casts
+from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
 
 CAPABILITY = (8, 9)
 """least compute capability of a GPU with float8 matmuls"""
@@ -26,8 +29,6 @@ E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 X, WEIGHT, GRADIENT = range(3)
 """the tensors of a matmul ``x weight^T``, in the order of their scales; GRADIENT is that of its result"""
 DTYPES = (E4M3, E4M3, E5M2)
-FACTOR, INVERSE, LARGEST = range(3)
-"""what a scale consists of: the factor of a cast, 1 / factor, and the largest magnitude that was cast in this step"""
 ROOM = (2.0, 2.0, 16.0)
 """How much more than in the step before a magnitude may be; what is more yet is cut.
 
@@ -39,7 +40,7 @@ class Scales(NamedTuple):
     """The scales of a matmul."""
 
     rows: Tensor
-    """(3, 3) fp32: X, WEIGHT, GRADIENT by FACTOR, INVERSE, LARGEST"""
+    """(3, ROW) fp32: X, WEIGHT, GRADIENT by INVERSE, FACTOR, LARGEST"""
     known: Tensor
     """() bool on the CPU: whether there was a step before; if not, each cast looks at its tensor first"""
 
@@ -60,11 +61,13 @@ def problem(device: torch.device, sizes: dict[str, int]) -> str | None:
 
 def new_scales(known: Tensor, device: torch.device | str) -> Scales:
     """Return scales of 1, which nothing has been cast with."""
-    return Scales(torch.tensor([[1.0, 1.0, 0.0]] * 3, device=device), known)
+    rows = torch.zeros(3, ROW, device=device)
+    rows[:, [FACTOR, INVERSE]] = 1.0
+    return Scales(rows, known)
 
 
 def rescale(rows: Tensor) -> None:
-    """Set the factors in rows (..., 3, 3) from the largest magnitudes; those of nothing and of no finite one stay."""
+    """Set the factors in rows (..., 3, ROW) from the largest magnitudes; those of nothing and of no finite one stay."""
     for which, (dtype, room) in enumerate(zip(DTYPES, ROOM, strict=True)):
         largest, factor = rows[..., which, LARGEST], rows[..., which, FACTOR]
         most = (torch.finfo(dtype).max / room / largest).clamp(2.0**-100, 2.0**100)
@@ -73,27 +76,33 @@ def rescale(rows: Tensor) -> None:
     rows[..., INVERSE] = 1 / rows[..., FACTOR]
 
 
-def linear(x: Tensor, weight: Tensor, scales: Scales, weight_gradient: Tensor | None = None) -> Tensor:
-    """Multiply x (..., I) by weight (O, I) -> (..., O), all in bf16, as ``ops.linear.linear`` does."""
-    out = _Linear.apply(x.flatten(0, -2), weight, *scales, weight_gradient)
+def linear(
+    x: Tensor, weight: Tensor, scales: Scales, weight_gradient: Tensor | None = None, x_is_kept: bool = False
+) -> Tensor:
+    """Multiply x (..., I) by weight (O, I) -> (..., O), all in bf16, as ``ops.linear.linear`` does.
+
+    The backward pass needs x cast and transposed, which is kept for it, or made again from an x that is kept anyway.
+    """
+    out = _Linear.apply(x.flatten(0, -2), weight, *scales, weight_gradient, x_is_kept)
     assert isinstance(out, Tensor)
     return out.view(*x.shape[:-1], -1)
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, weight: Tensor, rows: Tensor, known: Tensor, weight_gradient: Tensor | None
-    ) -> Tensor:
-        out, x_t = _linear(x, weight, rows, known)
-        ctx.save_for_backward(x_t, weight, rows, known, weight_gradient)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
+        rows, known, weight_gradient, x_is_kept = rest
+        out, x_t = _linear(x, weight, rows, known, x_is_kept)
+        ctx.x_is_kept = x_is_kept
+        ctx.save_for_backward(x if x_is_kept else x_t, weight, rows, known, weight_gradient)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, None, None, None]:
-        x_t, weight, rows, known, weight_gradient = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, rows, known, weight_gradient = ctx.saved_tensors
         dx, gradient_t = _linear_backward(gradients[0], weight, rows, known)
-        return dx, _weight_gradient(gradient_t, x_t, rows, weight_gradient), None, None, None
+        x_t = _cast_again(x, rows, known) if ctx.x_is_kept else x
+        return dx, _weight_gradient(gradient_t, x_t, rows, weight_gradient), None, None, None, None
 
 
 def swiglu(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Any = None) -> Tensor:
@@ -130,15 +139,29 @@ class _SwiGLU(torch.autograd.Function):
 
 
 @torch.library.custom_op("tinyllama::float8_linear", mutates_args=("rows",))
-def _linear(x: Tensor, weight: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    """Return x weight^T (N, O) bf16, and x cast and transposed, (I, N)."""
-    x8, x_t = _both(x, rows, X, known)
+def _linear(x: Tensor, weight: Tensor, rows: Tensor, known: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
+    """Return x weight^T (N, O) bf16, and x cast and transposed, (I, N), or an empty tensor (0,) if x is kept."""
+    if x_is_kept:
+        x8, x_t = _straight(x, rows, X, known), x.new_empty(0, dtype=E4M3)
+    else:
+        x8, x_t = _both(x, rows, X, known)
     return _matmul(x8, _straight(weight, rows, WEIGHT, known), rows[X], rows[WEIGHT], fast=True), x_t
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(weight)), x.new_empty(x.shape[::-1], dtype=E4M3)
+def _(x: Tensor, weight: Tensor, rows: Tensor, known: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), len(weight)), x.new_empty(0 if x_is_kept else x.shape[::-1], dtype=E4M3)
+
+
+@torch.library.custom_op("tinyllama::float8_cast_again", mutates_args=("rows",))
+def _cast_again(x: Tensor, rows: Tensor, known: Tensor) -> Tensor:
+    """Return x (N, I) cast and transposed, (I, N)."""
+    return _transposed(x, rows, X, known)
+
+
+@_cast_again.register_fake
+def _(x: Tensor, rows: Tensor, known: Tensor) -> Tensor:
+    return x.new_empty(x.shape[::-1], dtype=E4M3)
 
 
 @torch.library.custom_op("tinyllama::float8_linear_backward", mutates_args=("rows",))
@@ -161,7 +184,7 @@ def _swiglu(
     x8, x_t = _both(x, rows12, X, known)
     ab = _matmul(x8, _straight(w12, rows12, WEIGHT, known), rows12[X], rows12[WEIGHT], fast=True)
     h = x.new_empty(len(x), w3.size(1), dtype=E4M3)
-    _known_first(lambda: _casts(x).gate(ab, rows3[X], h), rows3, known)
+    _known_first(functools.partial(_casts(x).gate, ab, rows3[X], h), rows3, known)
     return _matmul(h, _straight(w3, rows3, WEIGHT, known), rows3[X], rows3[WEIGHT], fast=True), x_t, ab
 
 
@@ -184,11 +207,9 @@ def _swiglu_backward(
     dh = _matmul(gradient8, _transposed(w3, rows3, WEIGHT, known), rows3[GRADIENT], rows3[WEIGHT])
     d_ab, d_ab_t = (ab.new_empty(shape, dtype=E5M2) for shape in (ab.shape, ab.shape[::-1]))
     h_t = ab.new_empty(dh.shape[::-1], dtype=E4M3)
-
-    def cast() -> None:
-        _casts(dh).gate_backward(dh, ab, rows12[GRADIENT], rows3[X], d_ab, d_ab_t, h_t)
-
-    _known_first(cast, rows12, known)
+    casts = (dh, ab, rows12[GRADIENT], rows3[X], d_ab, d_ab_t, h_t)
+    _known_first(functools.partial(_casts(dh).gate_backward, *casts), rows12, known)
+    del dh, gradient8, casts  # nearly half a gigabyte, when most is allocated
     dx = _matmul(d_ab, _transposed(w12, rows12, WEIGHT, known), rows12[GRADIENT], rows12[WEIGHT])
     return dx, gradient_t, h_t, d_ab_t
 
@@ -252,10 +273,10 @@ def _cast(
     x: Tensor, rows: Tensor, which: int, known: Tensor, straight: Tensor | None, transposed: Tensor | None
 ) -> None:
     x = x.contiguous()
-    _known_first(lambda: _casts(x).cast(x, rows[which], straight, transposed), rows, known)
+    _known_first(functools.partial(_casts(x).cast, x, rows[which], straight, transposed), rows, known)
 
 
-def _known_first(cast: Any, rows: Tensor, known: Tensor) -> None:
+def _known_first(cast: Callable[[], None], rows: Tensor, known: Tensor) -> None:
     """Call ``cast``; in a run's first step twice, the first time for the largest magnitude."""
     cast()
     if not known:

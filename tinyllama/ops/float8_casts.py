@@ -1,13 +1,17 @@
 """Cast to 8-bit floating point with PyTorch's operations: what ops/float8_kernels.py does on a GPU.
 
-Every function multiplies by the factor of a row of scales, (FACTOR, INVERSE, LARGEST), and raises its largest
-magnitude. What is beyond the dtype is cut; what is not finite becomes NaN, which reaches the loss and the gradients,
-where train/anomaly.py sees it.
+Every function multiplies by the FACTOR of a row of scales and raises its LARGEST magnitude. What is beyond the dtype
+is cut; what is not finite becomes NaN, which reaches the loss and the gradients, where train/anomaly.py sees it.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+INVERSE, FACTOR, LARGEST = range(3)
+"""of a row of scales: 1 / FACTOR, what a cast multiplies by, and the largest magnitude that was cast in this step"""
+ROW = 4
+"""numbers of a row: cuBLAS wants an INVERSE in every 16 bytes"""
 
 
 def cast(x: Tensor, row: Tensor, straight: Tensor | None, transposed: Tensor | None) -> None:
@@ -43,10 +47,10 @@ def gate_backward(
 
 
 def _see(x: Tensor, row: Tensor) -> None:
-    row[2] = torch.maximum(row[2], x.abs().max())
+    row[LARGEST] = torch.maximum(row[LARGEST], x.abs().max())
 
 
 def _fit(x: Tensor, row: Tensor, out: Tensor) -> None:
     most = torch.finfo(out.dtype).max
-    bounded = (x.float() * row[0]).clamp(-most, most)
+    bounded = (x.float() * row[FACTOR]).clamp(-most, most)
     out.copy_(torch.where(x.isfinite(), bounded, torch.nan))

@@ -10,24 +10,27 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from tinyllama.ops import float8_casts
+
 LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 """greatest finite number of each dtype"""
+_FACTOR, _LARGEST = tl.constexpr(float8_casts.FACTOR), tl.constexpr(float8_casts.LARGEST)
 
 
 def cast(x: Tensor, row: Tensor, straight: Tensor | None, transposed: Tensor | None) -> None:
     """Cast x (N, K) in 16 bits into ``straight`` (N, K), into ``transposed`` (K, N), or into both."""
     out = straight if straight is not None else transposed
     assert out is not None
-    grid, block = _blocks(x.shape, 128, 128)
+    grid, block = _blocks(x.shape, 64, 128)
     _cast[grid](
         x, straight, transposed, row, *x.shape, LARGEST[out.dtype],
-        straight is not None, transposed is not None, *block, num_warps=8,
+        straight is not None, transposed is not None, *block, num_warps=4,
     )  # fmt: skip
 
 
 def gate(ab: Tensor, row: Tensor, h: Tensor) -> None:
     """Cast ``silu(a) * b`` of ab (N, 2 I), whose columns are a's and b's in turn, into h (N, I)."""
-    grid, block = _blocks(h.shape, 32, 128)
+    grid, block = _blocks(h.shape, 16, 256)
     _gate[grid](ab, h, row, *h.shape, LARGEST[h.dtype], *block, num_warps=4)
 
 
@@ -38,9 +41,9 @@ def gate_backward(
 
     dh (N, I) is the gradient of the gate's output.
     """
-    grid, block = _blocks(dh.shape, 64, 64)
+    grid, block = _blocks(dh.shape, 32, 64)
     _gate_backward[grid](
-        dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, *dh.shape, LARGEST[d_ab.dtype], LARGEST[h_t.dtype], *block, num_warps=8
+        dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, *dh.shape, LARGEST[d_ab.dtype], LARGEST[h_t.dtype], *block, num_warps=4
     )
 
 
@@ -57,7 +60,7 @@ def _fit(x, factor, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _see(row, x):  # type: ignore[no-untyped-def]
-    tl.atomic_max(row + 2, tl.max(tl.max(tl.abs(x), axis=1), axis=0), sem="relaxed")
+    tl.atomic_max(row + _LARGEST, tl.max(tl.max(tl.abs(x), axis=1), axis=0), sem="relaxed")
 
 
 @triton.jit
@@ -70,22 +73,24 @@ def _cast(  # type: ignore[no-untyped-def]
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     values = tl.load(x + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
     _see(row, values)
-    fitting = _fit(values, tl.load(row), LARGEST)
+    fitting = _fit(values, tl.load(row + _FACTOR), LARGEST)
     if STRAIGHT:
         tl.store(straight + m[:, None] * columns + n[None, :], fitting.to(straight.dtype.element_ty), mask=mask)
     if TRANSPOSED:
         turned = tl.trans(fitting.to(transposed.dtype.element_ty))
-        tl.store(transposed + n[:, None].to(tl.int64) * rows + m[None, :], turned, mask=tl.trans(mask))
+        mask_t = (n < columns)[:, None] & (m < rows)[None, :]
+        tl.store(transposed + n[:, None].to(tl.int64) * rows + m[None, :], turned, mask=mask_t)
 
 
 @triton.jit
-def _load_pairs(ab, m, n, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Load a and b, (BLOCK_ROWS, BLOCK_COLUMNS) each, of whose columns the first is n."""
-    both = 2 * n + tl.arange(0, 2 * BLOCK_COLUMNS)
+def _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Load a and b, (BLOCK_ROWS, BLOCK_COLUMNS) each, and return the offsets and the mask of their pairs, too."""
+    both = 2 * first + tl.arange(0, 2 * BLOCK_COLUMNS)
+    offsets = m[:, None] * (2 * columns) + both[None, :]
     mask = (m < rows)[:, None] & (both < 2 * columns)[None, :]
-    pairs = tl.load(ab + m[:, None] * (2 * columns) + both[None, :], mask=mask, other=0.0)
+    pairs = tl.load(ab + offsets, mask=mask, other=0.0)
     a, b = tl.split(tl.reshape(pairs, (BLOCK_ROWS, BLOCK_COLUMNS, 2)))
-    return a.to(tl.float32), b.to(tl.float32), both, mask
+    return a.to(tl.float32), b.to(tl.float32), offsets, mask
 
 
 @triton.jit
@@ -98,8 +103,8 @@ def _gate(  # type: ignore[no-untyped-def]
     a, b, _, _ = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     gated = a * tl.sigmoid(a) * b
     _see(row, gated)
+    fitting = _fit(gated, tl.load(row + _FACTOR), LARGEST).to(h.dtype.element_ty)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
-    fitting = _fit(gated, tl.load(row), LARGEST).to(h.dtype.element_ty)
     tl.store(h + m[:, None] * columns + n[None, :], fitting, mask=mask)
 
 
@@ -111,16 +116,24 @@ def _gate_backward(  # type: ignore[no-untyped-def]
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1) * BLOCK_COLUMNS
     n = first + tl.arange(0, BLOCK_COLUMNS)
+    a, b, offsets, both_mask = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
-    a, b, both, both_mask = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     gradient = tl.load(dh + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
     sigmoid = tl.sigmoid(a)
     silu = a * sigmoid
-    gated = _fit(silu * b, tl.load(h_row), H_LARGEST).to(h_t.dtype.element_ty)
-    tl.store(h_t + n[:, None].to(tl.int64) * rows + m[None, :], tl.trans(gated), mask=tl.trans(mask))
     d_a = gradient * b * sigmoid * (1 + a * (1 - sigmoid))
-    d_pairs = tl.reshape(tl.join(d_a, gradient * silu), (BLOCK_ROWS, 2 * BLOCK_COLUMNS))
-    _see(d_row, d_pairs)
-    fitting = _fit(d_pairs, tl.load(d_row), D_LARGEST).to(d_ab.dtype.element_ty)
-    tl.store(d_ab + m[:, None] * (2 * columns) + both[None, :], fitting, mask=both_mask)
-    tl.store(d_ab_t + both[:, None].to(tl.int64) * rows + m[None, :], tl.trans(fitting), mask=tl.trans(both_mask))
+    d_b = gradient * silu
+    _see(d_row, tl.maximum(tl.abs(d_a), tl.abs(d_b)))
+    factor = tl.load(d_row + _FACTOR)
+    d_a, d_b = (
+        _fit(d_a, factor, D_LARGEST).to(d_ab.dtype.element_ty),
+        _fit(d_b, factor, D_LARGEST).to(d_ab.dtype.element_ty),
+    )
+    tl.store(d_ab + offsets, tl.reshape(tl.join(d_a, d_b), (BLOCK_ROWS, 2 * BLOCK_COLUMNS)), mask=both_mask)
+    h = _fit(silu * b, tl.load(h_row + _FACTOR), H_LARGEST).to(h_t.dtype.element_ty)
+    across = n[:, None].to(tl.int64) * rows + m[None, :]
+    mask_t = (n < columns)[:, None] & (m < rows)[None, :]
+    tl.store(h_t + across, tl.trans(h), mask=mask_t)
+    across += n[:, None].to(tl.int64) * rows  # a's columns are the even ones
+    tl.store(d_ab_t + across, tl.trans(d_a), mask=mask_t)
+    tl.store(d_ab_t + across + rows, tl.trans(d_b), mask=mask_t)

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from tinyllama import InputError
 from tinyllama.model import Linear
 from tinyllama.ops import float8
+from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST
 
 
 class DelayedScaling:
@@ -26,18 +27,18 @@ class DelayedScaling:
 
     def start_step(self) -> None:
         """Forget what was cast since the last step, in a validation."""
-        torch._foreach_zero_([rows[:, float8.LARGEST] for rows in self._rows])
+        torch._foreach_zero_([rows[:, LARGEST] for rows in self._rows])
 
     def end_step(self, rejected: Tensor) -> None:
         """Collective. Set the scales of the next step, unless this step, () bool, was ``rejected``.
 
         A step that has a value that is not finite, or a spike, would say little about the next one's.
         """
-        rows = torch.stack(self._rows)  # (matmuls, 3, 3)
+        rows = torch.stack(self._rows)  # (matmuls, 3, ROW)
         if dist.get_world_size() > 1:
-            largest = rows[..., float8.LARGEST].contiguous()
+            largest = rows[..., LARGEST].contiguous()
             dist.all_reduce(largest, dist.ReduceOp.MAX)
-            rows[..., float8.LARGEST] = largest
+            rows[..., LARGEST] = largest
         before = rows.clone()
         float8.rescale(rows)
         # those of a first step stand, even if it was rejected
@@ -48,7 +49,7 @@ class DelayedScaling:
         """The factors, as powers of two, or [] before the first step: what a checkpoint holds. Waits for the device."""
         if not self._known:
             return []
-        return torch.stack(self._rows)[..., float8.FACTOR].log2().round().int().flatten().tolist()
+        return torch.stack(self._rows)[..., FACTOR].log2().round().int().flatten().tolist()
 
     def resume(self, exponents: list[int]) -> None:
         """Go on from what a checkpoint holds; a run that was not in float8 until then has a first step."""
@@ -61,6 +62,6 @@ class DelayedScaling:
             )
         factors = torch.exp2(torch.tensor(exponents, dtype=torch.float32)).view(-1, 3)
         for rows, factor in zip(self._rows, factors, strict=True):
-            rows[:, float8.FACTOR] = factor.to(rows.device)
-            rows[:, float8.INVERSE] = 1 / rows[:, float8.FACTOR]
+            rows[:, FACTOR] = factor.to(rows.device)
+            rows[:, INVERSE] = 1 / rows[:, FACTOR]
         self._known.fill_(True)
