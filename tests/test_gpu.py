@@ -20,6 +20,7 @@ from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.model import GPT, OPS, Block, init_weights
 from tinyllama.monitor.run_files import read_metrics
 from tinyllama.ops import choice
+from tinyllama.ops.linear import add_matmul, empty_sum
 from tinyllama.tools import rates
 from tinyllama.train.optim import build_optimizer, local_gradients
 from tinyllama.train.parallel import finish_gradients, parallelize
@@ -79,6 +80,17 @@ def test_a_compiled_block_is_the_eager_one(wanted: dict[str, str]) -> None:
     for eager, compiled in zip(*results, strict=True):
         # the same sums in bf16, rounded at other places
         assert (eager - compiled).float().norm() <= 2e-2 * eager.float().norm()
+
+
+def test_a_sum_of_gradients_is_written_and_then_added_to_without_rounding() -> None:
+    generator = torch.Generator(GPU).manual_seed(0)
+    a, b = (torch.randn(128, 512, device=GPU, generator=generator).bfloat16() for _ in range(2))
+    product = a.double() @ b.double().T
+    gradient = empty_sum(product)
+    gradient.total.fill_(torch.nan)  # the first addition does not read it
+    for times in (1, 2, 3):
+        add_matmul(*gradient, a, b.T)
+        torch.testing.assert_close(gradient.total.double(), times * product, rtol=1e-5, atol=1e-3)
 
 
 def test_the_fused_run_learns_what_the_reference_does(train: Callable[..., list[float]]) -> None:

@@ -79,7 +79,7 @@ TABLE = [
         for name, files in {
             "copy": ("tinyllama/train/unsharded.py", "tinyllama/train/delayed_scaling.py"),
             "div": ("tinyllama/train/unsharded.py",),
-            "zero": ("tinyllama/train/unsharded.py", "tinyllama/train/delayed_scaling.py"),
+            "zero": ("tinyllama/train/delayed_scaling.py",),
         }.items()
     ),
     Private(

@@ -15,7 +15,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama.config.model import ModelConfig
 from tinyllama.ops import attention, cross_entropy, float8, rms_norm, swiglu
-from tinyllama.ops.linear import linear
+from tinyllama.ops.linear import GradientSum, linear
 from tinyllama.ops.rope import rope, rope_tables
 
 # backends that run anywhere; ops/choice.py chooses those of a run
@@ -131,8 +131,8 @@ class Block(nn.Module):
 class Linear(nn.Linear):
     """Multiply by a weight (out_features, in_features), without a bias."""
 
-    weight_gradient: Tensor | None = None
-    """fp32 sum to which a backward pass adds the weight's gradient; None: autograd keeps it (ops/linear.py)"""
+    weight_gradient: GradientSum | None = None
+    """where a backward pass adds the weight's gradient; None: autograd keeps it (ops/linear.py)"""
     scales: float8.Scales | None = None
     """of the matmul in float8; None: it is in the weight's dtype"""
 

@@ -9,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
@@ -17,6 +18,7 @@ from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS, init_weights
 from tinyllama.ops import swiglu
+from tinyllama.ops.linear import empty_sum, linear
 from tinyllama.train.optim import local_gradients
 from tinyllama.train.parallel import finish_gradients, mixed_precision, parallelize, reshard, sync_gradients
 
@@ -111,7 +113,43 @@ def test_the_gradients_are_those_of_fsdp(mesh: DeviceMesh, precision: Any, check
         for name, gradient in found.items():
             assert gradient.dtype == torch.float32
             assert apart(gradient, expected[name]) <= LIMIT[precision], name
+            gradient.fill_(torch.nan)  # as in a skipped step
         model.zero_grad()
+
+
+def test_a_weight_that_no_pass_reaches_has_a_gradient_of_0(mesh: DeviceMesh) -> None:
+    model = parallelize(meta_model(), mesh, ParallelArgs(), 1, TrainArgs(precision="bf16"))
+    first = unsharded_gradients(model)
+    assert all(gradient.norm() > 0 for gradient in first.values())
+    model.zero_grad()
+    model.unsharded.start_pass()
+    model.transformer["wte"](torch.tensor([3, 3, 5])).sum().backward()
+    finish_gradients(model)
+    found = gradients(model)
+    assert found.pop("transformer.wte.weight").sum(1).tolist() == [0, 0, 0, 64, 0, 32] + [0] * (
+        len(first["transformer.wte.weight"]) - 6
+    )
+    assert found.keys() == first.keys() - {"transformer.wte.weight"}
+    assert all(not gradient.any() for gradient in found.values())
+
+
+@pytest.mark.parametrize("gate", ["reference", "quack"])
+def test_a_compiled_block_writes_the_first_gradient_and_adds_the_others(
+    mesh: DeviceMesh, kernels: None, monkeypatch: pytest.MonkeyPatch, gate: str
+) -> None:
+    train = TrainArgs(precision="fp32")
+    expected = unsharded_gradients(parallelize(meta_model(swiglu=gate), mesh, ParallelArgs(), 1, train), 3)
+    torch._dynamo.reset()
+    counter = CompileCounterWithBackend("aot_eager")  # what surrounds our operations is not what is asked
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda forward, **how: compiled(forward, backend=counter, **how))
+    model = parallelize(meta_model(swiglu=gate), mesh, ParallelArgs(), 1, TrainArgs(precision="fp32", compile=True))
+    for _ in range(2):
+        for name, gradient in unsharded_gradients(model, 3).items():
+            torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
+            gradient.fill_(torch.nan)
+        model.zero_grad()
+    assert counter.frame_count == 2  # one for all blocks and micro-batches, and the last norm
 
 
 def test_the_output_matrix_may_be_the_embedding(mesh: DeviceMesh) -> None:
@@ -139,8 +177,8 @@ def test_w1_and_w2_alternate_in_memory_for_the_kernel_that_wants_it(mesh: Device
         module = layer.mlp.swiglu
         weight, gradient = module.w12  # type: ignore[misc]
         assert id(gradient) in sums
-        for rows, linear in ((weight[0::2], module.w1), (weight[1::2], module.w2)):
-            assert torch.equal(rows, linear.weight.full_tensor())  # type: ignore[operator]
+        for rows, matrix in ((weight[0::2], module.w1), (weight[1::2], module.w2)):
+            assert torch.equal(rows, matrix.weight.full_tensor())  # type: ignore[operator]
 
 
 def test_the_modules_have_the_masters_between_passes(mesh: DeviceMesh) -> None:
@@ -169,19 +207,20 @@ def test_the_modules_have_the_masters_between_passes(mesh: DeviceMesh) -> None:
 def test_a_linear_adds_its_gradient_to_a_sum(
     shape: tuple[int, ...], dtype: torch.dtype, seeded: Callable[..., Any]
 ) -> None:
-    from tinyllama.ops.linear import linear
-
     x, weight, d = seeded(*shape, dtype=dtype), seeded(7, 5, dtype=dtype), seeded(*shape[:-1], 7, dtype=dtype)
     inputs = [tensor.clone().requires_grad_() for tensor in (x, weight)]
     F.linear(*inputs).backward(d)
-    total = torch.ones(7, 5)
-    mine = [tensor.clone().requires_grad_() for tensor in (x, weight)]
-    out = linear(*mine, total)
-    assert torch.equal(out, F.linear(x, weight))
-    out.backward(d)
-    assert torch.equal(mine[0].grad, inputs[0].grad)
-    assert mine[1].grad is None
-    assert torch.equal(total, 1 + inputs[1].grad.float())
+    gradient = empty_sum(weight)
+    gradient.total.fill_(torch.nan)  # the first addition does not read it
+    for times in (1, 2, 3):
+        mine = [tensor.clone().requires_grad_() for tensor in (x, weight)]
+        out = linear(*mine, gradient)
+        assert torch.equal(out, F.linear(x, weight))
+        out.backward(d)
+        assert torch.equal(mine[0].grad, inputs[0].grad)
+        assert mine[1].grad is None
+        assert gradient.total.dtype == torch.float32
+        assert torch.equal(gradient.total, times * inputs[1].grad.float())
 
 
 @pytest.fixture

@@ -10,16 +10,16 @@ from torch import Tensor
 
 from tinyllama.ops import float8
 from tinyllama.ops.backend import Backend, quack_backend
-from tinyllama.ops.linear import add_matmul
+from tinyllama.ops.linear import GradientSum, add_matmul
 
 Linear = Callable[[Tensor], Tensor]
 
 
 class Interleaved(NamedTuple):
-    """The rows of w1 and w2 in turn, (2 I, C), and the fp32 sum of its gradients, to which a backward pass adds."""
+    """The rows of w1 and w2 in turn, (2 I, C), and the sum of its gradients, to which a backward pass adds."""
 
     weight: Tensor
-    gradient: Tensor
+    gradient: GradientSum
 
 
 def reference(x: Tensor, w1: Linear, w2: Linear, w3: Linear, w12: Interleaved | None = None) -> Tensor:
@@ -39,32 +39,30 @@ def xformers(
 def quack(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Interleaved | None = None) -> Tensor:
     """Call quack-kernels' matmuls with the gate fused, in both passes; backward recomputes the gate's output."""
     weight12 = w12.weight if w12 else torch.stack((w1.weight, w2.weight), dim=1).flatten(0, 1)
-    gradients = (w12.gradient, w3.weight_gradient) if w12 else (None, None)
-    out = _Quack.apply(x.flatten(0, -2), weight12, w3.weight, *gradients)
+    sums = (*w12.gradient, *w3.weight_gradient) if w12 else ()
+    out = _Quack.apply(x.flatten(0, -2), weight12, w3.weight, *sums)
     assert isinstance(out, Tensor)
     return out.view(x.shape)
 
 
 class _Quack(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, w12: Tensor, w3: Tensor, w12_gradient: Tensor | None, w3_gradient: Tensor | None
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, w12: Tensor, w3: Tensor, *sums: Tensor) -> Tensor:
         out, pre_gate = _quack(x, w12, w3)
-        ctx.save_for_backward(x, w12, w3, pre_gate, w12_gradient, w3_gradient)
+        ctx.save_for_backward(x, w12, w3, pre_gate, *sums)
         return out
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None, None, None]:
-        x, w12, w3, pre_gate, w12_gradient, w3_gradient = ctx.saved_tensors
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        x, w12, w3, pre_gate, *sums = ctx.saved_tensors
         gradient = gradients[0].contiguous()
         d_pre_gate, gated = _quack_backward(gradient, w3, pre_gate)
         dx = d_pre_gate @ w12
-        if w12_gradient is None:
-            return dx, d_pre_gate.T @ x, gradient.T @ gated, None, None
-        add_matmul(w12_gradient, d_pre_gate.T, x)
-        add_matmul(w3_gradient, gradient.T, gated)
-        return dx, None, None, None, None
+        if not sums:
+            return dx, d_pre_gate.T @ x, gradient.T @ gated
+        add_matmul(*sums[:2], d_pre_gate.T, x)
+        add_matmul(*sums[2:], gradient.T, gated)
+        return dx, *[None] * 6
 
 
 @torch.library.custom_op("tinyllama::swiglu_quack", mutates_args=())
