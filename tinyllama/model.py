@@ -52,7 +52,7 @@ class GPT(nn.Module):
         self.scaling: Any = None  # of the matmuls in float8 (train/delayed_scaling.py)
         self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
         if not config.tie_embeddings:
-            self.lm_head = nn.Linear(config.n_embd, config.padded_vocab_size, bias=False)
+            self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
         self.transformer = nn.ModuleDict(
             {
                 "wte": nn.Embedding(config.padded_vocab_size, config.n_embd),
@@ -92,7 +92,7 @@ class GPT(nn.Module):
         tied = self.config.tie_embeddings
         weight = cast(Tensor, self.transformer["wte"].weight if tied else self.lm_head.weight)  # (V, C)
         if targets is not None:
-            return self.cross_entropy(x, weight, targets)
+            return self.cross_entropy(x, weight, targets, None if tied else self.lm_head.weight_gradient)
         return F.linear(x, weight) if tied else self.lm_head(x)  # (B, T or 1, V)
 
     @property

@@ -12,6 +12,7 @@ from tinyllama.ops import attention, choice, cross_entropy, float8, rms_norm, sw
 from tinyllama.ops.attention import reference
 from tinyllama.ops.backend import Backend
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
+from tinyllama.ops.linear import empty_sum
 from tinyllama.ops.rope import rope, rope_tables
 from tinyllama.train import parallel
 
@@ -320,8 +321,10 @@ def test_the_chunked_loss_gives_the_gradients_that_are_asked_for(wanted):
             assert tensor.grad is None
 
 
-def test_the_scale_of_a_loss_is_not_rounded():
-    x, weight, targets = normal(9, 16, dtype=torch.bfloat16), normal(40, 16, dtype=torch.bfloat16), torch.arange(9)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+def test_the_scale_of_a_loss_is_not_rounded(device):
+    x, weight = (normal(*shape, dtype=torch.bfloat16, device=device) for shape in ((9, 16), (40, 16)))
+    targets = torch.arange(9, device=device)
     sums = []
     for scale in (1.0, 1.3):  # in bf16 1.297
         gradients = torch.autograd.grad(cross_entropy.chunked(x, weight, targets) * scale, (x, weight))
@@ -329,6 +332,35 @@ def test_the_scale_of_a_loss_is_not_rounded():
     assert [scaled / plain for scaled, plain in zip(sums[1], sums[0], strict=True)] == pytest.approx(
         [1.3] * 2, abs=5e-4
     )
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
+def test_the_gradient_of_the_output_matrix_may_be_added_to_a_sum(backend, device, dtype, monkeypatch):
+    monkeypatch.setattr(cross_entropy, "LOGITS_CHUNK", 4)
+    call = cross_entropy.BACKENDS[backend].call
+    x, weight = (normal(*shape, dtype=dtype, device=device) for shape in ((9, 16), (40, 16)))
+    targets = torch.arange(9, device=device)
+    dx, dw = (g.double() for g in torch.autograd.grad(call(x, weight, targets) * 1.3, (x, weight)))
+    gradient = empty_sum(weight)
+    gradient.total.fill_(torch.nan)  # the first addition does not read it
+    for times in (1, 2, 3):
+        x.grad = None
+        (call(x, weight, targets, gradient) * 1.3).backward()
+        assert weight.grad is None
+        assert gradient.total.dtype == torch.float32
+        close([x.grad.double(), gradient.total.double()], [dx, times * dw], dtype, "cross_entropy")
+
+
+def test_a_sum_has_the_gradient_of_the_output_matrix_before_it_is_rounded():
+    x, weight, targets = normal(9, 16, dtype=torch.bfloat16), normal(40, 16, dtype=torch.bfloat16), torch.arange(9)
+    sums = []
+    for scale in (1.0, 1.3):
+        sums.append(empty_sum(weight))
+        (cross_entropy.chunked(x, weight, targets, sums[-1]) * scale).backward()
+    assert torch.equal(sums[1].total, sums[0].total * 1.3)
+    assert not torch.equal(sums[1].total, sums[1].total.bfloat16().float())
 
 
 def test_what_is_not_counted_and_how_much_is_done_at_a_time():

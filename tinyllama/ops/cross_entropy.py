@@ -2,7 +2,8 @@
 
 Every backend takes x (..., C), weight (V, C) and targets (...) and returns the sum of -log softmax(x weight^T)[target]
 over targets != IGNORE_INDEX, an fp32 scalar. It is a sum because only the caller knows how many targets the step has
-over all ranks and micro-batches.
+over all ranks and micro-batches. With ``weight_gradient`` the backward pass adds the weight's gradient to it, and
+autograd sees none.
 """
 
 import functools
@@ -14,50 +15,55 @@ from torch import Tensor
 
 from tinyllama.config.model import LOGITS_CHUNK
 from tinyllama.ops.backend import Backend
-from tinyllama.ops.linear import add_matmul
+from tinyllama.ops.linear import GradientSum, add_matmul, empty_sum, linear
 
 IGNORE_INDEX = -100
 """the loss skips targets of this value"""
 
 
-def reference(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def reference(x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: GradientSum | None = None) -> Tensor:
     """Compute all logits, and their loss in fp32."""
-    logits = F.linear(x, weight).flatten(0, -2).float()  # (N, V)
+    logits = linear(x, weight, weight_gradient).flatten(0, -2).float()  # (N, V)
     return F.cross_entropy(logits, targets.flatten(), ignore_index=IGNORE_INDEX, reduction="sum")
 
 
-def chunked(x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+def chunked(x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: GradientSum | None = None) -> Tensor:
     """Compute loss and gradients for LOGITS_CHUNK tokens at a time in the forward pass; nothing is computed twice."""
-    loss = _Chunked.apply(x.flatten(0, -2), weight, targets.flatten())
+    loss = _Chunked.apply(x.flatten(0, -2), weight, targets.flatten(), *(weight_gradient or ()))
     assert isinstance(loss, Tensor)
     return loss
 
 
 class _Chunked(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
-        # x (N, C), weight (V, C), targets (N,)
+    def forward(ctx: Any, x: Tensor, weight: Tensor, targets: Tensor, *weight_gradient: Tensor) -> Tensor:
+        # x (N, C), weight (V, C), targets (N,), weight_gradient a GradientSum's two or nothing
         loss = torch.zeros((), device=x.device)
         wants_gradient = any(ctx.needs_input_grad)
         if wants_gradient:
-            dx, dw = torch.empty_like(x), torch.zeros(weight.shape, device=weight.device)
+            dx, dw = torch.empty_like(x), empty_sum(weight)  # of the loss
         for start in range(0, len(x), LOGITS_CHUNK):
             rows = slice(start, start + LOGITS_CHUNK)
             logits = x[rows] @ weight.T  # (n, V)
             loss += _loss_and_gradient(logits.is_cuda)(logits, targets[rows])
             if wants_gradient:  # the gradients have replaced the logits in place
                 torch.mm(logits, weight, out=dx[rows])
-                add_matmul(dw, logits.T, x[rows])
+                add_matmul(*dw, logits.T, x[rows])
         if wants_gradient:
-            ctx.save_for_backward(dx, dw)
+            ctx.save_for_backward(dx, dw.total, *weight_gradient)
             ctx.dtype = weight.dtype
         return loss
 
     @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, Tensor, None]:
-        dx, dw = ctx.saved_tensors
-        (gradient,) = gradients  # () fp32: a multiplication in bf16 would round it to three digits
-        return (dx.float() * gradient).to(dx.dtype), (dw * gradient).to(ctx.dtype), None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+        dx, dw, *weight_gradient = ctx.saved_tensors
+        (scale,) = gradients  # () fp32
+        # of one dimension fp32 has a say in the product's dtype: bf16 would round the scale to three digits
+        dx = torch.mul(dx, scale.view(1), out=torch.empty_like(dx))
+        if not weight_gradient:
+            return dx, torch.mul(dw, scale, out=torch.empty_like(dw, dtype=ctx.dtype)), None
+        GradientSum(*weight_gradient).add_scaled(dw, scale)
+        return dx, *[None] * 4
 
 
 @functools.cache

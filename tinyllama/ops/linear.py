@@ -23,6 +23,14 @@ class GradientSum(NamedTuple):
         else:
             self.total.add_(gradient)
 
+    def add_scaled(self, gradient: Tensor, scale: Tensor) -> None:
+        """Add ``gradient``, fp32, times ``scale``, () fp32, in place."""
+        if self.empty:
+            torch.mul(gradient, scale, out=self.total)
+            self.empty.fill_(False)
+        else:
+            self.total.addcmul_(gradient, scale)
+
 
 def empty_sum(weight: Tensor) -> GradientSum:
     """Memory for the sum of the gradients of ``weight``."""
