@@ -73,10 +73,11 @@ def test_a_compiled_block_is_the_eager_one(wanted: dict[str, str]) -> None:
     x = torch.randn(2, 256, 256, device=GPU, dtype=torch.bfloat16)
     results = []
     for forward in (block.forward, torch.compile(block.forward, fullgraph=True)):
-        given = x.clone().requires_grad_()
-        y = forward(given, cos, sin)
-        gradients = torch.autograd.grad(y.float().square().sum(), [given, *block.parameters()])
-        results.append([y.detach(), *gradients])
+        given = [x.clone().requires_grad_(), x.flip(0).requires_grad_()]
+        y, added = forward(*given, cos, sin)
+        loss = y.float().square().sum() + added.float().square().sum()
+        gradients = torch.autograd.grad(loss, [*given, *block.parameters()])
+        results.append([y.detach(), added.detach(), *gradients])
     for eager, compiled in zip(*results, strict=True):
         # the same sums in bf16, rounded at other places
         assert (eager - compiled).float().norm() <= 2e-2 * eager.float().norm()

@@ -117,12 +117,17 @@ def test_a_sharded_model_starts_with_the_same_weights_and_keeps_fp32_rope_tables
         init_weights(model, seed=1)
         seen = dtypes_inside_blocks(model)
         model(tokens(2, 5), tokens(2, 5, 1)).backward()
-        assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * 3
+        assert seen == BF16_STREAM
         for name, parameter in model.named_parameters():
             assert torch.equal(parameter.full_tensor(), gpt.get_parameter(name)), name
             assert parameter.grad.dtype == torch.float32
     finally:
         dist.destroy_process_group()
+
+
+# the residual stream, behind the first layer also what is to be added to it, and RoPE's tables
+TABLES = (torch.float32, torch.float32)
+BF16_STREAM = [(torch.bfloat16, *TABLES), *[(torch.bfloat16, torch.bfloat16, *TABLES)] * 2]
 
 
 def dtypes_inside_blocks(model):
@@ -139,7 +144,7 @@ def test_rope_tables_stay_fp32_when_the_model_becomes_bf16(gpt):
     model.bfloat16()
     seen = dtypes_inside_blocks(model)
     assert model(tokens(1, 3)).dtype == torch.bfloat16
-    assert seen == [(torch.bfloat16, torch.float32, torch.float32)] * 3
+    assert seen == BF16_STREAM
 
 
 def test_training_after_a_first_forward_in_inference_mode():
@@ -149,6 +154,25 @@ def test_training_after_a_first_forward_in_inference_mode():
         model(tokens(1, 4))
     model(tokens(1, 4), tokens(1, 4)).backward()
     assert model.transformer.wte.weight.grad.norm() > 0
+
+
+def test_each_norm_adds_what_was_computed_from_the_one_before(gpt):
+    model = copy.deepcopy(gpt)
+    norms, results = [], []
+    for name, module in model.named_modules():
+        if name.endswith(("norm_1", "norm_2", "ln_f")):
+            module.register_forward_hook(lambda _, inputs, output: norms.append((*inputs, *output)))
+        elif name.endswith(("attn", "mlp")) and not name.endswith("attn.attn"):
+            module.register_forward_hook(lambda _, inputs, output: results.append(output))
+    with torch.no_grad():
+        model(tokens(2, 5), tokens(2, 5))
+    stream = model.transformer.wte(tokens(2, 5))
+    assert len(norms) == 2 * CONFIG.n_layer + 1
+    for (x, added, _, total), result in zip(norms, [None, *results], strict=True):
+        assert torch.equal(x, stream)
+        assert added is result
+        stream = stream if added is None else stream + added
+        assert torch.equal(total, stream)
 
 
 def test_a_later_token_does_not_change_earlier_logits(gpt):

@@ -86,9 +86,12 @@ class GPT(nn.Module):
             if restart:
                 cos, sin = (table[attention.positions(documents)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
         x = self.transformer["wte"](input_ids)  # (B, T, C)
+        added: Any = None  # what the next norm adds to the residual stream x
         for block in self.layers:
-            x = block(x, cos, sin, mask, cache)
-        x, _ = self.transformer["ln_f"](x if cache is None else x[:, -1:])  # (B, T or 1, C)
+            x, added = block(x, added, cos, sin, mask, cache)  # (B, T, C) each
+        if cache is not None:
+            x, added = x[:, -1:], added[:, -1:]
+        x, _ = self.transformer["ln_f"](x, added)  # (B, T or 1, C)
         tied = self.config.tie_embeddings
         weight = cast(Tensor, self.transformer["wte"].weight if tied else self.lm_head.weight)  # (V, C)
         if targets is not None:
@@ -119,13 +122,26 @@ class Block(nn.Module):
         self.norm_2 = RMSNorm(config, ops)
         self.mlp = LLaMAMLP(config, ops)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
-        """Apply the layer: x (B, T, C), cos and sin (T, hs/2) fp32, the attention backend's mask -> (B, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        added: Tensor | None,
+        cos: Tensor,
+        sin: Tensor,
+        mask: Any = None,
+        cache: Cache | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """Apply the layer: x (B, T, C), cos and sin (T, hs/2) fp32, the attention backend's mask -> (B, T, C) twice.
+
+        The residual stream is the sum of x and ``added``, what the MLP of the layer before has computed, and so is the
+        result.
+        """
         # x = x + attn(norm_1(x))
-        # x = x + mlp(norm_2(x)), written so that one kernel adds to the residual stream and normalises the sum
-        h, x = self.norm_1(x)
+        # x = x + mlp(norm_2(x)), written so that one kernel adds to the residual stream and normalises the sum: that of
+        # the MLP is the next layer's norm_1, or ln_f
+        h, x = self.norm_1(x, added)
         h, x = self.norm_2(x, self.attn(h, cos, sin, mask, cache))
-        return x + self.mlp(h)
+        return x, self.mlp(h)
 
 
 class Linear(nn.Linear):

@@ -86,6 +86,23 @@ def test_master_weights_and_the_reduction_are_fp32(mesh: DeviceMesh) -> None:
         check_dtypes(on_meta().bfloat16(), TrainArgs())
 
 
+@pytest.mark.parametrize("what", ["full", "selective"])
+def test_checkpointing_keeps_the_residual_stream_as_one_tensor(what: str) -> None:
+    seen = []
+
+    def forward(x: torch.Tensor, added: torch.Tensor | None, factor: float) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append((x.tolist(), added))
+        return x * factor, x.square()
+
+    x, added = (torch.tensor(values, requires_grad=True) for values in ([1.0, 2.0], [5.0, 7.0]))
+    first, second = recomputing(forward, what)(x, added, 3.0)
+    assert (first.tolist(), second.tolist()) == ([18.0, 27.0], [36.0, 81.0])
+    second.sum().backward()
+    assert seen == [([6.0, 9.0], None)] * 2
+    assert x.grad.tolist() == added.grad.tolist() == [12.0, 18.0]
+    assert recomputing(forward, what)(x, None, 3.0)[0].tolist() == [3.0, 6.0]
+
+
 def test_without_checkpointing_a_forward_is_left_alone() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x

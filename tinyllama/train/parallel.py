@@ -84,14 +84,15 @@ def mixed_precision(train: TrainArgs) -> MixedPrecisionPolicy:
     )
 
 
-def recomputing(forward: Callable[..., Tensor], what: str) -> Callable[..., Tensor]:
-    """``forward``, whose backward pass computes ``what`` (train.activation_checkpointing) again."""
+def recomputing(forward: Callable[..., Any], what: str) -> Callable[..., Any]:
+    """A Block's ``forward``, whose backward pass computes ``what`` (train.activation_checkpointing) again."""
     if what == "none":
         return forward
     contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, SAVED)}
 
-    def checkpointed(*inputs: Any) -> Tensor:
-        return checkpoint(forward, *inputs, use_reentrant=False, **(contexts if what == "selective" else {}))  # type: ignore[arg-type]
+    def checkpointed(x: Tensor, added: Tensor | None, *inputs: Any) -> Any:
+        x = x if added is None else x + added  # which is all that is kept of the two
+        return checkpoint(forward, x, None, *inputs, use_reentrant=False, **(contexts if what == "selective" else {}))  # type: ignore[arg-type]
 
     return checkpointed
 

@@ -88,8 +88,8 @@ class Unsharded:
     def _dtensor(self, local: Tensor) -> DTensor:
         return DTensor.from_local(local, self._mesh, [Replicate(), Shard(0)], run_check=False)
 
-    def _reducing(self, forward: Callable[..., Tensor], gradients: list[GradientSum]) -> Callable[..., Tensor]:
-        """``forward``, with a reduction of these ``gradients`` as soon as its backward pass is done."""
+    def _reducing(self, forward: Callable[..., Any], gradients: list[GradientSum]) -> Callable[..., Any]:
+        """A Block's ``forward``, with a reduction of these ``gradients`` as soon as its backward pass is done."""
 
         def reduce() -> None:
             if self.reduces:
