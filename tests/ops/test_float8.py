@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from tinyllama.model import Linear
 from tinyllama.ops import float8, float8_casts
 from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
+from tinyllama.ops.linear import GradientSum
 
 E4M3, E5M2 = float8.E4M3, float8.E5M2
 gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
@@ -93,10 +94,15 @@ def test_a_weights_gradient_is_added_in_fp32(device: str) -> None:
     scales = float8.new_scales(torch.tensor(False), device)
     float8.linear(x, weight, scales).backward(gradient)
     total = torch.full((48, 32), 3.0, device=device)
-    float8.linear(x.requires_grad_(), weight.detach(), scales, total).backward(gradient)
+    kept = GradientSum(total, torch.tensor(False))
+    float8.linear(x.requires_grad_(), weight.detach(), scales, kept).backward(gradient)
     assert weight.grad is not None
     assert (total - 3 - weight.grad.float()).norm() < 3e-3 * weight.grad.float().norm()
     assert (total - 3 - gradient.float().T @ x.float()).norm() < 8e-2 * weight.grad.float().norm()
+    kept.empty.fill_(True)
+    float8.linear(x, weight.detach(), scales, kept, x_is_kept=True).backward(gradient)
+    assert (total - weight.grad.float()).norm() < 3e-3 * weight.grad.float().norm()
+    assert not kept.empty
 
 
 def test_only_linear_modules_with_scales_are_in_float8() -> None:

@@ -18,6 +18,7 @@ from torch.nn.functional import ScalingType, scaled_mm
 
 from tinyllama.ops import backend, float8_casts
 from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
+from tinyllama.ops.linear import GradientSum
 
 CAPABILITY = (8, 9)
 """least compute capability of a GPU with float8 matmuls"""
@@ -77,13 +78,13 @@ def rescale(rows: Tensor) -> None:
 
 
 def linear(
-    x: Tensor, weight: Tensor, scales: Scales, weight_gradient: Tensor | None = None, x_is_kept: bool = False
+    x: Tensor, weight: Tensor, scales: Scales, weight_gradient: GradientSum | None = None, x_is_kept: bool = False
 ) -> Tensor:
     """Multiply x (..., I) by weight (O, I) -> (..., O), all in bf16, as ``ops.linear.linear`` does.
 
     The backward pass needs x cast and transposed, which is kept for it, or made again from an x that is kept anyway.
     """
-    out = _Linear.apply(x.flatten(0, -2), weight, *scales, weight_gradient, x_is_kept)
+    out = _Linear.apply(x.flatten(0, -2), weight, *scales, x_is_kept, *(weight_gradient or ()))
     assert isinstance(out, Tensor)
     return out.view(*x.shape[:-1], -1)
 
@@ -91,18 +92,18 @@ def linear(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        rows, known, weight_gradient, x_is_kept = rest
+        rows, known, x_is_kept, *sums = rest
         out, x_t = _linear(x, weight, rows, known, x_is_kept)
         ctx.x_is_kept = x_is_kept
-        ctx.save_for_backward(x if x_is_kept else x_t, weight, rows, known, weight_gradient)
+        ctx.save_for_backward(x if x_is_kept else x_t, weight, rows, known, *sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows, known, weight_gradient = ctx.saved_tensors
+        x, weight, rows, known, *sums = ctx.saved_tensors
         dx, gradient_t = _linear_backward(gradients[0], weight, rows, known)
         x_t = _cast_again(x, rows, known) if ctx.x_is_kept else x
-        return dx, _weight_gradient(gradient_t, x_t, rows, weight_gradient), None, None, None, None
+        return dx, _weight_gradient(gradient_t, x_t, rows, sums), *[None] * (3 + len(sums))
 
 
 def swiglu(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Any = None) -> Tensor:
@@ -111,27 +112,27 @@ def swiglu(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Any = None) -> Tensor:
     The backward pass keeps x and the product before the gate, and computes the gate again.
     """
     weight12 = w12.weight if w12 else torch.stack((w1.weight, w2.weight), dim=1).flatten(0, 1)
-    gradients = (w12.gradient, w3.weight_gradient) if w12 else (None, None)
+    sums = (*w12.gradient, *w3.weight_gradient) if w12 else ()
     scales = (w1.scales.rows, w3.scales.rows, w3.scales.known)
-    out = _SwiGLU.apply(x.flatten(0, -2), weight12, w3.weight, *scales, *gradients)
+    out = _SwiGLU.apply(x.flatten(0, -2), weight12, w3.weight, *scales, *sums)
     assert isinstance(out, Tensor)
     return out.view(x.shape)
 
 
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, w12: Tensor, w3: Tensor, *rest: Tensor | None) -> Tensor:
-        rows12, rows3, known, w12_gradient, w3_gradient = rest
+    def forward(ctx: Any, x: Tensor, w12: Tensor, w3: Tensor, *rest: Tensor) -> Tensor:
+        rows12, rows3, known, *sums = rest
         out, x_t, ab = _swiglu(x, w12, w3, rows12, rows3, known)
-        ctx.save_for_backward(x_t, w12, w3, ab, rows12, rows3, known, w12_gradient, w3_gradient)
+        ctx.save_for_backward(x_t, w12, w3, ab, rows12, rows3, known, *sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_t, w12, w3, ab, rows12, rows3, known, w12_gradient, w3_gradient = ctx.saved_tensors
+        x_t, w12, w3, ab, rows12, rows3, known, *sums = ctx.saved_tensors
         dx, gradient_t, h_t, d_ab_t = _swiglu_backward(gradients[0], ab, w12, w3, rows12, rows3, known)
-        dw3 = _weight_gradient(gradient_t, h_t, rows3, w3_gradient)
-        return dx, _weight_gradient(d_ab_t, x_t, rows12, w12_gradient), dw3, None, None, None, None, None
+        dw3 = _weight_gradient(gradient_t, h_t, rows3, sums[2:])
+        return dx, _weight_gradient(d_ab_t, x_t, rows12, sums[:2]), dw3, *[None] * (3 + len(sums))
 
 
 # Each pass is one operation, which torch.compile treats as opaque. A weight is cast again in the backward pass: the
@@ -224,21 +225,21 @@ def _(
     return torch.empty_like(gradient), gradient_t, h_t, d_ab_t
 
 
-def _weight_gradient(gradient_t: Tensor, x_t: Tensor, rows: Tensor, total: Tensor | None) -> Tensor | None:
-    """Return the gradient of a weight (O, I) from gradient_t (O, N) and x_t (I, N), or add it to ``total``."""
-    if total is None:
+def _weight_gradient(gradient_t: Tensor, x_t: Tensor, rows: Tensor, sums: list[Tensor]) -> Tensor | None:
+    """Return the gradient of a weight (O, I) from gradient_t (O, N) and x_t (I, N), or add it to a ``GradientSum``."""
+    if not sums:
         return _matmul(gradient_t, x_t, rows[GRADIENT], rows[X])
-    _add_matmul(total, gradient_t, x_t, rows)
+    _add_matmul(*sums, gradient_t, x_t, rows)
     return None
 
 
-@torch.library.custom_op("tinyllama::float8_add_matmul", mutates_args=("total",))
-def _add_matmul(total: Tensor, gradient_t: Tensor, x_t: Tensor, rows: Tensor) -> None:
-    total += _matmul(gradient_t, x_t, rows[GRADIENT], rows[X], dtype=total.dtype)
+@torch.library.custom_op("tinyllama::float8_add_matmul", mutates_args=("total", "empty"))
+def _add_matmul(total: Tensor, empty: Tensor, gradient_t: Tensor, x_t: Tensor, rows: Tensor) -> None:
+    GradientSum(total, empty).add(_matmul(gradient_t, x_t, rows[GRADIENT], rows[X], dtype=total.dtype))
 
 
 @_add_matmul.register_fake
-def _(total: Tensor, gradient_t: Tensor, x_t: Tensor, rows: Tensor) -> None:
+def _(total: Tensor, empty: Tensor, gradient_t: Tensor, x_t: Tensor, rows: Tensor) -> None:
     pass
 
 
