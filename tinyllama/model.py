@@ -14,13 +14,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama.config.model import ModelConfig
-from tinyllama.ops import attention, cross_entropy, float8, rms_norm, swiglu
+from tinyllama.ops import attention, cross_entropy, float8, rms_norm, rope, swiglu
 from tinyllama.ops.linear import GradientSum, linear
-from tinyllama.ops.rope import rope, rope_tables
 
 # backends that run anywhere; ops/choice.py chooses those of a run
 OPS = {
     "attention": "sdpa",
+    "rope": "reference",
     "rms_norm": "reference",
     "swiglu": "reference",
     "cross_entropy": "reference",
@@ -109,7 +109,7 @@ class GPT(nn.Module):
         They are not buffers: model.to(torch.bfloat16) would cast those, and the tables must stay fp32.
         """
         c = self.config
-        return rope_tables(c.block_size, c.head_size, c.rope_base, device, c.rope_condense_ratio)
+        return rope.rope_tables(c.block_size, c.head_size, c.rope_base, device, c.rope_condense_ratio)
 
 
 class Block(nn.Module):
@@ -170,6 +170,7 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
         self.attention = attention.BACKENDS[ops["attention"]].call
+        self.rope = rope.BACKENDS[ops["rope"]].call
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
         # rows: for each group, its nh/G query heads, then its key head, then its value head
         self.attn = Linear(config.n_embd, config.qkv_size)
@@ -180,9 +181,7 @@ class CausalSelfAttention(nn.Module):
         B, T, C = x.shape
         queries = self.n_head // self.n_query_groups
         qkv = self.attn(x).view(B, T, self.n_query_groups, queries + 2, self.head_size)
-        q, k, v = qkv.split((queries, 1, 1), dim=3)  # (B, T, G, nh/G or 1, hs)
-        q, k, v = (heads.flatten(2, 3).transpose(1, 2) for heads in (q, k, v))  # (B, nh or G, T, hs)
-        q, k = rope(q, cos, sin), rope(k, cos, sin)
+        q, k, v = self.rope(qkv, cos, sin)  # (B, nh, T, hs), (B, G, T, hs) twice
         y = self.attention(q, k, v, mask) if cache is None else cache.attend(self, q, k, v)  # (B, nh, T, hs)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))
 

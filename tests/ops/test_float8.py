@@ -80,11 +80,13 @@ def test_the_kernels_are_pytorchs_operations() -> None:
 
 
 def test_zeros_and_tiny_numbers_have_a_scale() -> None:
-    rows = float8.new_scales(torch.tensor(True), "cpu").rows
-    rows[1, LARGEST], rows[2, FACTOR] = 1e-38, 4.0
-    float8.rescale(rows)
+    rows = torch.zeros(3, ROW)
+    rows[:, FACTOR] = torch.tensor([1.0, 1.0, 4.0])
+    rows[1, LARGEST] = 1e-38
+    float8.rescale(rows, E4M3)
     assert rows[:, FACTOR].tolist() == [1.0, 2.0**100, 4.0]
     assert rows[:, INVERSE].tolist() == [1.0, 2.0**-100, 0.25]
+    assert float8.powers_of_two(torch.tensor([-126, 0, 127], dtype=torch.int32)).tolist() == [2.0**-126, 1.0, 2.0**127]
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])

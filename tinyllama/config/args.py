@@ -159,6 +159,8 @@ class OpsArgs:
 
     attention: str = "auto"
     """reference, sdpa, sdpa_cudnn, sdpa_flash, flex, flash_attn (FlashAttention-2) or flash_attn_4"""
+    rope: str = "auto"
+    """reference, or triton (heads are taken apart and rotated in one pass)"""
     rms_norm: str = "auto"
     """reference, torch or quack (the addition before it inside)"""
     swiglu: str = "auto"

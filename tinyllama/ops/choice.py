@@ -6,11 +6,12 @@ import torch
 
 from tinyllama import InputError
 from tinyllama.config.model import ModelConfig
-from tinyllama.ops import attention, cross_entropy, rms_norm, swiglu, symmetric_matmul
+from tinyllama.ops import attention, cross_entropy, rms_norm, rope, swiglu, symmetric_matmul
 from tinyllama.ops.backend import Backend
 
 OPERATIONS: dict[str, dict[str, Backend]] = {
     "attention": attention.BACKENDS,
+    "rope": rope.BACKENDS,
     "rms_norm": rms_norm.BACKENDS,
     "swiglu": swiglu.BACKENDS,
     "cross_entropy": cross_entropy.BACKENDS,
@@ -20,6 +21,7 @@ OPERATIONS: dict[str, dict[str, Backend]] = {
 
 SIZES = {
     "attention": ("head_size",),
+    "rope": (),
     "rms_norm": ("n_embd",),
     "swiglu": ("n_embd", "intermediate_size"),
     "cross_entropy": (),
@@ -30,9 +32,10 @@ SIZES = {
 # auto takes the first backend that can run, in the order of the measurements in docs/benchmarks.md, else the reference
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"attention": ("sdpa",)},
-    "ampere": {"attention": ("flash_attn", "sdpa_flash"), "cross_entropy": ("chunked",)},
+    "ampere": {"attention": ("flash_attn", "sdpa_flash"), "rope": ("triton",), "cross_entropy": ("chunked",)},
     "hopper": {
         "attention": ("flash_attn_4", "flash_attn", "sdpa_flash"),
+        "rope": ("triton",),
         "rms_norm": ("quack",),
         "swiglu": ("quack",),
         "cross_entropy": ("chunked",),

@@ -27,21 +27,26 @@ MULTIPLE = 16
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-X, WEIGHT, GRADIENT = range(3)
-"""the tensors of a matmul ``x weight^T``, in the order of their scales; GRADIENT is that of its result"""
-DTYPES = (E4M3, E4M3, E5M2)
-ROOM = (2.0, 2.0, 16.0)
-"""How much more than in the step before a magnitude may be; what is more yet is cut.
+ROOM = {E4M3: 2.0, E5M2: 16.0}
+"""How much more than in the step before a magnitude may be, by dtype; what is more yet is cut.
 
 A factor of two costs one value of the exponent. Gradients change most, and e5m2 has values to spare.
 """
 
+X, WEIGHT = range(2)
+
 
 class Scales(NamedTuple):
-    """The scales of a matmul."""
+    """The scales of a matmul ``x weight^T``.
 
-    rows: Tensor
-    """(3, ROW) fp32: X, WEIGHT, GRADIENT by INVERSE, FACTOR, LARGEST"""
+    Each pass changes a tensor of its own: what a compiled backward pass did to one that the forward pass has changed,
+    too, would be lost, since it is given a copy.
+    """
+
+    inputs: Tensor
+    """(2, ROW) fp32: X and WEIGHT by INVERSE, FACTOR, LARGEST"""
+    gradient: Tensor
+    """(1, ROW) fp32: that of the result's gradient"""
     known: Tensor
     """() bool on the CPU: whether there was a step before; if not, each cast looks at its tensor first"""
 
@@ -62,19 +67,27 @@ def problem(device: torch.device, sizes: dict[str, int]) -> str | None:
 
 def new_scales(known: Tensor, device: torch.device | str) -> Scales:
     """Return scales of 1, which nothing has been cast with."""
-    rows = torch.zeros(3, ROW, device=device)
-    rows[:, [FACTOR, INVERSE]] = 1.0
-    return Scales(rows, known)
+    inputs, gradient = (torch.zeros(rows, ROW, device=device) for rows in (2, 1))
+    for rows in (inputs, gradient):
+        rows[:, [FACTOR, INVERSE]] = 1.0
+    return Scales(inputs, gradient, known)
 
 
-def rescale(rows: Tensor) -> None:
-    """Set the factors in rows (..., 3, ROW) from the largest magnitudes; those of nothing and of no finite one stay."""
-    for which, (dtype, room) in enumerate(zip(DTYPES, ROOM, strict=True)):
-        largest, factor = rows[..., which, LARGEST], rows[..., which, FACTOR]
-        most = (torch.finfo(dtype).max / room / largest).clamp(2.0**-100, 2.0**100)
-        power = torch.ldexp(torch.ones_like(most), torch.frexp(most)[1] - 1)  # the power of two that is not more
-        factor.copy_(torch.where(largest.isfinite() & (largest > 0), power, factor))
+def rescale(rows: Tensor, dtype: torch.dtype) -> None:
+    """Set the factors in rows (..., ROW) of casts to ``dtype`` from what was LARGEST.
+
+    Those of rows where that was nothing, or not finite, stay.
+    """
+    largest = rows[..., LARGEST]
+    most = (torch.finfo(dtype).max / ROOM[dtype] / largest).clamp(2.0**-100, 2.0**100)
+    usable = largest.isfinite() & (largest > 0)
+    rows[..., FACTOR] = torch.where(usable, powers_of_two(torch.frexp(most)[1] - 1), rows[..., FACTOR])
     rows[..., INVERSE] = 1 / rows[..., FACTOR]
+
+
+def powers_of_two(exponents: Tensor) -> Tensor:
+    """Return 2 to the power of ``exponents``, int32 from -126 to 127, in fp32, exact on any device."""
+    return ((exponents + 127) << 23).view(torch.float32)
 
 
 def linear(
@@ -92,18 +105,18 @@ def linear(
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, *rest: Any) -> Tensor:
-        rows, known, x_is_kept, *sums = rest
-        out, x_t = _linear(x, weight, rows, known, x_is_kept)
+        inputs, gradient_row, known, x_is_kept, *sums = rest
+        out, x_t = _linear(x, weight, inputs, known, x_is_kept)
         ctx.x_is_kept = x_is_kept
-        ctx.save_for_backward(x if x_is_kept else x_t, weight, rows, known, *sums)
+        ctx.save_for_backward(x if x_is_kept else x_t, weight, inputs, gradient_row, known, *sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, rows, known, *sums = ctx.saved_tensors
-        dx, gradient_t = _linear_backward(gradients[0], weight, rows, known)
-        x_t = _cast_again(x, rows, known) if ctx.x_is_kept else x
-        return dx, _weight_gradient(gradient_t, x_t, rows, sums), *[None] * (3 + len(sums))
+        x, weight, inputs, gradient_row, known, *sums = ctx.saved_tensors
+        dx, gradient_t = _linear_backward(gradients[0], weight, inputs, gradient_row, known)
+        x_t = _cast_again(x, inputs) if ctx.x_is_kept else x
+        return dx, _weight_gradient(gradient_t, x_t, gradient_row, inputs, sums), *[None] * (4 + len(sums))
 
 
 def swiglu(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Any = None) -> Tensor:
@@ -113,8 +126,7 @@ def swiglu(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Any = None) -> Tensor:
     """
     weight12 = w12.weight if w12 else torch.stack((w1.weight, w2.weight), dim=1).flatten(0, 1)
     sums = (*w12.gradient, *w3.weight_gradient) if w12 else ()
-    scales = (w1.scales.rows, w3.scales.rows, w3.scales.known)
-    out = _SwiGLU.apply(x.flatten(0, -2), weight12, w3.weight, *scales, *sums)
+    out = _SwiGLU.apply(x.flatten(0, -2), weight12, w3.weight, *w1.scales[:2], *w3.scales, *sums)
     assert isinstance(out, Tensor)
     return out.view(x.shape)
 
@@ -122,124 +134,151 @@ def swiglu(x: Tensor, w1: Any, w2: Any, w3: Any, w12: Any = None) -> Tensor:
 class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w12: Tensor, w3: Tensor, *rest: Tensor) -> Tensor:
-        rows12, rows3, known, *sums = rest
-        out, x_t, ab = _swiglu(x, w12, w3, rows12, rows3, known)
-        ctx.save_for_backward(x_t, w12, w3, ab, rows12, rows3, known, *sums)
+        inputs12, gradient12, inputs3, gradient3, known, *sums = rest
+        out, x_t, ab = _swiglu(x, w12, w3, inputs12, inputs3, known)
+        ctx.save_for_backward(x_t, w12, w3, ab, inputs12, gradient12, inputs3, gradient3, known, *sums)
         return out
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
-        x_t, w12, w3, ab, rows12, rows3, known, *sums = ctx.saved_tensors
-        dx, gradient_t, h_t, d_ab_t = _swiglu_backward(gradients[0], ab, w12, w3, rows12, rows3, known)
-        dw3 = _weight_gradient(gradient_t, h_t, rows3, sums[2:])
-        return dx, _weight_gradient(d_ab_t, x_t, rows12, sums[:2]), dw3, *[None] * (3 + len(sums))
+        x_t, w12, w3, ab, inputs12, gradient12, inputs3, gradient3, known, *sums = ctx.saved_tensors
+        dx, gradient_t, h_t, d_ab_t = _swiglu_backward(
+            gradients[0], ab, w12, w3, inputs12, gradient12, inputs3, gradient3, known
+        )
+        dw12 = _weight_gradient(d_ab_t, x_t, gradient12, inputs12, sums[:2])
+        dw3 = _weight_gradient(gradient_t, h_t, gradient3, inputs3, sums[2:])
+        return dx, dw12, dw3, *[None] * (5 + len(sums))
 
 
 # Each pass is one operation, which torch.compile treats as opaque. A weight is cast again in the backward pass: the
 # copies of all layers would take as much memory as a quarter of the master weights.
 
 
-@torch.library.custom_op("tinyllama::float8_linear", mutates_args=("rows",))
-def _linear(x: Tensor, weight: Tensor, rows: Tensor, known: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("tinyllama::float8_linear", mutates_args=("inputs",))
+def _linear(x: Tensor, weight: Tensor, inputs: Tensor, known: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
     """Return x weight^T (N, O) bf16, and x cast and transposed, (I, N), or an empty tensor (0,) if x is kept."""
-    if x_is_kept:
-        x8, x_t = _straight(x, rows, X, known), x.new_empty(0, dtype=E4M3)
-    else:
-        x8, x_t = _both(x, rows, X, known)
-    return _matmul(x8, _straight(weight, rows, WEIGHT, known), rows[X], rows[WEIGHT], fast=True), x_t
+    x8, x_t = _like(x, E4M3), None if x_is_kept else _like(x.T, E4M3)
+    _cast(x, inputs[X], known, x8, x_t)
+    out = _matmul(x8, _weight(weight, inputs, known), inputs[X], inputs[WEIGHT], fast=True)
+    return out, x.new_empty(0, dtype=E4M3) if x_t is None else x_t
 
 
 @_linear.register_fake
-def _(x: Tensor, weight: Tensor, rows: Tensor, known: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
-    return x.new_empty(len(x), len(weight)), x.new_empty(0 if x_is_kept else x.shape[::-1], dtype=E4M3)
+def _(x: Tensor, weight: Tensor, inputs: Tensor, known: Tensor, x_is_kept: bool) -> tuple[Tensor, Tensor]:
+    return x.new_empty(len(x), len(weight)), x.new_empty(0, dtype=E4M3) if x_is_kept else _like(x.T, E4M3)
 
 
-@torch.library.custom_op("tinyllama::float8_cast_again", mutates_args=("rows",))
-def _cast_again(x: Tensor, rows: Tensor, known: Tensor) -> Tensor:
+@torch.library.custom_op("tinyllama::float8_cast_again", mutates_args=())
+def _cast_again(x: Tensor, inputs: Tensor) -> Tensor:
     """Return x (N, I) cast and transposed, (I, N)."""
-    return _transposed(x, rows, X, known)
+    x_t = _like(x.T, E4M3)
+    _casts(x).cast(x.contiguous(), inputs[X], None, x_t, sees=False)
+    return x_t
 
 
 @_cast_again.register_fake
-def _(x: Tensor, rows: Tensor, known: Tensor) -> Tensor:
-    return x.new_empty(x.shape[::-1], dtype=E4M3)
+def _(x: Tensor, inputs: Tensor) -> Tensor:
+    return _like(x.T, E4M3)
 
 
-@torch.library.custom_op("tinyllama::float8_linear_backward", mutates_args=("rows",))
-def _linear_backward(gradient: Tensor, weight: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+@torch.library.custom_op("tinyllama::float8_linear_backward", mutates_args=("gradient_row",))
+def _linear_backward(
+    gradient: Tensor, weight: Tensor, inputs: Tensor, gradient_row: Tensor, known: Tensor
+) -> tuple[Tensor, Tensor]:
     """Return the gradient of x, (N, I) bf16, and ``gradient`` (N, O) cast and transposed, (O, N)."""
-    gradient8, gradient_t = _both(gradient, rows, GRADIENT, known)
-    return _matmul(gradient8, _transposed(weight, rows, WEIGHT, known), rows[GRADIENT], rows[WEIGHT]), gradient_t
+    gradient8, gradient_t = _like(gradient, E5M2), _like(gradient.T, E5M2)
+    _cast(gradient, gradient_row[0], known, gradient8, gradient_t)
+    return _matmul(gradient8, _weight_t(weight, inputs), gradient_row[0], inputs[WEIGHT]), gradient_t
 
 
 @_linear_backward.register_fake
-def _(gradient: Tensor, weight: Tensor, rows: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
-    return gradient.new_empty(len(gradient), weight.size(1)), gradient.new_empty(gradient.shape[::-1], dtype=E5M2)
+def _(gradient: Tensor, weight: Tensor, inputs: Tensor, gradient_row: Tensor, known: Tensor) -> tuple[Tensor, Tensor]:
+    return gradient.new_empty(len(gradient), weight.size(1)), _like(gradient.T, E5M2)
 
 
-@torch.library.custom_op("tinyllama::float8_swiglu", mutates_args=("rows12", "rows3"))
+@torch.library.custom_op("tinyllama::float8_swiglu", mutates_args=("inputs12", "inputs3"))
 def _swiglu(
-    x: Tensor, w12: Tensor, w3: Tensor, rows12: Tensor, rows3: Tensor, known: Tensor
+    x: Tensor, w12: Tensor, w3: Tensor, inputs12: Tensor, inputs3: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Return the MLP's output (N, C), x cast and transposed, (C, N), and ab, the product before the gate, (N, 2 I)."""
-    x8, x_t = _both(x, rows12, X, known)
-    ab = _matmul(x8, _straight(w12, rows12, WEIGHT, known), rows12[X], rows12[WEIGHT], fast=True)
+    x8, x_t = _like(x, E4M3), _like(x.T, E4M3)
+    _cast(x, inputs12[X], known, x8, x_t)
+    ab = _matmul(x8, _weight(w12, inputs12, known), inputs12[X], inputs12[WEIGHT], fast=True)
     h = x.new_empty(len(x), w3.size(1), dtype=E4M3)
-    _known_first(functools.partial(_casts(x).gate, ab, rows3[X], h), rows3, known)
-    return _matmul(h, _straight(w3, rows3, WEIGHT, known), rows3[X], rows3[WEIGHT], fast=True), x_t, ab
+    _known_first(functools.partial(_casts(x).gate, ab, inputs3[X], h), inputs3[X], E4M3, known)
+    return _matmul(h, _weight(w3, inputs3, known), inputs3[X], inputs3[WEIGHT], fast=True), x_t, ab
 
 
 @_swiglu.register_fake
 def _(
-    x: Tensor, w12: Tensor, w3: Tensor, rows12: Tensor, rows3: Tensor, known: Tensor
+    x: Tensor, w12: Tensor, w3: Tensor, inputs12: Tensor, inputs3: Tensor, known: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return torch.empty_like(x), x.new_empty(x.shape[::-1], dtype=E4M3), x.new_empty(len(x), len(w12))
+    return torch.empty_like(x), _like(x.T, E4M3), x.new_empty(len(x), len(w12))
 
 
-@torch.library.custom_op("tinyllama::float8_swiglu_backward", mutates_args=("rows12", "rows3"))
+@torch.library.custom_op("tinyllama::float8_swiglu_backward", mutates_args=("gradient12", "gradient3"))
 def _swiglu_backward(
-    gradient: Tensor, ab: Tensor, w12: Tensor, w3: Tensor, rows12: Tensor, rows3: Tensor, known: Tensor
+    gradient: Tensor,
+    ab: Tensor,
+    w12: Tensor,
+    w3: Tensor,
+    inputs12: Tensor,
+    gradient12: Tensor,
+    inputs3: Tensor,
+    gradient3: Tensor,
+    known: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Return the gradient of x, (N, C) bf16, and what the weights' gradients are computed from, in float8:
 
     ``gradient`` (N, C) as (C, N), the gate's output as (I, N), and the gradient of ab as (2 I, N).
     """
-    gradient8, gradient_t = _both(gradient, rows3, GRADIENT, known)
-    dh = _matmul(gradient8, _transposed(w3, rows3, WEIGHT, known), rows3[GRADIENT], rows3[WEIGHT])
-    d_ab, d_ab_t = (ab.new_empty(shape, dtype=E5M2) for shape in (ab.shape, ab.shape[::-1]))
-    h_t = ab.new_empty(dh.shape[::-1], dtype=E4M3)
-    casts = (dh, ab, rows12[GRADIENT], rows3[X], d_ab, d_ab_t, h_t)
-    _known_first(functools.partial(_casts(dh).gate_backward, *casts), rows12, known)
+    gradient8, gradient_t = _like(gradient, E5M2), _like(gradient.T, E5M2)
+    _cast(gradient, gradient3[0], known, gradient8, gradient_t)
+    dh = _matmul(gradient8, _weight_t(w3, inputs3), gradient3[0], inputs3[WEIGHT])
+    d_ab, d_ab_t, h_t = _like(ab, E5M2), _like(ab.T, E5M2), _like(dh.T, E4M3)
+    casts = (dh, ab, gradient12[0], inputs3[X], d_ab, d_ab_t, h_t)
+    _known_first(functools.partial(_casts(dh).gate_backward, *casts), gradient12[0], E5M2, known)
     del dh, gradient8, casts  # nearly half a gigabyte, when most is allocated
-    dx = _matmul(d_ab, _transposed(w12, rows12, WEIGHT, known), rows12[GRADIENT], rows12[WEIGHT])
+    dx = _matmul(d_ab, _weight_t(w12, inputs12), gradient12[0], inputs12[WEIGHT])
     return dx, gradient_t, h_t, d_ab_t
 
 
 @_swiglu_backward.register_fake
 def _(
-    gradient: Tensor, ab: Tensor, w12: Tensor, w3: Tensor, rows12: Tensor, rows3: Tensor, known: Tensor
+    gradient: Tensor,
+    ab: Tensor,
+    w12: Tensor,
+    w3: Tensor,
+    inputs12: Tensor,
+    gradient12: Tensor,
+    inputs3: Tensor,
+    gradient3: Tensor,
+    known: Tensor,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    (N, C), hidden = gradient.shape, w3.size(1)
-    shapes = (((C, N), E5M2), ((hidden, N), E4M3), ((2 * hidden, N), E5M2))
-    gradient_t, h_t, d_ab_t = (gradient.new_empty(shape, dtype=dtype) for shape, dtype in shapes)
-    return torch.empty_like(gradient), gradient_t, h_t, d_ab_t
+    h_t = ab.new_empty(w3.size(1), len(ab), dtype=E4M3)
+    return torch.empty_like(gradient), _like(gradient.T, E5M2), h_t, _like(ab.T, E5M2)
 
 
-def _weight_gradient(gradient_t: Tensor, x_t: Tensor, rows: Tensor, sums: list[Tensor]) -> Tensor | None:
+def _weight_gradient(
+    gradient_t: Tensor, x_t: Tensor, gradient_row: Tensor, inputs: Tensor, sums: list[Tensor]
+) -> Tensor | None:
     """Return the gradient of a weight (O, I) from gradient_t (O, N) and x_t (I, N), or add it to a ``GradientSum``."""
     if not sums:
-        return _matmul(gradient_t, x_t, rows[GRADIENT], rows[X])
-    _add_matmul(*sums, gradient_t, x_t, rows)
+        return _matmul(gradient_t, x_t, gradient_row[0], inputs[X])
+    _add_matmul(*sums, gradient_t, x_t, gradient_row, inputs)
     return None
 
 
 @torch.library.custom_op("tinyllama::float8_add_matmul", mutates_args=("total", "empty"))
-def _add_matmul(total: Tensor, empty: Tensor, gradient_t: Tensor, x_t: Tensor, rows: Tensor) -> None:
-    GradientSum(total, empty).add(_matmul(gradient_t, x_t, rows[GRADIENT], rows[X], dtype=total.dtype))
+def _add_matmul(
+    total: Tensor, empty: Tensor, gradient_t: Tensor, x_t: Tensor, gradient_row: Tensor, inputs: Tensor
+) -> None:
+    product = _matmul(gradient_t, x_t, gradient_row[0], inputs[X], dtype=total.dtype)
+    GradientSum(total, empty).add(product)
 
 
 @_add_matmul.register_fake
-def _(total: Tensor, empty: Tensor, gradient_t: Tensor, x_t: Tensor, rows: Tensor) -> None:
+def _(total: Tensor, empty: Tensor, gradient_t: Tensor, x_t: Tensor, gradient_row: Tensor, inputs: Tensor) -> None:
     pass
 
 
@@ -252,36 +291,36 @@ def _matmul(
     return scaled_mm(a, b.T, *inverses, output_dtype=dtype, use_fast_accum=fast)
 
 
-def _both(x: Tensor, rows: Tensor, which: int, known: Tensor) -> tuple[Tensor, Tensor]:
-    x8, x_t = (x.new_empty(shape, dtype=DTYPES[which]) for shape in (x.shape, x.shape[::-1]))
-    _cast(x, rows, which, known, x8, x_t)
-    return x8, x_t
+def _like(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return memory of x's shape, row by row."""
+    return x.new_empty(x.shape, dtype=dtype)
 
 
-def _straight(x: Tensor, rows: Tensor, which: int, known: Tensor) -> Tensor:
-    x8 = x.new_empty(x.shape, dtype=DTYPES[which])
-    _cast(x, rows, which, known, x8, None)
-    return x8
+def _weight(weight: Tensor, inputs: Tensor, known: Tensor) -> Tensor:
+    """Return weight (O, I) cast."""
+    out = _like(weight, E4M3)
+    _cast(weight, inputs[WEIGHT], known, out, None)
+    return out
 
 
-def _transposed(x: Tensor, rows: Tensor, which: int, known: Tensor) -> Tensor:
-    x_t = x.new_empty(x.shape[::-1], dtype=DTYPES[which])
-    _cast(x, rows, which, known, None, x_t)
-    return x_t
+def _weight_t(weight: Tensor, inputs: Tensor) -> Tensor:
+    """Return weight (O, I) cast and transposed, (I, O), by the scale that the forward pass had."""
+    out = _like(weight.T, E4M3)
+    _casts(weight).cast(weight.contiguous(), inputs[WEIGHT], None, out, sees=False)
+    return out
 
 
-def _cast(
-    x: Tensor, rows: Tensor, which: int, known: Tensor, straight: Tensor | None, transposed: Tensor | None
-) -> None:
-    x = x.contiguous()
-    _known_first(functools.partial(_casts(x).cast, x, rows[which], straight, transposed), rows, known)
+def _cast(x: Tensor, row: Tensor, known: Tensor, straight: Tensor, transposed: Tensor | None) -> None:
+    """Cast x (N, K) into ``straight`` (N, K) and perhaps ``transposed`` (K, N)."""
+    cast = functools.partial(_casts(x).cast, x.contiguous(), row, straight, transposed)
+    _known_first(cast, row, straight.dtype, known)
 
 
-def _known_first(cast: Callable[[], None], rows: Tensor, known: Tensor) -> None:
+def _known_first(cast: Callable[[], None], row: Tensor, dtype: torch.dtype, known: Tensor) -> None:
     """Call ``cast``; in a run's first step twice, the first time for the largest magnitude."""
     cast()
     if not known:
-        rescale(rows)
+        rescale(row, dtype)
         cast()
 
 

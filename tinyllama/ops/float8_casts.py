@@ -14,9 +14,15 @@ ROW = 4
 """numbers of a row: cuBLAS wants an INVERSE in every 16 bytes"""
 
 
-def cast(x: Tensor, row: Tensor, straight: Tensor | None, transposed: Tensor | None) -> None:
-    """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both."""
-    _see(x, row)
+def cast(
+    x: Tensor, row: Tensor, straight: Tensor | None = None, transposed: Tensor | None = None, sees: bool = True
+) -> None:
+    """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both.
+
+    Unless it ``sees``, the row stays as it is.
+    """
+    if sees:
+        _see(x, row)
     for out, given in ((straight, x), (transposed, x.T)):
         if out is not None:
             _fit(given, row, out)

@@ -17,14 +17,19 @@ LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
 _FACTOR, _LARGEST = tl.constexpr(float8_casts.FACTOR), tl.constexpr(float8_casts.LARGEST)
 
 
-def cast(x: Tensor, row: Tensor, straight: Tensor | None, transposed: Tensor | None) -> None:
-    """Cast x (N, K) in 16 bits into ``straight`` (N, K), into ``transposed`` (K, N), or into both."""
+def cast(
+    x: Tensor, row: Tensor, straight: Tensor | None = None, transposed: Tensor | None = None, sees: bool = True
+) -> None:
+    """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both.
+
+    Unless it ``sees``, the row stays as it is.
+    """
     out = straight if straight is not None else transposed
     assert out is not None
     grid, block = _blocks(x.shape, 64, 128)
     _cast[grid](
         x, straight, transposed, row, *x.shape, LARGEST[out.dtype],
-        straight is not None, transposed is not None, *block, num_warps=4,
+        straight is not None, transposed is not None, sees, *block, num_warps=4,
     )  # fmt: skip
 
 
@@ -66,13 +71,14 @@ def _see(row, x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _cast(  # type: ignore[no-untyped-def]
     x, straight, transposed, row, rows, columns, LARGEST: tl.constexpr,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, SEES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     n = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     values = tl.load(x + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    _see(row, values)
+    if SEES:
+        _see(row, values)
     fitting = _fit(values, tl.load(row + _FACTOR), LARGEST)
     if STRAIGHT:
         tl.store(straight + m[:, None] * columns + n[None, :], fitting.to(straight.dtype.element_ty), mask=mask)

@@ -19,49 +19,56 @@ class DelayedScaling:
 
     def __init__(self, blocks: nn.Module, device: torch.device | str) -> None:
         self._known = torch.tensor(False)
-        self._rows = []
-        for module in blocks.modules():
-            if isinstance(module, Linear):
-                module.scales = float8.new_scales(self._known, device)
-                self._rows.append(module.scales.rows)
+        linears = [module for module in blocks.modules() if isinstance(module, Linear)]
+        for linear in linears:
+            linear.scales = float8.new_scales(self._known, device)
+        scales = [linear.scales for linear in linears if linear.scales is not None]
+        self._rows = {
+            float8.E4M3: [scale.inputs for scale in scales],
+            float8.E5M2: [scale.gradient for scale in scales],
+        }
 
     def start_step(self) -> None:
         """Forget what was cast since the last step, in a validation."""
-        torch._foreach_zero_([rows[:, LARGEST] for rows in self._rows])
+        torch._foreach_zero_([rows[:, LARGEST] for alike in self._rows.values() for rows in alike])
 
     def end_step(self, rejected: Tensor) -> None:
         """Collective. Set the scales of the next step, unless this step, () bool, was ``rejected``.
 
         A step that has a value that is not finite, or a spike, would say little about the next one's.
         """
-        rows = torch.stack(self._rows)  # (matmuls, 3, ROW)
-        if dist.get_world_size() > 1:
-            largest = rows[..., LARGEST].contiguous()
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            rows[..., LARGEST] = largest
-        before = rows.clone()
-        float8.rescale(rows)
-        # those of a first step stand, even if it was rejected
-        torch._foreach_copy_(self._rows, list(torch.where(rejected, before, rows)))
+        for dtype, alike in self._rows.items():
+            rows = torch.stack(alike)  # (matmuls, 2 or 1, ROW)
+            if dist.get_world_size() > 1:
+                largest = rows[..., LARGEST].contiguous()
+                dist.all_reduce(largest, dist.ReduceOp.MAX)
+                rows[..., LARGEST] = largest
+            before = rows.clone()
+            float8.rescale(rows, dtype)
+            # those of a first step stand, even if it was rejected
+            torch._foreach_copy_(alike, list(torch.where(rejected, before, rows)))
         self._known.fill_(True)
 
     def exponents(self) -> list[int]:
         """The factors, as powers of two, or [] before the first step: what a checkpoint holds. Waits for the device."""
         if not self._known:
             return []
-        return torch.stack(self._rows)[..., FACTOR].log2().round().int().flatten().tolist()
+        factors = torch.cat([torch.stack(alike)[..., FACTOR] for alike in self._rows.values()], dim=1)  # (matmuls, 3)
+        return (torch.frexp(factors)[1] - 1).flatten().tolist()
 
     def resume(self, exponents: list[int]) -> None:
         """Go on from what a checkpoint holds; a run that was not in float8 until then has a first step."""
         if not exponents:
             return
-        if len(exponents) != 3 * len(self._rows):
+        inputs, gradients = self._rows.values()
+        if len(exponents) != 3 * len(inputs):
             raise InputError(
-                f"the checkpoint has {len(exponents)} scales of float8, and this model {3 * len(self._rows)}: "
+                f"the checkpoint has {len(exponents)} scales of float8, and this model {3 * len(inputs)}: "
                 "its state.json is damaged, resume from another step"
             )
-        factors = torch.exp2(torch.tensor(exponents, dtype=torch.float32)).view(-1, 3)
-        for rows, factor in zip(self._rows, factors, strict=True):
-            rows[:, FACTOR] = factor.to(rows.device)
-            rows[:, INVERSE] = 1 / rows[:, FACTOR]
+        factors = float8.powers_of_two(torch.tensor(exponents, dtype=torch.int32)).view(-1, 3)
+        for of_inputs, of_gradient, factor in zip(inputs, gradients, factors, strict=True):
+            for rows, found in ((of_inputs, factor[:2]), (of_gradient, factor[2:])):
+                rows[:, FACTOR] = found.to(rows.device)
+                rows[:, INVERSE] = 1 / rows[:, FACTOR]
         self._known.fill_(True)
