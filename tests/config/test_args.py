@@ -182,6 +182,7 @@ DEFAULTS: dict[str, Any] = {
     },
     "ops": {
         "attention": "auto",
+        "rope": "auto",
         "rms_norm": "auto",
         "swiglu": "auto",
         "cross_entropy": "auto",

@@ -91,7 +91,7 @@ def test_a_summary_in_a_file_has_100_columns_and_whole_commands(
     run: Run, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.argv", ["train.py", "--out_dir", "x" * 150])
-    names = ("attention", "rms_norm", "swiglu", "cross_entropy", "symmetric_matmul")
+    names = ("attention", "rope", "rms_norm", "swiglu", "cross_entropy", "symmetric_matmul")
     ops = dict.fromkeys(names, "reference")
     paths = (replace(run.sources[0], path=Path("data/of-some-length")), replace(run.sources[1], path=Path("data/two")))
     run = replace(run, ops=ops, sources=list(paths), validation=[], args=replace(run.args, out_dir="out/mine"))

@@ -47,7 +47,7 @@ def test_a_cast_writes_both_layouts_and_sees_the_largest(device: str, dtype: tor
 
 
 @pytest.mark.parametrize("device", ["cpu", gpu])
-@pytest.mark.parametrize("shape", [(64, 48), (1, 16), (130, 272)])
+@pytest.mark.parametrize("shape", [(64, 48), (16, 16), (144, 272), (512, 2048)])
 def test_the_gate_and_its_gradient_are_autograds(device: str, shape: tuple[int, int]) -> None:
     N, hidden = shape
     ab = normal(N, 2 * hidden, device=device).double().requires_grad_()

@@ -13,6 +13,7 @@ from tinyllama.ops.attention import reference
 from tinyllama.ops.backend import Backend
 from tinyllama.ops.cross_entropy import IGNORE_INDEX
 from tinyllama.ops.linear import empty_sum
+from tinyllama.ops.rope import BACKENDS as ROPES
 from tinyllama.ops.rope import rope, rope_tables
 from tinyllama.train import parallel
 
@@ -166,6 +167,41 @@ def test_rope_gradient_turns_back():
     y = rope(x, cos, sin)
     (gradient,) = torch.autograd.grad((y * y.detach()).sum(), x)
     torch.testing.assert_close(gradient, x.detach())
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("backend", ROPES)
+@pytest.mark.parametrize(("B", "T", "G", "queries", "hs"), [(2, 40, 2, 3, 16), (3, 7, 1, 1, 24), (1, 129, 4, 8, 64)])
+@pytest.mark.parametrize("own_positions", [False, True])
+def test_heads_are_taken_apart_and_rotated(backend, device, dtype, B, T, G, queries, hs, own_positions):
+    call = usable("rope", backend, device, dtype)
+    qkv = normal(B, T, G, queries + 2, hs, dtype=dtype, device=device)
+    cos, sin = rope_tables(T, hs, 10000, torch.device(device))
+    if own_positions:
+        places = torch.randint(T, (B, T), generator=torch.Generator().manual_seed(3))
+        cos, sin = (table[places.to(device)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
+
+    def plain(qkv):
+        heads = [qkv[:, :, g, i] for g in range(G) for i in range(queries + 2)]  # (B, T, hs) each
+        kinds = [[heads[g * (queries + 2) + i] for g in range(G) for i in of] for of in (range(queries), [-2], [-1])]
+        kinds[1:] = [[heads[(g + 1) * (queries + 2) + last] for g in range(G)] for last in (-2, -1)]
+        q, k, v = (torch.stack(kind, dim=1) for kind in kinds)
+        turn = torch.complex(cos.double(), sin.double())
+        turned = [torch.complex(*x.chunk(2, dim=-1)) * turn for x in (q, k)]
+        return *(torch.cat((x.real, x.imag), dim=-1) for x in turned), v
+
+    expected = plain(qkv.detach().double().requires_grad_())
+    found = call(qkv, cos, sin)
+    limit = 1e-6 if dtype == torch.float32 else 4e-3
+    for one, other in zip(found, expected, strict=True):
+        assert one.dtype == dtype
+        assert (one.double() - other).norm() <= limit * other.norm()
+    weights = [normal(*x.shape, device=device).detach() for x in found]
+    exact = qkv.detach().double().requires_grad_()
+    (d_expected,) = torch.autograd.grad(plain(exact), exact, [w.double() for w in weights])
+    (d_found,) = torch.autograd.grad(found, qkv, [w.to(dtype) for w in weights])
+    assert (d_found.double() - d_expected).norm() <= limit * d_expected.norm()
 
 
 def test_rope_of_bf16_is_computed_in_fp32():
@@ -371,9 +407,9 @@ def test_what_is_not_counted_and_how_much_is_done_at_a_time():
 def test_auto_is_what_runs_anywhere_on_a_cpu():
     chosen = choice.resolve({}, CONFIG, CPU, precision="bf16")
     assert chosen == {"attention": "sdpa"} | dict.fromkeys(
-        ("rms_norm", "swiglu", "cross_entropy", "symmetric_matmul"), "reference"
+        ("rope", "rms_norm", "swiglu", "cross_entropy", "symmetric_matmul"), "reference"
     )
-    assert choice.describe(chosen).startswith("attention sdpa, rms_norm reference")
+    assert choice.describe(chosen).startswith("attention sdpa, rope reference, rms_norm reference")
 
 
 def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
@@ -413,6 +449,7 @@ def test_a_backend_is_left_to_models_of_its_sizes(monkeypatch):
 
 PUBLIC = {
     "attention": ["reference", "sdpa", "sdpa_cudnn", "sdpa_flash", "flex", "flash_attn", "flash_attn_4"],
+    "rope": ["reference", "triton"],
     "rms_norm": ["reference", "torch", "quack"],
     "swiglu": ["reference", "quack", "xformers", "float8"],
     "cross_entropy": ["reference", "chunked"],
@@ -425,6 +462,7 @@ NEEDS = {
     ("attention", "flex"): (True, False, (8, 0), 1),
     ("attention", "flash_attn"): (True, True, (8, 0), 8),
     ("attention", "flash_attn_4"): (True, True, (9, 0), 8),
+    ("rope", "triton"): (True, False, (8, 0), 1),
     ("rms_norm", "quack"): (True, False, (9, 0), 8),
     ("swiglu", "quack"): (True, True, (9, 0), 8),
     ("swiglu", "xformers"): (True, False, (0, 0), 1),
@@ -443,16 +481,16 @@ def test_what_every_backend_needs():
 @pytest.mark.parametrize(
     ("capability", "precision", "masked", "expected"),
     [
-        ((8, 0), "bf16", False, ("flash_attn", "reference", "reference", "chunked", "reference")),
-        ((8, 9), "bf16", False, ("flash_attn", "reference", "reference", "chunked", "reference")),
-        ((9, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked", "quack")),
-        ((10, 0), "bf16", False, ("flash_attn_4", "quack", "quack", "chunked", "quack")),
-        ((9, 0), "float8", False, ("flash_attn_4", "quack", "float8", "chunked", "quack")),
-        ((8, 9), "float8", False, ("flash_attn", "reference", "float8", "chunked", "reference")),
-        ((9, 0), "bf16", True, ("flex", "quack", "quack", "chunked", "quack")),
-        ((9, 0), "fp32", False, ("sdpa", "reference", "reference", "reference", "reference")),
-        ((9, 0), "fp32", True, ("sdpa", "reference", "reference", "reference", "reference")),
-        ((7, 5), "bf16", False, ("reference", "reference", "reference", "chunked", "reference")),
+        ((8, 0), "bf16", False, ("flash_attn", "triton", "reference", "reference", "chunked", "reference")),
+        ((8, 9), "bf16", False, ("flash_attn", "triton", "reference", "reference", "chunked", "reference")),
+        ((9, 0), "bf16", False, ("flash_attn_4", "triton", "quack", "quack", "chunked", "quack")),
+        ((10, 0), "bf16", False, ("flash_attn_4", "triton", "quack", "quack", "chunked", "quack")),
+        ((9, 0), "float8", False, ("flash_attn_4", "triton", "quack", "float8", "chunked", "quack")),
+        ((8, 9), "float8", False, ("flash_attn", "triton", "reference", "float8", "chunked", "reference")),
+        ((9, 0), "bf16", True, ("flex", "triton", "quack", "quack", "chunked", "quack")),
+        ((9, 0), "fp32", False, ("sdpa", "reference", "reference", "reference", "reference", "reference")),
+        ((9, 0), "fp32", True, ("sdpa", "reference", "reference", "reference", "reference", "reference")),
+        ((7, 5), "bf16", False, ("reference", "reference", "reference", "reference", "chunked", "reference")),
     ],
 )
 def test_auto_on_a_gpu_that_has_everything(capability, precision, masked, expected, monkeypatch):
@@ -466,7 +504,7 @@ def test_auto_on_a_gpu_without_the_packages(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
     monkeypatch.setattr("tinyllama.ops.backend.is_importable", lambda module: False)
     chosen = choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")
-    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "chunked", "reference")
+    assert tuple(chosen.values()) == ("sdpa_flash", "reference", "reference", "reference", "chunked", "reference")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     assert choice.resolve({}, CONFIG, torch.device("cuda"), precision="bf16")["attention"] == "sdpa_flash"
     old = Backend(call=print, cuda=True, capability=(9, 0))

@@ -71,7 +71,8 @@ def _see(row, x):  # type: ignore[no-untyped-def]
 @triton.jit
 def _cast(  # type: ignore[no-untyped-def]
     x, straight, transposed, row, rows, columns, LARGEST: tl.constexpr,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, SEES: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, SEES: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     n = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
