@@ -10,6 +10,8 @@ import torch
 import torch.distributed as dist
 from runs import World, column, tensors
 
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import step_dir
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
@@ -188,8 +190,21 @@ def test_what_is_sharded_trains_as_what_is_not(
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
 
 
-@pytest.mark.parametrize("exponents", [[3] * 7, [3] * 31])
-def test_scales_of_another_model_are_refused(mesh, exponents: list[int]) -> None:
-    model = built(mesh, "float8", "float8")
-    with pytest.raises(Exception, match=f"the checkpoint has {len(exponents)} scales of float8, and this model 30"):
-        model.scaling.resume(exponents)
+@pytest.mark.parametrize("number", [29, 31])
+def test_scales_of_another_model_are_damage(
+    number: int, world: Callable[[int], World], config_file: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    command = ["train_float8", "--config", config_file, *SHORT]
+    world(2)(*command, "--out_dir", out)
+    losses = column(out, "loss")
+    step = step_dir(out / "checkpoints", 8)
+    (step / "state.json").write_text(json.dumps(reader.read_state(step) | {"float8_exponents": [3] * number}))
+    damage = f"{step} is damaged (its state.json has {number} scales of float8, and this model 30)"
+    answers = world(2)(*command, "--out_dir", tmp_path / "other", "--train.max_steps", 12, "--train.resume", step)
+    hint = "move it out of its folder, and the run goes on from the step before"
+    assert [answer["problems"] for answer in answers] == [[f"{damage}: {hint}"]] * 2
+    said = world(2)(*command, "--out_dir", out, "--train.resume", "auto")[0]["said"]
+    assert said.count(f"passed over: {damage}\n") == 1
+    assert f"resumed from {step_dir(out / 'checkpoints', 4)} at step 4" in said
+    assert column(out, "loss") == losses

@@ -35,6 +35,9 @@ FORMAT_VERSION = 1
 MOST_BYTES = {"state.json": 2**24, "config.yaml": 2**24, ".metadata": 2**30}
 """The first two have kilobytes, .metadata 0.2 MB a rank; what has more than this is none."""
 
+TO_RESUME = "move it out of its folder, and the run goes on from the step before"
+"""what to do about a damaged step that a run resumes from"""
+
 
 class DamagedError(InputError):
     """A step is not what was saved. If there is a process group, every rank raises it."""
@@ -49,10 +52,9 @@ def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
 
     Collective. Raises DamagedError.
     """
-    hint = "move it out of its folder, and the run goes on from the step before"
-    verify(step_dir, hint)
+    verify(step_dir, TO_RESUME)
     materialize_optimizer_state(optimizer)
-    _load(tensors(model, optimizer), _Reader(step_dir), hint)
+    _load(tensors(model, optimizer), _Reader(step_dir), TO_RESUME)
     return state.from_json(read_state(step_dir))
 
 

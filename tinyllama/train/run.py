@@ -216,7 +216,7 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
         try:
             state = replace(reader.load(run.resume, model, optimizer), decay_batch=run.decay_batch)
             if model.scaling is not None:
-                model.scaling.resume(state.float8_exponents)
+                model.scaling.resume(state.float8_exponents, run.resume)
             return run, state
         except reader.DamagedError as error:
             if run.args.train.resume != "auto":
