@@ -120,6 +120,19 @@ def test_a_step_takes_the_scales_of_the_step_before(mesh) -> None:
     assert torch.equal(second[used], first[used] / 8)
 
 
+def test_a_first_step_that_was_rejected_leaves_a_first_step_to_do(mesh) -> None:
+    expected = gradients(built(mesh, "float8", "float8"))
+    model = built(mesh, "float8", "float8")
+    model.scaling.start_step()
+    assert gradients(model, factor=torch.inf).isnan().any()
+    model.scaling.end_step(torch.tensor(True))
+    assert model.scaling.exponents() == []
+    model.scaling.start_step()
+    assert torch.equal(gradients(model), expected)
+    model.scaling.end_step(torch.tensor(False))
+    assert len(model.scaling.exponents()) == 30
+
+
 def test_what_grows_more_than_its_room_is_cut_and_what_is_not_finite_is_seen() -> None:
     x, weight = torch.eye(16).bfloat16(), torch.eye(16).bfloat16()
     scales = float8.new_scales(torch.tensor(False), "cpu")

@@ -28,7 +28,7 @@ class TrainState:
     decay_batch: float = -1
     """samples of each of the steps that optim.decay_steps counts; -1 in checkpoints from before it was recorded"""
     float8_exponents: list[int] = field(default_factory=list)
-    """scales of the next step's casts to float8, as powers of two (train/delayed_scaling.py); [] without float8"""
+    """scales of the next step's casts to float8, as powers of two (train/delayed_scaling.py); [] if there are none"""
 
 
 def from_json(content: dict[str, Any]) -> TrainState:
