@@ -129,6 +129,27 @@ def test_scales_are_good_for_another_implementation_of_swiglu(mesh, then: str, n
     assert apart(gradients(model, factor=small), expected) < 0.2
 
 
+def test_scales_are_good_for_another_batch(mesh) -> None:
+    """And for other ranks: both are in the number that the loss is multiplied by."""
+    before, model = (built(mesh, "float8", "float8", global_batch_size=batch) for batch in (512, 2))
+    gradients(before, factor=1 / (512 * CONFIG.block_size))
+    before.scaling.end_step(torch.tensor(False))
+    model.scaling.resume(before.scaling.exponents(), Path("step-00000001"))
+    ratio = rows(before)[..., FACTOR] / rows(model)[..., FACTOR]
+    assert torch.equal(ratio, torch.tensor([1.0, 1.0, 256.0]).expand(2 * MATMULS, 3))
+    expected = gradients(built(mesh, "bf16"), factor=1 / (2 * CONFIG.block_size))
+    assert apart(gradients(model, factor=1 / (2 * CONFIG.block_size)), expected) < 0.2
+
+
+def test_exponents_beyond_what_a_checkpoint_may_hold_are_the_last_ones(mesh) -> None:
+    model = built(mesh, "float8", "float8", global_batch_size=2**30)  # of 2^34 tokens
+    model.scaling.resume([-126, 0, 126] * 2 * MATMULS, Path("step-00000001"))
+    assert rows(model)[0, :, FACTOR].tolist() == [2.0**-126, 1.0, 2.0**126]
+    for scales in model.scaling._rows:
+        scales[float8.GRADIENT, FACTOR] = 2.0**-100
+    assert model.scaling.exponents() == [-126, 0, -126] * 2 * MATMULS
+
+
 def test_what_grows_more_than_its_room_is_cut_and_what_is_not_finite_is_seen() -> None:
     x, weight = torch.eye(16).bfloat16(), torch.eye(16).bfloat16()
     scales = float8.new_scales(torch.tensor(False), "cpu")

@@ -4,6 +4,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+MOST_EXPONENT = 126
+"""greatest power of two whose inverse fp32 holds without loss, too"""
+
 
 @dataclass
 class TrainState:
@@ -65,7 +68,7 @@ def _is_pair(value: Any) -> bool:
 
 
 def _is_exponent(value: Any) -> bool:
-    return type(value) is int and abs(value) <= 126
+    return type(value) is int and abs(value) <= MOST_EXPONENT
 
 
 def _is_text(value: Any) -> bool:

@@ -55,7 +55,8 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
     )
     device = "cuda" if mesh.device_type == "cuda" else "cpu"
     if train.precision == "float8":
-        model.scaling = DelayedScaling(model.transformer["h"], device)
+        loss_scale = mesh.size() / (train.global_batch_size * model.config.block_size)  # train/step.py
+        model.scaling = DelayedScaling(model.transformer["h"], device, loss_scale)
     for block in model.transformer["h"].children():
         block.forward = recomputing(block.forward, train.activation_checkpointing)
     if train.compiles(mesh.device_type):
