@@ -10,9 +10,11 @@ import torch
 import torch.distributed as dist
 from runs import World, column, tensors
 
+from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
-from tinyllama.config.args import ParallelArgs, TrainArgs
+from tinyllama.config import cli
+from tinyllama.config.args import ParallelArgs, PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
 from tinyllama.ops import float8
@@ -218,6 +220,35 @@ def test_what_is_sharded_trains_as_what_is_not(
         world(2)("train_float8", "--config", config_file, *SHORT, "--out_dir", out_dir, "--parallel.shard", shard)
         losses.append(column(out_dir, "loss"))
     assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+
+
+@pytest.mark.parametrize(
+    ("flags", "problem"),
+    [
+        (["--model.n_embd", 40], "model.n_embd is 40"),
+        (["--model.intermediate_size", 72], "model.intermediate_size is 72"),
+        (
+            ["--model.n_embd", 48, "--model.n_head", 12, "--model.n_query_groups", 1],
+            "model.n_embd x (1 + 2 x model.n_query_groups / model.n_head) is 56",
+        ),
+        (
+            ["--model.block_size", 24, "--train.micro_batch_size", 1],
+            "train.micro_batch_size x model.block_size is 24",
+        ),
+    ],
+)
+def test_sizes_that_are_no_multiples_are_refused_by_the_names_of_their_settings(
+    recipe: Any, flags: list[Any], problem: str, config_file: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    check, gpu = float8.problem, torch.device("cuda")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(float8, "problem", lambda device, sizes: check(gpu, sizes))
+    argv = ["--config", config_file, *FLOAT8, "--out_dir", tmp_path / "run", *flags]
+    with pytest.raises(InputError) as refused:
+        recipe.setup(cli.parse(PretrainArgs, [str(word) for word in argv]))
+    assert refused.value.args == (
+        f"train.precision float8 cannot be used: {problem}, not a multiple of 16: change it, or use bf16",
+    )
 
 
 @pytest.mark.parametrize("number", [29, 31])

@@ -352,8 +352,9 @@ def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDat
     """The backend of each operation on the device that this run will have."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = args.train.micro_batch_size * config.block_size
-    sizes = {"train.micro_batch_size x model.block_size": tokens, "model.qkv_size": config.qkv_size}
-    sizes |= {f"model.{key}": getattr(config, key) for key in ("n_embd", "intermediate_size")}
+    sizes = {f"model.{key}": getattr(config, key) for key in ("n_embd", "intermediate_size")}
+    sizes["model.n_embd x (1 + 2 x model.n_query_groups / model.n_head)"] = config.qkv_size
+    sizes["train.micro_batch_size x model.block_size"] = tokens
     if args.train.precision == "float8" and (problem := float8.problem(device, sizes)):
         raise InputError(f"train.precision float8 cannot be used: {problem}")
     for dataset in datasets if args.data.document_mask else []:
