@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from tinyllama.ops import float8
 from tinyllama.tools import doctor, rates
 
 ROOT = Path(__file__).parents[2]
@@ -273,6 +274,23 @@ def test_a_torch_that_cannot_be_imported_is_said_in_a_line(stub: Any) -> None:
     first, hint = done.stdout.splitlines()
     assert first == "wrong  torch cannot be imported: OSError: libcudart.so.13: cannot open shared object file"
     assert hint.startswith("       -> pip install -e .")
+
+
+@pytest.mark.parametrize(
+    ("problem", "state", "text", "swiglu"),
+    [
+        (None, "ok", "float8 can run here, too", "reference, float8"),
+        ("it needs triton", "note", "float8 cannot be used: it needs triton", "reference"),
+    ],
+)
+def test_float8_is_offered_where_it_can_run(
+    problem: str | None, state: str, text: str, swiglu: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(float8, "problem", lambda device, sizes: problem)
+    found = {finding.name: finding for finding in doctor.operations()}
+    assert found["train.precision"] == doctor.Finding(state, "train.precision", text)
+    assert found["ops.swiglu"].text == f"reference (auto); can run here: {swiglu}"
 
 
 @pytest.mark.slow

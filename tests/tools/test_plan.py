@@ -300,6 +300,10 @@ def test_what_is_gathered_and_what_is_kept() -> None:
     assert selective == layers * 2 * (4 * d + kv + 2 * wide) + compiled
     quack = replace(settings(), ops=OpsArgs(swiglu="quack"))
     assert plan.activations(quack, CONFIG) == layers * (compiled - 2 * wide)
+    in_float8 = compiled - 2 * wide - 2 * d
+    assert plan.activations(settings(precision="float8"), CONFIG) == layers * in_float8
+    float8 = settings(precision="float8", activation_checkpointing="selective")
+    assert plan.activations(float8, CONFIG) == layers * (2 * (4 * d + kv + 2 * wide) + 2 * d) + in_float8
     for tokens, at_a_time in ((8192, 8192), (8193, 8192), (5, 5)):
         expected = 2 * at_a_time * rows + 6 * rows * d + 2 * tokens * d
         assert plan.logits(settings(), CONFIG, tokens) == expected

@@ -24,7 +24,7 @@ from packaging.version import Version
 from tinyllama import InputError
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import named_config
-from tinyllama.ops import choice
+from tinyllama.ops import choice, float8
 from tinyllama.throughput import peak_flops, usual_rates
 from tinyllama.tools import rates
 
@@ -69,7 +69,7 @@ LIBRARIES = (
     Library("flash-attn-4", "ops.attention flash_attn_4", KERNEL.format("flash_attn.cute", *FLASH), gpu=True),
     Library("quack-kernels", "ops quack", KERNEL.format("quack.gemm_interface", *GATED), gpu=True),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
-    Library("triton", "torch.compile on a GPU", "import triton; triton.next_power_of_2(3)", gpu=True),
+    Library("triton", "torch.compile on a GPU and float8", "import triton; triton.next_power_of_2(3)", gpu=True),
     Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
     Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),
     Library("lm-eval", "scripts/evaluate_harness.py", "from lm_eval.tasks import TaskManager"),
@@ -289,10 +289,19 @@ def operations() -> Iterator[Finding]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if device.type == "cuda" else "fp32"
     chosen = choice.resolve({}, named_config("tinyllama_1.1b"), device, precision=precision)
+    lack = float8.problem(device, {})
     for operation, backends in choice.OPERATIONS.items():
-        usable = [name for name, backend in backends.items() if backend.problem(device) is None]
+        usable = [
+            name
+            for name, backend in backends.items()
+            if backend.problem(device) is None and not (lack and backend.call is float8.swiglu)
+        ]
         text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
         yield Finding(OK, f"ops.{operation}", text)
+    if lack is None:
+        yield Finding(OK, "train.precision", f"float8 can run here, too")
+    else:
+        yield Finding(NOTE, "train.precision", f"float8 cannot be used: {lack}")
 
 
 def slurm(env: Mapping[str, str]) -> Iterator[Finding]:

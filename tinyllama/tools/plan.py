@@ -105,12 +105,16 @@ def activations(args: PretrainArgs, config: ModelConfig) -> int:
     width = 4 if args.train.precision == "fp32" else 2
     # the residual stream and its norm, twice; the fused matmul of q, k and v (v is a view of it), the rotated q and k;
     # attention's output; SwiGLU's two matmuls and, unless its backward pass recomputes it, their gated product
-    block = width * (7 * d + 2 * kv + (2 if args.ops.swiglu == "quack" else 3) * wide)
+    in_float8 = args.train.precision == "float8" and args.ops.swiglu in ("auto", "float8")
+    block = width * (7 * d + 2 * kv + (2 if in_float8 or args.ops.swiglu == "quack" else 3) * wide)
     if args.train.compile is False:
         block += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
+    if in_float8:
+        block -= 2 * d  # of the norms' results, what the backward pass needs is in 8 bits
     kept = {
         "none": config.n_layer * block,
-        "selective": config.n_layer * width * (4 * d + kv + 2 * wide) + block,  # residual stream and parallel.SAVED
+        # residual stream and parallel.SAVED
+        "selective": config.n_layer * (width * (4 * d + kv + 2 * wide) + 2 * d * in_float8) + block,
         "full": config.n_layer * width * d + block,
     }
     return kept[args.train.activation_checkpointing]
