@@ -299,7 +299,7 @@ def operations() -> Iterator[Finding]:
         text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
         yield Finding(OK, f"ops.{operation}", text)
     if lack is None:
-        yield Finding(OK, "train.precision", f"float8 can run here, too")
+        yield Finding(OK, "train.precision", "float8 can run here, too")
     else:
         yield Finding(NOTE, "train.precision", f"float8 cannot be used: {lack}")
 
