@@ -164,7 +164,8 @@ class OpsArgs:
     rms_norm: str = "auto"
     """reference, torch or quack (the addition before it inside)"""
     swiglu: str = "auto"
-    """reference, quack (the gate inside the products' kernels) or xformers"""
+    """reference, quack (the gate inside the products' kernels) or xformers; in float8: float8 (the gate and the casts
+    in one pass) or reference"""
     cross_entropy: str = "auto"
     """reference, or chunked: without the logits in full"""
     symmetric_matmul: str = "auto"
