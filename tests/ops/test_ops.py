@@ -179,14 +179,14 @@ def test_heads_are_taken_apart_and_rotated(backend, device, dtype, B, T, G, quer
     qkv = normal(B, T, G, queries + 2, hs, dtype=dtype, device=device)
     cos, sin = rope_tables(T, hs, 10000, torch.device(device))
     if own_positions:
-        places = torch.randint(T, (B, T), generator=torch.Generator().manual_seed(3))
-        cos, sin = (table[places.to(device)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
+        own = torch.randint(T, (B, T), generator=torch.Generator().manual_seed(3))
+        cos, sin = (table[own.to(device)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
 
     def plain(qkv):
-        heads = [qkv[:, :, g, i] for g in range(G) for i in range(queries + 2)]  # (B, T, hs) each
-        kinds = [[heads[g * (queries + 2) + i] for g in range(G) for i in of] for of in (range(queries), [-2], [-1])]
-        kinds[1:] = [[heads[(g + 1) * (queries + 2) + last] for g in range(G)] for last in (-2, -1)]
-        q, k, v = (torch.stack(kind, dim=1) for kind in kinds)
+        places = range(queries), [queries], [queries + 1]
+        q, k, v = (
+            torch.stack([qkv[:, :, g, i] for g in range(G) for i in of], dim=1) for of in places
+        )  # (B, ., T, hs)
         turn = torch.complex(cos.double(), sin.double())
         turned = [torch.complex(*x.chunk(2, dim=-1)) * turn for x in (q, k)]
         return *(torch.cat((x.real, x.imag), dim=-1) for x in turned), v

@@ -19,6 +19,7 @@ from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
 from tinyllama.ops import float8
 from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST
+from tinyllama.train.delayed_scaling import GRADIENT
 from tinyllama.train.optim import local_gradients
 from tinyllama.train.parallel import finish_gradients, parallelize, reshard, sync_gradients
 
@@ -55,11 +56,24 @@ def gradients(model: GPT, seed: int = 1, factor: float = 1.0) -> torch.Tensor:
 
 
 def rows(model: GPT) -> torch.Tensor:
-    return torch.stack(model.scaling._rows)
+    scaling = model.scaling
+    return torch.cat((torch.stack(scaling._inputs), torch.stack(scaling._gradients)), dim=1)  # (matmuls, 3, ROW)
 
 
 def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
     return ((found - expected).norm() / expected.norm()).item()
+
+
+def test_compiled_passes_see_what_they_cast(mesh) -> None:
+    eager, compiled = (built(mesh, "float8", "float8", compile=compiles) for compiles in (False, True))
+    for model in (eager, compiled):
+        gradients(model)
+        model.scaling.end_step(torch.tensor(False))
+        model.scaling.start_step()
+        gradients(model, factor=2.0)
+    assert torch.equal(rows(compiled)[..., FACTOR], rows(eager)[..., FACTOR])
+    assert torch.allclose(rows(compiled)[..., LARGEST], rows(eager)[..., LARGEST], rtol=0.1)
+    assert (rows(compiled)[..., LARGEST] > 0).all()
 
 
 @pytest.mark.parametrize("swiglu", ["float8", "reference"])
@@ -79,12 +93,10 @@ def test_scales_are_powers_of_two_with_room(mesh) -> None:
     model.scaling.end_step(torch.tensor(False))
     block = model.layers[0]
     weight = block.attn.proj.weight.to_local().bfloat16().abs().max()
-    factor, inverse, largest = block.attn.proj.scales.rows[float8.WEIGHT, [FACTOR, INVERSE, LARGEST]]
+    factor, inverse, largest = block.attn.proj.scales.inputs[float8.WEIGHT, [FACTOR, INVERSE, LARGEST]]
     assert largest == weight
-    assert (
-        factor == 2 ** torch.floor(torch.log2(224 / weight)) == 1 / inverse
-    )  # 448 is e4m3's greatest, with room for 2
-    factor, largest = block.mlp.swiglu.w1.scales.rows[float8.GRADIENT, [FACTOR, LARGEST]]
+    assert factor == 2 ** torch.floor(torch.log2(224 / weight)) == 1 / inverse  # of e4m3's 448, with room for 2
+    factor, largest = block.mlp.swiglu.w1.scales.gradient[0, [FACTOR, LARGEST]]
     assert 3584 / 2 < factor * largest <= 3584  # of e5m2's 57344, with room for 16
     assert rows(model).shape[:2] == (2 * MATMULS, 3)
     assert (rows(model)[:, :, LARGEST] > 0).all()
@@ -94,16 +106,16 @@ def test_a_step_takes_the_scales_of_the_step_before(mesh) -> None:
     model = built(mesh, "float8", "float8")
     gradients(model)
     model.scaling.end_step(torch.tensor(False))
-    first = rows(model)[:, float8.GRADIENT, FACTOR].clone()
+    first = rows(model)[:, GRADIENT, FACTOR].clone()
     model.scaling.start_step()
     gradients(model, factor=8.0)
-    assert torch.equal(rows(model)[:, float8.GRADIENT, FACTOR], first)
+    assert torch.equal(rows(model)[:, GRADIENT, FACTOR], first)
     model.scaling.end_step(torch.tensor(True))  # a rejected step says nothing about the next one
-    assert torch.equal(rows(model)[:, float8.GRADIENT, FACTOR], first)
+    assert torch.equal(rows(model)[:, GRADIENT, FACTOR], first)
     model.scaling.start_step()
     gradients(model, factor=8.0)
     model.scaling.end_step(torch.tensor(False))
-    assert torch.equal(rows(model)[:, float8.GRADIENT, FACTOR], first / 8)
+    assert torch.equal(rows(model)[:, GRADIENT, FACTOR], first / 8)
 
 
 def test_a_first_step_that_was_rejected_leaves_a_first_step_to_do(mesh) -> None:
@@ -147,8 +159,8 @@ def test_exponents_beyond_what_a_checkpoint_may_hold_are_the_last_ones(mesh) -> 
     model = built(mesh, "float8", "float8", global_batch_size=2**30)  # of 2^34 tokens
     model.scaling.resume([-126, 0, 126] * 2 * MATMULS, Path("step-00000001"))
     assert rows(model)[0, :, FACTOR].tolist() == [2.0**-126, 1.0, 2.0**126]
-    for scales in model.scaling._rows:
-        scales[float8.GRADIENT, FACTOR] = 2.0**-100
+    for row in model.scaling._gradients:
+        row[0, FACTOR] = 2.0**-100
     assert model.scaling.exponents() == [-126, 0, -126] * 2 * MATMULS
 
 
@@ -160,13 +172,13 @@ def test_what_grows_more_than_its_room_is_cut_and_what_is_not_finite_is_seen() -
     for value, expected in ((1.75, 1.75), (3.5, 3.5), (300.0, 3.5), (-300.0, -3.5)):  # 448 / 2^7 is 3.5
         x[0, 0] = value
         assert float8.linear(x, weight, scales)[0, 0] == expected
-    assert scales.rows[float8.X, LARGEST] == 300
+    assert scales.inputs[float8.X, LARGEST] == 300
     for value in (float("inf"), float("nan")):
         x[0, 0] = value
         assert float8.linear(x, weight, scales)[0, 0].isnan()
-    before = scales.rows[:, FACTOR].clone()
-    float8.rescale(scales.rows)
-    assert torch.equal(scales.rows[:, FACTOR], before)  # of an infinite magnitude there is no scale
+    before = scales.inputs[:, FACTOR].clone()
+    float8.rescale(scales.inputs, float8.E4M3)
+    assert torch.equal(scales.inputs[:, FACTOR], before)  # of an infinite magnitude there is no scale
 
 
 def test_validation_leaves_no_trace_in_the_scales(mesh) -> None:

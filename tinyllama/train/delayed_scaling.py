@@ -1,43 +1,53 @@
 """The scales of a model's matmuls in float8 from step to step, the same on every rank and for every world size."""
 
+import math
+from pathlib import Path
+
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from tinyllama import InputError
-from tinyllama.model import Linear
+from tinyllama.checkpoint.reader import TO_RESUME, DamagedError
+from tinyllama.checkpoint.state import MOST_EXPONENT
+from tinyllama.model import Linear, SwiGLU
 from tinyllama.ops import float8
 from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST
+
+GRADIENT = 2
+"""column of a matmul's scales in a checkpoint, after those of its inputs"""
 
 
 class DelayedScaling:
     """Makes every ``Linear`` in ``blocks`` multiply in float8; embedding and output matrix stay in bf16.
 
     A scale follows from what was cast in the step before. In a run's first step there is none before, and a cast looks
-    at its tensor first, which takes a second pass.
+    at its tensor first, which takes a second pass. ``loss_scale`` is what a backward pass multiplies the loss by.
     """
 
-    def __init__(self, blocks: nn.Module, device: torch.device | str) -> None:
+    def __init__(self, blocks: nn.Module, device: torch.device | str, loss_scale: float = 1.0) -> None:
+        self._loss_power = round(math.log2(loss_scale))
         self._known = torch.tensor(False)
         linears = [module for module in blocks.modules() if isinstance(module, Linear)]
         for linear in linears:
             linear.scales = float8.new_scales(self._known, device)
+        for module in blocks.modules():
+            if isinstance(module, SwiGLU) and module.gated_mlp is float8.swiglu:
+                # one matmul; a checkpoint holds its scales twice, so that a run may go on with another ops.swiglu
+                module.w2.scales = module.w1.scales
         scales = [linear.scales for linear in linears if linear.scales is not None]
-        self._rows = {
-            float8.E4M3: [scale.inputs for scale in scales],
-            float8.E5M2: [scale.gradient for scale in scales],
-        }
+        self._inputs = [scale.inputs for scale in scales]  # (2, ROW) each
+        self._gradients = [scale.gradient for scale in scales]  # (1, ROW) each
 
     def start_step(self) -> None:
         """Forget what was cast since the last step, in a validation."""
-        torch._foreach_zero_([rows[:, LARGEST] for alike in self._rows.values() for rows in alike])
+        torch._foreach_zero_([rows[:, LARGEST] for rows in [*self._inputs, *self._gradients]])
 
     def end_step(self, rejected: Tensor) -> None:
         """Collective. Set the scales of the next step, unless this step, () bool, was ``rejected``.
 
         A step that has a value that is not finite, or a spike, would say little about the next one's.
         """
-        for dtype, alike in self._rows.items():
+        for alike, dtype in ((self._inputs, float8.E4M3), (self._gradients, float8.E5M2)):
             rows = torch.stack(alike)  # (matmuls, 2 or 1, ROW)
             if dist.get_world_size() > 1:
                 largest = rows[..., LARGEST].contiguous()
@@ -45,30 +55,37 @@ class DelayedScaling:
                 rows[..., LARGEST] = largest
             before = rows.clone()
             float8.rescale(rows, dtype)
-            # those of a first step stand, even if it was rejected
             torch._foreach_copy_(alike, list(torch.where(rejected, before, rows)))
-        self._known.fill_(True)
+        if not self._known:  # which waits for the device once; a first step that was rejected leaves a first step to do
+            self._known.copy_(~rejected)
 
     def exponents(self) -> list[int]:
-        """The factors, as powers of two, or [] before the first step: what a checkpoint holds. Waits for the device."""
+        """The factors, as powers of two, or [] before the first step: what a checkpoint holds. Waits for the device.
+
+        Those of gradients are as if the loss was not scaled, which depends on the number of ranks and on the batch.
+        """
         if not self._known:
             return []
-        factors = torch.cat([torch.stack(alike)[..., FACTOR] for alike in self._rows.values()], dim=1)  # (matmuls, 3)
-        return (torch.frexp(factors)[1] - 1).flatten().tolist()
+        rows = torch.cat((torch.stack(self._inputs), torch.stack(self._gradients)), dim=1)  # (matmuls, 3, ROW)
+        powers = torch.frexp(rows[..., FACTOR])[1] - 1
+        powers[:, GRADIENT] += self._loss_power
+        return powers.clamp(-MOST_EXPONENT, MOST_EXPONENT).flatten().tolist()
 
-    def resume(self, exponents: list[int]) -> None:
-        """Go on from what a checkpoint holds; a run that was not in float8 until then has a first step."""
+    def resume(self, exponents: list[int], step_dir: Path) -> None:
+        """Go on from what the checkpoint ``step_dir`` holds; a run not in float8 until then has a first step.
+
+        Raises DamagedError, on every rank.
+        """
         if not exponents:
             return
-        inputs, gradients = self._rows.values()
-        if len(exponents) != 3 * len(inputs):
-            raise InputError(
-                f"the checkpoint has {len(exponents)} scales of float8, and this model {3 * len(inputs)}: "
-                "its state.json is damaged, resume from another step"
-            )
-        factors = float8.powers_of_two(torch.tensor(exponents, dtype=torch.int32)).view(-1, 3)
-        for of_inputs, of_gradient, factor in zip(inputs, gradients, factors, strict=True):
-            for rows, found in ((of_inputs, factor[:2]), (of_gradient, factor[2:])):
-                rows[:, FACTOR] = found.to(rows.device)
+        if len(exponents) != 3 * len(self._inputs):
+            found = f"its state.json has {len(exponents)} scales of float8, and this model {3 * len(self._inputs)}"
+            raise DamagedError(f"{step_dir} is damaged ({found})", TO_RESUME)
+        powers = torch.tensor(exponents, dtype=torch.int32).view(-1, 3)
+        powers[:, GRADIENT] -= self._loss_power
+        factors = float8.powers_of_two(powers.clamp(-MOST_EXPONENT, MOST_EXPONENT))
+        for inputs, gradient, factor in zip(self._inputs, self._gradients, factors, strict=True):
+            for rows, found_factor in ((inputs, factor[:GRADIENT]), (gradient, factor[GRADIENT:])):
+                rows[:, FACTOR] = found_factor.to(rows.device)
                 rows[:, INVERSE] = 1 / rows[:, FACTOR]
         self._known.fill_(True)
