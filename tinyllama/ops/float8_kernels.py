@@ -3,6 +3,9 @@
 Every kernel reads (rows, columns), multiplies by the factor of a row of ``Scales`` (ops/float8.py), writes the result,
 transposed or not or both, and raises the row's largest magnitude. What is not finite becomes NaN, which reaches loss
 and gradients, where train/anomaly.py sees it.
+
+What is transposed has rows and columns in multiples of 16, as matmuls in float8 want it. With others, ``gate_backward``
+compiled by Triton 3.6 wrote wrong numbers.
 """
 
 import torch
