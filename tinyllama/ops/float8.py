@@ -28,19 +28,20 @@ MULTIPLE = 16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 ROOM = {E4M3: 2.0, E5M2: 16.0}
-"""How much more than in the step before a magnitude may be, by dtype; what is more yet is cut.
+"""How many times the largest magnitude of the step before a number may be, by dtype; a larger one is cut.
 
 A factor of two costs one value of the exponent. Gradients change most, and e5m2 has values to spare.
 """
 
 X, WEIGHT = range(2)
+"""rows of the scales of a matmul's inputs"""
 
 
 class Scales(NamedTuple):
     """The scales of a matmul ``x weight^T``.
 
-    Each pass changes a tensor of its own: what a compiled backward pass did to one that the forward pass has changed,
-    too, would be lost, since it is given a copy.
+    Each pass changes a tensor of its own, so that nothing depends on whether a compiled backward pass is given what the
+    forward pass has changed or a copy of it.
     """
 
     inputs: Tensor
