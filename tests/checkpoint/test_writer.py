@@ -374,7 +374,8 @@ def test_each_save_keeps_what_was_asked_for(
 
 def test_every_number_of_a_run_is_saved_and_loaded(alone: Run, tmp_path: Path) -> None:
     recent = [[3.25, 1.0], [2.0, math.pi]]
-    state = TrainState(5, 40, 1280, validated=4, skipped=7, skipped_in_a_row=2, recent=recent)
+    numbers = {"validated": 4, "skipped": 7, "skipped_in_a_row": 2, "recent": recent, "float8_exponents": [6, -9, 17]}
+    state = TrainState(5, 40, 1280, **numbers)
     saver = make(tmp_path, asynchronous=True)
     saver.save(state, alone.model, alone.optimizer)
     state.step, state.skipped = 6, 8  # training goes on
@@ -388,12 +389,11 @@ def test_every_number_of_a_run_is_saved_and_loaded(alone: Run, tmp_path: Path) -
     assert content == reader.read_state(tmp_path / "step-00000005")
     assert content == {
         "format_version": 1,
-        **{"step": 5, "samples": 40, "tokens": 1280, "validated": 4, "skipped": 7, "skipped_in_a_row": 2},
-        **{"recent": recent, "warmup_samples": -1, "decay_batch": -1},
+        **{"step": 5, "samples": 40, "tokens": 1280, "warmup_samples": -1, "decay_batch": -1, **numbers},
         **{"data": {"seed": 1}, "world_size": 1, "versions": versions},
     }
     loaded = reader.load(tmp_path / "step-00000005", alone.model, alone.optimizer)
-    assert loaded == TrainState(5, 40, 1280, validated=4, skipped=7, skipped_in_a_row=2, recent=recent)
+    assert loaded == TrainState(5, 40, 1280, **numbers)
 
 
 def test_a_save_needs_room_for_all_its_tensors(alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
