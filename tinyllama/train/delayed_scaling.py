@@ -47,15 +47,18 @@ class DelayedScaling:
 
         A step that has a value that is not finite, or a spike, would say little about the next one's.
         """
-        for alike, dtype in ((self._inputs, float8.E4M3), (self._gradients, float8.E5M2)):
-            rows = torch.stack(alike)  # (matmuls, 2 or 1, ROW)
-            if dist.get_world_size() > 1:
-                largest = rows[..., LARGEST].contiguous()
-                dist.all_reduce(largest, dist.ReduceOp.MAX)
-                rows[..., LARGEST] = largest
+        inputs, gradients = torch.stack(self._inputs), torch.stack(self._gradients)  # (matmuls, 2 and 1, ROW)
+        if dist.get_world_size() > 1:
+            largest = torch.cat((inputs[..., LARGEST], gradients[..., LARGEST]), dim=1)  # (matmuls, 3)
+            dist.all_reduce(largest, dist.ReduceOp.MAX)
+            inputs[..., LARGEST], gradients[..., LARGEST] = largest[:, :GRADIENT], largest[:, GRADIENT:]
+        for scales, rows, dtype in (
+            (self._inputs, inputs, float8.E4M3),
+            (self._gradients, gradients, float8.E5M2),
+        ):
             before = rows.clone()
             float8.rescale(rows, dtype)
-            torch._foreach_copy_(alike, list(torch.where(rejected, before, rows)))
+            torch._foreach_copy_(scales, list(torch.where(rejected, before, rows)))
         if not self._known:  # which waits for the device once; a first step that was rejected leaves a first step to do
             self._known.copy_(~rejected)
 
