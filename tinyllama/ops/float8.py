@@ -70,7 +70,7 @@ def new_scales(known: Tensor, device: torch.device | str) -> Scales:
     """Return scales of 1, which nothing has been cast with."""
     inputs, gradient = (torch.zeros(rows, ROW, device=device) for rows in (2, 1))
     for rows in (inputs, gradient):
-        rows[:, [FACTOR, INVERSE]] = 1.0
+        set_factors(rows, torch.ones(len(rows), device=device))
     return Scales(inputs, gradient, known)
 
 
@@ -82,8 +82,13 @@ def rescale(rows: Tensor, dtype: torch.dtype) -> None:
     largest = rows[..., LARGEST]
     most = (torch.finfo(dtype).max / ROOM[dtype] / largest).clamp(2.0**-100, 2.0**100)
     usable = largest.isfinite() & (largest > 0)
-    rows[..., FACTOR] = torch.where(usable, powers_of_two(torch.frexp(most)[1] - 1), rows[..., FACTOR])
-    rows[..., INVERSE] = 1 / rows[..., FACTOR]
+    set_factors(rows, torch.where(usable, powers_of_two(torch.frexp(most)[1] - 1), rows[..., FACTOR]))
+
+
+def set_factors(rows: Tensor, factors: Tensor) -> None:
+    """Cast by ``factors`` (...) from now on, in rows (..., ROW)."""
+    rows[..., FACTOR] = factors
+    rows[..., INVERSE] = 1 / factors
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
@@ -245,17 +250,7 @@ def _swiglu_backward(
 
 
 @_swiglu_backward.register_fake
-def _(
-    gradient: Tensor,
-    ab: Tensor,
-    w12: Tensor,
-    w3: Tensor,
-    inputs12: Tensor,
-    gradient12: Tensor,
-    inputs3: Tensor,
-    gradient3: Tensor,
-    known: Tensor,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _(gradient: Tensor, ab: Tensor, w12: Tensor, w3: Tensor, *scales: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     h_t = ab.new_empty(w3.size(1), len(ab), dtype=E4M3)
     return torch.empty_like(gradient), _like(gradient.T, E5M2), h_t, _like(ab.T, E5M2)
 

@@ -15,8 +15,6 @@ from torch import Tensor
 
 from tinyllama.ops import float8_casts
 
-LARGEST = {torch.float8_e4m3fn: 448.0, torch.float8_e5m2: 57344.0}
-"""greatest finite number of each dtype"""
 _FACTOR, _LARGEST = tl.constexpr(float8_casts.FACTOR), tl.constexpr(float8_casts.LARGEST)
 
 
@@ -31,7 +29,7 @@ def cast(
     assert out is not None
     grid, block = _blocks(x.shape, 64, 128)
     _cast[grid](
-        x, straight, transposed, row, *x.shape, LARGEST[out.dtype],
+        x, straight, transposed, row, *x.shape, torch.finfo(out.dtype).max,
         straight is not None, transposed is not None, sees, *block, num_warps=4,
     )  # fmt: skip
 
@@ -39,7 +37,7 @@ def cast(
 def gate(ab: Tensor, row: Tensor, h: Tensor) -> None:
     """Cast ``silu(a) * b`` of ab (N, 2 I), whose columns are a's and b's in turn, into h (N, I)."""
     grid, block = _blocks(h.shape, 16, 256)
-    _gate[grid](ab, h, row, *h.shape, LARGEST[h.dtype], *block, num_warps=4)
+    _gate[grid](ab, h, row, *h.shape, torch.finfo(h.dtype).max, *block, num_warps=4)
 
 
 def gate_backward(
@@ -50,9 +48,8 @@ def gate_backward(
     dh (N, I) is the gradient of the gate's output.
     """
     grid, block = _blocks(dh.shape, 32, 64)
-    _gate_backward[grid](
-        dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, *dh.shape, LARGEST[d_ab.dtype], LARGEST[h_t.dtype], *block, num_warps=4
-    )
+    most = (torch.finfo(out.dtype).max for out in (d_ab, h_t))
+    _gate_backward[grid](dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, *dh.shape, *most, *block, num_warps=4)
 
 
 def _blocks(shape: torch.Size, *block: int) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -61,8 +58,8 @@ def _blocks(shape: torch.Size, *block: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 @triton.jit
-def _fit(x, factor, LARGEST: tl.constexpr):  # type: ignore[no-untyped-def]
-    bounded = tl.minimum(tl.maximum(x * factor, -LARGEST), LARGEST)
+def _fit(x, factor, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    bounded = tl.minimum(tl.maximum(x * factor, -MOST), MOST)
     return tl.where(tl.abs(x) < float("inf"), bounded, float("nan"))
 
 
@@ -73,7 +70,7 @@ def _see(row, x):  # type: ignore[no-untyped-def]
 
 @triton.jit
 def _cast(  # type: ignore[no-untyped-def]
-    x, straight, transposed, row, rows, columns, LARGEST: tl.constexpr,
+    x, straight, transposed, row, rows, columns, MOST: tl.constexpr,
     STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, SEES: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
@@ -83,7 +80,7 @@ def _cast(  # type: ignore[no-untyped-def]
     values = tl.load(x + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
     if SEES:
         _see(row, values)
-    fitting = _fit(values, tl.load(row + _FACTOR), LARGEST)
+    fitting = _fit(values, tl.load(row + _FACTOR), MOST)
     if STRAIGHT:
         tl.store(straight + m[:, None] * columns + n[None, :], fitting.to(straight.dtype.element_ty), mask=mask)
     if TRANSPOSED:
@@ -105,7 +102,7 @@ def _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS: tl.constexpr, BLOCK_COL
 
 @triton.jit
 def _gate(  # type: ignore[no-untyped-def]
-    ab, h, row, rows, columns, LARGEST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
+    ab, h, row, rows, columns, MOST: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr
 ):
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     first = tl.program_id(1) * BLOCK_COLUMNS
@@ -113,14 +110,14 @@ def _gate(  # type: ignore[no-untyped-def]
     a, b, _, _ = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     gated = a * tl.sigmoid(a) * b
     _see(row, gated)
-    fitting = _fit(gated, tl.load(row + _FACTOR), LARGEST).to(h.dtype.element_ty)
+    fitting = _fit(gated, tl.load(row + _FACTOR), MOST).to(h.dtype.element_ty)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     tl.store(h + m[:, None] * columns + n[None, :], fitting, mask=mask)
 
 
 @triton.jit
 def _gate_backward(  # type: ignore[no-untyped-def]
-    dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, rows, columns, D_LARGEST: tl.constexpr, H_LARGEST: tl.constexpr,
+    dh, ab, d_ab, d_ab_t, h_t, d_row, h_row, rows, columns, D_MOST: tl.constexpr, H_MOST: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
@@ -136,11 +133,11 @@ def _gate_backward(  # type: ignore[no-untyped-def]
     _see(d_row, tl.maximum(tl.abs(d_a), tl.abs(d_b)))
     factor = tl.load(d_row + _FACTOR)
     d_a, d_b = (
-        _fit(d_a, factor, D_LARGEST).to(d_ab.dtype.element_ty),
-        _fit(d_b, factor, D_LARGEST).to(d_ab.dtype.element_ty),
+        _fit(d_a, factor, D_MOST).to(d_ab.dtype.element_ty),
+        _fit(d_b, factor, D_MOST).to(d_ab.dtype.element_ty),
     )
     tl.store(d_ab + offsets, tl.reshape(tl.join(d_a, d_b), (BLOCK_ROWS, 2 * BLOCK_COLUMNS)), mask=both_mask)
-    h = _fit(silu * b, tl.load(h_row + _FACTOR), H_LARGEST).to(h_t.dtype.element_ty)
+    h = _fit(silu * b, tl.load(h_row + _FACTOR), H_MOST).to(h_t.dtype.element_ty)
     across = n[:, None].to(tl.int64) * rows + m[None, :]
     mask_t = (n < columns)[:, None] & (m < rows)[None, :]
     tl.store(h_t + across, tl.trans(h), mask=mask_t)

@@ -11,7 +11,7 @@ from tinyllama.checkpoint.reader import TO_RESUME, DamagedError
 from tinyllama.checkpoint.state import MOST_EXPONENT
 from tinyllama.model import Linear, SwiGLU
 from tinyllama.ops import float8
-from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST
+from tinyllama.ops.float8_casts import FACTOR, LARGEST
 
 GRADIENT = 2
 """column of a matmul's scales in a checkpoint, after those of its inputs"""
@@ -88,7 +88,6 @@ class DelayedScaling:
         powers[:, GRADIENT] -= self._loss_power
         factors = float8.powers_of_two(powers.clamp(-MOST_EXPONENT, MOST_EXPONENT))
         for inputs, gradient, factor in zip(self._inputs, self._gradients, factors, strict=True):
-            for rows, found_factor in ((inputs, factor[:GRADIENT]), (gradient, factor[GRADIENT:])):
-                rows[:, FACTOR] = found_factor.to(rows.device)
-                rows[:, INVERSE] = 1 / rows[:, FACTOR]
+            float8.set_factors(inputs, factor[:GRADIENT].to(inputs.device))
+            float8.set_factors(gradient, factor[GRADIENT:].to(gradient.device))
         self._known.fill_(True)
