@@ -111,13 +111,16 @@ def test_a_resumed_run_is_the_straight_run(train: Callable[..., list[float]], tm
     assert resumed == pytest.approx(straight[6:], rel=1e-3)
 
 
+@pytest.mark.parametrize("precision", ["bf16", "float8"])
 def test_with_deterministic_algorithms_a_resumed_run_is_the_straight_one_bit_for_bit(
-    train: Callable[..., list[float]], tmp_path: Path
+    precision: str, train: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    script = "tests/helpers/deterministic_run.py"
-    straight = train("straight", script=script)
+    if precision == "float8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 on this GPU")
+    script, flags = "tests/helpers/deterministic_run.py", ["--train.precision", precision]
+    straight = train("straight", *flags, script=script)
     at = tmp_path / "straight" / "checkpoints" / "step-00000006"
-    assert train("resumed", "--train.resume", at, script=script) == straight[6:]
+    assert train("resumed", "--train.resume", at, *flags, script=script) == straight[6:]
     ends = [load_weights(tmp_path / name / "checkpoints" / "step-00000012") for name in ("straight", "resumed")]
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
 

@@ -77,8 +77,7 @@ TABLE = [
     *(
         Private(f"torch._foreach_{name}_", files, "one kernel for all weights, gradients or scales")
         for name, files in {
-            "copy": ("tinyllama/train/unsharded.py", "tinyllama/train/delayed_scaling.py"),
-            "div": ("tinyllama/train/unsharded.py",),
+            "copy": ("tinyllama/train/gathered.py", "tinyllama/train/delayed_scaling.py"),
             "zero": ("tinyllama/train/delayed_scaling.py",),
         }.items()
     ),

@@ -48,7 +48,7 @@ class GPT(nn.Module):
         super().__init__()
         self.config = config
         self.ops = ops
-        self.unsharded: Any = None  # how a pass gets its weights, if not by FSDP (train/unsharded.py)
+        self.gathered: Any = None  # how a pass gets its weights, if not by FSDP (train/gathered.py)
         self.scaling: Any = None  # of the matmuls in float8 (train/delayed_scaling.py)
         self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
         if not config.tie_embeddings:
@@ -202,7 +202,7 @@ class SwiGLU(nn.Module):
     """Compute ``w3(silu(w1 x) * w2 x)``: w1 gates, w2 projects up to intermediate_size and w3 down again."""
 
     w12: swiglu.Interleaved | None = None
-    """w1 and w2 in one tensor, if they lie in memory like that (train/unsharded.py)"""
+    """w1 and w2 in one tensor, if they lie in memory like that (train/gathered.py)"""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()

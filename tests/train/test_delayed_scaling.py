@@ -230,11 +230,14 @@ def test_what_is_sharded_trains_as_what_is_not(
     world: Callable[[int], World], config_file: Path, tmp_path: Path
 ) -> None:
     losses = []
-    for shard in ("none", "full"):
-        out_dir = tmp_path / shard
-        world(2)("train_float8", "--config", config_file, *SHORT, "--out_dir", out_dir, "--parallel.shard", shard)
+    for shard, reshard in (("none", "true"), ("full", "true"), ("full", "false")):
+        out_dir = tmp_path / f"{shard} {reshard}"
+        flags = ["--parallel.shard", shard, "--parallel.reshard_after_forward", reshard]
+        world(2)("train_float8", "--config", config_file, *SHORT, "--out_dir", out_dir, *flags)
         losses.append(column(out_dir, "loss"))
-    assert losses[0] == pytest.approx(losses[1], rel=2e-3)
+    whole, by_fsdp, gathered = losses
+    assert whole == pytest.approx(by_fsdp, rel=2e-3)
+    assert gathered == whole  # the same matmuls, and w1 and w2 alternate in memory
 
 
 @pytest.mark.parametrize(

@@ -30,11 +30,13 @@ LAYOUTS = {
     "selective checkpointing": (2, ["--train.activation_checkpointing", "selective"]),
     "full checkpointing": (4, ["--train.activation_checkpointing", "full", "--train.micro_batch_size", 1]),
     "gathered once": (2, ["--parallel.reshard_after_forward", "false"]),
+    "gathered once over 4": (4, ["--parallel.reshard_after_forward", "false"]),
+    "gathered once, 2 shards, 2 copies": (4, ["--parallel.reshard_after_forward", "false", "--parallel.shard", 2]),
     "reduced often": (2, ["--parallel.sync_every_micro_batch", "true", "--train.micro_batch_size", 1]),
 }
 
 
-QUICK = ["sharded over 2", "replicated over 2"]
+QUICK = ["sharded over 2", "replicated over 2", "gathered once"]
 
 
 @pytest.mark.parametrize(
@@ -51,6 +53,25 @@ def test_the_layout_does_not_change_the_run(
             world(size).train("--config", config_file, "--out_dir", out, *flags)
         for loss in ("loss", "val_loss"):
             assert column(out, loss) == pytest.approx(column(alone, loss), abs=2e-6, rel=0), (name, loss)
+
+
+def test_ranks_need_not_divide_the_weights_that_they_gather(
+    world, config: dict[str, Any], config_file: Path, tmp_path: Path
+) -> None:
+    """The rows of no matrix are a multiple of 3, nor those of most of 2; FSDP2 goes on from such a checkpoint."""
+    config["model"] |= {"n_embd": 28, "n_head": 14, "n_query_groups": 2, "intermediate_size": 37}
+    config["train"] |= {"global_batch_size": 12, "micro_batch_size": 2, "max_steps": 12}
+    config["checkpoint"]["interval"] = config["eval"]["interval"] = 6
+    config_file.write_text(yaml.safe_dump(config))
+    held = ["--config", config_file, "--parallel.reshard_after_forward", "false", "--out_dir"]
+    for size in (1, 3, 2):
+        world(size).train(*held, tmp_path / str(size))
+    middle = tmp_path / "3" / "checkpoints" / "step-00000006"
+    world(2).train("--config", config_file, "--out_dir", tmp_path / "resumed", "--train.resume", middle)
+    world(2).train(*held, tmp_path / "held", "--train.resume", middle)
+    for name in ("3", "2", "resumed", "held"):
+        found, alone = column(tmp_path / name, "loss"), column(tmp_path / "1", "loss")
+        assert found == pytest.approx(alone[-len(found) :], abs=2e-6, rel=0), name
 
 
 def test_start_weights_are_the_same_for_every_world(world, config_file: Path) -> None:

@@ -126,6 +126,7 @@ AGAIN, ATTENDS, PRODUCTS, ADDED = (
 )
 LAYERS, MICRO_BATCHES = 2, 2
 UNITS = LAYERS + 1  # what FSDP gathers at once: each block, and the rest
+WEIGHTS = 7 * LAYERS + 3  # which gathered.py gathers one by one
 ONCE = LAYERS * MICRO_BATCHES
 # of a layer, the products of attention's two matrices and the MLP's three; of the model, the output matrix's
 FORWARD = MICRO_BATCHES * (5 * LAYERS + 1)
@@ -146,7 +147,11 @@ RUNS: dict[str, tuple[list[object], float, dict[str, int]]] = {
         100.0,  # the gradients of the matrices are added to sums
         {GATHER: 0, REDUCE: 0, PRODUCTS: 2 * FORWARD, ADDED: FORWARD},
     ),
-    "gathered once": (["--parallel.reshard_after_forward", "false"], 1e-3, {GATHER: UNITS}),
+    "gathered once": (
+        ["--parallel.reshard_after_forward", "false"],
+        1e-3,
+        {GATHER: WEIGHTS, REDUCE: WEIGHTS, PRODUCTS: 2 * FORWARD, ADDED: FORWARD},
+    ),
     "reduced often": (["--parallel.sync_every_micro_batch", "true"], 1e-3, {REDUCE: MICRO_BATCHES * UNITS}),
     "full checkpointing": (
         ["--train.activation_checkpointing", "full"],

@@ -82,7 +82,7 @@ def _by_frames(frames: list[dict[str, Any]]) -> str:
     files = [frame["filename"] for frame in frames]
     if any("torch/distributed/fsdp/" in file for file in files):
         return "weights gathered or gradients reduced by FSDP"
-    if any(file.endswith("tinyllama/train/unsharded.py") for file in files):
+    if any(file.endswith("tinyllama/train/gathered.py") for file in files):
         return "copies of the weights and sums of gradients"
     if any("torch/optim/" in file or file.endswith("tinyllama/train/muon.py") for file in files):
         return "temporaries of the optimizer"

@@ -1,4 +1,7 @@
-"""FSDP2: how the model is sharded, compiled and recomputed, and when its gradients are reduced."""
+"""How the model is sharded, compiled and recomputed, and when its gradients are reduced.
+
+Where the weights that a pass gathered may stay until the step ends, train/gathered.py keeps them; FSDP2 frees them.
+"""
 
 import functools
 import logging
@@ -18,8 +21,8 @@ from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.model import GPT, init_weights
 from tinyllama.ops import attention, swiglu
 from tinyllama.train.delayed_scaling import DelayedScaling
+from tinyllama.train.gathered import Gathered
 from tinyllama.train.launch import World, cluster_environment
-from tinyllama.train.unsharded import Unsharded
 
 # what selective activation checkpointing keeps: the matmuls, which are dear; the rest is cheap to do again
 SAVED = [torch.ops.aten.mm.default, *attention.SAVED, *swiglu.SAVED]
@@ -64,9 +67,9 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
         whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
         for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
-    if shard == 1:
+    if shard == 1 or not (args.reshard_after_forward or args.sync_every_micro_batch):
         model.to_empty(device=device)
-        model.unsharded = Unsharded(model, replicate_shard, cast(torch.dtype, policy.param_dtype))
+        model.gathered = Gathered(model, replicate_shard, cast(torch.dtype, policy.param_dtype))
     else:
         for block in model.transformer["h"].children():
             fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
@@ -107,13 +110,13 @@ def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
         model.set_requires_gradient_sync(last or args.sync_every_micro_batch)
         model.set_reshard_after_backward(last or args.reshard_after_forward)
     else:
-        unsharded(model).reduces = last
+        gathered(model).reduces = last
 
 
 def finish_gradients(model: GPT) -> None:
     """After a step's last backward pass: every parameter has its gradient."""
     if not isinstance(model, FSDPModule):  # which does so itself
-        unsharded(model).finish_gradients()
+        gathered(model).finish_gradients()
 
 
 def reshard(model: GPT) -> None:
@@ -123,12 +126,12 @@ def reshard(model: GPT) -> None:
             if isinstance(module, FSDPModule):
                 module.reshard()
     else:
-        unsharded(model).end_pass()
+        gathered(model).end_pass()
 
 
-def unsharded(model: GPT) -> Unsharded:
-    """The weights of a model that is not sharded."""
-    return cast(Unsharded, model.unsharded)
+def gathered(model: GPT) -> Gathered:
+    """The weights of a model that FSDP2 does not shard."""
+    return cast(Gathered, model.gathered)
 
 
 def check_dtypes(model: GPT, train: TrainArgs) -> str:

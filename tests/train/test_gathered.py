@@ -75,7 +75,7 @@ def batches(count: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
     return [(block[:, :-1], block[:, 1:]) for block in blocks]
 
 
-def unsharded_gradients(model: GPT, count: int = 2) -> dict[str, torch.Tensor]:
+def gathered_gradients(model: GPT, count: int = 2) -> dict[str, torch.Tensor]:
     for number, (ids, targets) in enumerate(batches(count)):
         sync_gradients(model, number == count - 1, ParallelArgs())
         model(ids, targets).backward()
@@ -108,7 +108,7 @@ def test_the_gradients_are_those_of_fsdp(mesh: DeviceMesh, precision: Any, check
     model = parallelize(meta_model(), mesh, ParallelArgs(), 1, train)
     expected = fsdp_gradients(mesh, train)
     for _ in range(2):  # those of a step are not in the next
-        found = unsharded_gradients(model)
+        found = gathered_gradients(model)
         assert found.keys() == expected.keys()
         for name, gradient in found.items():
             assert gradient.dtype == torch.float32
@@ -119,10 +119,10 @@ def test_the_gradients_are_those_of_fsdp(mesh: DeviceMesh, precision: Any, check
 
 def test_a_weight_that_no_pass_reaches_has_a_gradient_of_0(mesh: DeviceMesh) -> None:
     model = parallelize(meta_model(), mesh, ParallelArgs(), 1, TrainArgs(precision="bf16"))
-    first = unsharded_gradients(model)
+    first = gathered_gradients(model)
     assert all(gradient.norm() > 0 for gradient in first.values())
     model.zero_grad()
-    model.unsharded.start_pass()
+    model.gathered.start_pass()
     model.transformer["wte"](torch.tensor([3, 3, 5])).sum().backward()
     finish_gradients(model)
     found = gradients(model)
@@ -138,14 +138,14 @@ def test_a_compiled_block_writes_the_first_gradient_and_adds_the_others(
     mesh: DeviceMesh, kernels: None, monkeypatch: pytest.MonkeyPatch, gate: str
 ) -> None:
     train = TrainArgs(precision="fp32")
-    expected = unsharded_gradients(parallelize(meta_model(swiglu=gate), mesh, ParallelArgs(), 1, train), 3)
+    expected = gathered_gradients(parallelize(meta_model(swiglu=gate), mesh, ParallelArgs(), 1, train), 3)
     torch._dynamo.reset()
     counter = CompileCounterWithBackend("aot_eager")  # what surrounds our operations is not what is asked
     compiled = torch.compile
     monkeypatch.setattr(torch, "compile", lambda forward, **how: compiled(forward, backend=counter, **how))
     model = parallelize(meta_model(swiglu=gate), mesh, ParallelArgs(), 1, TrainArgs(precision="fp32", compile=True))
     for _ in range(2):
-        for name, gradient in unsharded_gradients(model, 3).items():
+        for name, gradient in gathered_gradients(model, 3).items():
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)
             gradient.fill_(torch.nan)
         model.zero_grad()
@@ -157,7 +157,7 @@ def test_the_output_matrix_may_be_the_embedding(mesh: DeviceMesh) -> None:
     train = TrainArgs(precision="bf16")
     model = parallelize(meta_model(config), mesh, ParallelArgs(), 1, train)
     expected = fsdp_gradients(mesh, train, config)
-    found = unsharded_gradients(model)
+    found = gathered_gradients(model)
     assert all(apart(found[name], expected[name]) <= LIMIT["bf16"] for name in expected)
 
 
@@ -165,10 +165,10 @@ def test_w1_and_w2_alternate_in_memory_for_the_kernel_that_wants_it(mesh: Device
     train = TrainArgs(precision="fp32")
     plain = parallelize(meta_model(), mesh, ParallelArgs(), 1, train)
     quack = parallelize(meta_model(swiglu="quack"), mesh, ParallelArgs(), 1, train)
-    expected = unsharded_gradients(plain)
+    expected = gathered_gradients(plain)
     sums = {id(layer.mlp.swiglu.w12.gradient) for layer in quack.layers}  # type: ignore[union-attr]
     for _ in range(2):
-        found = unsharded_gradients(quack)
+        found = gathered_gradients(quack)
         for name, gradient in found.items():
             assert gradient.is_contiguous()
             torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-5)

@@ -1,0 +1,252 @@
+"""Mixed precision on ranks that gather all weights once a step and keep them until it ends.
+
+Each rank has its shard of the master weights, of the optimizer's state and of the gradients' mean, and a copy of all
+weights in the dtype of a pass. FSDP2 does the same with `reshard_after_forward=False`, but copies every weight out of
+a flat buffer and every gradient into one, where nothing is sharded, too; here both lie where they are gathered to and
+reduced from.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
+
+from tinyllama.model import GPT, Linear, SwiGLU
+from tinyllama.ops import swiglu
+from tinyllama.ops.linear import GradientSum, empty_sum
+
+
+@dataclass
+class Weight:
+    """A parameter in both of its forms, and the module that has it."""
+
+    module: nn.Module
+    name: str
+    master: nn.Parameter
+    """fp32, a DTensor: what optimizer and checkpoints see"""
+    copy: nn.Parameter
+    """in the dtype of a pass: what a pass computes with"""
+
+
+@dataclass
+class Rows:
+    """What is gathered and reduced at once: a weight, or several whose rows alternate in memory.
+
+    Each rank owns as many rows of the two tensors as the next, so there may be a few more than the weights have.
+    """
+
+    weights: list[Weight]
+    copy: Tensor
+    """(rows, ...) in the dtype of a pass"""
+    gradient: GradientSum
+    """(rows, ...) of the micro-batches of a step"""
+
+
+class Gathered:
+    """The weights of ``model``, which lies on a device, as its passes and as its optimizer need them.
+
+    ``mesh`` has the dimensions "replicate" and "shard". In a pass the modules have the copies, between steps the
+    masters. Each backward pass adds to the gradients: where a ``Linear`` multiplies, in its matmul, else when autograd
+    has the gradient of a copy. A step's first addition to a gradient writes it, which saves setting all of them to 0
+    and reading that.
+    """
+
+    reduces = True
+    """whether a backward pass averages the gradients over the ranks: the last of a step must"""
+
+    def __init__(self, model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
+        self._mesh, self._dtype = mesh, dtype
+        self._replicas, self._shards = mesh.shape
+        self._shard = mesh.get_local_rank("shard")
+        self._in_pass = False
+        # what communicates waits for what computes, and not the other way
+        self._stream = torch.cuda.Stream() if mesh.device_type == "cuda" and mesh.size() > 1 else None
+        self._taken: set[tuple[nn.Module, str]] = set()
+        self._parts: list[list[Rows]] = []
+        self._gathering: list[torch.cuda.Event] = []
+        for number, block in enumerate(model.layers):
+            self._parts.append(self._take(block))
+            if mesh.size() > 1:
+                block.forward = self._communicating(block.forward, number)  # type: ignore[method-assign]
+        self._parts.append(self._take(model))  # needed first and last: gathered and reduced by themselves
+        model.register_forward_pre_hook(lambda *_: self.start_pass())
+
+    def _take(self, part: nn.Module) -> list[Rows]:
+        """Take over the parameters of ``part`` that are not taken yet."""
+        found = []
+        for module in part.modules():
+            if isinstance(module, SwiGLU) and module.gated_mlp in swiglu.INTERLEAVED and module.w12 is None:
+                rows = self._rows([(one, "weight") for one in (module.w1, module.w2)])
+                count = 2 * module.w1.weight.shape[0]
+                total, empty = rows.gradient
+                module.w12 = swiglu.Interleaved(rows.copy[:count], GradientSum(total[:count], empty))
+                found.append(rows)
+            for name, _ in module.named_parameters(recurse=False):
+                if (module, name) not in self._taken:
+                    found.append(self._rows([(module, name)]))
+        return found
+
+    def _rows(self, names: list[tuple[nn.Module, str]]) -> Rows:
+        """Lay out these parameters of the same shape, (R, ...), row by row in turn."""
+        parameters = [getattr(module, name).data for module, name in names]
+        count, *rest = parameters[0].shape
+        owned = -(-count // self._shards)  # by each rank
+        copy = parameters[0].new_empty(owned * self._shards * len(names), *rest, dtype=self._dtype)
+        rows = Rows([], copy, empty_sum(copy))
+        for number, ((module, name), parameter) in enumerate(zip(names, parameters, strict=True)):
+            turn = slice(number, count * len(names), len(names))
+            local = parameter[self._shard * owned : (self._shard + 1) * owned].clone()
+            weight = Weight(module, name, self._master(parameter, local), nn.Parameter(copy[turn]))
+            gradient = GradientSum(rows.gradient.total[turn], rows.gradient.empty)
+            if isinstance(module, Linear):
+                module.weight_gradient = gradient
+            weight.copy.register_post_accumulate_grad_hook(functools.partial(move_gradient, gradient))
+            setattr(module, name, weight.master)
+            rows.weights.append(weight)
+            self._taken.add((module, name))
+        return rows
+
+    def _master(self, full: Tensor, local: Tensor) -> nn.Parameter:
+        return nn.Parameter(self._dtensor(local, full.shape, full.stride()))
+
+    def _dtensor(self, local: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
+        placements = [Replicate(), Shard(0)]
+        return DTensor.from_local(local, self._mesh, placements, run_check=False, shape=shape, stride=stride)
+
+    def _owned(self, rows: Tensor, weights: int) -> Tensor:
+        """This rank's part of (rows, ...), in which as many weights alternate -> (rows of a weight, weights, ...)."""
+        return rows.unflatten(0, (self._shards, -1, weights))[self._shard]
+
+    def _communicating(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+        """A Block's ``forward`` that waits for its weights, and whose gradients are reduced when they are complete."""
+
+        def reduce() -> None:
+            if self.reduces:
+                self._reduce(self._parts[number])
+
+        def communicating(x: Tensor, *inputs: Any) -> Any:
+            self._wait_for(number)
+            return forward(_Then.apply(x, reduce), *inputs)
+
+        return communicating
+
+    def _wait_for(self, number: int) -> None:
+        if self._gathering:
+            torch.cuda.current_stream().wait_event(self._gathering[number])
+
+    @torch.no_grad()
+    def start_pass(self) -> None:
+        """Give the modules the copies, new ones if they had the masters."""
+        if self._in_pass:
+            return
+        everything = [rows for part in self._parts for rows in part]
+        copies, masters = [], []
+        for rows in everything:
+            owned = self._owned(rows.copy, len(rows.weights))
+            for number, weight in enumerate(rows.weights):
+                master = cast(DTensor, weight.master).to_local()
+                copies.append(owned[: len(master), number])
+                masters.append(master)
+                setattr(weight.module, weight.name, weight.copy)
+            rows.gradient.empty.fill_(True)
+        torch._foreach_copy_(copies, masters)
+        if self._shards > 1:
+            self._gather()
+        self._in_pass = True
+
+    def _gather(self) -> None:
+        """Start gathering the copies: what no block has first, for which this waits, and then block by block."""
+        group = self._mesh.get_group("shard")
+        self._wait_for_computation()
+        self._gathering = []
+        with torch.cuda.stream(self._stream):
+            for part in (self._parts[-1], *self._parts[:-1]):
+                for rows in part:
+                    dist.all_gather_into_tensor(rows.copy, rows.copy.chunk(self._shards)[self._shard], group)
+                if self._stream is not None:
+                    self._gathering.append(self._stream.record_event())
+        if self._gathering:
+            torch.cuda.current_stream().wait_event(self._gathering.pop(0))
+
+    def _wait_for_computation(self) -> None:
+        if self._stream is not None:
+            self._stream.wait_stream(torch.cuda.current_stream())
+
+    def _reduce(self, part: list[Rows]) -> None:
+        """Start averaging these gradients over the ranks, of which each keeps its part."""
+        gradients = [rows.gradient for rows in part]
+        fill_empty(gradients)
+        self._wait_for_computation()
+        with torch.cuda.stream(self._stream):
+            for total, _ in gradients:
+                operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
+                owned = total.chunk(self._shards)[self._shard]
+                if self._shards > 1:
+                    dist.reduce_scatter_tensor(owned, total, operation, self._mesh.get_group("shard"))
+                if self._replicas > 1:
+                    dist.all_reduce(owned, operation, self._mesh.get_group("replicate"))
+
+    def end_pass(self) -> None:
+        """Give the modules the masters."""
+        for part in self._parts:
+            for rows in part:
+                for weight in rows.weights:
+                    setattr(weight.module, weight.name, weight.master)
+        self._in_pass = False
+
+    @torch.no_grad()
+    def finish_gradients(self) -> None:
+        """Give the modules the masters, with the gradients of the step over all ranks."""
+        if self._mesh.size() > 1:
+            self._reduce(self._parts[-1])
+            if self._stream is not None:
+                torch.cuda.current_stream().wait_stream(self._stream)
+        for part in self._parts:
+            fill_empty([rows.gradient for rows in part])
+            for rows in part:
+                self._set_gradients(rows)
+        self.end_pass()
+
+    def _set_gradients(self, rows: Rows) -> None:
+        owned = self._owned(rows.gradient.total, len(rows.weights))
+        if self._mesh.size() > 1 and not owned.is_cuda:
+            owned /= self._mesh.size()
+        for number, weight in enumerate(rows.weights):
+            master = cast(DTensor, weight.master)
+            gradient = owned[: len(master.to_local()), number].contiguous()
+            weight.master.grad = self._dtensor(gradient, master.shape, master.stride())
+
+
+class _Then(torch.autograd.Function):
+    """The identity, which calls a function once the gradient of its result is known."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, call: Callable[[], None]) -> Tensor:
+        ctx.call = call
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
+        ctx.call()
+        return gradients[0], None
+
+
+def move_gradient(gradient: GradientSum, copy: Tensor) -> None:
+    """Add the gradient of ``copy`` to its sum, and clear it; it has none if a ``Linear`` has added it."""
+    if copy.grad is not None:
+        gradient.add(copy.grad)
+        copy.grad = None
+
+
+def fill_empty(gradients: list[GradientSum]) -> None:
+    """Set those sums to 0 whose weight no backward pass has reached."""
+    for total, empty in gradients:
+        if empty:
+            total.zero_()
+            empty.fill_(False)
