@@ -230,9 +230,9 @@ def test_what_is_sharded_trains_as_what_is_not(
     world: Callable[[int], World], config_file: Path, tmp_path: Path
 ) -> None:
     losses = []
-    for shard, reshard in (("none", "true"), ("full", "true"), ("full", "false")):
-        out_dir = tmp_path / f"{shard} {reshard}"
-        flags = ["--parallel.shard", shard, "--parallel.reshard_after_forward", reshard]
+    for shard, freed in (("none", "true"), ("full", "true"), ("full", "false")):
+        out_dir = tmp_path / f"{shard} {freed}"
+        flags = ["--parallel.shard", shard, "--parallel.reshard_after_forward", freed]
         world(2)("train_float8", "--config", config_file, *SHORT, "--out_dir", out_dir, *flags)
         losses.append(column(out_dir, "loss"))
     whole, by_fsdp, gathered = losses

@@ -45,7 +45,7 @@ class _Chunked(torch.autograd.Function):
         for start in range(0, len(x), LOGITS_CHUNK):
             rows = slice(start, start + LOGITS_CHUNK)
             logits = x[rows] @ weight.T  # (n, V)
-            loss += _loss_and_gradient(logits.is_cuda)(logits, targets[rows])
+            loss += _turn_into_gradient(logits, targets[rows])
             if wants_gradient:  # the gradients have replaced the logits in place
                 torch.mm(logits, weight, out=dx[rows])
                 add_matmul(*dw, logits.T, x[rows])
@@ -67,20 +67,29 @@ class _Chunked(torch.autograd.Function):
 
 
 @functools.cache
-def _loss_and_gradient(compiled: bool) -> Any:
-    return torch.compile(_turn_into_gradient, dynamic=False) if compiled else _turn_into_gradient
+def _compiled(on_gpu: bool) -> Any:
+    return torch.compile(_softmax, dynamic=False) if on_gpu else _softmax
 
 
 def _turn_into_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the summed loss of logits (n, V), and replace them by its gradient in place."""
+    loss, index, at_target = _compiled(logits.is_cuda)(logits, targets)
+    logits.scatter_(-1, index, at_target)
+    return loss
+
+
+def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Replace logits (n, V) by their softmax; return the summed loss, the targets' indices and gradients, (n, 1) each.
+
+    The gradients of the others are the softmax. To ask each of n V elements whether it is the target takes longer.
+    """
     logits32 = logits.float()
     lse = logits32.logsumexp(-1, keepdim=True)  # (n, 1)
     counted = (targets != IGNORE_INDEX)[:, None]  # (n, 1)
     index = targets.clamp(min=0)[:, None]  # (n, 1)
-    loss = ((lse - logits32.gather(-1, index)) * counted).sum()
-    is_target = torch.arange(logits.size(-1), device=logits.device) == index  # (n, V)
-    logits.copy_(((logits32 - lse).exp() - is_target.float()) * counted)
-    return loss
+    log_likelihood = logits32.gather(-1, index) - lse
+    logits.copy_((logits32 - lse).exp() * counted)
+    return -(log_likelihood * counted).sum(), index, (log_likelihood.expm1() * counted).to(logits.dtype)
 
 
 BACKENDS = {"reference": Backend(reference), "chunked": Backend(chunked)}

@@ -1,10 +1,16 @@
-"""Keep ranks in step: timeouts of collectives, and garbage collection at the same steps on all ranks."""
+"""Collectives by their names in any version of torch, their timeouts, and garbage collection at the same steps on all
+ranks.
+"""
 
 import gc
 from collections.abc import Collection
 from datetime import timedelta
 
 import torch.distributed as dist
+
+# torch 2.13 has renamed them, and warns of the old names
+all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 GC_INTERVAL = 50
 """optimizer steps between two collections"""

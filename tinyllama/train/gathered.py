@@ -20,6 +20,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from tinyllama.model import GPT, Linear, SwiGLU
 from tinyllama.ops import swiglu
 from tinyllama.ops.linear import GradientSum, empty_sum
+from tinyllama.train.collectives import all_gather, reduce_scatter
 
 
 @dataclass
@@ -73,7 +74,8 @@ class Gathered:
         for number, block in enumerate(model.layers):
             self._parts.append(self._take(block))
             if mesh.size() > 1:
-                block.forward = self._communicating(block.forward, number)  # type: ignore[method-assign]
+                block.register_forward_pre_hook(functools.partial(self._wait, number))
+                block.forward = self._reducing(block.forward, number)  # type: ignore[method-assign]
         self._parts.append(self._take(model))  # needed first and last: gathered and reduced by themselves
         model.register_forward_pre_hook(lambda *_: self.start_pass())
 
@@ -123,22 +125,19 @@ class Gathered:
         """This rank's part of (rows, ...), in which as many weights alternate -> (rows of a weight, weights, ...)."""
         return rows.unflatten(0, (self._shards, -1, weights))[self._shard]
 
-    def _communicating(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
-        """A Block's ``forward`` that waits for its weights, and whose gradients are reduced when they are complete."""
+    def _wait(self, number: int, *_: Any) -> None:
+        """Let what computes wait for the weights of a Block."""
+        if self._gathering:
+            torch.cuda.current_stream().wait_event(self._gathering[number])
+
+    def _reducing(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+        """A Block's ``forward``, with a reduction of its gradients as soon as its backward pass is done."""
 
         def reduce() -> None:
             if self.reduces:
                 self._reduce(self._parts[number])
 
-        def communicating(x: Tensor, *inputs: Any) -> Any:
-            self._wait_for(number)
-            return forward(_Then.apply(x, reduce), *inputs)
-
-        return communicating
-
-    def _wait_for(self, number: int) -> None:
-        if self._gathering:
-            torch.cuda.current_stream().wait_event(self._gathering[number])
+        return lambda x, *inputs: forward(_Then.apply(x, reduce), *inputs)
 
     @torch.no_grad()
     def start_pass(self) -> None:
@@ -168,7 +167,7 @@ class Gathered:
         with torch.cuda.stream(self._stream):
             for part in (self._parts[-1], *self._parts[:-1]):
                 for rows in part:
-                    dist.all_gather_into_tensor(rows.copy, rows.copy.chunk(self._shards)[self._shard], group)
+                    all_gather(rows.copy, rows.copy.chunk(self._shards)[self._shard], group)
                 if self._stream is not None:
                     self._gathering.append(self._stream.record_event())
         if self._gathering:
@@ -188,7 +187,7 @@ class Gathered:
                 operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
                 owned = total.chunk(self._shards)[self._shard]
                 if self._shards > 1:
-                    dist.reduce_scatter_tensor(owned, total, operation, self._mesh.get_group("shard"))
+                    reduce_scatter(owned, total, operation, self._mesh.get_group("shard"))
                 if self._replicas > 1:
                     dist.all_reduce(owned, operation, self._mesh.get_group("replicate"))
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from tinyllama.model import GPT
 from tinyllama.throughput import Meter, flops_per_token, peak_flops
+from tinyllama.train.collectives import all_gather
 from tinyllama.train.run import Run
 
 
@@ -19,7 +20,7 @@ class StepClock(Meter):
 
     Ranks exchange weights and gradients, so they end a step together, whoever is slow. What differs is the time in
     which a rank computes alone, and it is measured in the forward pass of the blocks in each step's first micro-batch:
-    hooks inside FSDP's run when a block's weights have been gathered and before they are freed. On a GPU events on the
+    these hooks run when a block's weights have been gathered and before they are freed. On a GPU events on the
     device measure it, and nobody waits for them.
     """
 
@@ -60,7 +61,7 @@ class StepClock(Meter):
         self._forward.clear()
         times = torch.tensor([forward, waited], dtype=torch.float64, device=self._device)
         of_all = torch.empty(2 * self._num_ranks, dtype=torch.float64, device=self._device)
-        dist.all_gather_into_tensor(of_all, times)
+        all_gather(of_all, times)
         forwards, waits = of_all.view(-1, 2).T.tolist()
         row |= {"forward_seconds_median": statistics.median_low(forwards), "forward_seconds_slowest": max(forwards)}
         return row | {"slowest_rank": forwards.index(max(forwards)), "data_seconds": max(waits)}
