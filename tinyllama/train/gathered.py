@@ -7,6 +7,7 @@ reduced from.
 """
 
 import functools
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -56,24 +57,27 @@ class Gathered:
     masters. Each backward pass adds to the gradients: where a ``Linear`` multiplies, in its matmul, else when autograd
     has the gradient of a copy. A step's first addition to a gradient writes it, which saves setting all of them to 0
     and reading that.
+
+    With ``overlap`` the collectives run beside what computes, as a network between nodes asks for. Between the GPUs of
+    a node they take a hundredth of a step alone, and five times that long beside matmuls, which they disturb
+    (docs/benchmarks.md).
     """
 
     reduces = True
     """whether a backward pass averages the gradients over the ranks: the last of a step must"""
 
-    def __init__(self, model: GPT, mesh: DeviceMesh, dtype: torch.dtype) -> None:
-        self._mesh, self._dtype = mesh, dtype
+    def __init__(self, model: GPT, mesh: DeviceMesh, dtype: torch.dtype, *, overlap: bool) -> None:
+        self._mesh, self._dtype, self._overlap = mesh, dtype, overlap
         self._replicas, self._shards = mesh.shape
         self._shard = mesh.get_local_rank("shard")
         self._in_pass = False
-        # what communicates waits for what computes, and not the other way
-        self._stream = torch.cuda.Stream() if mesh.device_type == "cuda" and mesh.size() > 1 else None
+        self._stream = torch.cuda.Stream() if overlap and mesh.device_type == "cuda" else None
         self._taken: set[tuple[nn.Module, str]] = set()
         self._parts: list[list[Rows]] = []
         self._gathering: list[torch.cuda.Event] = []
         for number, block in enumerate(model.layers):
             self._parts.append(self._take(block))
-            if mesh.size() > 1:
+            if overlap:
                 block.register_forward_pre_hook(functools.partial(self._wait, number))
                 block.forward = self._reducing(block.forward, number)  # type: ignore[method-assign]
         self._parts.append(self._take(model))  # needed first and last: gathered and reduced by themselves
@@ -144,9 +148,8 @@ class Gathered:
         """Give the modules the copies, new ones if they had the masters."""
         if self._in_pass:
             return
-        everything = [rows for part in self._parts for rows in part]
         copies, masters = [], []
-        for rows in everything:
+        for rows in itertools.chain(*self._parts):
             owned = self._owned(rows.copy, len(rows.weights))
             for number, weight in enumerate(rows.weights):
                 master = cast(DTensor, weight.master).to_local()
@@ -160,7 +163,7 @@ class Gathered:
         self._in_pass = True
 
     def _gather(self) -> None:
-        """Start gathering the copies: what no block has first, for which this waits, and then block by block."""
+        """Gather the copies: what no block has first, for which a pass waits in any case, and then block by block."""
         group = self._mesh.get_group("shard")
         self._wait_for_computation()
         self._gathering = []
@@ -178,12 +181,12 @@ class Gathered:
             self._stream.wait_stream(torch.cuda.current_stream())
 
     def _reduce(self, part: list[Rows]) -> None:
-        """Start averaging these gradients over the ranks, of which each keeps its part."""
-        gradients = [rows.gradient for rows in part]
-        fill_empty(gradients)
+        """Average these gradients over the ranks, of which each keeps its part."""
+        for rows in part:
+            fill_if_empty(rows.gradient)
         self._wait_for_computation()
         with torch.cuda.stream(self._stream):
-            for total, _ in gradients:
+            for total, _ in (rows.gradient for rows in part):
                 operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
                 owned = total.chunk(self._shards)[self._shard]
                 if self._shards > 1:
@@ -193,33 +196,34 @@ class Gathered:
 
     def end_pass(self) -> None:
         """Give the modules the masters."""
-        for part in self._parts:
-            for rows in part:
-                for weight in rows.weights:
-                    setattr(weight.module, weight.name, weight.master)
+        for rows in itertools.chain(*self._parts):
+            for weight in rows.weights:
+                setattr(weight.module, weight.name, weight.master)
         self._in_pass = False
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Give the modules the masters, with the gradients of the step over all ranks."""
-        if self._mesh.size() > 1:
-            self._reduce(self._parts[-1])
-            if self._stream is not None:
-                torch.cuda.current_stream().wait_stream(self._stream)
-        for part in self._parts:
-            fill_empty([rows.gradient for rows in part])
-            for rows in part:
-                self._set_gradients(rows)
+        for part in self._parts[-1:] if self._overlap else self._parts:
+            self._reduce(part)
+        if self._stream is not None:
+            torch.cuda.current_stream().wait_stream(self._stream)
+        for rows in itertools.chain(*self._parts):
+            self._set_gradients(rows)
         self.end_pass()
 
     def _set_gradients(self, rows: Rows) -> None:
         owned = self._owned(rows.gradient.total, len(rows.weights))
         if self._mesh.size() > 1 and not owned.is_cuda:
             owned /= self._mesh.size()
-        for number, weight in enumerate(rows.weights):
+        gradients = [owned.squeeze(1)]
+        if len(rows.weights) > 1:  # contiguous, as optimizers expect them
+            size, count, columns = owned.shape
+            gradients = [owned.new_empty(size, columns) for _ in rows.weights]
+            torch.split_with_sizes_copy(owned.flatten(1), [columns] * count, dim=1, out=gradients)
+        for weight, gradient in zip(rows.weights, gradients, strict=True):
             master = cast(DTensor, weight.master)
-            gradient = owned[: len(master.to_local()), number].contiguous()
-            weight.master.grad = self._dtensor(gradient, master.shape, master.stride())
+            weight.master.grad = self._dtensor(gradient[: len(master.to_local())], master.shape, master.stride())
 
 
 class _Then(torch.autograd.Function):
@@ -243,9 +247,8 @@ def move_gradient(gradient: GradientSum, copy: Tensor) -> None:
         copy.grad = None
 
 
-def fill_empty(gradients: list[GradientSum]) -> None:
-    """Set those sums to 0 whose weight no backward pass has reached."""
-    for total, empty in gradients:
-        if empty:
-            total.zero_()
-            empty.fill_(False)
+def fill_if_empty(gradient: GradientSum) -> None:
+    """Set the sum to 0 if no backward pass has reached the weight."""
+    if gradient.empty:
+        gradient.total.zero_()
+        gradient.empty.fill_(False)

@@ -33,7 +33,7 @@ def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
     for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
         logging.getLogger(name).setLevel(logging.WARNING)  # our summary says what they would
     strategy = ModelParallelStrategy(
-        parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, world.shard, train),
+        parallelize_fn=lambda model, mesh: parallelize(model, mesh, args, world.shard, train, world.nodes),
         data_parallel_size=world.size,
         tensor_parallel_size=1,
         timeout=timedelta(seconds=train.start_timeout),
@@ -47,7 +47,9 @@ def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
     )
 
 
-def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs) -> GPT:
+def parallelize(
+    model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs, nodes: int = 1
+) -> GPT:
     """Shard each Block and then the rest of ``model``, which lies on the meta device, and draw its initial weights.
 
     Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
@@ -69,7 +71,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
     if shard == 1 or not (args.reshard_after_forward or args.sync_every_micro_batch):
         model.to_empty(device=device)
-        model.gathered = Gathered(model, replicate_shard, cast(torch.dtype, policy.param_dtype))
+        model.gathered = Gathered(model, replicate_shard, cast(torch.dtype, policy.param_dtype), overlap=nodes > 1)
     else:
         for block in model.transformer["h"].children():
             fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
