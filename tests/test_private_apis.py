@@ -73,7 +73,12 @@ TABLE = [
         )
         for name in ("_record_memory_history", "_snapshot")
     ),
-    Private("torch._foreach_mul_", ("tinyllama/train/optim.py",), "one kernel clips all gradients"),
+    Private(
+        "torch._foreach_mul_",
+        ("tinyllama/train/optim.py", "tinyllama/train/adamw.py"),
+        "one kernel clips all gradients",
+    ),
+    Private("torch._foreach_add_", ("tinyllama/train/adamw.py",), "one kernel counts the steps of all parameters"),
     *(
         Private(f"torch._foreach_{name}_", files, "one kernel for all weights, gradients or scales")
         for name, files in {

@@ -28,16 +28,16 @@ def training(args: TrainArgs, state: TrainState) -> tuple[torch.nn.Parameter, to
 
 
 def test_the_norm_and_the_loss_are_what_they_are() -> None:
-    _, _, guard = training(TrainArgs(), TrainState())
+    _, optimizer, guard = training(TrainArgs(), TrainState())
     gradients = [torch.tensor([3.0, 0.0]), torch.tensor([[4.0]])]
     norm = guard.check(1, torch.tensor(6.0), 4, gradients)
     assert norm == 5
     (verdict,) = guard.poll(late=0)
     assert (verdict.step, verdict.loss, verdict.grad_norm) == (1, 1.5, 5.0)
     assert (verdict.finite, verdict.skipped, verdict.ranks) == (True, False, [])
-    clip(gradients, norm, max_norm=10.0)
+    clip(optimizer, gradients, norm, max_norm=10.0)
     assert gradients[1].item() == 4
-    clip(gradients, norm, max_norm=1.0)
+    clip(optimizer, gradients, norm, max_norm=1.0)
     assert gradients[0].tolist() == pytest.approx([0.6, 0.0])
     assert gradients[1].item() == pytest.approx(0.8)
 

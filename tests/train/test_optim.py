@@ -29,11 +29,12 @@ def test_clipping_scales_what_the_optimizer_sees() -> None:
     model = torch.nn.Linear(2, 1)
     model(torch.tensor([[3.0, 4.0]])).sum().backward()  # gradients 3, 4 and 1
     gradients = local_gradients(model)
+    optimizer = torch.optim.SGD(model.parameters())
     norm = torch.tensor(26.0).sqrt()
-    clip(gradients, norm, 10.0)
+    clip(optimizer, gradients, norm, 10.0)
     assert model.weight.grad is not None
     assert model.weight.grad.tolist() == [[3.0, 4.0]]
-    clip(gradients, norm, 0.5)
+    clip(optimizer, gradients, norm, 0.5)
     scale = 0.5 / 26**0.5
     assert model.weight.grad.tolist()[0] == pytest.approx([3 * scale, 4 * scale], rel=1e-6)
     assert model.bias.grad.tolist() == pytest.approx([scale], rel=1e-6)

@@ -27,6 +27,7 @@ from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
 from tinyllama.ops import symmetric_matmul
 from tinyllama.throughput import newton_schulz_flops
+from tinyllama.train.adamw import local
 
 T = TypeVar("T")
 Multiply = Callable[..., Tensor]
@@ -185,7 +186,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
             momentum, gradient = local(state["momentum"]), local(parameter.grad)
-            direction = direct(momentum.view(-1), gradient.view(-1), skip, weight, self._dtype)
+            direction = direct(momentum.view(-1), gradient.reshape(-1), skip, weight, self._dtype)
             directions.append(direction.view(momentum.shape))
         return directions
 
@@ -352,11 +353,6 @@ def move_weights(weight: Tensor, update: Tensor, decay: Tensor, factor: Tensor) 
 def in_one_pass(function: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
     """``function`` of flat tensors, on a GPU as one kernel, which reads and writes each only once."""
     return torch.compile(function, dynamic=True, fullgraph=True) if cuda else function
-
-
-def local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def joined(lists: Iterable[list[T]]) -> list[T]:

@@ -4,19 +4,19 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, init_weights
+from tinyllama.train.adamw import AdamW, local
 from tinyllama.train.muon import Muon
 
 
 def adamw(model: GPT, args: OptimArgs, dtype: torch.dtype) -> torch.optim.Optimizer:
     """AdamW over every parameter, decay on norms and embeddings too (upstream pretrain/tinyllama.py)."""
-    return torch.optim.AdamW(
+    return AdamW(
         model.parameters(),
         lr=args.lr,
         betas=(args.beta1, args.beta2),
@@ -82,13 +82,20 @@ def check_optimizer(args: OptimArgs) -> None:
 
 def local_gradients(model: torch.nn.Module) -> list[Tensor]:
     """This rank's shards of the gradients of all parameters, the very ones that the optimizer uses."""
-    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
-    return [gradient.to_local() if isinstance(gradient, DTensor) else gradient for gradient in gradients]
+    return [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
 
 
-def clip(gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
-    """Scale ``gradients`` in place to ``max_norm`` if their ``norm``, over all ranks, is greater."""
-    torch._foreach_mul_(gradients, (max_norm / (norm + 1e-6)).clamp(max=1.0))
+def clip(optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
+    """Scale ``gradients`` to ``max_norm`` in the next step if their ``norm``, over all ranks, is greater.
+
+    Our AdamW does it in its step; for every other optimizer they are scaled here, in place. ``optimizer`` is the very
+    one, not Fabric's wrapper.
+    """
+    factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
+    if isinstance(optimizer, AdamW):
+        optimizer.gradient_factor = factor
+    else:
+        torch._foreach_mul_(gradients, factor)
 
 
 def set_lr(optimizer: torch.optim.Optimizer, lr: float) -> None:

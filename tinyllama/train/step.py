@@ -61,6 +61,6 @@ class TrainStep:
         norm = self.guard.check(state.step, loss_sum, self.tokens, gradients)
         if self.gpt.scaling is not None:
             self.gpt.scaling.end_step(self.guard.rejected)
-        clip(gradients, norm, self.args.optim.max_norm)
+        clip(self.optimizer.optimizer, gradients, norm, self.args.optim.max_norm)
         self.optimizer.step()  # a step that must not reach the weights leaves them as they are
         self.optimizer.zero_grad()
