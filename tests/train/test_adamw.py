@@ -75,7 +75,7 @@ def train(optimizer: torch.optim.Optimizer, steps: range, apart: bool = False) -
         if factor is not None and ours:
             optimizer.gradient_factor = torch.tensor(factor, device=device)
         optimizer.found_inf = torch.tensor(float(REJECTED[step]), device=device)  # type: ignore[attr-defined]
-        group["lr"] = 1e-2 / (1 + step)
+        group["lr"] = 1e-2 / (1 + step) if step < 5 else 0
         optimizer.step()
         optimizer.zero_grad()
 

@@ -29,14 +29,14 @@ def update(
         assert gradient.stride() == (stride, 1), f"a gradient has the strides {gradient.stride()}"
     block = min(_BLOCK, triton.next_power_of_2(columns))
     blocks = triton.cdiv(columns, block)
-    _update[(parameter.numel() // columns * blocks,)](
+    _adamw[(parameter.numel() // columns * blocks,)](
         parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, columns, stride, blocks,
         lr, lr * weight_decay, beta1, beta2, eps, block, num_warps=8,
     )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["corrections"])
-def _update(  # type: ignore[no-untyped-def]
+def _adamw(  # type: ignore[no-untyped-def]
     parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, columns, stride, blocks,
     lr, decay, beta1, beta2, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
