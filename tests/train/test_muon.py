@@ -367,21 +367,6 @@ def test_rows_are_cut_as_fsdp_cuts_them(rows: int, shards: int) -> None:
     assert [assignment.rows(0, shard) for shard in range(shards)] == chunks + [0] * (shards - len(chunks))
 
 
-def test_rows_of_a_gradient_may_lie_apart() -> None:
-    config = ModelConfig("tiny", block_size=8, vocab_size=8, n_layer=1, n_head=4, n_query_groups=2, n_embd=8)
-    ends = []
-    for apart in (False, True):
-        model = GPT(config)
-        init_weights(model, 3407)
-        for name, parameter in model.named_parameters():
-            rows = gradient(name, parameter.shape, 0)
-            beside = torch.stack((rows, torch.full_like(rows, torch.nan)), dim=1)[:, 0]
-            parameter.grad = beside if apart and name.endswith(HIDDEN) else rows
-        build_optimizer(model, OptimArgs(name="muon")).step()
-        ends.append(torch.nn.utils.parameters_to_vector(model.parameters()))
-    assert torch.equal(*ends)
-
-
 def test_parts_are_the_rows_of_q_k_and_v() -> None:
     config = ModelConfig("tiny", block_size=8, vocab_size=8, n_layer=1, n_head=4, n_query_groups=2, n_embd=8)
     (matrix, *_) = hidden_matrices(GPT(config))

@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) on a GPU: one pass over memory for a tensor, in Triton.
 
 The arithmetic is that of torch's fused AdamW, in fp32 (ATen/native/cuda/fused_adam_utils.cuh), so that a run may go on
-with either. Torch's takes no gradient whose rows lie apart, and clipping needs a pass of its own before it.
+with either. Beside torch's, clipping needs a pass of its own.
 """
 
 import triton
@@ -18,35 +18,27 @@ def update(
 ) -> None:  # fmt: skip
     """Update a parameter and its moments in place from ``gradient * factor``; where ``found_inf`` is 1, leave them.
 
-    All is fp32. The first four have one shape; they are contiguous, but that the rows of a gradient (rows, columns) may
-    lie apart. factor and found_inf are (); corrections (2,) are 1 - beta1^t and the root of 1 - beta2^t in the step t.
+    All is fp32. The first four have one shape, and are contiguous. factor and found_inf are (); corrections (2,) are
+    1 - beta1^t and the root of 1 - beta2^t in the step t.
     """
-    if parameter.numel() == 0:
-        return
-    columns = stride = parameter.numel()  # of a contiguous gradient: one row
-    if not gradient.is_contiguous():
-        columns, stride = gradient.size(1), gradient.stride(0)
-        assert gradient.stride() == (stride, 1), f"a gradient has the strides {gradient.stride()}"
-    block = min(_BLOCK, triton.next_power_of_2(columns))
-    blocks = triton.cdiv(columns, block)
-    _adamw[(parameter.numel() // columns * blocks,)](
-        parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, columns, stride, blocks,
-        lr, lr * weight_decay, beta1, beta2, eps, block, num_warps=8,
-    )  # fmt: skip
+    assert gradient.is_contiguous(), f"a gradient has the strides {gradient.stride()}"
+    if size := parameter.numel():
+        _adamw[(triton.cdiv(size, _BLOCK),)](
+            parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, size,
+            lr, lr * weight_decay, beta1, beta2, eps, _BLOCK, num_warps=8,
+        )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["corrections"])
+@triton.jit(do_not_specialize_on_alignment=["corrections"])
 def _adamw(  # type: ignore[no-untyped-def]
-    parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, columns, stride, blocks,
+    parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, size,
     lr, decay, beta1, beta2, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(found_inf) == 1:
         return
-    row = (tl.program_id(0) // blocks).to(tl.int64)
-    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    here = row * columns + column
-    mask = column < columns
-    p, g = tl.load(parameter + here, mask=mask), tl.load(gradient + row * stride + column, mask=mask)
+    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    mask = here < size
+    p, g = tl.load(parameter + here, mask=mask), tl.load(gradient + here, mask=mask)
     m, v = tl.load(exp_avg + here, mask=mask), tl.load(exp_avg_sq + here, mask=mask)
     g *= tl.load(factor)
     p -= decay * p

@@ -34,8 +34,8 @@ class Settings(TypedDict):
 class AdamW(torch.optim.AdamW):
     """Torch's fused AdamW, with the same state, which multiplies gradients by a factor.
 
-    It takes gradients whose rows lie apart, too. As torch's does, ``step`` obeys ``found_inf``: where it is 1, weights
-    and state stay as they are, and the host does not wait to learn it.
+    As torch's does, ``step`` obeys ``found_inf``: where it is 1, weights and state stay as they are, and the host does
+    not wait to learn it.
     """
 
     found_inf: Tensor | None = None
@@ -95,12 +95,8 @@ def with_kernel(shards: Shards, factor: Tensor | None, found_inf: Tensor | None,
 
 
 def with_torch(shards: Shards, factor: Tensor | None, found_inf: Tensor | None, settings: Settings) -> None:
-    """Do the same by torch's kernel, which takes contiguous gradients that are multiplied already.
-
-    On a CPU, it takes others without an error, for what they are not.
-    """
+    """Do the same by torch's kernel, which takes gradients that are multiplied already."""
     parameters, gradients, exp_avgs, exp_avg_sqs, steps = shards
-    gradients = [gradient.contiguous() for gradient in gradients]
     if factor is not None:
         torch._foreach_mul_(gradients, factor)
     adamw(

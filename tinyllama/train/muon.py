@@ -186,7 +186,7 @@ class Muon(torch.optim.Optimizer):
                 state["momentum"] = torch.zeros_like(parameter)
             assert parameter.grad is not None
             momentum, gradient = local(state["momentum"]), local(parameter.grad)
-            direction = direct(momentum.view(-1), gradient.reshape(-1), skip, weight, self._dtype)
+            direction = direct(momentum.view(-1), gradient.view(-1), skip, weight, self._dtype)
             directions.append(direction.view(momentum.shape))
         return directions
 

@@ -47,9 +47,7 @@ def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
     )
 
 
-def parallelize(
-    model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs, nodes: int = 1
-) -> GPT:
+def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, train: TrainArgs, nodes: int = 1) -> GPT:
     """Shard each Block and then the rest of ``model``, which lies on the meta device, and draw its initial weights.
 
     Master weights, optimizer state and the reduction of gradients are fp32; in ``bf16`` a pass computes in bf16.
