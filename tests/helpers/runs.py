@@ -23,17 +23,21 @@ SHORT = ["--train.max_steps", 12, "--checkpoint.interval", 4, "--eval.interval",
 
 
 class World(Group):
-    """Ranks that wait for commands; see rank.py."""
+    """Ranks that wait for commands; see rank.py. To the recipe, they are those of so many nodes."""
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, nodes: int = 1) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = str(probe.getsockname()[1])
         # what torchrun sets
-        env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(size), TORCHELASTIC_RUN_ID="tests")
-        env |= {"GROUP_RANK": "0", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+        local = size // nodes
+        env = dict(os.environ, WORLD_SIZE=str(size), LOCAL_WORLD_SIZE=str(local), TORCHELASTIC_RUN_ID="tests")
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, ROOT / "tests" / "helpers" / "rank.py"]
-        numbers = [{"RANK": str(rank), "LOCAL_RANK": str(rank)} for rank in range(size)]
+        numbers = [
+            {"RANK": str(rank), "LOCAL_RANK": str(rank % local), "GROUP_RANK": str(rank // local)}
+            for rank in range(size)
+        ]
         super().__init__([Process(*command, warm=r, env=env | n, cwd=ROOT) for r, n in enumerate(numbers)])
 
     def __call__(self, command: str, *argv: object) -> list[dict[str, Any]]:

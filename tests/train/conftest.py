@@ -14,14 +14,14 @@ ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(scope="module")
-def world() -> Iterator[Callable[[int], World]]:
-    worlds: dict[int, World] = {}
+def world() -> Iterator[Callable[..., World]]:
+    worlds: dict[tuple[int, ...], World] = {}
 
-    def get(size: int) -> World:
+    def get(*size: int) -> World:
         if size in worlds and not worlds[size].alive():  # a test has failed for it, which should not fail the others
             worlds.pop(size).kill()
         if size not in worlds:
-            worlds[size] = World(size)
+            worlds[size] = World(*size)
         return worlds[size]
 
     yield get

@@ -55,6 +55,17 @@ def test_the_layout_does_not_change_the_run(
             assert column(out, loss) == pytest.approx(column(alone, loss), abs=2e-6, rel=0), (name, loss)
 
 
+@pytest.mark.parametrize("shard", ["full", "node"])
+def test_nodes_communicate_beside_what_they_compute(
+    world, straight, config_file: Path, tmp_path: Path, shard: str
+) -> None:
+    """Each block's weights and gradients by themselves, in the passes; the numbers are those of one rank."""
+    flags = ["--parallel.reshard_after_forward", "false", "--parallel.shard", shard]
+    world(2, 2).train("--config", config_file, "--out_dir", tmp_path / "run", *flags)
+    for loss in ("loss", "val_loss"):
+        assert column(tmp_path / "run", loss) == pytest.approx(column(straight(1), loss), abs=2e-6, rel=0)
+
+
 def test_ranks_need_not_divide_the_weights_that_they_gather(
     world, config: dict[str, Any], config_file: Path, tmp_path: Path
 ) -> None:
