@@ -79,16 +79,16 @@ def memory(
     params, tokens = config.num_params(), micro_batch * config.block_size
     block = config.n_embd * (config.qkv_size + config.n_embd + 3 * config.intermediate_size + 2)
     outside_blocks = params - config.n_layer * block
-    # resharded, only this block and the prefetched one are gathered
     width = 4 if args.train.precision == "fp32" else 2
-    gathered = outside_blocks + 2 * block if args.parallel.reshard_after_forward else params
-    # gradients of earlier micro-batches, whole until they are reduced; the last ones come into being as activations go
-    gradients = 4 * params / (shard if args.parallel.sync_every_micro_batch else 1)
-    if shard == 1:  # train/unsharded.py: a copy of the weights, and the sums of the gradients, both at all times
-        gradients, buffers = 4 * params, width * params
+    if keeps_gathered(args, shard):  # a copy of the weights, and the sums of the gradients, both at all times
+        gradients, buffers = 4.0 * params, width * params
     else:
-        gradients = gradients if accumulation > 1 else 0.0
+        # resharded, only this block and the prefetched one are gathered
+        gathered = outside_blocks + 2 * block if args.parallel.reshard_after_forward else params
         buffers = width * gathered + (4 if args.train.precision == "fp32" else 6) * block
+        # those of earlier micro-batches, whole until they are reduced; the last come into being as activations go
+        gradients = 4 * params / (shard if args.parallel.sync_every_micro_batch else 1)
+        gradients = gradients if accumulation > 1 else 0.0
     return {
         "parameters (fp32)": 4 * params / shard,
         "optimizer (fp32)": args.optim.state_bytes(config) / shard,
@@ -99,14 +99,21 @@ def memory(
     }
 
 
+def keeps_gathered(args: PretrainArgs, shard: int) -> bool:
+    """Return whether train/gathered.py has the weights, not FSDP2."""
+    return shard == 1 or not (args.parallel.reshard_after_forward or args.parallel.sync_every_micro_batch)
+
+
 def activations(args: PretrainArgs, config: ModelConfig) -> int:
     """Return the bytes that the forward pass saves per token; full checkpointing adds those of one recomputed block."""
     d, wide, kv = config.n_embd, config.intermediate_size, 2 * config.n_query_groups * config.head_size
     width = 4 if args.train.precision == "fp32" else 2
-    # the residual stream and its norm, twice; the fused matmul of q, k and v (v is a view of it), the rotated q and k;
-    # attention's output; SwiGLU's two matmuls and, unless its backward pass recomputes it, their gated product
+    # the residual stream and its norm, twice; q, k and v; attention's output; SwiGLU's two matmuls and, unless its
+    # backward pass recomputes it, their gated product
     in_float8 = args.train.precision == "float8" and args.ops.swiglu in ("auto", "float8")
-    block = width * (7 * d + 2 * kv + (2 if in_float8 or args.ops.swiglu == "quack" else 3) * wide)
+    block = width * (6 * d + kv + (2 if in_float8 or args.ops.swiglu == "quack" else 3) * wide)
+    if width == 4 or args.ops.rope == "reference":
+        block += width * (d + kv)  # q and k before they are rotated, in one tensor with v
     if args.train.compile is False:
         block += 4 * 4 * d + width * wide  # the norms' fp32 copies, and silu's output
     if in_float8:
@@ -228,20 +235,23 @@ class Speed(NamedTuple):
 def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int, rate: float, micro: int) -> Speed:
     """Estimate a step where one GPU alone computes ``rate`` tokens a second with AdamW, ``micro`` samples at a time.
 
-    Each pass of a micro-batch overlaps its own collectives, at best. The backward pass computes twice as much as the
-    forward pass: it multiplies for the gradients of inputs and of weights (arXiv:2001.08361, section 2.1).
+    Each pass of a micro-batch overlaps its own collectives, at best; in one node, whoever keeps the gathered weights
+    waits for them (train/gathered.py). The backward pass computes twice as much as the forward pass: it multiplies for
+    the gradients of inputs and of weights (arXiv:2001.08361, section 2.1).
     """
     micro_batches = accumulation(args, cluster.gpus, micro)
     micro_batch_s = micro * config.block_size / rate
     gather_s, reduce_s = traffic(args, config, cluster, how)
     reshards = args.parallel.reshard_after_forward
+    overlaps = cluster.gpus > cluster.gpus_per_node or not keeps_gathered(args, cluster.shard(how))
     communication_s = waiting_s = 0.0
     for number in range(micro_batches):
         gathers = reshards or number == 0
         reduces = args.parallel.sync_every_micro_batch or number == micro_batches - 1
         forward_s, backward_s = gather_s * gathers, gather_s * reshards + reduce_s * reduces
         communication_s += forward_s + backward_s
-        waiting_s += max(forward_s - micro_batch_s / 3, 0) + max(backward_s - micro_batch_s * 2 / 3, 0)
+        forward_hides_s, backward_hides_s = micro_batch_s / 3 * overlaps, micro_batch_s * 2 / 3 * overlaps
+        waiting_s += max(forward_s - forward_hides_s, 0) + max(backward_s - backward_hides_s, 0)
     compute_s = micro_batches * micro_batch_s
     tokens = cluster.gpus * micro_batches * micro * config.block_size
     update = muon(args, config, cluster, how)
