@@ -181,8 +181,8 @@ class ParallelArgs:
     shard: Literal["full", "node", "none"] | Count = "full"
     """ranks that share one copy of the weights: all, those of a node, one, or this many"""
     reshard_after_forward: bool = True
-    """free a block's gathered weights between forward and backward; false: keep all until the step ends, which takes more
-    memory and less communication"""
+    """free a block's gathered weights between forward and backward; false: keep all until the step ends, which takes
+    more memory and less communication"""
     sync_every_micro_batch: bool = False
     """reduce the gradients after each micro-batch: less memory, more communication; not where parallel.shard is none"""
 
