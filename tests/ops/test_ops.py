@@ -330,6 +330,83 @@ def test_cross_entropy_is_the_sum_over_targets_that_count(backend, device, shape
         assert torch.equal(call(x, weight, targets), loss)
 
 
+HALF_A_DIGIT = {dtype: torch.finfo(dtype).eps / 2 for dtype in (torch.float32, torch.bfloat16, torch.float16)}
+
+
+def check_turned(logits, targets):
+    # against PyTorch's loss of the same logits in float64
+    exact = logits.detach().double().requires_grad_()
+    expected = torch.nn.functional.cross_entropy(exact, targets, ignore_index=IGNORE_INDEX, reduction="sum")
+    (gradient,) = torch.autograd.grad(expected, exact)
+    loss = cross_entropy._turn_into_gradient(logits, targets)
+    assert loss.dtype == torch.float32
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6, abs=1e-6 * len(logits))
+    # a rounding to the dtype, which in fp16 may be to its smallest number, after those in fp32 of exponents of up to 70
+    # and of what the target's softmax lacks to 1
+    smallest = 2**-25 if logits.dtype == torch.float16 else 0.0
+    limit = gradient.abs() * (HALF_A_DIGIT[logits.dtype] + 5e-6) + smallest + 3e-7 * (gradient < 0)
+    assert ((logits.double() - gradient).abs() <= limit).all()
+    assert (logits[targets == IGNORE_INDEX] == 0).all()
+
+
+@pytest.mark.parametrize("dtype", HALF_A_DIGIT)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("V", [1, 7, 8192, 8200, 20001])  # the kernel's block is 8192
+def test_logits_turn_into_the_gradient_of_their_loss(device, V, dtype):
+    wide = 3 * normal(6, V + 24, dtype=dtype, device=device).detach()
+    wide[:, V:] = 77  # greater than all logits
+    wide[0, V - 1] = 20  # the target of this row is certain
+    targets = torch.tensor([V - 1, 0, IGNORE_INDEX, V // 2, V - 1, IGNORE_INDEX], device=device)
+    check_turned(wide[:, :V].clone(), targets)
+    check_turned(wide[:1, :V].clone(), targets[:1])
+    check_turned(wide[:, :V], targets)  # rows apart in memory
+    assert (wide[:, V:] == 77).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["cpu", gpu])
+def test_large_logits_and_those_that_cannot_be_have_a_gradient(device, dtype):
+    targets = torch.tensor([0, 9000, IGNORE_INDEX, 19999], device=device)
+    for sign in (1, -1):
+        check_turned(sign * 1e4 + 8 * normal(4, 20000, dtype=dtype, device=device).detach(), targets)
+    logits = normal(4, 20000, dtype=dtype, device=device).detach()
+    logits[:, 1:8999] = -torch.inf  # all but one of the first block
+    logits[1:, 0] = -torch.inf
+    logits[:, 9001:19999:2] = -torch.inf
+    logits[2, 0] = 0  # that of an ignored target
+    check_turned(logits, targets)
+    logits = torch.full((2, 20000), -torch.inf, dtype=dtype, device=device)
+    logits[:, 15000] = 1
+    check_turned(logits, torch.tensor([15000, 15000], device=device))
+
+
+@pytest.mark.parametrize("dtype", HALF_A_DIGIT)
+@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_a_loss_tells_of_logits_that_are_not_finite(device, value, dtype):
+    for places in ([0], [8999], [0, 8999], range(9000)):
+        if value == -torch.inf and 0 not in places:
+            continue  # only what is not the target can have no probability
+        logits = normal(3, 9000, dtype=dtype, device=device).detach()
+        logits[1, places] = value
+        loss = cross_entropy._turn_into_gradient(logits, torch.zeros(3, dtype=torch.int64, device=device))
+        assert not loss.isfinite()
+        assert logits[::2].isfinite().all()
+
+
+@pytest.mark.parametrize("device", ["cpu", gpu])
+def test_no_rows_have_no_loss(device):
+    none = torch.zeros(0, dtype=torch.int64, device=device)
+    assert cross_entropy._turn_into_gradient(torch.empty(0, 100, device=device), none) == 0
+
+
+@pytest.mark.parametrize("device", [gpu])
+def test_logits_may_be_more_than_32_bits_can_count(device):
+    logits = torch.empty(2**31 + 100, dtype=torch.bfloat16, device=device).as_strided((3, 100), (2**30, 1))
+    logits.copy_(normal(3, 100).detach())
+    check_turned(logits, torch.tensor([0, 50, 99], device=device))
+
+
 @pytest.mark.parametrize("backend", cross_entropy.BACKENDS)
 def test_a_loss_of_bf16_logits_is_summed_in_fp32(backend, monkeypatch):
     monkeypatch.setattr(cross_entropy, "LOGITS_CHUNK", 16)

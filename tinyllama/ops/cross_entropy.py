@@ -6,7 +6,6 @@ over all ranks and micro-batches. With ``weight_gradient`` the backward pass add
 autograd sees none.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -66,30 +65,19 @@ class _Chunked(torch.autograd.Function):
         return dx, *[None] * 4
 
 
-@functools.cache
-def _compiled(on_gpu: bool) -> Any:
-    return torch.compile(_softmax, dynamic=False) if on_gpu else _softmax
-
-
 def _turn_into_gradient(logits: Tensor, targets: Tensor) -> Tensor:
     """Return the summed loss of logits (n, V), and replace them by its gradient in place."""
-    loss, index, at_target = _compiled(logits.is_cuda)(logits, targets)
-    logits.scatter_(-1, index, at_target)
-    return loss
+    if logits.is_cuda:
+        from tinyllama.ops.cross_entropy_kernels import turn_into_gradient
 
-
-def _softmax(logits: Tensor, targets: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Replace logits (n, V) by their softmax; return the summed loss, the targets' indices and gradients, (n, 1) each.
-
-    The gradients of the others are the softmax. To ask each of n V elements whether it is the target takes longer.
-    """
-    logits32 = logits.float()
-    lse = logits32.logsumexp(-1, keepdim=True)  # (n, 1)
+        return turn_into_gradient(logits, targets, IGNORE_INDEX).sum()
+    log_softmax = logits.float().log_softmax(-1)  # (n, V)
     counted = (targets != IGNORE_INDEX)[:, None]  # (n, 1)
     index = targets.clamp(min=0)[:, None]  # (n, 1)
-    log_likelihood = logits32.gather(-1, index) - lse
-    logits.copy_((logits32 - lse).exp() * counted)
-    return -(log_likelihood * counted).sum(), index, (log_likelihood.expm1() * counted).to(logits.dtype)
+    loss = -(log_softmax.gather(-1, index) * counted).sum()
+    is_target = torch.arange(logits.size(-1)) == index  # (n, V)
+    logits.copy_((log_softmax.exp() - is_target.float()) * counted)
+    return loss
 
 
 BACKENDS = {"reference": Backend(reference), "chunked": Backend(chunked)}
