@@ -43,6 +43,9 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 # the kind of a kernel by its name; the first match wins
 KINDS = {
+    "RoPE": r"^_turn$",
+    "loss": r"^_cross_entropy$",
+    "casts to float8, SwiGLU's gate": r"^_cast$|^_gate",
     "compiled element-wise": r"^triton",
     "norms": r"RMSNorm",
     "attention": r"flash|fmha|attention|sdpa|cudnn_generated",
