@@ -155,12 +155,13 @@ def test_bf16_iterations_move_weights_as_fp32_ones_do_within_2_percent(
 
 
 @pytest.mark.parametrize(
-    ("size", "shard"),
-    [(2, "full"), (2, "none"), pytest.param(4, 2, marks=pytest.mark.slow)],
-    ids=["sharded", "replicated", "two copies"],
+    ("size", "shard", "frees"),
+    [(2, "full", True), (2, "none", True), pytest.param(4, 2, False, marks=pytest.mark.slow)],
+    ids=["sharded", "replicated", "two copies, gathered once"],
 )
-def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path, size: int, shard: object) -> None:
+def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path, size: int, shard: object, frees: bool) -> None:
     straight, settings = tmp_path / "straight", ["--config", tmp_path / "muon.yaml", "--parallel.shard", shard]
+    settings += ["--parallel.reshard_after_forward", str(frees).lower()]
     world(size).train(*settings, "--out_dir", straight)
     resumed = branch(straight, 10)
     world(size).train(*settings, "--out_dir", resumed)
@@ -176,8 +177,9 @@ def test_a_run_resumes_on_other_ranks_as_adamw_does(world, muon, tmp_path: Path)
     straight, elsewhere = tmp_path / "straight", tmp_path / "elsewhere"
     world(1).train("--config", tmp_path / "muon.yaml", "--out_dir", straight)
     settings = ["--config", tmp_path / "muon.yaml", "--out_dir", elsewhere, "--checkpoint.interval", 5]
-    for size, shard, until in ((2, "full", 5), (1, "full", 10), (4, 2, 20)):  # at last there are two copies
-        world(size).train(*settings, "--parallel.shard", shard)
+    # by FSDP2 and where all is gathered once, and at last on two copies
+    for size, shard, until, frees in ((2, "full", 5, "false"), (1, "full", 10, "true"), (4, 2, 20, "true")):
+        world(size).train(*settings, "--parallel.shard", shard, "--parallel.reshard_after_forward", frees)
         for step, path in step_dirs(elsewhere / "checkpoints"):
             if step > until:
                 shutil.rmtree(path)

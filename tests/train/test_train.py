@@ -59,7 +59,7 @@ def test_the_layout_does_not_change_the_run(
 def test_nodes_communicate_beside_what_they_compute(
     world, straight, config_file: Path, tmp_path: Path, shard: str
 ) -> None:
-    """Each block's weights and gradients by themselves, in the passes; the numbers are those of one rank."""
+    """By FSDP2, or in the backward pass of what nothing shards; the numbers are those of one rank."""
     flags = ["--parallel.reshard_after_forward", "false", "--parallel.shard", shard]
     world(2, 2).train("--config", config_file, "--out_dir", tmp_path / "run", *flags)
     for loss in ("loss", "val_loss"):

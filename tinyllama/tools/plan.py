@@ -55,6 +55,11 @@ class Cluster:
     gpus_per_node: int
     network: float  # Gbit/s per GPU
 
+    @property
+    def nodes(self) -> int:
+        """Return how many nodes have so many GPUs."""
+        return -(-self.gpus // self.gpus_per_node)
+
     def shard(self, how: str | int) -> int:
         """Return how many ranks share one copy of the weights, for ``parallel.shard``."""
         node = min(self.gpus, self.gpus_per_node)
@@ -73,14 +78,14 @@ class Cluster:
 
 
 def memory(
-    args: PretrainArgs, config: ModelConfig, shard: int, micro_batch: int, accumulation: int
+    args: PretrainArgs, config: ModelConfig, shard: int, micro_batch: int, accumulation: int, nodes: int = 1
 ) -> dict[str, float]:
     """Return the bytes on one GPU at the peak, by purpose."""
     params, tokens = config.num_params(), micro_batch * config.block_size
     block = config.n_embd * (config.qkv_size + config.n_embd + 3 * config.intermediate_size + 2)
     outside_blocks = params - config.n_layer * block
     width = 4 if args.train.precision == "fp32" else 2
-    if keeps_gathered(args, shard):  # a copy of the weights, and the sums of the gradients, both at all times
+    if keeps_gathered(args, shard, nodes):  # a copy of the weights, and the sums of the gradients, both at all times
         gradients, buffers = 4.0 * params, width * params
     else:
         # resharded, only this block and the prefetched one are gathered
@@ -99,9 +104,10 @@ def memory(
     }
 
 
-def keeps_gathered(args: PretrainArgs, shard: int) -> bool:
+def keeps_gathered(args: PretrainArgs, shard: int, nodes: int) -> bool:
     """Return whether train/gathered.py has the weights, not FSDP2."""
-    return shard == 1 or not (args.parallel.reshard_after_forward or args.parallel.sync_every_micro_batch)
+    frees = args.parallel.reshard_after_forward or args.parallel.sync_every_micro_batch
+    return shard == 1 or (nodes == 1 and not frees)
 
 
 def activations(args: PretrainArgs, config: ModelConfig) -> int:
@@ -146,7 +152,7 @@ def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluste
     shard = cluster.shard(args.parallel.shard)
     for size in range(samples_per_gpu, 0, -1):
         if samples_per_gpu % size == 0:
-            parts = memory(args, config, shard, size, accumulation(args, cluster.gpus, size))
+            parts = memory(args, config, shard, size, accumulation(args, cluster.gpus, size), cluster.nodes)
             if sum(parts.values()) <= USABLE * cluster.gpu.memory * GIB:
                 return size
     return 0
@@ -243,7 +249,7 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     micro_batch_s = micro * config.block_size / rate
     gather_s, reduce_s = traffic(args, config, cluster, how)
     reshards = args.parallel.reshard_after_forward
-    overlaps = cluster.gpus > cluster.gpus_per_node or not keeps_gathered(args, cluster.shard(how))
+    overlaps = cluster.nodes > 1 or not keeps_gathered(args, cluster.shard(how), cluster.nodes)
     communication_s = waiting_s = 0.0
     for number in range(micro_batches):
         gathers = reshards or number == 0
@@ -283,10 +289,10 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
     """Yield the lines of the plan of one cluster."""
     gpu, gpus, micro = cluster.gpu, cluster.gpus, args.train.micro_batch_size
     yield f"model      {config.name}: {config.num_params():,} parameters, context {config.block_size:,}"
-    nodes = -(-gpus // cluster.gpus_per_node)
-    where = "1 node" if nodes == 1 else f"{nodes} nodes"
+    where = "1 node" if cluster.nodes == 1 else f"{cluster.nodes} nodes"
     yield f"cluster    {gpus} x {gpu.device}, {where}, {cluster.network:g} Gbit/s a GPU"
-    parts = memory(args, config, cluster.shard(args.parallel.shard), micro, accumulation(args, gpus, micro))
+    each_step = accumulation(args, gpus, micro)
+    parts = memory(args, config, cluster.shard(args.parallel.shard), micro, each_step, cluster.nodes)
     for name, size in parts.items():
         yield f"memory     {size / GIB:8.2f} GiB  {name}"
     total, room = sum(parts.values()) / GIB, USABLE * gpu.memory

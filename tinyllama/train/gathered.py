@@ -3,11 +3,11 @@
 Each rank has its shard of the master weights, of the optimizer's state and of the gradients' mean, and a copy of all
 weights in the dtype of a pass. FSDP2 does the same with `reshard_after_forward=False`, but copies every weight out of
 a flat buffer and every gradient into one, where nothing is sharded, too; here both lie where they are gathered to and
-reduced from.
+reduced from. And FSDP2 communicates beside what computes, as a network between nodes asks for. Between the GPUs of a
+node collectives take a fiftieth of a step, and matmuls beside them lose more than that (docs/benchmarks.md).
 """
 
 import functools
-import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
@@ -58,9 +58,7 @@ class Gathered:
     has the gradient of a copy. A step's first addition to a gradient writes it, which saves setting all of them to 0
     and reading that.
 
-    With ``overlap`` the collectives run beside what computes, as a network between nodes asks for. Between the GPUs of
-    a node they take a hundredth of a step alone, and five times that long beside matmuls, which they disturb
-    (docs/benchmarks.md).
+    With ``overlap``, for ranks that share nothing, gradients are reduced while the backward pass goes on.
     """
 
     reduces = True
@@ -71,16 +69,14 @@ class Gathered:
         self._replicas, self._shards = mesh.shape
         self._shard = mesh.get_local_rank("shard")
         self._in_pass = False
-        self._stream = torch.cuda.Stream() if overlap and mesh.device_type == "cuda" else None
+        self._reductions: list[dist.Work] = []
         self._taken: set[tuple[nn.Module, str]] = set()
-        self._parts: list[list[Rows]] = []
-        self._gathering: list[torch.cuda.Event] = []
-        for number, block in enumerate(model.layers):
-            self._parts.append(self._take(block))
+        self._rows: list[Rows] = []
+        for block in model.layers:
+            rows = self._take(block)
             if overlap:
-                block.register_forward_pre_hook(functools.partial(self._wait, number))
-                block.forward = self._reducing(block.forward, number)  # type: ignore[method-assign]
-        self._parts.append(self._take(model))  # needed first and last: gathered and reduced by themselves
+                block.forward = self._reducing(block.forward, rows)  # type: ignore[method-assign]
+        self._last = self._take(model)  # their backward pass is over when the whole is
         model.register_forward_pre_hook(lambda *_: self.start_pass())
 
     def _take(self, part: nn.Module) -> list[Rows]:
@@ -88,17 +84,18 @@ class Gathered:
         found = []
         for module in part.modules():
             if isinstance(module, SwiGLU) and module.gated_mlp in swiglu.INTERLEAVED and module.w12 is None:
-                rows = self._rows([(one, "weight") for one in (module.w1, module.w2)])
+                rows = self._lay_out([(one, "weight") for one in (module.w1, module.w2)])
                 count = 2 * module.w1.weight.shape[0]
                 total, empty = rows.gradient
                 module.w12 = swiglu.Interleaved(rows.copy[:count], GradientSum(total[:count], empty))
                 found.append(rows)
             for name, _ in module.named_parameters(recurse=False):
                 if (module, name) not in self._taken:
-                    found.append(self._rows([(module, name)]))
+                    found.append(self._lay_out([(module, name)]))
+        self._rows += found
         return found
 
-    def _rows(self, names: list[tuple[nn.Module, str]]) -> Rows:
+    def _lay_out(self, names: list[tuple[nn.Module, str]]) -> Rows:
         """Lay out these parameters of the same shape, (R, ...), row by row in turn."""
         parameters = [getattr(module, name).data for module, name in names]
         count, *rest = parameters[0].shape
@@ -129,17 +126,12 @@ class Gathered:
         """This rank's part of (rows, ...), in which as many weights alternate -> (rows of a weight, weights, ...)."""
         return rows.unflatten(0, (self._shards, -1, weights))[self._shard]
 
-    def _wait(self, number: int, *_: Any) -> None:
-        """Let what computes wait for the weights of a Block."""
-        if self._gathering:
-            torch.cuda.current_stream().wait_event(self._gathering[number])
-
-    def _reducing(self, forward: Callable[..., Any], number: int) -> Callable[..., Any]:
+    def _reducing(self, forward: Callable[..., Any], rows: list[Rows]) -> Callable[..., Any]:
         """A Block's ``forward``, with a reduction of its gradients as soon as its backward pass is done."""
 
         def reduce() -> None:
             if self.reduces:
-                self._reduce(self._parts[number])
+                self._reduce(rows)
 
         return lambda x, *inputs: forward(_Then.apply(x, reduce), *inputs)
 
@@ -149,7 +141,7 @@ class Gathered:
         if self._in_pass:
             return
         copies, masters = [], []
-        for rows in itertools.chain(*self._parts):
+        for rows in self._rows:
             owned = self._owned(rows.copy, len(rows.weights))
             for number, weight in enumerate(rows.weights):
                 master = cast(DTensor, weight.master).to_local()
@@ -159,56 +151,40 @@ class Gathered:
             rows.gradient.empty.fill_(True)
         torch._foreach_copy_(copies, masters)
         if self._shards > 1:
-            self._gather()
+            for rows in self._rows:
+                all_gather(rows.copy, rows.copy.chunk(self._shards)[self._shard], self._mesh.get_group("shard"))
         self._in_pass = True
-
-    def _gather(self) -> None:
-        """Gather the copies: what no block has first, for which a pass waits in any case, and then block by block."""
-        group = self._mesh.get_group("shard")
-        self._wait_for_computation()
-        self._gathering = []
-        with torch.cuda.stream(self._stream):
-            for part in (self._parts[-1], *self._parts[:-1]):
-                for rows in part:
-                    all_gather(rows.copy, rows.copy.chunk(self._shards)[self._shard], group)
-                if self._stream is not None:
-                    self._gathering.append(self._stream.record_event())
-        if self._gathering:
-            torch.cuda.current_stream().wait_event(self._gathering.pop(0))
-
-    def _wait_for_computation(self) -> None:
-        if self._stream is not None:
-            self._stream.wait_stream(torch.cuda.current_stream())
-
-    def _reduce(self, part: list[Rows]) -> None:
-        """Average these gradients over the ranks, of which each keeps its part."""
-        for rows in part:
-            fill_if_empty(rows.gradient)
-        self._wait_for_computation()
-        with torch.cuda.stream(self._stream):
-            for total, _ in (rows.gradient for rows in part):
-                operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
-                owned = total.chunk(self._shards)[self._shard]
-                if self._shards > 1:
-                    reduce_scatter(owned, total, operation, self._mesh.get_group("shard"))
-                if self._replicas > 1:
-                    dist.all_reduce(owned, operation, self._mesh.get_group("replicate"))
 
     def end_pass(self) -> None:
         """Give the modules the masters."""
-        for rows in itertools.chain(*self._parts):
+        for rows in self._rows:
             for weight in rows.weights:
                 setattr(weight.module, weight.name, weight.master)
         self._in_pass = False
 
+    def _reduce(self, part: list[Rows]) -> None:
+        """Average these gradients over the ranks, of which each keeps its part; with overlap, only begin to."""
+        for rows in part:
+            total, empty = rows.gradient
+            if empty:  # no backward pass has reached the weight
+                total.zero_()
+                empty.fill_(False)
+            operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
+            owned = total.chunk(self._shards)[self._shard]
+            if self._shards > 1:
+                reduce_scatter(owned, total, operation, self._mesh.get_group("shard"))
+            if self._replicas > 1:
+                work = dist.all_reduce(owned, operation, self._mesh.get_group("replicate"), async_op=self._overlap)
+                self._reductions += [work] if work else []
+
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Give the modules the masters, with the gradients of the step over all ranks."""
-        for part in self._parts[-1:] if self._overlap else self._parts:
-            self._reduce(part)
-        if self._stream is not None:
-            torch.cuda.current_stream().wait_stream(self._stream)
-        for rows in itertools.chain(*self._parts):
+        self._reduce(self._last if self._overlap else self._rows)
+        for work in self._reductions:
+            work.wait()
+        self._reductions.clear()
+        for rows in self._rows:
             self._set_gradients(rows)
         self.end_pass()
 
@@ -245,10 +221,3 @@ def move_gradient(gradient: GradientSum, copy: Tensor) -> None:
     if copy.grad is not None:
         gradient.add(copy.grad)
         copy.grad = None
-
-
-def fill_if_empty(gradient: GradientSum) -> None:
-    """Set the sum to 0 if no backward pass has reached the weight."""
-    if gradient.empty:
-        gradient.total.zero_()
-        gradient.empty.fill_(False)

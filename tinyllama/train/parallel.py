@@ -1,6 +1,7 @@
 """How the model is sharded, compiled and recomputed, and when its gradients are reduced.
 
-Where the weights that a pass gathered may stay until the step ends, train/gathered.py keeps them; FSDP2 frees them.
+Where all ranks are of one node and the weights that a pass gathers may stay until the step ends, and where nothing is
+sharded, train/gathered.py does what FSDP2 does elsewhere.
 """
 
 import functools
@@ -67,7 +68,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
         whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
         for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
-    if shard == 1 or not (args.reshard_after_forward or args.sync_every_micro_batch):
+    if shard == 1 or (nodes == 1 and not (args.reshard_after_forward or args.sync_every_micro_batch)):
         model.to_empty(device=device)
         model.gathered = Gathered(model, replicate_shard, cast(torch.dtype, policy.param_dtype), overlap=nodes > 1)
     else:
