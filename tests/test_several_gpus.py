@@ -1,12 +1,13 @@
 """What only several GPUs can show, over NCCL: `pytest -m gpu` on a machine that has two."""
 
+import contextlib
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -34,8 +35,9 @@ Start = Callable[..., "subprocess.Popen[bytes]"]
 
 
 @pytest.fixture
-def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Start:
-    """Start the recipe on so many GPUs, in a session of its own."""
+def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Start]:
+    """Start the recipe on so many GPUs, in a session of its own; what is left of it then would disturb other tests."""
+    started: list[subprocess.Popen[bytes]] = []
     rng = np.random.default_rng(0)
     documents = [[*rng.integers(3, 60, rng.integers(50, 900)).tolist(), 2] for _ in range(400)]
     data = {"sources": [{"path": str(packed_folder([documents], vocab_size=512))}]}
@@ -45,9 +47,14 @@ def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Start:
         command = [sys.executable, "pretrain/train.py", "--config", tmp_path / "run.yaml"]
         command += ["--out_dir", tmp_path / name, "--parallel.devices", gpus, *flags]
         with (tmp_path / "stderr").open("w") as stderr:  # a file, for a rank that stands still never closes a pipe
-            return subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=stderr, start_new_session=True)
+            started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=stderr, start_new_session=True))
+        return started[-1]
 
-    return run
+    yield run
+    for process in started:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
 
 
 @pytest.fixture
@@ -67,6 +74,7 @@ def losses(out_dir: Path) -> dict[int, float]:
     [
         (),
         ("--parallel.shard", "none"),
+        ("--parallel.reshard_after_forward", "false"),
         ("--parallel.reshard_after_forward", "false", "--parallel.sync_every_micro_batch", "true"),
     ],
 )
@@ -106,11 +114,8 @@ def test_a_signal_to_one_rank_stops_both_and_nothing_is_lost(start: Start, tmp_p
 
 def test_a_rank_that_stands_still_is_named(start: Start, tmp_path: Path) -> None:
     run = start("run", 2, *LONG, "--train.max_steps", 100_000)
-    try:
-        os.kill(heartbeat(tmp_path / "run", rank=1, step=20).pid, signal.SIGSTOP)
-        assert run.wait(300) == 1
-    finally:
-        os.killpg(run.pid, signal.SIGKILL)
+    os.kill(heartbeat(tmp_path / "run", rank=1, step=20).pid, signal.SIGSTOP)
+    assert run.wait(300) == 1
     said = tmp_path / "run" / "heartbeat"
     assert "rank 1" in (tmp_path / "stderr").read_text()
     assert "rank 1" in (said / "verdict.txt").read_text()
