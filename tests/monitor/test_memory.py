@@ -6,10 +6,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.distributed as dist
 from models import CONFIG, weights
 
-from tinyllama.model import from_weights
+from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
+from tinyllama.model import GPT, from_weights
 from tinyllama.monitor import memory
+from tinyllama.train.adamw import local
+from tinyllama.train.optim import build_optimizer
+from tinyllama.train.parallel import finish_gradients, parallelize
 
 SITE = "/venv/lib/python3.12/site-packages/torch"
 LINEAR = (f"{SITE}/nn/modules/linear.py", 134, "forward")
@@ -86,3 +91,32 @@ def test_weights_gradients_and_the_optimizer_are_known_by_their_addresses(monkey
     (tmp_path / "file").touch()
     text = memory.explain(2, gpt, optimizer, tmp_path / "file")
     assert text.endswith("rank-00002.pickle cannot be written (File exists)")
+
+
+def test_all_are_known_in_a_pass_of_gathered_weights_too() -> None:
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        with torch.device("meta"):
+            gpt = GPT(CONFIG)
+        parallelize(gpt, dist.init_device_mesh("cpu", (1,)), ParallelArgs(), 1, TrainArgs())
+        optimizer = build_optimizer(gpt, OptimArgs())
+        ids = torch.tensor([[1, 2, 3]])
+        gpt(ids, ids).backward()
+        finish_gradients(gpt)
+        optimizer.step()
+        optimizer.zero_grad()
+        master = gpt.lm_head.weight
+        gpt(ids, ids)  # and here memory runs out
+        known = memory.known_owners(gpt, optimizer)
+        assert gpt.lm_head.weight_gradient is not None
+        expected = {
+            "weights": local(master),
+            "gathered weights": gpt.lm_head.weight,
+            "gradients": gpt.lm_head.weight_gradient.total,
+            "optimizer state": local(optimizer.state[master]["exp_avg"]),
+        }
+        assert {name: known.get(tensor.untyped_storage().data_ptr()) for name, tensor in expected.items()} == {
+            name: name for name in expected
+        }
+    finally:
+        dist.destroy_process_group()

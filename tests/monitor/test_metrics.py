@@ -20,8 +20,10 @@ import torch
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs
+from tinyllama.config.model import ModelConfig
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
+from tinyllama.model import GPT
 from tinyllama.monitor.console import console_line, end_summary, mean_speed, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb, source_columns
 from tinyllama.monitor.run_files import COLUMNS, read_metrics
@@ -708,9 +710,9 @@ def test_a_gpu_that_has_no_more_memory_is_explained(run: Run, monkeypatch: pytes
     block = {"address": 0, "size": 7 * 10**9, "state": "active_allocated", "frames": frames}
     snapshot = {"segments": [{"total_size": 8 * 10**9, "blocks": [block]}], "device_traces": []}
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
-    model = torch.nn.Linear(1, 1)
+    model = GPT(ModelConfig("tiny", block_size=2, vocab_size=8, n_layer=1, n_head=2, n_embd=4, n_query_groups=1))
     log = RunLog(run, None, is_rank_zero=True)
-    log.watch_memory(model, torch.optim.AdamW(model.parameters()))  # type: ignore[arg-type]
+    log.watch_memory(model, torch.optim.AdamW(model.parameters()))
     with pytest.raises(torch.OutOfMemoryError) as caught, log:
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
     (note,) = caught.value.__notes__

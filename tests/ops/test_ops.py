@@ -434,6 +434,14 @@ def test_the_chunked_loss_gives_the_gradients_that_are_asked_for(wanted):
             assert tensor.grad is None
 
 
+def test_the_chunked_loss_of_a_validation_computes_no_gradient(monkeypatch):
+    x, weight, targets = normal(9, 16), normal(40, 16), torch.arange(9)
+    expected = cross_entropy.chunked(x, weight, targets)
+    monkeypatch.setattr(cross_entropy, "add_matmul", None)
+    with torch.no_grad():
+        assert torch.equal(cross_entropy.chunked(x, weight, targets, empty_sum(weight)), expected)
+
+
 @pytest.mark.parametrize("device", ["cpu", gpu])
 def test_the_scale_of_a_loss_is_not_rounded(device):
     x, weight = (normal(*shape, dtype=torch.bfloat16, device=device) for shape in ((9, 16), (40, 16)))

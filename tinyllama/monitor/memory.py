@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 
 from tinyllama import atomic
 from tinyllama.model import GPT
+from tinyllama.train.adamw import local
 
 VIEWER = "https://docs.pytorch.org/memory_viz"
 HINT = "lower train.micro_batch_size, or set train.activation_checkpointing or parallel.shard full"
@@ -64,17 +64,22 @@ def owners(snapshot: Mapping[str, Any], known: Mapping[int, str]) -> Counter[str
 
 
 def known_owners(gpt: GPT, optimizer: torch.optim.Optimizer) -> dict[int, str]:
-    """Return the addresses of this rank's weights, gradients and optimizer state, each with its name."""
-    found: dict[int, str] = {}
-    for parameter in gpt.parameters():
-        states = [value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)]
-        gradients = [] if parameter.grad is None else [parameter.grad]
-        kinds: dict[str, list[Tensor]] = {"weights": [parameter], "gradients": gradients, "optimizer state": states}
-        for name, tensors in kinds.items():
-            for tensor in tensors:
-                local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
-                found[local.untyped_storage().data_ptr()] = name
-    return found
+    """Return the addresses of this rank's weights, gradients and optimizer state, each with its name.
+
+    In a pass the modules have gathered weights; the optimizer has its own at all times.
+    """
+    kinds: dict[str, list[Tensor]] = {"gathered weights": list(gpt.parameters()), "gradients": []}
+    if gpt.gathered is not None:
+        kinds["gathered weights"] = [rows.copy for rows in gpt.gathered.rows]
+        kinds["gradients"] = [rows.gradient.total for rows in gpt.gathered.rows]
+    kinds |= {"weights": [], "optimizer state": []}
+    for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
+        kinds["weights"].append(parameter)
+        kinds["gradients"] += [] if parameter.grad is None else [parameter.grad]
+        kinds["optimizer state"] += [
+            value for value in optimizer.state.get(parameter, {}).values() if isinstance(value, Tensor)
+        ]
+    return {local(tensor).untyped_storage().data_ptr(): name for name, tensors in kinds.items() for tensor in tensors}
 
 
 def _by_frames(frames: list[dict[str, Any]]) -> str:

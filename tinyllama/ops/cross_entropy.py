@@ -28,6 +28,8 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: Gradi
 
 def chunked(x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: GradientSum | None = None) -> Tensor:
     """Compute loss and gradients for LOGITS_CHUNK tokens at a time in the forward pass; nothing is computed twice."""
+    if not torch.is_grad_enabled():  # a Function is not told, and would compute the gradients
+        x, weight = x.detach(), weight.detach()
     loss = _Chunked.apply(x.flatten(0, -2), weight, targets.flatten(), *(weight_gradient or ()))
     assert isinstance(loss, Tensor)
     return loss

@@ -71,7 +71,7 @@ class Gathered:
         self._in_pass = False
         self._reductions: list[dist.Work] = []
         self._taken: set[tuple[nn.Module, str]] = set()
-        self._rows: list[Rows] = []
+        self.rows: list[Rows] = []
         for block in model.layers:
             rows = self._take(block)
             if overlap:
@@ -92,7 +92,7 @@ class Gathered:
             for name, _ in module.named_parameters(recurse=False):
                 if (module, name) not in self._taken:
                     found.append(self._lay_out([(module, name)]))
-        self._rows += found
+        self.rows += found
         return found
 
     def _lay_out(self, names: list[tuple[nn.Module, str]]) -> Rows:
@@ -141,7 +141,7 @@ class Gathered:
         if self._in_pass:
             return
         copies, masters = [], []
-        for rows in self._rows:
+        for rows in self.rows:
             owned = self._owned(rows.copy, len(rows.weights))
             for number, weight in enumerate(rows.weights):
                 master = cast(DTensor, weight.master).to_local()
@@ -151,13 +151,13 @@ class Gathered:
             rows.gradient.empty.fill_(True)
         torch._foreach_copy_(copies, masters)
         if self._shards > 1:
-            for rows in self._rows:
+            for rows in self.rows:
                 all_gather(rows.copy, rows.copy.chunk(self._shards)[self._shard], self._mesh.get_group("shard"))
         self._in_pass = True
 
     def end_pass(self) -> None:
         """Give the modules the masters."""
-        for rows in self._rows:
+        for rows in self.rows:
             for weight in rows.weights:
                 setattr(weight.module, weight.name, weight.master)
         self._in_pass = False
@@ -180,11 +180,11 @@ class Gathered:
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Give the modules the masters, with the gradients of the step over all ranks."""
-        self._reduce(self._last if self._overlap else self._rows)
+        self._reduce(self._last if self._overlap else self.rows)
         for work in self._reductions:
             work.wait()
         self._reductions.clear()
-        for rows in self._rows:
+        for rows in self.rows:
             self._set_gradients(rows)
         self.end_pass()
 
