@@ -343,6 +343,10 @@ def test_passes_of_a_step() -> None:
         assert step.communication == pytest.approx(gathers * one.gather + reduces * one.reduce)
         assert step.tokens_per_second == pytest.approx(64 * 2048 / (step.compute + step.waiting))
         assert step.waiting == (step.communication if parallel is held else 0)  # in one node, train/gathered.py
+    for sync in (False, True):  # ranks that share nothing reduce once, whatever they are asked for
+        args = replace(settings(global_batch_size=64), parallel=ParallelArgs(sync_every_micro_batch=sync))
+        none = plan.traffic(args, CONFIG, cluster, "none")
+        assert plan.speed(args, CONFIG, cluster, "none", 50_000, micro=2).communication == pytest.approx(none.reduce)
     # so slow a link that every pass waits: a third of the compute is forward
     slow = plan.Cluster(replace(gpu, link=1), 8, 8, 400)
     args, bad = settings(global_batch_size=64), plan.traffic(settings(), CONFIG, slow, "full")

@@ -109,6 +109,13 @@ def test_an_optimizer_that_would_break_a_run_is_refused(cls: type, monkeypatch: 
         check_optimizer(OptimArgs(name="mine"))
 
 
+def test_an_optimizer_of_torch_that_is_not_fused_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    mine = {"mine": lambda model, args, dtype: torch.optim.SGD(model.parameters(), lr=args.lr)}
+    monkeypatch.setattr(optim, "OPTIMIZERS", mine)
+    with pytest.raises(InputError, match=r"^optim.name mine cannot take found_inf \(.*\): give fused=True$"):
+        check_optimizer(OptimArgs(name="mine"))
+
+
 @pytest.mark.parametrize("name", [*optim.OPTIMIZERS, "of_a_test"])
 def test_an_optimizer_that_obeys_is_accepted(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(optim.OPTIMIZERS, "of_a_test", Lion)

@@ -249,11 +249,13 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     micro_batch_s = micro * config.block_size / rate
     gather_s, reduce_s = traffic(args, config, cluster, how)
     reshards = args.parallel.reshard_after_forward
-    overlaps = cluster.nodes > 1 or not keeps_gathered(args, cluster.shard(how), cluster.nodes)
+    gathered = keeps_gathered(args, cluster.shard(how), cluster.nodes)
+    overlaps = cluster.nodes > 1 or not gathered
+    syncs = args.parallel.sync_every_micro_batch and not gathered
     communication_s = waiting_s = 0.0
     for number in range(micro_batches):
         gathers = reshards or number == 0
-        reduces = args.parallel.sync_every_micro_batch or number == micro_batches - 1
+        reduces = syncs or number == micro_batches - 1
         forward_s, backward_s = gather_s * gathers, gather_s * reshards + reduce_s * reduces
         communication_s += forward_s + backward_s
         forward_hides_s, backward_hides_s = micro_batch_s / 3 * overlaps, micro_batch_s * 2 / 3 * overlaps

@@ -55,7 +55,10 @@ def check_optimizer(args: OptimArgs) -> None:
         for parameter in model.parameters():
             parameter.grad = torch.full_like(parameter, torch.nan if rejected else 1.0)
         optimizer.found_inf = torch.tensor(float(rejected))  # type: ignore[attr-defined]
-        optimizer.step()
+        try:
+            optimizer.step()
+        except AssertionError as error:  # of torch's optimizers, unless they are fused
+            raise InputError(f"optim.name {args.name} cannot take found_inf ({error}): give fused=True") from error
         tensors = reader.tensors(model, optimizer)
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
