@@ -86,7 +86,7 @@ def test_weights_gradients_and_the_optimizer_are_known_by_their_addresses(monkey
     monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: taken)
     file = tmp_path / "memory" / "rank-00002.pickle"
     text = memory.explain(2, gpt, optimizer, tmp_path / "memory")
-    assert text.endswith(f"parallel.shard full; {file} opens in https://docs.pytorch.org/memory_viz")
+    assert text.endswith(f"parallel.reshard_after_forward true; {file} opens in https://docs.pytorch.org/memory_viz")
     assert pickle.loads(file.read_bytes()) == taken
     (tmp_path / "file").touch()
     text = memory.explain(2, gpt, optimizer, tmp_path / "file")

@@ -14,7 +14,10 @@ from tinyllama.model import GPT
 from tinyllama.train.adamw import local
 
 VIEWER = "https://docs.pytorch.org/memory_viz"
-HINT = "lower train.micro_batch_size, or set train.activation_checkpointing or parallel.shard full"
+HINT = (
+    "lower train.micro_batch_size, or set train.activation_checkpointing, parallel.shard full or "
+    "parallel.reshard_after_forward true"
+)
 WITHOUT_FRAMES = "without Python frames: the backward pass, and all that came after the first log interval"
 
 

@@ -1,5 +1,6 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) with clipping inside: torch's, on a GPU with our kernel."""
 
+from collections.abc import Iterable
 from typing import Any, NamedTuple, TypedDict
 
 import torch
@@ -41,6 +42,11 @@ class AdamW(torch.optim.AdamW):
     found_inf: Tensor | None = None
     gradient_factor: Tensor | None = None
     """multiplies the gradients in the next step, and in no other, () fp32"""
+
+    def __init__(
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
+    ) -> None:
+        super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it by the closure

@@ -16,13 +16,7 @@ from tinyllama.train.muon import Muon
 
 def adamw(model: GPT, args: OptimArgs, dtype: torch.dtype) -> torch.optim.Optimizer:
     """AdamW over every parameter, decay on norms and embeddings too (upstream pretrain/tinyllama.py)."""
-    return AdamW(
-        model.parameters(),
-        lr=args.lr,
-        betas=(args.beta1, args.beta2),
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    return AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay)
 
 
 OPTIMIZERS: dict[str, Callable[[GPT, OptimArgs, torch.dtype], torch.optim.Optimizer]] = {
