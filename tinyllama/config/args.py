@@ -186,6 +186,10 @@ class ParallelArgs:
     sync_every_micro_batch: bool = False
     """reduce the gradients after each micro-batch: less memory, more communication; not where parallel.shard is none"""
 
+    def keeps_gathered(self, shard: int, nodes: int) -> bool:
+        """Whether ``shard`` ranks keep what they gathered until a step ends (train/gathered.py), or FSDP2 shards."""
+        return shard == 1 or (nodes == 1 and not (self.reshard_after_forward or self.sync_every_micro_batch))
+
 
 @dataclass(frozen=True)
 class EvalArgs:

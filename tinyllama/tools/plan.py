@@ -85,7 +85,7 @@ def memory(
     block = config.n_embd * (config.qkv_size + config.n_embd + 3 * config.intermediate_size + 2)
     outside_blocks = params - config.n_layer * block
     width = 4 if args.train.precision == "fp32" else 2
-    if keeps_gathered(args, shard, nodes):  # a copy of the weights, and the sums of the gradients, both at all times
+    if args.parallel.keeps_gathered(shard, nodes):  # and the sums of the gradients, both at all times
         gradients, buffers = 4.0 * params, width * params
     else:
         # resharded, only this block and the prefetched one are gathered
@@ -102,12 +102,6 @@ def memory(
         "activations": tokens * activations(args, config),
         "logits": logits(args, config, tokens),
     }
-
-
-def keeps_gathered(args: PretrainArgs, shard: int, nodes: int) -> bool:
-    """Return whether train/gathered.py has the weights, not FSDP2."""
-    frees = args.parallel.reshard_after_forward or args.parallel.sync_every_micro_batch
-    return shard == 1 or (nodes == 1 and not frees)
 
 
 def activations(args: PretrainArgs, config: ModelConfig) -> int:
@@ -249,7 +243,7 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     micro_batch_s = micro * config.block_size / rate
     gather_s, reduce_s = traffic(args, config, cluster, how)
     reshards = args.parallel.reshard_after_forward
-    gathered = keeps_gathered(args, cluster.shard(how), cluster.nodes)
+    gathered = args.parallel.keeps_gathered(cluster.shard(how), cluster.nodes)
     overlaps = cluster.nodes > 1 or not gathered
     syncs = args.parallel.sync_every_micro_batch and not gathered
     communication_s = waiting_s = 0.0

@@ -70,7 +70,6 @@ class Gathered:
         self._shard = mesh.get_local_rank("shard")
         self._in_pass = False
         self._reductions: list[dist.Work] = []
-        self._taken: set[tuple[nn.Module, str]] = set()
         self.rows: list[Rows] = []
         for block in model.layers:
             rows = self._take(block)
@@ -89,8 +88,8 @@ class Gathered:
                 total, empty = rows.gradient
                 module.w12 = swiglu.Interleaved(rows.copy[:count], GradientSum(total[:count], empty))
                 found.append(rows)
-            for name, _ in module.named_parameters(recurse=False):
-                if (module, name) not in self._taken:
+            for name, parameter in module.named_parameters(recurse=False):
+                if not isinstance(parameter, DTensor):
                     found.append(self._lay_out([(module, name)]))
         self.rows += found
         return found
@@ -105,26 +104,24 @@ class Gathered:
         for number, ((module, name), parameter) in enumerate(zip(names, parameters, strict=True)):
             turn = slice(number, count * len(names), len(names))
             local = parameter[self._shard * owned : (self._shard + 1) * owned].clone()
-            weight = Weight(module, name, self._master(parameter, local), nn.Parameter(copy[turn]))
+            master = nn.Parameter(self._dtensor(local, parameter))
+            weight = Weight(module, name, master, nn.Parameter(copy[turn]))
             gradient = GradientSum(rows.gradient.total[turn], rows.gradient.empty)
             if isinstance(module, Linear):
                 module.weight_gradient = gradient
             weight.copy.register_post_accumulate_grad_hook(functools.partial(move_gradient, gradient))
-            setattr(module, name, weight.master)
+            setattr(module, name, master)
             rows.weights.append(weight)
-            self._taken.add((module, name))
         return rows
 
-    def _master(self, full: Tensor, local: Tensor) -> nn.Parameter:
-        return nn.Parameter(self._dtensor(local, full.shape, full.stride()))
-
-    def _dtensor(self, local: Tensor, shape: torch.Size, stride: tuple[int, ...]) -> DTensor:
-        placements = [Replicate(), Shard(0)]
+    def _dtensor(self, local: Tensor, full: Tensor) -> DTensor:
+        """What lies as ``full`` does, of which this rank has ``local``."""
+        placements, shape, stride = [Replicate(), Shard(0)], full.shape, full.stride()
         return DTensor.from_local(local, self._mesh, placements, run_check=False, shape=shape, stride=stride)
 
-    def _owned(self, rows: Tensor, weights: int) -> Tensor:
-        """This rank's part of (rows, ...), in which as many weights alternate -> (rows of a weight, weights, ...)."""
-        return rows.unflatten(0, (self._shards, -1, weights))[self._shard]
+    def _owned(self, rows: Tensor) -> Tensor:
+        """This rank's part of (rows, ...)."""
+        return rows.chunk(self._shards)[self._shard]
 
     def _reducing(self, forward: Callable[..., Any], rows: list[Rows]) -> Callable[..., Any]:
         """A Block's ``forward``, with a reduction of its gradients as soon as its backward pass is done."""
@@ -142,7 +139,7 @@ class Gathered:
             return
         copies, masters = [], []
         for rows in self.rows:
-            owned = self._owned(rows.copy, len(rows.weights))
+            owned = self._owned(rows.copy).unflatten(0, (-1, len(rows.weights)))
             for number, weight in enumerate(rows.weights):
                 master = cast(DTensor, weight.master).to_local()
                 copies.append(owned[: len(master), number])
@@ -152,7 +149,7 @@ class Gathered:
         torch._foreach_copy_(copies, masters)
         if self._shards > 1:
             for rows in self.rows:
-                all_gather(rows.copy, rows.copy.chunk(self._shards)[self._shard], self._mesh.get_group("shard"))
+                all_gather(rows.copy, self._owned(rows.copy), self._mesh.get_group("shard"))
         self._in_pass = True
 
     def end_pass(self) -> None:
@@ -170,7 +167,7 @@ class Gathered:
                 total.zero_()
                 empty.fill_(False)
             operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
-            owned = total.chunk(self._shards)[self._shard]
+            owned = self._owned(total)
             if self._shards > 1:
                 reduce_scatter(owned, total, operation, self._mesh.get_group("shard"))
             if self._replicas > 1:
@@ -189,7 +186,7 @@ class Gathered:
         self.end_pass()
 
     def _set_gradients(self, rows: Rows) -> None:
-        owned = self._owned(rows.gradient.total, len(rows.weights))
+        owned = self._owned(rows.gradient.total).unflatten(0, (-1, len(rows.weights)))
         if self._mesh.size() > 1 and not owned.is_cuda:
             owned /= self._mesh.size()
         gradients = [owned.squeeze(1)]
@@ -199,7 +196,7 @@ class Gathered:
             torch.split_with_sizes_copy(owned.flatten(1), [columns] * count, dim=1, out=gradients)
         for weight, gradient in zip(rows.weights, gradients, strict=True):
             master = cast(DTensor, weight.master)
-            weight.master.grad = self._dtensor(gradient[: len(master.to_local())], master.shape, master.stride())
+            weight.master.grad = self._dtensor(gradient[: len(master.to_local())], master)
 
 
 class _Then(torch.autograd.Function):

@@ -68,7 +68,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
         whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
         for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
-    if shard == 1 or (nodes == 1 and not (args.reshard_after_forward or args.sync_every_micro_batch)):
+    if args.keeps_gathered(shard, nodes):
         model.to_empty(device=device)
         model.gathered = Gathered(model, replicate_shard, cast(torch.dtype, policy.param_dtype), overlap=nodes > 1)
     else:
