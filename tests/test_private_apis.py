@@ -61,6 +61,11 @@ TABLE = [
         "no public function changes the timeout of a process group",
     ),
     Private(
+        "torch.distributed._coalescing_manager",
+        ("tinyllama/train/collectives.py",),
+        "no public function launches collectives in one group of NCCL's",
+    ),
+    Private(
         "torch._C._distributed_c10d._dump_nccl_trace",
         ("tinyllama/monitor/watchdog.py",),
         "no public function returns NCCL's flight recorder, which tells who did not come",

@@ -379,6 +379,31 @@ def gradient(name: str, shape: torch.Size, step: int) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(zlib.crc32(f"{name} {step}".encode())))
 
 
+def coalesced(argv: list[str]) -> list[list[float]]:
+    """What coalesced collectives make of this rank's numbers, at torch's debug level ``argv[0]``."""
+    if not dist.is_initialized():  # an earlier command's group
+        dist.init_process_group("gloo")
+    previous = dist.get_debug_level()
+    dist.set_debug_level(getattr(dist.DebugLevel, argv[0]))
+    group = dist.new_group(backend="gloo")
+    rank, size = dist.get_rank(), dist.get_world_size()
+    tensors = [torch.arange(size * n) + 100.0 * rank for n in (1, 2)]
+    owned = [tensor.chunk(size)[rank] for tensor in tensors]
+    with collectives.coalesced(group):
+        for part, tensor in zip(owned, tensors, strict=True):
+            collectives.reduce_scatter(part, tensor, dist.ReduceOp.SUM, group)
+    with collectives.coalesced(group, async_ops=True) as reduction:
+        for part in owned:
+            dist.all_reduce(part, dist.ReduceOp.MAX, group)
+    if reduction:
+        reduction.wait()
+    with collectives.coalesced(group):
+        for part, tensor in zip(owned, tensors, strict=True):
+            collectives.all_gather(tensor, part, group)
+    dist.set_debug_level(previous)
+    return [tensor.tolist() for tensor in tensors]
+
+
 def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
     """Ten steps of the run's optimizer on given gradients; the fourth, of NaNs, is rejected and must change nothing.
 

@@ -118,6 +118,10 @@ def apart(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 GATHER, REDUCE = "c10d._allgather_base_.default over 2", "c10d._reduce_scatter_base_.default over 2"
+GATHER_ALL, REDUCE_ALL = (
+    "c10d.allgather_into_tensor_coalesced_.default",
+    "c10d.reduce_scatter_tensor_coalesced_.default",
+)
 AGAIN, ATTENDS, PRODUCTS, ADDED = (
     "aten.silu.default",
     "aten._scaled_dot_product_flash_attention_for_cpu.default",
@@ -126,13 +130,14 @@ AGAIN, ATTENDS, PRODUCTS, ADDED = (
 )
 LAYERS, MICRO_BATCHES = 2, 2
 UNITS = LAYERS + 1  # what FSDP gathers at once: each block, and the rest
-WEIGHTS = 7 * LAYERS + 3  # which gathered.py gathers one by one
 ONCE = LAYERS * MICRO_BATCHES
 # of a layer, the products of attention's two matrices and the MLP's three; of the model, the output matrix's
 FORWARD = MICRO_BATCHES * (5 * LAYERS + 1)
 USUAL = {
     GATHER: MICRO_BATCHES * (UNITS + LAYERS),  # the rest is not given back between the passes
     REDUCE: UNITS,
+    GATHER_ALL: 0,
+    REDUCE_ALL: 0,
     AGAIN: ONCE,
     ATTENDS: ONCE,
     PRODUCTS: 3 * FORWARD,  # a backward pass has two for each
@@ -150,7 +155,7 @@ RUNS: dict[str, tuple[list[object], float, dict[str, int]]] = {
     "gathered once": (
         ["--parallel.reshard_after_forward", "false"],
         1e-3,
-        {GATHER: WEIGHTS, REDUCE: WEIGHTS, PRODUCTS: 2 * FORWARD, ADDED: FORWARD},
+        {GATHER: 0, REDUCE: 0, GATHER_ALL: 1, REDUCE_ALL: 1, PRODUCTS: 2 * FORWARD, ADDED: FORWARD},
     ),
     "reduced often": (["--parallel.sync_every_micro_batch", "true"], 1e-3, {REDUCE: MICRO_BATCHES * UNITS}),
     "full checkpointing": (
@@ -189,3 +194,11 @@ def test_steps_are_those_of_a_plain_loop(world, config, plain, tmp_path: Path, n
     assert seen["collector"] == [[True, False]] + [[False, True]] * (STEPS - 1)
     assert seen["collected_at"] == [0, 2, 4]
     assert seen["graphs"] == [False] * STEPS
+
+
+@pytest.mark.parametrize("level", ["OFF", "DETAIL"])
+def test_coalesced_collectives_are_those_one_by_one(world, level: str) -> None:
+    answers = world(2)("coalesced", level)
+    # the sums are [100, 102] and [100, 102, 104, 106], each rank has a half, and the greatest of both are gathered
+    expected = [[102.0, 102.0], [104.0, 106.0, 104.0, 106.0]]
+    assert [answer["result"] for answer in answers] == [expected, expected]

@@ -1,10 +1,14 @@
-"""Collectives by their names in any version of torch, their timeouts, and garbage collection at the same steps on all
-ranks.
+"""Collectives by their names in any version of torch, several launched as one, and their timeouts.
+
+And Python's garbage collection, at the same steps on all ranks.
 """
 
+import contextlib
 import gc
 from collections.abc import Collection
+from contextlib import AbstractContextManager
 from datetime import timedelta
+from typing import Any
 
 import torch.distributed as dist
 
@@ -14,6 +18,17 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 
 GC_INTERVAL = 50
 """optimizer steps between two collections"""
+
+
+def coalesced(group: dist.ProcessGroup, *, async_ops: bool = False) -> AbstractContextManager[Any]:
+    """Launch the collectives of a ``with`` block, all of one kind, as one.
+
+    It gives what to ``wait`` for, or None: with TORCH_DISTRIBUTED_DEBUG=DETAIL, of which torch 2.11 knows no coalesced
+    collectives, they are launched one by one, and waited for.
+    """
+    if dist.get_debug_level() == dist.DebugLevel.DETAIL:
+        return contextlib.nullcontext()
+    return dist._coalescing_manager(group, async_ops=async_ops)
 
 
 def set_timeout(seconds: float, *, keep: Collection[dist.ProcessGroup] = ()) -> None:

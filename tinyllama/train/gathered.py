@@ -21,7 +21,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard
 from tinyllama.model import GPT, Linear, SwiGLU
 from tinyllama.ops import swiglu
 from tinyllama.ops.linear import GradientSum, empty_sum
-from tinyllama.train.collectives import all_gather, reduce_scatter
+from tinyllama.train.collectives import all_gather, coalesced, reduce_scatter
 
 
 @dataclass
@@ -69,7 +69,7 @@ class Gathered:
         self._replicas, self._shards = mesh.shape
         self._shard = mesh.get_local_rank("shard")
         self._in_pass = False
-        self._reductions: list[dist.Work] = []
+        self._reductions: list[Any] = []  # what ``coalesced`` gives
         self.rows: list[Rows] = []
         for block in model.layers:
             rows = self._take(block)
@@ -148,8 +148,10 @@ class Gathered:
             rows.gradient.empty.fill_(True)
         torch._foreach_copy_(copies, masters)
         if self._shards > 1:
-            for rows in self.rows:
-                all_gather(rows.copy, self._owned(rows.copy), self._mesh.get_group("shard"))
+            group = self._mesh.get_group("shard")
+            with coalesced(group):
+                for rows in self.rows:
+                    all_gather(rows.copy, self._owned(rows.copy), group)
         self._in_pass = True
 
     def end_pass(self) -> None:
@@ -162,24 +164,29 @@ class Gathered:
     def _reduce(self, part: list[Rows]) -> None:
         """Average these gradients over the ranks, of which each keeps its part; with overlap, only begin to."""
         for rows in part:
-            total, empty = rows.gradient
-            if empty:  # no backward pass has reached the weight
-                total.zero_()
-                empty.fill_(False)
-            operation = dist.ReduceOp.AVG if total.is_cuda else dist.ReduceOp.SUM  # gloo has no average
-            owned = self._owned(total)
-            if self._shards > 1:
-                reduce_scatter(owned, total, operation, self._mesh.get_group("shard"))
-            if self._replicas > 1:
-                work = dist.all_reduce(owned, operation, self._mesh.get_group("replicate"), async_op=self._overlap)
-                self._reductions += [work] if work else []
+            if rows.gradient.empty:  # no backward pass has reached the weight
+                rows.gradient.total.zero_()
+                rows.gradient.empty.fill_(False)
+        totals = [rows.gradient.total for rows in part]
+        operation = dist.ReduceOp.AVG if totals[0].is_cuda else dist.ReduceOp.SUM  # gloo has no average
+        if self._shards > 1:
+            group = self._mesh.get_group("shard")
+            with coalesced(group):
+                for total in totals:
+                    reduce_scatter(self._owned(total), total, operation, group)
+        if self._replicas > 1:
+            group = self._mesh.get_group("replicate")
+            with coalesced(group, async_ops=self._overlap) as reduction:
+                for total in totals:
+                    dist.all_reduce(self._owned(total), operation, group)
+            self._reductions += [reduction] if reduction else []
 
     @torch.no_grad()
     def finish_gradients(self) -> None:
         """Give the modules the masters, with the gradients of the step over all ranks."""
         self._reduce(self._last if self._overlap else self.rows)
-        for work in self._reductions:
-            work.wait()
+        for reduction in self._reductions:
+            reduction.wait()
         self._reductions.clear()
         for rows in self.rows:
             self._set_gradients(rows)
