@@ -43,8 +43,8 @@ def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Start]
     data = {"sources": [{"path": str(packed_folder([documents], vocab_size=512))}]}
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "data": data}))
 
-    def run(name: str, gpus: int, *flags: object) -> "subprocess.Popen[bytes]":
-        command = [sys.executable, "pretrain/train.py", "--config", tmp_path / "run.yaml"]
+    def run(name: str, gpus: int, *flags: object, script: str = "pretrain/train.py") -> "subprocess.Popen[bytes]":
+        command = [sys.executable, script, "--config", tmp_path / "run.yaml"]
         command += ["--out_dir", tmp_path / name, "--parallel.devices", gpus, *flags]
         with (tmp_path / "stderr").open("w") as stderr:  # a file, for a rank that stands still never closes a pipe
             started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=stderr, start_new_session=True))
@@ -102,11 +102,12 @@ LONG = ["--train.max_steps", 400, "--train.timeout", 10, "--checkpoint.interval"
 
 
 def test_a_signal_to_one_rank_stops_both_and_nothing_is_lost(start: Start, tmp_path: Path) -> None:
-    assert start("straight", 2, *LONG).wait() == 0
-    stopped = start("stopped", 2, *LONG)
+    script = "tests/helpers/deterministic_run.py"
+    assert start("straight", 2, *LONG, script=script).wait() == 0
+    stopped = start("stopped", 2, *LONG, script=script)
     os.kill(heartbeat(tmp_path / "stopped", rank=1, step=20).pid, signal.SIGTERM)
     assert stopped.wait(300) == 75
-    assert start("stopped", 2, *LONG).wait() == 0
+    assert start("stopped", 2, *LONG, script=script).wait() == 0
     assert losses(tmp_path / "stopped") == losses(tmp_path / "straight")
     ends = [load_weights(tmp_path / name / "checkpoints" / "step-00000400") for name in ("straight", "stopped")]
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())

@@ -10,10 +10,11 @@ import torch
 
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
+from tinyllama.train.launch import as_rank
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
 
 if __name__ == "__main__":
     torch.use_deterministic_algorithms(True)
-    cli.run(lambda: recipe.main(recipe.setup(cli.parse(PretrainArgs))))
+    cli.run(lambda: as_rank(lambda: recipe.main(recipe.setup(cli.parse(PretrainArgs)))))
