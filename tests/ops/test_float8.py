@@ -3,6 +3,8 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_compiler
 
 from tinyllama.model import Linear
 from tinyllama.ops import float8, float8_casts
@@ -105,6 +107,28 @@ def test_a_weights_gradient_is_added_in_fp32(device: str) -> None:
     float8.linear(x, weight.detach(), scales, kept, x_is_kept=True).backward(gradient)
     assert (total - weight.grad.float()).norm() < 3e-3 * weight.grad.float().norm()
     assert not kept.empty
+
+
+@pytest.mark.parametrize(("summed", "gradient"), [(False, "float8_weight_matmul"), (True, "float8_add_matmul")])
+def test_torch_compile_sees_no_matmul_in_float8(summed: bool, gradient: str) -> None:
+    """Which torch 2.11 cannot trace; with FSDP2 no gradient is added to a sum."""
+    called: list[str] = []
+
+    def collect(graph: torch.fx.GraphModule, inputs: object) -> object:
+        for node in graph.graph.nodes:
+            if node.op == "call_function":
+                mutates = "auto_functionalized" in str(node.target)
+                called.append(str(node.args[0] if mutates else node.target))
+        return graph
+
+    scales = float8.new_scales(torch.tensor(False), "cpu")
+    sums = GradientSum(torch.zeros(48, 32), torch.tensor(True)) if summed else None
+    x, weight = normal(64, 32, device="cpu").requires_grad_(), normal(48, 32, device="cpu", seed=1).requires_grad_()
+    backend = aot_autograd(fw_compiler=make_boxed_compiler(collect))
+    torch.compile(float8.linear, backend=backend, fullgraph=True)(x, weight, scales, sums).sum().backward()
+    ours = [name for name in called if "tinyllama" in name]
+    assert ours == [f"tinyllama.{name}.default" for name in ("float8_linear", "float8_linear_backward", gradient)]
+    assert not [name for name in called if "mm" in name.replace("matmul", "")]
 
 
 def test_only_linear_modules_with_scales_are_in_float8() -> None:

@@ -156,8 +156,9 @@ class _SwiGLU(torch.autograd.Function):
         return dx, dw12, dw3, *[None] * (5 + len(sums))
 
 
-# Each pass is one operation, which torch.compile treats as opaque. A weight is cast again in the backward pass: the
-# copies of all layers would take as much memory as a quarter of the master weights.
+# Each pass, and each gradient of a weight, is one operation, which torch.compile treats as opaque: torch 2.11 cannot
+# trace a matmul in float8. A weight is cast again in the backward pass: the copies of all layers would take as much
+# memory as a quarter of the master weights.
 
 
 @torch.library.custom_op("tinyllama::float8_linear", mutates_args=("inputs",))
@@ -260,9 +261,19 @@ def _weight_gradient(
 ) -> Tensor | None:
     """Return the gradient of a weight (O, I) from gradient_t (O, N) and x_t (I, N), or add it to a ``GradientSum``."""
     if not sums:
-        return _matmul(gradient_t, x_t, gradient_row[0], inputs[X])
+        return _weight_matmul(gradient_t, x_t, gradient_row, inputs)
     _add_matmul(*sums, gradient_t, x_t, gradient_row, inputs)
     return None
+
+
+@torch.library.custom_op("tinyllama::float8_weight_matmul", mutates_args=())
+def _weight_matmul(gradient_t: Tensor, x_t: Tensor, gradient_row: Tensor, inputs: Tensor) -> Tensor:
+    return _matmul(gradient_t, x_t, gradient_row[0], inputs[X])
+
+
+@_weight_matmul.register_fake
+def _(gradient_t: Tensor, x_t: Tensor, gradient_row: Tensor, inputs: Tensor) -> Tensor:
+    return gradient_t.new_empty(len(gradient_t), len(x_t), dtype=torch.bfloat16)
 
 
 @torch.library.custom_op("tinyllama::float8_add_matmul", mutates_args=("total", "empty"))
