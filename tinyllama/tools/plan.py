@@ -40,7 +40,7 @@ GPUS = {
     "a100-40g": Gpu("NVIDIA A100-SXM4-40GB", 40, 230, 200, 400, 0.563),  # MFU: the published 24k tokens/s
     "a100-80g": Gpu("NVIDIA A100-SXM4-80GB", 80, 230, 200, 400, 0.563),
     "h100": Gpu("NVIDIA H100 80GB HBM3", 79.6, 360, 400, 700, 0.59),  # measured, with FlashAttention-4 and quack
-    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.60),  # measured, with FlashAttention-4 and quack
+    "h200": Gpu("NVIDIA H200", 139.8, 360, 400, 700, 0.62),  # measured, with FlashAttention-4 and quack
     "b200": Gpu("NVIDIA B200", 178, 700, 400, 1000, 0.45),  # a guess
     "rtx-4090": Gpu("NVIDIA GeForce RTX 4090", 24, 15, 25, 450, 0.5),  # a guess; no NVLink
 }
