@@ -86,6 +86,19 @@ def test_two_gpus_learn_what_one_does(
     assert losses(tmp_path / "two") == pytest.approx(alone, rel=2e-5)
 
 
+@pytest.mark.parametrize("reshard", ["true", "false"])
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 5e-3), ("float8", 1e-2)])
+def test_two_gpus_learn_compiled_and_in_few_bits_what_one_does(
+    precision: str, limit: float, reshard: str, start: Start, tmp_path: Path
+) -> None:
+    if precision == "float8" and torch.cuda.get_device_capability() < (8, 9):
+        pytest.skip("no float8 on this GPU")
+    flags = ["--train.precision", precision, "--train.compile", "true", "--parallel.reshard_after_forward", reshard]
+    for gpus in (1, 2):
+        assert start(str(gpus), gpus, *flags).wait() == 0, (tmp_path / "stderr").read_text()[-3000:]
+    assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=limit)
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_gpus(
     first: int, then: int, start: Start, alone: dict[int, float], tmp_path: Path
