@@ -3,6 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
+from float8_matmul import on_cpu
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_compiler
 
@@ -91,7 +92,7 @@ def test_zeros_and_tiny_numbers_have_a_scale() -> None:
     assert float8.powers_of_two(torch.tensor([-126, 0, 127], dtype=torch.int32)).tolist() == [2.0**-126, 1.0, 2.0**127]
 
 
-@pytest.mark.parametrize("device", ["cpu", gpu])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=on_cpu), gpu])
 def test_a_weights_gradient_is_added_in_fp32(device: str) -> None:
     x, gradient = normal(64, 32, device=device), normal(64, 48, device=device, seed=1)
     weight = normal(48, 32, device=device, seed=2).requires_grad_()
@@ -109,6 +110,7 @@ def test_a_weights_gradient_is_added_in_fp32(device: str) -> None:
     assert not kept.empty
 
 
+@on_cpu
 @pytest.mark.parametrize(("summed", "gradient"), [(False, "float8_weight_matmul"), (True, "float8_add_matmul")])
 def test_torch_compile_sees_no_matmul_in_float8(summed: bool, gradient: str) -> None:
     """Which torch 2.11 cannot trace; with FSDP2 no gradient is added to a sum."""
@@ -131,6 +133,7 @@ def test_torch_compile_sees_no_matmul_in_float8(summed: bool, gradient: str) -> 
     assert not [name for name in called if "mm" in name.replace("matmul", "")]
 
 
+@on_cpu
 def test_only_linear_modules_with_scales_are_in_float8() -> None:
     linear = Linear(32, 16)
     x = normal(64, 32, device="cpu").float()
