@@ -60,9 +60,9 @@ def test_measured_peaks_are_met_within_10_percent(
 
 
 # Tokens/s for each GPU and GB of rank 0's peak: 1.1B, 64 samples a GPU and step, micro-batch 16, FlashAttention-4 and
-# quack, one host, 2026-11-27 (docs/benchmarks.md). On the H100s RoPE was compiled.
-# GPU, tokens/s alone of the slowest, or of the mean, precision, RoPE, GPUs, parallel.shard, reshard after forward,
-# tokens/s, GB
+# quack, one host, 2026-11-27 (docs/benchmarks.md). Alone, these cards did as many tokens/s as the second column says:
+# the mean on the H100s, where RoPE was compiled, and in the first row of the H200s, in the others the slowest.
+# GPU, tokens/s alone, precision, RoPE, GPUs, parallel.shard, reshard after forward, tokens/s, GB
 SEVERAL = [
     ("h100", 83_491, "bf16", "reference", 2, "full", True, 77_430, 52.27),
     ("h100", 83_491, "bf16", "reference", 2, "none", False, 81_559, 59.70),
