@@ -14,6 +14,7 @@ import torch.distributed as dist
 import yaml
 from checkpoints import load_weights
 from models import generate
+from needs import a_gpu
 
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig, named_config
@@ -29,7 +30,7 @@ ROOT = Path(__file__).parents[1]
 GPU = torch.device("cuda")
 CONFIG = ModelConfig("tiny", block_size=256, vocab_size=512, n_layer=2, n_head=4, n_query_groups=2, n_embd=256)
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+pytestmark = [pytest.mark.gpu, a_gpu]
 
 
 @pytest.fixture(scope="module")

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from needs import a_gpu
 
 from tinyllama.monitor.run_files import read_metrics
 
@@ -24,7 +25,7 @@ CALM += ["--train.micro_batch_size=8"]
 REFERENCE = [*CALM, "--train.precision", "fp32", "--train.compile", "false", "--train.micro_batch_size", 4]
 REFERENCE += [f"--ops.{op}=reference" for op in ("attention", "rms_norm", "swiglu", "cross_entropy")]
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")]
+pytestmark = [pytest.mark.gpu, a_gpu]
 
 Train = Callable[..., list[dict[str, str]]]
 

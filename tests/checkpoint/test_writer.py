@@ -18,6 +18,7 @@ import torch.distributed as dist
 import xxhash
 from checkpoint_rank import CONFIG, Run, holds, make, values
 from checkpoints import load_weights
+from needs import a_gpu
 from processes import Group, Process
 from safetensors import safe_open
 
@@ -429,7 +430,7 @@ def test_an_asynchronous_save_that_is_waited_for_is_complete(alone: Run, tmp_pat
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA GPU")
+@a_gpu
 def test_a_gpu_is_saved_through_pinned_memory(tmp_path: Path) -> None:
     # where CUDA is, an import may start a thread, and a process with threads must not fork
     ranks = Ranks(tmp_path / "store", count=1, world_size=1, warm=False)

@@ -1,5 +1,6 @@
 """A process for launchers to start: ``fail ERROR...``, ``wait`` for the end, or say where it listens."""
 
+import ctypes
 import os
 import signal
 import sys
@@ -21,8 +22,8 @@ def fail(*errors: str) -> int:
     raise InputError(*errors)
 
 
-def wait() -> int:
-    """Say that it watches its launcher, if it does, and wait for a signal or a line."""
+def wait(how: str = "") -> int:
+    """Say that it watches its launcher, if it does, and wait for a signal or a line; in C, so that no thread runs."""
 
     def end(number: int, frame: object) -> None:
         print("SIGTERM", flush=True)
@@ -30,6 +31,8 @@ def wait() -> int:
 
     signal.signal(signal.SIGTERM, end)
     print(" ".join(thread.name for thread in threading.enumerate() if thread.name == "launcher"), flush=True)
+    if how == "in C":
+        ctypes.PyDLL(None).sleep(1000)  # which keeps the interpreter's lock
     print(sys.stdin.readline().strip(), flush=True)
     return 0
 

@@ -35,6 +35,7 @@ from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
 from tinyllama.ops import float8
 from tinyllama.train import collectives, step, step_clock
+from tinyllama.train.adamw import local
 from tinyllama.train.parallel import finish_gradients
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
@@ -422,10 +423,10 @@ def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
             mesh, placements = parameter.device_mesh, parameter.placements
             parameter.grad = distribute_tensor(full, mesh, placements, src_data_rank=None)
         optimizer.optimizer.found_inf = torch.tensor(float(number == 3))
-        before = [shard(tensor).clone() for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
+        before = [local(tensor).clone() for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
         with _Calls() as calls:
             optimizer.step()
-        after = [shard(tensor) for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
+        after = [local(tensor) for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
         if number > 0:  # the first step makes the state
             assert all(map(torch.equal, before, after)) == (number == 3)
         counted.append({name: count for name, count in calls.counts.items() if "c10d" in name})
@@ -434,11 +435,6 @@ def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
     if fabric.is_global_zero:
         torch.save(full, file)
     return counted
-
-
-def shard(tensor: torch.Tensor) -> torch.Tensor:
-    """What this rank holds of it."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def dtypes(argv: list[str]) -> dict[str, list[str]]:

@@ -4,18 +4,15 @@ TRITON_INTERPRET=1 pytest -m gpu tests/ops/test_adamw_kernels.py tests/train/tes
 """
 
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
+from needs import a_gpu, triton_kernels
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [
-    pytest.mark.gpu,
-    pytest.mark.skipif(DEVICE == "cpu" and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"),
-]
+pytestmark = [pytest.mark.gpu, triton_kernels]
 
 LR, EPS, DECAY = 1e-2, 1e-8, 0.1
 BETA1, BETA2 = 0.9, 0.95
@@ -76,7 +73,7 @@ def test_other_strides_are_refused() -> None:
         update(p, normal((4, 4), 3).T, m, v, factor=1.0)
 
 
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@a_gpu
 def test_more_elements_than_32_bits_count() -> None:
     shape = (2**20 + 1, 2048)
     if torch.cuda.mem_get_info()[0] < 4 * 4 * math.prod(shape):

@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from float8_matmul import on_cpu
+from needs import a_gpu, float8_on_cpu, gpu
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_compiler
 
@@ -13,7 +13,6 @@ from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
 from tinyllama.ops.linear import GradientSum
 
 E4M3, E5M2 = float8.E4M3, float8.E5M2
-gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
 
 def row(device: str, factor: float = 8.0) -> torch.Tensor:
@@ -73,7 +72,7 @@ def test_the_gate_and_its_gradient_are_autograds(device: str, shape: tuple[int, 
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@a_gpu
 def test_the_kernels_are_pytorchs_operations() -> None:
     x = normal(4096, 2048, device="cuda", std=30.0)
     found, expected = (torch.zeros(x.shape, dtype=E4M3, device="cuda") for _ in range(2))
@@ -92,7 +91,7 @@ def test_zeros_and_tiny_numbers_have_a_scale() -> None:
     assert float8.powers_of_two(torch.tensor([-126, 0, 127], dtype=torch.int32)).tolist() == [2.0**-126, 1.0, 2.0**127]
 
 
-@pytest.mark.parametrize("device", [pytest.param("cpu", marks=on_cpu), gpu])
+@pytest.mark.parametrize("device", [pytest.param("cpu", marks=float8_on_cpu), gpu])
 def test_a_weights_gradient_is_added_in_fp32(device: str) -> None:
     x, gradient = normal(64, 32, device=device), normal(64, 48, device=device, seed=1)
     weight = normal(48, 32, device=device, seed=2).requires_grad_()
@@ -110,7 +109,7 @@ def test_a_weights_gradient_is_added_in_fp32(device: str) -> None:
     assert not kept.empty
 
 
-@on_cpu
+@float8_on_cpu
 @pytest.mark.parametrize(("summed", "gradient"), [(False, "float8_weight_matmul"), (True, "float8_add_matmul")])
 def test_torch_compile_sees_no_matmul_in_float8(summed: bool, gradient: str) -> None:
     """Which torch 2.11 cannot trace; with FSDP2 no gradient is added to a sum."""
@@ -133,7 +132,7 @@ def test_torch_compile_sees_no_matmul_in_float8(summed: bool, gradient: str) -> 
     assert not [name for name in called if "mm" in name.replace("matmul", "")]
 
 
-@on_cpu
+@float8_on_cpu
 def test_only_linear_modules_with_scales_are_in_float8() -> None:
     linear = Linear(32, 16)
     x = normal(64, 32, device="cpu").float()

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from needs import gpu
 from torch.nn.attention import SDPBackend
 
 from tinyllama import InputError
@@ -19,7 +20,6 @@ from tinyllama.train import parallel
 
 CPU = torch.device("cpu")
 CONFIG = named_config("tinyllama_1.1b")
-gpu = pytest.param("cuda", marks=[pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")])
 
 
 def normal(*shape, dtype=torch.float32, device="cpu"):

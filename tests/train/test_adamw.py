@@ -1,7 +1,6 @@
 """Our AdamW is torch's, and clips: by torch's kernel and, on a GPU or in Triton's interpreter, by ours."""
 
 import functools
-import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from needs import triton_kernels
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
@@ -21,12 +21,9 @@ SHAPES = [(5,), (6, 8), (0, 4), (3, 2100)]
 FACTORS = [0.3, None, 0.7, 1.0, None, 0.1]
 REJECTED = [True, False, False, True, False, False]
 ULP = 2.0**-23
-runs_kernel = pytest.mark.skipif(
-    not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1", reason="no GPU, no interpreter"
-)
 
 
-@pytest.fixture(params=["torch", pytest.param("kernel", marks=[pytest.mark.gpu, runs_kernel])])
+@pytest.fixture(params=["torch", pytest.param("kernel", marks=[pytest.mark.gpu, triton_kernels])])
 def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Where torch's kernel or ours makes the steps of our AdamW."""
     monkeypatch.setattr(adamw, "has_kernel", lambda _: request.param == "kernel")

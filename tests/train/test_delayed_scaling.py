@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from float8_matmul import on_cpu
+from needs import float8_on_cpu
 from runs import World, column, tensors
 
 from tinyllama import InputError
@@ -25,7 +25,7 @@ from tinyllama.train.delayed_scaling import GRADIENT
 from tinyllama.train.optim import local_gradients
 from tinyllama.train.parallel import finish_gradients, parallelize, reshard, sync_gradients
 
-pytestmark = on_cpu
+pytestmark = float8_on_cpu
 CONFIG = ModelConfig(
     "tiny", block_size=16, vocab_size=64, n_layer=2, n_head=4, n_query_groups=2, n_embd=32, intermediate_size=48
 )

@@ -305,6 +305,7 @@ def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: py
     assert [os.environ.get(name) for name in names] == [expected, expected]
 
 
+GONE = "the launcher of this rank is gone: the rank ends\n"
 START_ONE = """
 import os, runpy, sys
 if os.fork():
@@ -316,26 +317,26 @@ else:
 
 
 @pytest.mark.parametrize(
-    ("env", "watched", "last"),
+    ("env", "how", "watched", "last", "said"),
     [
-        ({"TORCHELASTIC_RUN_ID": "none"}, "launcher", "SIGTERM\n"),
-        ({"OMPI_COMM_WORLD_SIZE": "2"}, "launcher", "SIGTERM\n"),
-        ({"RANK": ""}, "launcher", ""),  # started by rank 0, without which nothing can be saved
-        ({}, "", "told\n"),  # a script may start ranks in the background, and end
+        ({"TORCHELASTIC_RUN_ID": "none"}, (), "launcher", "SIGTERM\n", GONE),
+        ({"OMPI_COMM_WORLD_SIZE": "2"}, (), "launcher", "SIGTERM\n", GONE),
+        ({"RANK": ""}, ("in C",), "launcher", "", ""),  # started by rank 0, without which nothing can be saved
+        ({}, (), "", "told\n", ""),  # a script may start ranks in the background, and end
     ],
 )
 def test_a_rank_whose_launcher_is_gone_ends(
-    start: Callable[..., Process], env: dict[str, str], watched: str, last: str
+    start: Callable[..., Process], env: dict[str, str], how: tuple[str, ...], watched: str, last: str, said: str
 ) -> None:
     variables = {name: value for name, value in (two_ranks()[1] | env).items() if value}
-    launcher = start(variables, sys.executable, "-c", START_ONE, LAUNCHED, "wait", warm=0)
+    launcher = start(variables, sys.executable, "-c", START_ONE, LAUNCHED, "wait", *how, warm=0)
     assert launcher.line() == f"{watched}\n"
     os.kill(launcher.pid, signal.SIGKILL)
     if not watched:
         launcher.tell("told")
     _, rest, errors = launcher.end()  # once nobody holds its stdout any more
     assert rest == last
-    assert errors == ("the launcher of this rank is gone: the rank ends\n" if watched else "")
+    assert errors == said
 
 
 @pytest.mark.slow

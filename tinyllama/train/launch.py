@@ -1,9 +1,11 @@
 """Launch: who started this process, how many ranks there are and where, and how they fail and end together."""
 
 import atexit
+import ctypes
 import os
 import signal
 import socket
+import sys
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -30,6 +32,8 @@ SHELL_JOB_NAMES = ("bash", "interactive")
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 30.0
 """seconds that a rank with an error waits for others that may have the same one"""
+PR_SET_PDEATHSIG = 1
+"""asks Linux for a signal when the parent ends (prctl(2))"""
 
 
 class LaunchError(InputError):
@@ -311,13 +315,18 @@ def _await_others(store: dist.TCPStore, size: int, until: float) -> None:
 
 
 def _end_with_launcher(launch: Launch | None) -> None:
-    """Watch, in a thread, for the end of the process that started this rank.
+    """Watch for the end of the process that started this rank: in a thread, which signals then.
+
+    Linux itself ends a rank that rank 0 has started. Waiting for a dead rank, CUDA may hold the interpreter's lock
+    (torch 2.11 records events so), and no thread would run.
 
     A launcher that is not known may rightly go, as a script does that starts ranks in the background.
     """
     child_of_rank_0 = launch is None and "LOCAL_RANK" in os.environ  # by Fabric; without rank 0 nothing can be saved
     if child_of_rank_0 or (launch and launch.launcher != "a launcher") or "OMPI_COMM_WORLD_SIZE" in os.environ:
         number, parent = signal.SIGKILL if child_of_rank_0 else signal.SIGTERM, os.getppid()
+        if child_of_rank_0 and sys.platform == "linux":
+            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
 
         def watch() -> None:
             while os.getppid() == parent:
