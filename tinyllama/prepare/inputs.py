@@ -26,6 +26,7 @@ RECORDS = (
     *(".parquet", ".arrow"),
 )
 ENDINGS = (*RECORDS, ".txt")
+SUBSET_KEY = "redpajama_set_name"  # SlimPajama's: in meta, or beside it in some copies
 _ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$", re.IGNORECASE)
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
 IN_TMPDIR = " ($TMPDIR)"  # what the file name of an OSError ends with, if not the output but that is full
