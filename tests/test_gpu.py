@@ -14,7 +14,7 @@ import torch.distributed as dist
 import yaml
 from checkpoints import load_weights
 from models import generate
-from needs import a_gpu
+from needs import a_gpu, float8_on_gpu
 
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig, named_config
@@ -112,12 +112,10 @@ def test_a_resumed_run_is_the_straight_run(train: Callable[..., list[float]], tm
     assert resumed == pytest.approx(straight[6:], rel=1e-3)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "float8"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("float8", marks=float8_on_gpu)])
 def test_with_deterministic_algorithms_a_resumed_run_is_the_straight_one_bit_for_bit(
     precision: str, train: Callable[..., list[float]], tmp_path: Path
 ) -> None:
-    if precision == "float8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no float8 on this GPU")
     script, flags = "tests/helpers/deterministic_run.py", ["--train.precision", precision]
     straight = train("straight", *flags, script=script)
     at = tmp_path / "straight" / "checkpoints" / "step-00000006"

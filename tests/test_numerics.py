@@ -9,8 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import torch
-from needs import a_gpu
+from needs import a_gpu, float8_on_gpu
 
 from tinyllama.monitor.run_files import read_metrics
 
@@ -82,7 +81,7 @@ def test_bf16_fused_learns_what_fp32_and_upstreams_autocast_do(train: Train) -> 
         assert fused == pytest.approx(curve, rel=5e-3)
 
 
-@pytest.mark.skipif(torch.cuda.is_available() and torch.cuda.get_device_capability() < (8, 9), reason="no float8")
+@float8_on_gpu
 def test_float8_learns_what_bf16_does(train: Train) -> None:
     steps = 100_000_000 // TOKENS_PER_STEP
     held_out = [float(train(name, steps, "--train.precision", name)[-1]["val_loss"]) for name in ("bf16", "float8")]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import yaml
 from checkpoints import load_weights
+from needs import float8_on_gpu
 
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.monitor.run_files import read_metrics
@@ -87,12 +88,10 @@ def test_two_gpus_learn_what_one_does(
 
 
 @pytest.mark.parametrize("reshard", ["true", "false"])
-@pytest.mark.parametrize(("precision", "limit"), [("bf16", 5e-3), ("float8", 1e-2)])
+@pytest.mark.parametrize(("precision", "limit"), [("bf16", 5e-3), pytest.param("float8", 1e-2, marks=float8_on_gpu)])
 def test_two_gpus_learn_compiled_and_in_few_bits_what_one_does(
     precision: str, limit: float, reshard: str, start: Start, tmp_path: Path
 ) -> None:
-    if precision == "float8" and torch.cuda.get_device_capability() < (8, 9):
-        pytest.skip("no float8 on this GPU")
     flags = ["--train.precision", precision, "--train.compile", "true", "--parallel.reshard_after_forward", reshard]
     for gpus in (1, 2):
         assert start(str(gpus), gpus, *flags).wait() == 0, (tmp_path / "stderr").read_text()[-3000:]

@@ -25,4 +25,7 @@ gpu = pytest.param("cuda", marks=[pytest.mark.gpu, a_gpu])
 triton_kernels = pytest.mark.skipif(
     not HAS_GPU and os.environ.get("TRITON_INTERPRET") != "1", reason="no CUDA GPU, and no TRITON_INTERPRET=1"
 )
+float8_on_gpu = pytest.mark.skipif(
+    HAS_GPU and torch.cuda.get_device_capability() < float8.CAPABILITY, reason="no float8 on this GPU"
+)
 float8_on_cpu = pytest.mark.skipif(not _multiplies_float8(), reason="this torch has no matmul in float8 on a CPU")

@@ -386,7 +386,13 @@ def coalesced(argv: list[str]) -> list[list[float]]:
         dist.init_process_group("gloo")
     previous = dist.get_debug_level()
     dist.set_debug_level(getattr(dist.DebugLevel, argv[0]))
-    group = dist.new_group(backend="gloo")
+    try:
+        return _coalesced(dist.new_group(backend="gloo"))
+    finally:
+        dist.set_debug_level(previous)
+
+
+def _coalesced(group: dist.ProcessGroup) -> list[list[float]]:
     rank, size = dist.get_rank(), dist.get_world_size()
     tensors = [torch.arange(size * n) + 100.0 * rank for n in (1, 2)]
     owned = [tensor.chunk(size)[rank] for tensor in tensors]
@@ -401,7 +407,6 @@ def coalesced(argv: list[str]) -> list[list[float]]:
     with collectives.coalesced(group):
         for part, tensor in zip(owned, tensors, strict=True):
             collectives.all_gather(tensor, part, group)
-    dist.set_debug_level(previous)
     return [tensor.tolist() for tensor in tensors]
 
 
