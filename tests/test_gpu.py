@@ -124,6 +124,22 @@ def test_with_deterministic_algorithms_a_resumed_run_is_the_straight_one_bit_for
     assert all(torch.equal(ends[0][name], weight) for name, weight in ends[1].items())
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--train.skip_spikes=6"],
+        ["--data.document_mask"],
+        ["--optim.name=muon"],
+        pytest.param(["--train.precision=float8"], marks=float8_on_gpu),
+        ["--train.activation_checkpointing=selective", "--train.compile=false"],
+    ],
+    ids=lambda flags: flags[0].partition("=")[0],
+)
+def test_the_host_does_not_wait_for_the_gpu_in_a_step(flags: list[str], train: Callable[..., list[float]]) -> None:
+    losses = train("run", "--log.interval=12", *flags, script="tests/helpers/no_wait_run.py")
+    assert len(losses) == 1
+
+
 def test_recomputing_changes_memory_not_losses(train: Callable[..., list[float]]) -> None:
     kept = train("kept")
     for what in ("selective", "full"):

@@ -8,7 +8,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from needs import a_gpu, triton_kernels
+from needs import BF16_RTOL, a_gpu, triton_kernels
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -19,13 +19,16 @@ BETA1, BETA2 = 0.9, 0.95
 ULP = 2.0**-23
 
 
-def update(p: Tensor, g: Tensor, m: Tensor, v: Tensor, factor: float, rejected: bool = False, t: int = 3) -> None:
+def update(
+    p: Tensor, g: Tensor, m: Tensor, v: Tensor, factor: float, rejected: bool = False, t: int = 3,
+    copy: Tensor | None = None,
+) -> None:  # fmt: skip
     from tinyllama.ops import adamw_kernels
 
     settings = {"lr": LR, "beta1": BETA1, "beta2": BETA2, "eps": EPS, "weight_decay": DECAY}
     scalars = (torch.tensor(number, device=DEVICE) for number in (factor, float(rejected)))
     corrections = torch.tensor([1 - BETA1**t, math.sqrt(1 - BETA2**t)], device=DEVICE)
-    adamw_kernels.update(p, g, m, v, *scalars, corrections, **settings)
+    adamw_kernels.update(p, g, m, v, copy, *scalars, corrections, **settings)
 
 
 def normal(shape: tuple[int, ...], seed: int) -> Tensor:
@@ -57,6 +60,24 @@ def test_the_kernel_is_its_formula(shape: tuple[int, ...], t: int) -> None:
     assert ((m - m64).abs() <= ULP * m_terms).all()
     assert ((v - v64).abs() <= ULP * v_terms).all()
     assert ((p - (p64 * (1 - LR * DECAY) - step * m64)).abs() <= ULP * (p64.abs() + 8 * step * m_terms)).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(7,), (5001,), (3, 64), (5, 4099), (0, 4)])
+@pytest.mark.parametrize("apart", [False, True])
+def test_it_rounds_the_new_parameter_to_a_copy(shape: tuple[int, ...], dtype: torch.dtype, apart: bool) -> None:
+    rows = torch.full((*shape[:-1], 3, shape[-1]), torch.nan, dtype=dtype, device=DEVICE)
+    copy = rows[..., 1, :] if apart else torch.full(shape, torch.nan, dtype=dtype, device=DEVICE)
+    found, expected = ([normal(shape, seed).abs() for seed in range(4)] for _ in range(2))
+    update(*found, factor=0.3, copy=copy)
+    update(*expected, factor=0.3)
+    assert all(map(torch.equal, found, expected))
+    rtol = BF16_RTOL if dtype == torch.bfloat16 else 0
+    torch.testing.assert_close(copy, expected[0].to(dtype), rtol=rtol, atol=0)
+    assert rows[..., 0::2, :].isnan().all()  # nothing is written between the rows
+    written = copy.clone()
+    update(*found, factor=0.3, copy=copy, rejected=True)
+    assert torch.equal(copy, written)
 
 
 def test_a_rejected_step_changes_no_bit() -> None:

@@ -8,13 +8,19 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from needs import triton_kernels
+from needs import BF16_RTOL, triton_kernels
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
+from tinyllama.config.model import ModelConfig
+from tinyllama.model import GPT, OPS
 from tinyllama.train import adamw
 from tinyllama.train.adamw import AdamW, local
+from tinyllama.train.optim import build_optimizer
+from tinyllama.train.parallel import finish_gradients, parallelize
 
 SETTINGS: dict[str, Any] = {"lr": 1e-2, "betas": (0.9, 0.95), "weight_decay": 0.1}
 SHAPES = [(5,), (6, 8), (0, 4), (3, 2100)]
@@ -145,6 +151,61 @@ def test_parameters_without_a_gradient_and_found_inf_are_as_torch_has_them(devic
         assert [optimizer.state[one]["step"].item() for one in (first, second)] == [2, 1]
     for one, other in zip(ours.param_groups[0]["params"], torchs.param_groups[0]["params"], strict=True):
         torch.testing.assert_close(one, other, rtol=4 * ULP, atol=4 * ULP)
+
+
+@pytest.mark.parametrize("gate", ["reference", "quack"])  # quack's has the rows of w1 and w2 alternate
+def test_a_pass_computes_with_what_the_last_step_made_of_the_weights(
+    gate: str, device: str, mesh: dist.DeviceMesh
+) -> None:
+    sizes = {"n_layer": 1, "n_head": 2, "n_query_groups": 1, "n_embd": 24, "intermediate_size": 36}
+    with torch.device("meta"):
+        gpt = GPT(ModelConfig("tiny", block_size=8, vocab_size=32, **sizes), OPS | {"swiglu": gate})
+    model = parallelize(gpt, mesh, ParallelArgs(), 1, TrainArgs(precision="bf16"))
+    optimizer = build_optimizer(model, OptimArgs(lr=0.1))
+    for number, rejected in enumerate((False, True, False)):
+        model.gathered.start_pass()
+        finish_gradients(model)
+        before = [local(parameter).clone() for parameter in model.parameters()]
+        for index, parameter in enumerate(model.parameters()):
+            local(parameter.grad).copy_(normal(tuple(parameter.shape), 100 * number + index, device))
+            if rejected:
+                local(parameter.grad).fill_(torch.nan)
+        if not rejected:
+            for rows in model.gathered.rows:
+                rows.copy.fill_(torch.nan)
+        optimizer.found_inf = torch.tensor(float(rejected), device=device)  # type: ignore[attr-defined]
+        optimizer.step()
+        after = [local(parameter) for parameter in model.parameters()]
+        assert all(torch.equal(*both) == rejected for both in zip(before, after, strict=True))
+        assert model.gathered.copies.are_current == adamw.has_kernel(torch.device(device))
+        for _ in range(2):  # a validation, and the next step
+            rtol = BF16_RTOL if model.gathered.copies.are_current else 0
+            model.gathered.start_pass()
+            for weight, master in zip(model.parameters(), after, strict=True):
+                torch.testing.assert_close(weight.data, master.bfloat16(), rtol=rtol, atol=0)
+            model.gathered.end_pass()
+            for rows in model.gathered.rows:
+                rows.copy.fill_(torch.nan)
+
+
+class Reads(TorchDispatchMode):
+    """Counts the tensors whose number the host asks for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += function is torch.ops.aten._local_scalar_dense.default
+        return function(*args, **kwargs or {})
+
+
+def test_the_host_reads_nothing_from_the_device(device: str) -> None:
+    """It would wait for the whole step, and the device then for the host."""
+    optimizer = AdamW(parameters(device), **SETTINGS)
+    with Reads() as reads:
+        train(optimizer, range(len(FACTORS)))
+        assert reads.count == 0
+        optimizer.state[optimizer.param_groups[0]["params"][0]]["step"].item()
+        assert reads.count == 1
 
 
 def test_hooks_are_called_once() -> None:

@@ -12,32 +12,39 @@ _BLOCK = 2048
 
 
 def update(
-    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor,
+    parameter: Tensor, gradient: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, copy: Tensor | None,
     factor: Tensor, found_inf: Tensor, corrections: Tensor,
     *, lr: float, beta1: float, beta2: float, eps: float, weight_decay: float,
 ) -> None:  # fmt: skip
     """Update a parameter and its moments in place from ``gradient * factor``; where ``found_inf`` is 1, leave them.
 
-    All is fp32. The first four have one shape, and are contiguous. factor and found_inf are (); corrections (2,) are
-    1 - beta1^t and the root of 1 - beta2^t in the step t.
+    The new parameter goes to ``copy``, too, in the dtype of that; its rows may lie apart. All else is fp32, and
+    contiguous. The first five have one shape. factor and found_inf are (); corrections (2,) are 1 - beta1^t and the
+    root of 1 - beta2^t in the step t.
     """
     assert gradient.is_contiguous(), f"a gradient has the strides {gradient.stride()}"
     if size := parameter.numel():
-        _adamw[(triton.cdiv(size, _BLOCK),)](
-            parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, size,
+        columns = stride = size  # of what is contiguous: one row
+        if copy is not None and not copy.is_contiguous():
+            columns, stride = copy.size(1), copy.stride(0)
+        blocks = triton.cdiv(columns, _BLOCK)
+        _adamw[(size // columns * blocks,)](
+            parameter, gradient, exp_avg, exp_avg_sq, copy, factor, found_inf, corrections, columns, stride, blocks,
             lr, lr * weight_decay, beta1, beta2, eps, _BLOCK, num_warps=8,
         )  # fmt: skip
 
 
-@triton.jit(do_not_specialize_on_alignment=["corrections"])
+@triton.jit(do_not_specialize=["blocks"], do_not_specialize_on_alignment=["corrections"])
 def _adamw(  # type: ignore[no-untyped-def]
-    parameter, gradient, exp_avg, exp_avg_sq, factor, found_inf, corrections, size,
+    parameter, gradient, exp_avg, exp_avg_sq, copy, factor, found_inf, corrections, columns, stride, blocks,
     lr, decay, beta1, beta2, eps, BLOCK: tl.constexpr,
 ):  # fmt: skip
     if tl.load(found_inf) == 1:
         return
-    here = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    mask = here < size
+    row = (tl.program_id(0) // blocks).to(tl.int64)
+    column = (tl.program_id(0) % blocks).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    here = row * columns + column
+    mask = column < columns
     p, g = tl.load(parameter + here, mask=mask), tl.load(gradient + here, mask=mask)
     m, v = tl.load(exp_avg + here, mask=mask), tl.load(exp_avg_sq + here, mask=mask)
     g *= tl.load(factor)
@@ -49,3 +56,5 @@ def _adamw(  # type: ignore[no-untyped-def]
     tl.store(parameter + here, p, mask=mask)
     tl.store(exp_avg + here, m, mask=mask)
     tl.store(exp_avg_sq + here, v, mask=mask)
+    if copy is not None:
+        tl.store(copy + row * stride + column, p.to(copy.dtype.element_ty), mask=mask)

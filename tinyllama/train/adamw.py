@@ -9,6 +9,7 @@ from torch.distributed.tensor import DTensor
 from torch.optim.adamw import adamw
 
 from tinyllama.ops.backend import is_importable
+from tinyllama.train.gathered import Copies
 
 
 class Shards(NamedTuple):
@@ -18,6 +19,8 @@ class Shards(NamedTuple):
     gradients: list[Tensor]
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
+    copies: list[Tensor | None]
+    """where our kernel leaves the new parameters, too, in their dtype; torch's does not"""
     steps: list[Tensor]
     """how many have been accepted, () fp32 each"""
 
@@ -44,9 +47,11 @@ class AdamW(torch.optim.AdamW):
     """multiplies the gradients in the next step, and in no other, () fp32"""
 
     def __init__(
-        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8
-    ) -> None:
+        self, params: Iterable[Tensor], lr: float, betas: tuple[float, float], weight_decay: float, eps: float = 1e-8,
+        copies: Copies | None = None,
+    ) -> None:  # fmt: skip
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
+        self._copies = copies or Copies({})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it by the closure
@@ -70,12 +75,14 @@ class AdamW(torch.optim.AdamW):
             [local(parameter.grad) for parameter in parameters if parameter.grad is not None],
             [local(state["exp_avg"]) for state in states],
             [local(state["exp_avg_sq"]) for state in states],
+            [self._copies.by_master.get(parameter) for parameter in parameters],
             [state["step"] for state in states],
         )
         beta1, beta2 = group["betas"]
         lr, eps, weight_decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))  # Triton tells 0 from 0.0
         settings = Settings(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-        update = with_kernel if has_kernel(shards.steps[0].device) else with_torch
+        self._copies.are_current = has_kernel(shards.steps[0].device)
+        update = with_kernel if self._copies.are_current else with_torch
         update(shards, factor, self.found_inf, settings)
 
 
@@ -88,21 +95,22 @@ def with_kernel(shards: Shards, factor: Tensor | None, found_inf: Tensor | None,
     """Update parameters and state by our kernel, which does everything in one pass over memory."""
     from tinyllama.ops.adamw_kernels import update
 
-    *tensors, steps = shards
+    parameters, gradients, exp_avgs, exp_avg_sqs, copies, steps = shards
     if found_inf is None:
         found_inf = torch.zeros_like(steps[0])
     if factor is None:
         factor = torch.ones_like(steps[0])
-    torch._foreach_add_(steps, 1 - found_inf)
+    torch._foreach_add_(steps, [1 - found_inf] * len(steps))  # the host would wait to read it without the list
     t = torch.stack(steps)
     corrections = torch.stack((1 - settings["beta1"] ** t, (1 - settings["beta2"] ** t).sqrt()), dim=1)  # (steps, 2)
-    for p, g, m, v, correction in zip(*tensors, corrections.unbind(), strict=True):
-        update(p, g, m, v, factor, found_inf, correction, **settings)
+    each = zip(parameters, gradients, exp_avgs, exp_avg_sqs, copies, corrections.unbind(), strict=True)
+    for p, g, m, v, copy, correction in each:
+        update(p, g, m, v, copy, factor, found_inf, correction, **settings)
 
 
 def with_torch(shards: Shards, factor: Tensor | None, found_inf: Tensor | None, settings: Settings) -> None:
     """Do the same by torch's kernel, which takes gradients that are multiplied already."""
-    parameters, gradients, exp_avgs, exp_avg_sqs, steps = shards
+    parameters, gradients, exp_avgs, exp_avg_sqs, _, steps = shards
     if factor is not None:
         torch._foreach_mul_(gradients, factor)
     adamw(

@@ -37,6 +37,16 @@ class Weight:
 
 
 @dataclass
+class Copies:
+    """This rank's part of the copies, for an optimizer that writes them as it updates the masters."""
+
+    by_master: dict[Tensor, Tensor]
+    """of each master the copy of the rows that this rank has; rows may lie apart"""
+    are_current: bool = False
+    """whether they are the masters, rounded: what writes them says so, and it holds for the next pass only"""
+
+
+@dataclass
 class Rows:
     """What is gathered and reduced at once: a weight, or several whose rows alternate in memory.
 
@@ -71,6 +81,7 @@ class Gathered:
         self._in_pass = False
         self._reductions: list[Any] = []  # what ``coalesced`` gives
         self.rows: list[Rows] = []
+        self.copies = Copies({})
         for block in model.layers:
             rows = self._take(block)
             if overlap:
@@ -109,6 +120,8 @@ class Gathered:
             gradient = GradientSum(rows.gradient.total[turn], rows.gradient.empty)
             if isinstance(module, Linear):
                 module.weight_gradient = gradient
+            owned_copy = self._owned(copy).unflatten(0, (-1, len(names)))
+            self.copies.by_master[master] = owned_copy[: len(local), number]
             weight.copy.register_post_accumulate_grad_hook(functools.partial(move_gradient, gradient))
             setattr(module, name, master)
             rows.weights.append(weight)
@@ -137,16 +150,14 @@ class Gathered:
         """Give the modules the copies, new ones if they had the masters."""
         if self._in_pass:
             return
-        copies, masters = [], []
         for rows in self.rows:
-            owned = self._owned(rows.copy).unflatten(0, (-1, len(rows.weights)))
-            for number, weight in enumerate(rows.weights):
-                master = cast(DTensor, weight.master).to_local()
-                copies.append(owned[: len(master), number])
-                masters.append(master)
+            for weight in rows.weights:
                 setattr(weight.module, weight.name, weight.copy)
             rows.gradient.empty.fill_(True)
-        torch._foreach_copy_(copies, masters)
+        if not self.copies.are_current:
+            masters = [cast(DTensor, master).to_local() for master in self.copies.by_master]
+            torch._foreach_copy_([*self.copies.by_master.values()], masters)
+        self.copies.are_current = False
         if self._shards > 1:
             group = self._mesh.get_group("shard")
             with coalesced(group):

@@ -16,7 +16,9 @@ from tinyllama.train.muon import Muon
 
 def adamw(model: GPT, args: OptimArgs, dtype: torch.dtype) -> torch.optim.Optimizer:
     """AdamW over every parameter, decay on norms and embeddings too (upstream pretrain/tinyllama.py)."""
-    return AdamW(model.parameters(), lr=args.lr, betas=(args.beta1, args.beta2), weight_decay=args.weight_decay)
+    copies = model.gathered.copies if model.gathered else None
+    betas = args.beta1, args.beta2
+    return AdamW(model.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay, copies=copies)
 
 
 OPTIMIZERS: dict[str, Callable[[GPT, OptimArgs, torch.dtype], torch.optim.Optimizer]] = {
