@@ -1,7 +1,7 @@
 """Our AdamW is torch's, and clips: by torch's kernel and, on a GPU or in Triton's interpreter, by ours."""
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from tinyllama.checkpoint.reader import materialize_optimizer_state
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
@@ -161,31 +162,35 @@ def test_a_pass_computes_with_what_the_last_step_made_of_the_weights(
     with torch.device("meta"):
         gpt = GPT(ModelConfig("tiny", block_size=8, vocab_size=32, **sizes), OPS | {"swiglu": gate})
     model = parallelize(gpt, mesh, ParallelArgs(), 1, TrainArgs(precision="bf16"))
+    gathered = model.gathered
     optimizer = build_optimizer(model, OptimArgs(lr=0.1))
-    for number, rejected in enumerate((False, True, False)):
-        model.gathered.start_pass()
+    assert gathered.copies.are_kept == adamw.has_kernel(torch.device(device))
+
+    def fill(tensors: Iterable[Any], seed: int) -> None:
+        for number, tensor in enumerate(tensors):
+            local(tensor.detach()).copy_(normal(tuple(tensor.shape), 100 * seed + number, device))
+
+    def check_pass(rtol: float = 0) -> None:
+        masters = [local(master.detach()) for master in model.parameters()]
+        gathered.start_pass()
+        for weight, master in zip(model.parameters(), masters, strict=True):
+            torch.testing.assert_close(weight.detach(), master.bfloat16(), rtol=rtol, atol=0)
+
+    materialize_optimizer_state(optimizer)
+    fill(model.parameters(), 1)  # a checkpoint is loaded
+    for step, rejected in enumerate((False, True, False), 2):
+        check_pass()
         finish_gradients(model)
+        fill((parameter.grad for parameter in model.parameters()), step)
         before = [local(parameter).clone() for parameter in model.parameters()]
-        for index, parameter in enumerate(model.parameters()):
-            local(parameter.grad).copy_(normal(tuple(parameter.shape), 100 * number + index, device))
-            if rejected:
-                local(parameter.grad).fill_(torch.nan)
-        if not rejected:
-            for rows in model.gathered.rows:
-                rows.copy.fill_(torch.nan)
+        for rows in [] if rejected else gathered.rows:
+            rows.copy.fill_(torch.nan)
         optimizer.found_inf = torch.tensor(float(rejected), device=device)  # type: ignore[attr-defined]
         optimizer.step()
-        after = [local(parameter) for parameter in model.parameters()]
-        assert all(torch.equal(*both) == rejected for both in zip(before, after, strict=True))
-        assert model.gathered.copies.are_current == adamw.has_kernel(torch.device(device))
-        for _ in range(2):  # a validation, and the next step
-            rtol = BF16_RTOL if model.gathered.copies.are_current else 0
-            model.gathered.start_pass()
-            for weight, master in zip(model.parameters(), after, strict=True):
-                torch.testing.assert_close(weight.data, master.bfloat16(), rtol=rtol, atol=0)
-            model.gathered.end_pass()
-            for rows in model.gathered.rows:
-                rows.copy.fill_(torch.nan)
+        assert all(torch.equal(local(p), old) == rejected for p, old in zip(model.parameters(), before, strict=True))
+        check_pass(BF16_RTOL if gathered.copies.are_kept else 0)  # a validation
+        gathered.end_pass()
+        fill(model.parameters(), 100 + step)
 
 
 class Reads(TorchDispatchMode):

@@ -52,6 +52,7 @@ class AdamW(torch.optim.AdamW):
     ) -> None:  # fmt: skip
         super().__init__(params, lr=lr, betas=betas, eps=eps, weight_decay=weight_decay, fused=True)
         self._copies = copies or Copies({})
+        self._copies.are_kept = all(has_kernel(parameter.device) for parameter in self._copies.by_master)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it by the closure
@@ -81,8 +82,7 @@ class AdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         lr, eps, weight_decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))  # Triton tells 0 from 0.0
         settings = Settings(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-        self._copies.are_current = has_kernel(shards.steps[0].device)
-        update = with_kernel if self._copies.are_current else with_torch
+        update = with_kernel if has_kernel(shards.steps[0].device) else with_torch
         update(shards, factor, self.found_inf, settings)
 
 

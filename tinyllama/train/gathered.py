@@ -42,8 +42,8 @@ class Copies:
 
     by_master: dict[Tensor, Tensor]
     """of each master the copy of the rows that this rank has; rows may lie apart"""
-    are_current: bool = False
-    """whether they are the masters, rounded: what writes them says so, and it holds for the next pass only"""
+    are_kept: bool = False
+    """whether the optimizer writes them: its step on the gradients of a pass leaves them as the next pass needs them"""
 
 
 @dataclass
@@ -82,6 +82,7 @@ class Gathered:
         self._reductions: list[Any] = []  # what ``coalesced`` gives
         self.rows: list[Rows] = []
         self.copies = Copies({})
+        self._copies_are_current = False  # for the next pass, and no other: who else changes masters does not say so
         for block in model.layers:
             rows = self._take(block)
             if overlap:
@@ -154,10 +155,10 @@ class Gathered:
             for weight in rows.weights:
                 setattr(weight.module, weight.name, weight.copy)
             rows.gradient.empty.fill_(True)
-        if not self.copies.are_current:
+        if not self._copies_are_current:
             masters = [cast(DTensor, master).to_local() for master in self.copies.by_master]
             torch._foreach_copy_([*self.copies.by_master.values()], masters)
-        self.copies.are_current = False
+        self._copies_are_current = False
         if self._shards > 1:
             group = self._mesh.get_group("shard")
             with coalesced(group):
@@ -202,6 +203,7 @@ class Gathered:
         for rows in self.rows:
             self._set_gradients(rows)
         self.end_pass()
+        self._copies_are_current = self.copies.are_kept
 
     def _set_gradients(self, rows: Rows) -> None:
         owned = self._owned(rows.gradient.total).unflatten(0, (-1, len(rows.weights)))
