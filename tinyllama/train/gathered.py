@@ -43,7 +43,7 @@ class Copies:
     by_master: dict[Tensor, Tensor]
     """of each master the copy of the rows that this rank has; rows may lie apart"""
     are_kept: bool = False
-    """whether the optimizer writes them: its step on the gradients of a pass leaves them as the next pass needs them"""
+    """whether the optimizer writes them in each of its steps"""
 
 
 @dataclass
@@ -82,7 +82,7 @@ class Gathered:
         self._reductions: list[Any] = []  # what ``coalesced`` gives
         self.rows: list[Rows] = []
         self.copies = Copies({})
-        self._copies_are_current = False  # for the next pass, and no other: who else changes masters does not say so
+        self._copies_are_current = False  # for the next pass only: who else changes the masters does not tell
         for block in model.layers:
             rows = self._take(block)
             if overlap:
