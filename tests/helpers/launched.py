@@ -23,7 +23,7 @@ def fail(*errors: str) -> int:
 
 
 def wait(how: str = "") -> int:
-    """Say that it watches its launcher, if it does, and wait for a signal or a line; in C, so that no thread runs."""
+    """Say that it watches its launcher, if it does, and wait for a signal or a line; "in C", where no thread runs."""
 
     def end(number: int, frame: object) -> None:
         print("SIGTERM", flush=True)

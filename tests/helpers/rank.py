@@ -3,7 +3,6 @@
 `World` in runs.py starts it, as a fork of a process that has imported what it needs: see warm.py.
 """
 
-import collections
 import contextlib
 import gc
 import hashlib
@@ -27,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.distributed.tensor.debug import _clear_sharding_prop_cache
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_calls import Calls
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader, writer
@@ -53,22 +52,6 @@ def train_float8(argv: list[str]) -> int:
         return train(argv)
 
 
-class _Calls(TorchDispatchMode):
-    """How often each of PyTorch's operations has been called, collectives among them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: collections.Counter[str] = collections.Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        name = str(func)
-        if name.startswith(("c10d._allgather_base_", "c10d._reduce_scatter_base_")):
-            # from one tensor to another, which is so many times as large, or as small
-            name += f" over {max(args[0].numel(), args[1].numel()) // min(args[0].numel(), args[1].numel())}"
-        self.counts[name] += 1
-        return func(*args, **(kwargs or {}))
-
-
 def train_watched(argv: list[str]) -> dict[str, Any]:
     """The recipe; gives how often a step's passes call each operation, and what Python's collector does at which step.
 
@@ -77,7 +60,7 @@ def train_watched(argv: list[str]) -> dict[str, Any]:
     gc.unfreeze()
     gc.enable()
     run = recipe.setup(cli.parse(PretrainArgs, argv))
-    calls, seen = _Calls(), {"steps": [], "graphs": [], "collector": [], "collected_at": []}
+    calls, seen = Calls(), {"steps": [], "graphs": [], "collector": [], "collected_at": []}
     set_lr, check, collect = step.set_lr, recipe.Guard.check, recipe.collect_gc
 
     def begin(optimizer: Any, lr: float) -> None:
@@ -429,7 +412,7 @@ def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
             parameter.grad = distribute_tensor(full, mesh, placements, src_data_rank=None)
         optimizer.optimizer.found_inf = torch.tensor(float(number == 3))
         before = [local(tensor).clone() for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
-        with _Calls() as calls:
+        with Calls() as calls:
             optimizer.step()
         after = [local(tensor) for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
         if number > 0:  # the first step makes the state

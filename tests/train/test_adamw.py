@@ -12,7 +12,7 @@ from needs import BF16_RTOL, triton_kernels
 from torch import Tensor
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch_calls import Calls
 
 from tinyllama.checkpoint.reader import materialize_optimizer_state
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
@@ -193,24 +193,14 @@ def test_a_pass_computes_with_what_the_last_step_made_of_the_weights(
         fill(model.parameters(), 100 + step)
 
 
-class Reads(TorchDispatchMode):
-    """Counts the tensors whose number the host asks for."""
-
-    count = 0
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.count += function is torch.ops.aten._local_scalar_dense.default
-        return function(*args, **kwargs or {})
-
-
 def test_the_host_reads_nothing_from_the_device(device: str) -> None:
     """It would wait for the whole step, and the device then for the host."""
-    optimizer = AdamW(parameters(device), **SETTINGS)
-    with Reads() as reads:
+    optimizer, read = AdamW(parameters(device), **SETTINGS), "aten._local_scalar_dense.default"
+    with Calls() as calls:
         train(optimizer, range(len(FACTORS)))
-        assert reads.count == 0
+        assert calls.counts[read] == 0
         optimizer.state[optimizer.param_groups[0]["params"][0]]["step"].item()
-        assert reads.count == 1
+        assert calls.counts[read] == 1
 
 
 def test_hooks_are_called_once() -> None:
