@@ -82,7 +82,7 @@ class AdamW(torch.optim.AdamW):
         beta1, beta2 = group["betas"]
         lr, eps, weight_decay = (float(group[key]) for key in ("lr", "eps", "weight_decay"))  # Triton tells 0 from 0.0
         settings = Settings(lr=lr, beta1=beta1, beta2=beta2, eps=eps, weight_decay=weight_decay)
-        update = with_kernel if has_kernel(shards.steps[0].device) else with_torch
+        update = with_kernel if has_kernel(parameters[0].device) else with_torch
         update(shards, factor, self.found_inf, settings)
 
 

@@ -112,6 +112,7 @@ class Gathered:
         count, *rest = parameters[0].shape
         owned = -(-count // self._shards)  # by each rank
         copy = parameters[0].new_empty(owned * self._shards * len(names), *rest, dtype=self._dtype)
+        owned_copies = self._owned_in_turn(copy, len(names))
         rows = Rows([], copy, empty_sum(copy))
         for number, ((module, name), parameter) in enumerate(zip(names, parameters, strict=True)):
             turn = slice(number, count * len(names), len(names))
@@ -121,8 +122,7 @@ class Gathered:
             gradient = GradientSum(rows.gradient.total[turn], rows.gradient.empty)
             if isinstance(module, Linear):
                 module.weight_gradient = gradient
-            owned_copy = self._owned(copy).unflatten(0, (-1, len(names)))
-            self.copies.by_master[master] = owned_copy[: len(local), number]
+            self.copies.by_master[master] = owned_copies[: len(local), number]
             weight.copy.register_post_accumulate_grad_hook(functools.partial(move_gradient, gradient))
             setattr(module, name, master)
             rows.weights.append(weight)
@@ -136,6 +136,10 @@ class Gathered:
     def _owned(self, rows: Tensor) -> Tensor:
         """This rank's part of (rows, ...)."""
         return rows.chunk(self._shards)[self._shard]
+
+    def _owned_in_turn(self, rows: Tensor, count: int) -> Tensor:
+        """The same of ``count`` weights whose rows alternate -> (rows of each, count, ...)."""
+        return self._owned(rows).unflatten(0, (-1, count))
 
     def _reducing(self, forward: Callable[..., Any], rows: list[Rows]) -> Callable[..., Any]:
         """A Block's ``forward``, with a reduction of its gradients as soon as its backward pass is done."""
@@ -206,7 +210,7 @@ class Gathered:
         self._copies_are_current = self.copies.are_kept
 
     def _set_gradients(self, rows: Rows) -> None:
-        owned = self._owned(rows.gradient.total).unflatten(0, (-1, len(rows.weights)))
+        owned = self._owned_in_turn(rows.gradient.total, len(rows.weights))
         if self._mesh.size() > 1 and not owned.is_cuda:
             owned /= self._mesh.size()
         gradients = [owned.squeeze(1)]
