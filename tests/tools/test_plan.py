@@ -63,40 +63,43 @@ def test_measured_peaks_are_met_within_10_percent(
 # FlashAttention-4 and quack, one host, 2026-11-27 (docs/benchmarks.md). On H100s FSDP2 sharded, as now on two nodes or
 # where it frees the weights, and RoPE was compiled; on H200s train/gathered.py has the weights. Alone, these cards did
 # as many tokens/s as the second column says: the mean where it is 83,491 or 84,319, else the slowest.
-# GPU, tokens/s alone, precision, RoPE, GPUs, nodes that shard so, parallel.shard, reshard after forward, samples,
-# tokens/s, GB
+# GPU, tokens/s alone, precision, optimizer, RoPE, GPUs, nodes that shard so, parallel.shard, reshard after forward,
+# samples, tokens/s, GB
 SEVERAL = [
-    ("h100", 83_491, "bf16", "reference", 2, 2, "full", False, 128, 81_227, 54.12),
-    ("h100", 83_491, "bf16", "reference", 2, 1, "full", True, 128, 77_430, 52.27),
-    ("h100", 83_491, "bf16", "reference", 2, 2, "full", False, 1024, 81_557, 54.12),
-    ("h100", 83_491, "bf16", "reference", 2, 1, "none", False, 128, 81_559, 59.70),
-    ("h100", 83_491, "bf16", "reference", 4, 2, "full", False, 256, 81_307, 50.87),
-    ("h100", 83_491, "bf16", "reference", 4, 1, "none", False, 256, 80_947, 59.70),
-    ("h200", 84_319, "bf16", "triton", 4, 1, "none", False, 256, 81_421, 56.51),
-    ("h200", 84_319, "bf16", "triton", 4, 1, "full", False, 256, 82_716, 46.62),
-    ("h200", 83_637, "bf16", "triton", 2, 1, "full", False, 128, 83_109, 49.92),
-    ("h200", 83_615, "bf16", "triton", 4, 1, "full", False, 256, 83_007, 46.62),
-    ("h200", 83_615, "bf16", "triton", 4, 1, 2, False, 256, 82_504, 49.92),
-    ("h200", 112_989, "float8", "triton", 2, 1, "full", False, 128, 110_704, 46.97),
-    ("h200", 109_879, "float8", "triton", 4, 1, "full", False, 256, 108_346, 43.67),
-    ("h200", 83_900, "bf16", "triton", 4, 1, "full", False, 256, 82_945, 46.62),
-    ("h200", 83_900, "bf16", "triton", 4, 1, "full", False, 1024, 84_476, 46.63),
-    ("h200", 83_900, "bf16", "triton", 4, 1, 2, False, 256, 82_211, 49.92),
-    ("h200", 83_900, "bf16", "triton", 4, 1, "full", True, 256, 78_783, 45.82),
-    ("h200", 110_695, "float8", "triton", 4, 1, "full", False, 256, 109_963, 43.67),
+    ("h100", 83_491, "bf16", "adamw", "reference", 2, 2, "full", False, 128, 81_227, 54.12),
+    ("h100", 83_491, "bf16", "adamw", "reference", 2, 1, "full", True, 128, 77_430, 52.27),
+    ("h100", 83_491, "bf16", "adamw", "reference", 2, 2, "full", False, 1024, 81_557, 54.12),
+    ("h100", 83_491, "bf16", "adamw", "reference", 2, 1, "none", False, 128, 81_559, 59.70),
+    ("h100", 83_491, "bf16", "adamw", "reference", 4, 2, "full", False, 256, 81_307, 50.87),
+    ("h100", 83_491, "bf16", "adamw", "reference", 4, 1, "none", False, 256, 80_947, 59.70),
+    ("h200", 84_319, "bf16", "adamw", "triton", 4, 1, "none", False, 256, 81_421, 56.51),
+    ("h200", 84_319, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 82_716, 46.62),
+    ("h200", 83_637, "bf16", "adamw", "triton", 2, 1, "full", False, 128, 83_109, 49.92),
+    ("h200", 83_615, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 83_007, 46.62),
+    ("h200", 83_615, "bf16", "adamw", "triton", 4, 1, 2, False, 256, 82_504, 49.92),
+    ("h200", 112_989, "float8", "adamw", "triton", 2, 1, "full", False, 128, 110_704, 46.97),
+    ("h200", 109_879, "float8", "adamw", "triton", 4, 1, "full", False, 256, 108_346, 43.67),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 82_945, 46.62),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", False, 1024, 84_476, 46.63),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, 2, False, 256, 82_211, 49.92),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", True, 256, 78_783, 45.82),
+    ("h200", 110_695, "float8", "adamw", "triton", 4, 1, "full", False, 256, 109_963, 43.67),
+    ("h200", 83_900, "bf16", "muon", "triton", 4, 1, "full", False, 256, 80_338, 45.66),
 ]
 
 
 @pytest.mark.parametrize(
-    ("gpu", "alone", "precision", "rope", "gpus", "nodes", "how", "reshard", "batch", "each", "gigabytes"), SEVERAL
+    ("gpu", "alone", "precision", "optim", "rope", "gpus", "nodes", "how", "reshard", "batch", "each", "gigabytes"),
+    SEVERAL,
 )
 def test_several_gpus_are_met_within_10_percent(
-    gpu: str, alone: int, precision: str, rope: str, gpus: int, nodes: int, how: str | int, reshard: bool, batch: int,
-    each: float, gigabytes: float,
+    gpu: str, alone: int, precision: str, optim: str, rope: str, gpus: int, nodes: int, how: str | int, reshard: bool,
+    batch: int, each: float, gigabytes: float,
 ) -> None:  # fmt: skip
     args = settings(global_batch_size=batch, micro_batch_size=16, precision=precision)
     ops = OpsArgs(swiglu="float8" if precision == "float8" else "quack", rope=rope)
-    args = replace(args, parallel=ParallelArgs(reshard_after_forward=reshard), ops=ops)
+    parallel = ParallelArgs(reshard_after_forward=reshard)
+    args = replace(args, parallel=parallel, ops=ops, optim=OptimArgs(name=optim))
     cluster = plan.Cluster(plan.GPUS[gpu], gpus, 8, 400)
     found = plan.speed(args, CONFIG, cluster, how, alone, 16).tokens_per_second
     assert found / gpus == pytest.approx(each, rel=0.1)
