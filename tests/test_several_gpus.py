@@ -98,6 +98,21 @@ def test_two_gpus_learn_compiled_and_in_few_bits_what_one_does(
     assert losses(tmp_path / "2") == pytest.approx(losses(tmp_path / "1"), rel=limit)
 
 
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--parallel.reshard_after_forward", "true"),
+        ("--parallel.reshard_after_forward", "false"),
+        ("--parallel.shard", "none"),
+        ("--optim.name", "muon"),
+    ],
+)
+def test_no_rank_waits_for_its_gpu_in_a_step(flags: tuple[str, ...], start: Start, tmp_path: Path) -> None:
+    quiet = ["--train.precision", "bf16", "--log.interval", 12, "--checkpoint.interval", 12]
+    ended = start("run", 2, *quiet, *flags, script="tests/helpers/no_wait_run.py").wait()
+    assert ended == 0, (tmp_path / "stderr").read_text()[-3000:]
+
+
 @pytest.mark.parametrize(("first", "then"), [(2, 1), (1, 2)])
 def test_a_run_goes_on_with_another_number_of_gpus(
     first: int, then: int, start: Start, alone: dict[int, float], tmp_path: Path

@@ -59,12 +59,12 @@ def test_measured_peaks_are_met_within_10_percent(
     assert sum(parts.values()) / plan.GIB == pytest.approx(peak, rel=0.1)
 
 
-# Tokens/s for each GPU and GB of rank 0's peak: 1.1B, 64 samples a GPU and step unless noted, micro-batch 16,
-# FlashAttention-4 and quack, one host, 2026-11-27 (docs/benchmarks.md). On H100s FSDP2 sharded, as now on two nodes or
-# where it frees the weights, and RoPE was compiled; on H200s train/gathered.py has the weights. Alone, these cards did
-# as many tokens/s as the second column says: the mean where it is 83,491 or 84,319, else the slowest.
+# Tokens/s for each GPU and GB of rank 0's peak: 1.1B, micro-batch 16, FlashAttention-4 and quack, one host, 2026-11-27
+# and 28 (docs/benchmarks.md). On H100s FSDP2 sharded, as now on two nodes or where it frees the weights, and RoPE was
+# compiled; on H200s train/gathered.py has the weights. Alone, these cards did as many tokens/s as the second column
+# says: the mean where it is 83,491 or 84,319, else the slowest.
 # GPU, tokens/s alone, precision, optimizer, RoPE, GPUs, nodes that shard so, parallel.shard, reshard after forward,
-# samples, tokens/s, GB
+# samples a step, tokens/s, GB
 SEVERAL = [
     ("h100", 83_491, "bf16", "adamw", "reference", 2, 2, "full", False, 128, 81_227, 54.12),
     ("h100", 83_491, "bf16", "adamw", "reference", 2, 1, "full", True, 128, 77_430, 52.27),
@@ -72,19 +72,31 @@ SEVERAL = [
     ("h100", 83_491, "bf16", "adamw", "reference", 2, 1, "none", False, 128, 81_559, 59.70),
     ("h100", 83_491, "bf16", "adamw", "reference", 4, 2, "full", False, 256, 81_307, 50.87),
     ("h100", 83_491, "bf16", "adamw", "reference", 4, 1, "none", False, 256, 80_947, 59.70),
-    ("h200", 84_319, "bf16", "adamw", "triton", 4, 1, "none", False, 256, 81_421, 56.51),
-    ("h200", 84_319, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 82_716, 46.62),
-    ("h200", 83_637, "bf16", "adamw", "triton", 2, 1, "full", False, 128, 83_109, 49.92),
-    ("h200", 83_615, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 83_007, 46.62),
-    ("h200", 83_615, "bf16", "adamw", "triton", 4, 1, 2, False, 256, 82_504, 49.92),
-    ("h200", 112_989, "float8", "adamw", "triton", 2, 1, "full", False, 128, 110_704, 46.97),
-    ("h200", 109_879, "float8", "adamw", "triton", 4, 1, "full", False, 256, 108_346, 43.67),
-    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 82_945, 46.62),
+    ("h200", 84_319, "bf16", "adamw", "triton", 4, 1, "none", False, 128, 81_421, 56.51),
+    ("h200", 84_319, "bf16", "adamw", "triton", 4, 1, "full", False, 128, 82_716, 46.62),
+    ("h200", 83_637, "bf16", "adamw", "triton", 2, 1, "full", False, 64, 83_109, 49.92),
+    ("h200", 83_615, "bf16", "adamw", "triton", 4, 1, "full", False, 128, 83_007, 46.62),
+    ("h200", 83_615, "bf16", "adamw", "triton", 4, 1, 2, False, 128, 82_504, 49.92),
+    ("h200", 112_989, "float8", "adamw", "triton", 2, 1, "full", False, 64, 110_704, 46.97),
+    ("h200", 109_879, "float8", "adamw", "triton", 4, 1, "full", False, 128, 108_346, 43.67),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", False, 128, 82_945, 46.62),
     ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", False, 1024, 84_476, 46.63),
-    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, 2, False, 256, 82_211, 49.92),
-    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", True, 256, 78_783, 45.82),
-    ("h200", 110_695, "float8", "adamw", "triton", 4, 1, "full", False, 256, 109_963, 43.67),
-    ("h200", 83_900, "bf16", "muon", "triton", 4, 1, "full", False, 256, 80_338, 45.66),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, 2, False, 128, 82_211, 49.92),
+    ("h200", 83_900, "bf16", "adamw", "triton", 4, 1, "full", True, 128, 78_783, 45.82),
+    ("h200", 110_695, "float8", "adamw", "triton", 4, 1, "full", False, 128, 109_963, 43.67),
+    ("h200", 83_900, "bf16", "muon", "triton", 4, 1, "full", False, 128, 80_338, 45.66),
+    ("h200", 85_439, "bf16", "adamw", "triton", 2, 1, "full", False, 128, 85_167, 49.91),
+    ("h200", 85_439, "bf16", "adamw", "triton", 2, 1, "full", False, 1024, 84_868, 49.91),
+    ("h200", 85_523, "bf16", "adamw", "triton", 2, 1, "full", True, 128, 80_077, 49.08),
+    ("h200", 112_964, "float8", "adamw", "triton", 2, 1, "full", False, 128, 112_643, 46.96),
+    ("h200", 112_964, "float8", "adamw", "triton", 2, 1, "full", True, 128, 106_191, 46.13),
+    ("h200", 85_439, "bf16", "muon", "triton", 2, 1, "full", False, 128, 82_249, 47.98),
+    ("h200", 85_439, "bf16", "adamw", "triton", 4, 1, "full", False, 256, 85_551, 46.62),
+    ("h200", 85_439, "bf16", "adamw", "triton", 4, 1, "full", False, 1024, 84_723, 46.62),
+    ("h200", 85_439, "bf16", "adamw", "triton", 4, 1, 2, False, 256, 85_099, 49.91),
+    ("h200", 85_439, "bf16", "adamw", "triton", 4, 1, "full", True, 256, 79_803, 45.82),
+    ("h200", 112_964, "float8", "adamw", "triton", 4, 1, "full", False, 256, 112_948, 43.67),
+    ("h200", 85_439, "bf16", "muon", "triton", 4, 1, "full", False, 256, 83_087, 45.65),
 ]
 
 
