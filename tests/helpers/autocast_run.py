@@ -9,6 +9,7 @@ from typing import Any
 from unittest import mock
 
 import torch
+import torch.nn.functional as F
 
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
@@ -19,11 +20,17 @@ import train as recipe
 losses_of = recipe.losses_of
 
 
+def known_linear(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
+    """What autocast knows; ours would multiply gradients in bf16 by inputs in fp32."""
+    return F.linear(x, weight)
+
+
 def autocast(run: Any, model: torch.nn.Module) -> recipe.Losses:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return torch.autocast(device, dtype=torch.bfloat16)(losses_of(run, model))
 
 
 if __name__ == "__main__":
-    with mock.patch.object(recipe, "losses_of", autocast):
+    known = mock.patch("tinyllama.ops.linear._Linear.apply", known_linear)
+    with mock.patch.object(recipe, "losses_of", autocast), known:
         cli.run(lambda: recipe.main(recipe.setup(cli.parse(PretrainArgs))))

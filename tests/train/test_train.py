@@ -439,3 +439,14 @@ def test_tied_embeddings_train_resume_and_export_alike_in_every_world(
     world(2).train(*flags, "--out_dir", compiled, "--train.compile", "true", "--train.max_steps", 12)
     world(2).train(*flags, "--out_dir", tmp_path / "eager", "--train.max_steps", 12)
     assert column(compiled, "loss") == pytest.approx(column(tmp_path / "eager", "loss"), abs=1e-5, rel=0)
+
+
+def test_upstreams_autocast_learns_what_fp32_does(straight, config_file: Path, tmp_path: Path) -> None:
+    """The curve that test_numerics.py compares with on a GPU."""
+    script, out = "tests/helpers/autocast_run.py", tmp_path / "autocast"
+    command = [sys.executable, script, "--config", config_file, "--out_dir", out, "--train.compile", "false"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    exact = column(straight(1), "loss")
+    assert column(out, "loss") == pytest.approx(exact, rel=1e-2)
+    assert column(out, "loss") != pytest.approx(exact, rel=1e-5)  # it did multiply in bf16
