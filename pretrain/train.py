@@ -273,6 +273,7 @@ class Training:
     def end(self) -> int:
         """Finish what is being written and say how the run ended; returns the exit code."""
         self.loader.close()
+        self.watchdog.beat(self.state.step, "checkpoint")  # which may take longer to write than a step
         self.finish_save(wait=True)
         if self.failed:
             return DEFECT

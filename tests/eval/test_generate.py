@@ -52,6 +52,13 @@ def test_prompts_of_unequal_lengths_get_what_each_gets_alone(gpt):
         assert [len(new) for new in together] == [8, 8, 8]
 
 
+def test_a_context_of_one_token_holds_the_last_one():
+    model = GPT(dataclasses.replace(CONFIG, block_size=1))
+    init_weights(model, seed=3)
+    new = generate(model, [[5]], 6)[0]
+    assert new == [likeliest(model, [token]) for token in [5, *new[:-1]]]
+
+
 def test_past_the_context_it_goes_on_from_the_last_half(gpt):
     ids = [5, 17, 80]
     new = generate(gpt, [ids], 40)[0]

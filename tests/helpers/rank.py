@@ -346,6 +346,20 @@ def train_poisoned(argv: list[str]) -> int:
         return recipe.main(run)
 
 
+def last_beats_of_poisoned(argv: list[str]) -> list[list[Any]]:
+    """What the watchdog was last told by a run of train_poisoned: step and phase of two beats."""
+    beats: list[list[Any]] = []
+    beat = recipe.Watchdog.beat
+
+    def recorded(watchdog: Any, *what: Any) -> None:
+        beats.append([*what])
+        beat(watchdog, *what)
+
+    with mock.patch.object(recipe.Watchdog, "beat", recorded):
+        train_poisoned(argv)
+    return beats[-2:]
+
+
 def start_hash(argv: list[str]) -> str:
     """Hash of every start weight, gathered."""
     run = recipe.setup(cli.parse(PretrainArgs, argv))

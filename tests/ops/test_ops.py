@@ -576,7 +576,7 @@ def test_what_every_backend_needs():
         ((9, 0), "bf16", True, ("flex", "triton", "quack", "quack", "chunked", "quack")),
         ((9, 0), "fp32", False, ("sdpa", "reference", "reference", "reference", "reference", "reference")),
         ((9, 0), "fp32", True, ("sdpa", "reference", "reference", "reference", "reference", "reference")),
-        ((7, 5), "bf16", False, ("reference", "reference", "reference", "reference", "chunked", "reference")),
+        ((7, 5), "bf16", False, ("sdpa", "reference", "reference", "reference", "chunked", "reference")),
     ],
 )
 def test_auto_on_a_gpu_that_has_everything(capability, precision, masked, expected, monkeypatch):

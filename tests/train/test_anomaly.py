@@ -94,6 +94,15 @@ def test_a_restart_judges_as_the_straight_run() -> None:
     assert len(state.recent) == WINDOW
 
 
+def test_what_was_usual_before_it_was_switched_off_says_nothing_when_it_is_on_again() -> None:
+    state = TrainState()
+    assert not any(run(training(TrainArgs(skip_spikes=2.0), state)[2], [9.0, 9.1] * 100))
+    assert not any(run(training(TrainArgs(), state)[2], [0.9, 1.1] * 5))
+    assert state.recent == []
+    losses = [1.0, 1.1] * 64 + [2.0]
+    assert run(training(TrainArgs(skip_spikes=2.0), state)[2], losses) == [False] * 128 + [True]
+
+
 def test_the_norm_is_that_of_one_copy_of_the_gradients() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([weight], fused=True)

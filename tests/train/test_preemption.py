@@ -8,7 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from lightning.fabric.accelerators.mps import MPSAccelerator
 
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.train import preemption
@@ -102,6 +104,13 @@ def test_a_reason_does_not_hide_the_signal_before_it(monkeypatch) -> None:
     preemption.ask(Preemption.FAILED_SAVE)
     clock.now = 3000.0
     assert preemption.asked() == "SIGUSR2"
+
+
+def test_a_run_computes_on_the_cpu_where_lightning_would_take_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(MPSAccelerator, "is_available", staticmethod(lambda: True))
+    fabric = build_fabric(World(nodes=1, local_ranks=1, shard=1), ParallelArgs(devices=1), TrainArgs())
+    assert fabric.device == torch.device("cpu")
 
 
 def test_until_the_run_is_steady_collectives_may_take_as_long_as_a_start() -> None:

@@ -134,6 +134,14 @@ def test_a_step_that_must_stop_the_run_is_not_saved(world, config_file: Path, tm
     assert stop["reason"] == "not finite on rank 0: step 8, samples 56 to 63"
 
 
+def test_the_checkpoint_that_a_failed_run_waits_for_may_take_as_long_as_one(
+    world, config_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", "--checkpoint.interval", 4]
+    (answer,) = world(1)("last_beats_of_poisoned", 0, 6, *flags)
+    assert answer["result"] == [[5, "step"], [6, "checkpoint"]]
+
+
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
     flags = ["--config", config_file, "--out_dir", tmp_path / "run"]
     world(2).train(*flags, "--train.max_steps", 6)

@@ -129,13 +129,14 @@ class TrainArgs:
     seed: Seed = 3407
     """seed of the weights at start"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """what a backward pass computes again instead of keeping: nothing; all but matrix products and attention; all"""
+    """none: keep what a backward pass needs; selective: keep of it the results of matmuls and attention; full: nothing of a
+    block; the rest is computed again"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """a loss or gradient that is not finite never reaches the weights; then stop, or skip the step and go on"""
     skip_spikes: Positive | None = None
     """skip steps whose loss or gradient norm is this many standard deviations above the last 128 steps' mean"""
     max_skips: Count = 10
-    """stop when this many steps in a row were skipped"""
+    """most steps in a row that may be skipped; one more stops the run"""
     max_time: Seconds | None = None
     """seconds after which to save a checkpoint and exit with 75, as on a signal"""
     start_timeout: Seconds = 1800

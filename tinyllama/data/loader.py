@@ -37,8 +37,8 @@ class Batch(NamedTuple):
 class Loader:
     """This rank's micro-batches from global sample ``start_sample`` on, without end, read ahead by one thread.
 
-    The n-th step from there takes the samples from start_sample + n * global_batch_size on; each rank has its share of
-    them in one run, cut into micro-batches. So what a step trains on is the same for every world size and
+    The n-th step from there takes the samples from start_sample + n * global_batch_size on; each rank has one
+    contiguous share of them, cut into micro-batches. So what a step trains on is the same for every world size and
     micro-batch. The sizes must divide. Iterating raises InputError for a token id outside the vocabulary.
     """
 

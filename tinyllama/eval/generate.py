@@ -80,7 +80,7 @@ def stream(
         if not any(going):
             return
         if position - begin > config.block_size:
-            begin = end = position - config.block_size // 2
+            begin = end = position - max(config.block_size // 2, 1)
             cache.length = 0
         logits = model(tokens[:, end:position].to(device), cache=cache)[:, 0, : config.vocab_size]  # (B, V)
         if logits.isnan().any():

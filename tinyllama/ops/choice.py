@@ -32,9 +32,9 @@ SIZES = {
 # auto takes the first backend that can run, in the order of the measurements in docs/benchmarks.md, else the reference
 AUTO: dict[str, dict[str, tuple[str, ...]]] = {
     "cpu": {"attention": ("sdpa",)},
-    "ampere": {"attention": ("flash_attn", "sdpa_flash"), "rope": ("triton",), "cross_entropy": ("chunked",)},
+    "ampere": {"attention": ("flash_attn", "sdpa_flash", "sdpa"), "rope": ("triton",), "cross_entropy": ("chunked",)},
     "hopper": {
-        "attention": ("flash_attn_4", "flash_attn", "sdpa_flash"),
+        "attention": ("flash_attn_4", "flash_attn", "sdpa_flash", "sdpa"),
         "rope": ("triton",),
         "rms_norm": ("quack",),
         "swiglu": ("quack",),

@@ -1,7 +1,7 @@
 """Skip optimizer steps with a loss or gradient that is not finite and, optionally, loss spikes.
 
-The decision is made on the device and handed to the fused AdamW as its ``found_inf``: a skipped step leaves parameters,
-moments and AdamW's step count as they are. The host reads the result one step late, when the device has long had it,
+The decision is made on the device and handed to the optimizer as its ``found_inf``: a skipped step leaves parameters and
+the optimizer's state as they are. The host reads the result one step late, when the device has long had it,
 so that no step waits for it.
 """
 
@@ -64,6 +64,8 @@ class Guard:
         self._optimizer = optimizer
         self._state = state
         self._copies = copies
+        if args.skip_spikes is None:
+            state.recent = []  # what was usual when a run last looked says nothing once it looks again
         # losses and gradient norms of the last steps not skipped, the newest last
         self._seen = torch.full((2, WINDOW), torch.nan, device=device)
         if state.recent:

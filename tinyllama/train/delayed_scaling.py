@@ -39,7 +39,7 @@ class DelayedScaling:
         self._gradients = [scale.gradient for scale in scales]  # (1, ROW) each
 
     def start_step(self) -> None:
-        """Forget what was cast since the last step, in a validation."""
+        """Forget the magnitudes that a validation has seen since the last step: they must not set the next scales."""
         torch._foreach_zero_([rows[:, LARGEST] for rows in [*self._inputs, *self._gradients]])
 
     def end_step(self, rejected: Tensor) -> None:

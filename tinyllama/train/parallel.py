@@ -40,6 +40,7 @@ def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
         timeout=timedelta(seconds=train.start_timeout),
     )
     return Fabric(
+        accelerator="cuda" if torch.cuda.is_available() else "cpu",  # not Apple's GPU, which no such strategy runs on
         devices=world.local_ranks,
         num_nodes=world.nodes,
         strategy=strategy,

@@ -1,4 +1,4 @@
-"""One optimizer step: forward and backward passes over the micro-batches, the check of the result, clipping, AdamW."""
+"""One optimizer step: forward and backward passes over the micro-batches, the check of the result, clipping, update."""
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
