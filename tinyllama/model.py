@@ -85,6 +85,8 @@ class GPT(nn.Module):
             mask = attention.document_mask(documents, self.ops["attention"])
             if restart:
                 cos, sin = (table[attention.positions(documents)][:, None] for table in (cos, sin))  # (B, 1, T, hs/2)
+        elif cache is None:
+            mask = attention.causal_mask(T, input_ids.device, self.ops["attention"])
         x = self.transformer["wte"](input_ids)  # (B, T, C)
         added: Any = None  # what the next norm adds to the residual stream x
         for block in self.layers:

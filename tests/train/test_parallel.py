@@ -1,5 +1,6 @@
 """The model laid over the ranks: what is compiled, recomputed and computed in which dtype."""
 
+import functools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
+from torch.nn.attention import flex_attention
 
 from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
@@ -65,6 +67,28 @@ def test_which_modules_are_compiled(
     ]
     assert in_float8 == [train.get("precision") == "float8"] * 10
     assert all(not parameter.is_meta for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("recomputed", ["none", "selective", "full"])
+def test_flex_without_documents_is_compiled_and_computed_again(
+    mesh: DeviceMesh, recomputed: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With a compiler that traces and generates no code: for a CPU Inductor has none that trains with flex."""
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *tensors: None)
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="aot_eager"))
+    ids = torch.arange(16).view(2, 8) % 7
+    found = []
+    for name in ("reference", "flex"):
+        train = TrainArgs(precision="fp32", compile=name == "flex", activation_checkpointing=recomputed)
+        model = parallelize(on_meta(attention=name), mesh, ParallelArgs(), 1, train)
+        with torch.no_grad():
+            model(ids[:1])  # as a validation that continues prompts does
+        loss = model(ids, ids)
+        loss.backward()
+        finish_gradients(model)
+        found.append([loss.detach(), *local_gradients(model)])
+    for reference, flex in zip(*found, strict=True):
+        torch.testing.assert_close(flex, reference, rtol=1e-4, atol=1e-5)
 
 
 def test_master_weights_and_the_reduction_are_fp32(mesh: DeviceMesh) -> None:

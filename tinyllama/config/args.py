@@ -129,8 +129,8 @@ class TrainArgs:
     seed: Seed = 3407
     """seed of the weights at start"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """none: keep what a backward pass needs; selective: keep of it the results of matmuls and attention; full: nothing of a
-    block; the rest is computed again"""
+    """what a block keeps for its backward pass, which computes the rest again: none: all it needs; selective: the
+    results of matmuls and attention; full: its input"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
     """a loss or gradient that is not finite never reaches the weights; then stop, or skip the step and go on"""
     skip_spikes: Positive | None = None

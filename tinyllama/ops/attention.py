@@ -120,13 +120,19 @@ _flash_attn_4.register_autograd(_gradients, setup_context=_keep)
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
     """Call PyTorch's FlexAttention (arXiv:2412.05496), which skips masked blocks; fast if compiled only."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+    from torch.nn.attention.flex_attention import flex_attention
 
     if mask is None:
-        mask = create_block_mask(_causal, None, None, q.size(2), q.size(2), device=q.device)
+        mask = _causal_blocks(q.size(2), q.device)
     out = flex_attention(q, k, v, block_mask=mask, enable_gqa=k.size(1) != q.size(1))
     assert isinstance(out, Tensor)
     return out
+
+
+def _causal_blocks(T: int, device: torch.device) -> Any:
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    return create_block_mask(_causal, None, None, T, T, device=device)
 
 
 def _causal(b: Tensor, h: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -155,6 +161,7 @@ SAVED = [
     torch.ops.aten._scaled_dot_product_flash_attention.default,
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
     torch.ops.tinyllama.flash_attn_4.default,
+    torch.ops.higher_order.flex_attention,
 ]
 """operations that selective activation checkpointing must not recompute"""
 
@@ -162,6 +169,16 @@ SAVED = [
 def documents(input_ids: Tensor, eos_id: int) -> Tensor:
     """Number the document of each token of input_ids (B, T) within its row; documents end with ``eos_id``."""
     return F.pad((input_ids[:, :-1] == eos_id).cumsum(1), (1, 0))
+
+
+@functools.lru_cache(maxsize=8)
+@torch.inference_mode(False)  # training cannot use what was made in inference mode
+def causal_mask(T: int, device: torch.device, backend: str) -> Any:
+    """Build the mask that ``backend`` takes for T tokens of which none is kept apart; None if it needs none.
+
+    torch.compile cannot build it within a block whose backward pass computes it again.
+    """
+    return _causal_blocks(T, device) if backend == "flex" else None
 
 
 def document_mask(documents: Tensor, backend: str) -> Any:

@@ -1,8 +1,8 @@
 """Skip optimizer steps with a loss or gradient that is not finite and, optionally, loss spikes.
 
-The decision is made on the device and handed to the optimizer as its ``found_inf``: a skipped step leaves parameters and
-the optimizer's state as they are. The host reads the result one step late, when the device has long had it,
-so that no step waits for it.
+The decision is made on the device and handed to the optimizer as its ``found_inf``: a skipped step leaves parameters
+and the optimizer's state as they are. The host reads the result one step late, when the device has long had it, so
+that no step waits for it.
 """
 
 from collections import deque
