@@ -89,10 +89,10 @@ def _is_harmless(content: dict[str, Any]) -> bool:
     if "merges" in model and not _are_merges(model["merges"], model.get("vocab")):
         return False
     for key in ("normalizer", "pre_tokenizer", "decoder"):
-        steps = list(_steps(content.get(key)))
-        kinds = [str(step.get("type")) for step in steps if step.get("type") != "Sequence"]
+        found = list(steps(content.get(key)))
+        kinds = [str(step.get("type")) for step in found if step.get("type") != "Sequence"]
         # each kind once: a step repeated a hundred times may let the text grow without bounds
-        if len(set(kinds)) < len(kinds) or not _HARMLESS.issuperset(kinds) or not all(map(_is_short, steps)):
+        if len(set(kinds)) < len(kinds) or not _HARMLESS.issuperset(kinds) or not all(map(_is_short, found)):
             return False
     return True
 
@@ -110,7 +110,7 @@ def _are_merges(merges: Any, vocab: Any) -> bool:
     return True
 
 
-def _steps(step: Any) -> Iterator[dict[str, Any]]:
+def steps(step: Any) -> Iterator[dict[str, Any]]:
     """Yield a step and those within it; what is no step at all is one without a type."""
     if step is None:
         return
@@ -121,7 +121,7 @@ def _steps(step: Any) -> Iterator[dict[str, Any]]:
     if step.get("type") == "Sequence":
         within = next((step[key] for key in ("normalizers", "pretokenizers", "decoders") if key in step), None)
         for one in within if isinstance(within, list) else [0]:
-            yield from _steps(one)
+            yield from steps(one)
 
 
 def _is_short(step: dict[str, Any]) -> bool:

@@ -199,6 +199,8 @@ def texts(rng: random.Random, count: int, length: int, glues: tuple[str, ...] = 
         "<0x41>",
         "▁",
         "e\u0301",
+        "\u0301\u08d3",
+        "walk\u0301",
         "\u00a0",
         "\U0001f642",
         "²",

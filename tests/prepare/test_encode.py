@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import tokenizers
+from tokenizers import normalizers, pre_tokenizers
 
 from tinyllama import InputError
 from tinyllama.prepare import encode
@@ -337,6 +338,32 @@ def test_fast_gives_the_ids_of_the_reference(tokenizer_file):
         for text in (text for text in ADVERSARIAL if len(text) < 5000):
             ((ids, *_),) = encoder.stream([TextChunk(text.encode(), "", True)])
             assert ids.tolist() == tokenizer.encode(text), text[:80]
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "flags", "text", "pieces"),
+    [
+        # two marks, whose order depends on the version of Unicode's tables
+        (normalizers.NFC(), {}, "\u0301\u08d3", ["\u0301\u08d3"]),
+        (normalizers.NFC(), {}, "a cafe\u0301", ["a caf\u00e9"]),  # no "cafe" is left to be an added token
+    ],
+)
+def test_what_the_fast_one_does_otherwise_is_left_to_the_reference(tmp_path, normalizer, flags, text, pieces):
+    pytest.importorskip("gigatoken")
+    letters = {letter: number for number, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    whole.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    whole.add_tokens([tokenizers.AddedToken("cafe", **flags), "\n\n"])
+    if normalizer:
+        whole.normalizer = normalizer
+    whole.save(str(tmp_path / "tokenizer.json"))
+    encoder = Encoder(Tokenizer(tmp_path), "auto")
+    assert encoder.name == f"tokenizers {version('tokenizers')}"
+    spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
+    expected = [[256] if piece == "cafe" else [letters[one] for one in spelled(piece)[0][0]] for piece in pieces]
+    assert stream(encoder, [text.encode()]) == sum(expected, [])
+    with pytest.raises(InputError, match="gigatoken is not tried with"):
+        Encoder(Tokenizer(tmp_path), "fast")
 
 
 @pytest.mark.parametrize("guard", [GUARDS[1], GUARDS[-1]])

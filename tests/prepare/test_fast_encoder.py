@@ -146,6 +146,52 @@ def test_what_no_tokenizer_json_equals_is_never_given_to_the_fast_one(library):
     assert "gigatoken" not in sys.modules or made() == []
 
 
+BLANK = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+PREFIX = {"type": "Prepend", "prepend": "\u2581"}
+
+
+def with_added(folder: Path, normalizer: dict | None, special: bool = False, **flags: bool) -> Tokenizer:
+    """A tokenizer.json of letters and the added tokens "cafe" and "<|x|>", the flags being those of one of them."""
+    import json
+
+    import tokenizers
+
+    letters = {letter: number for number, letter in enumerate("abcef \u2581\u00e9\u0301<|x>")}
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE(letters, []))
+    whole.add_tokens([tokenizers.AddedToken("cafe", **{} if special else flags)])
+    whole.add_special_tokens([tokenizers.AddedToken("<|x|>", **flags if special else {})])
+    folder.joinpath("tokenizer.json").write_text(json.dumps(json.loads(whole.to_str()) | {"normalizer": normalizer}))
+    return Tokenizer(folder)
+
+
+@pytest.mark.parametrize(
+    ("normalizer", "name"),
+    [
+        *(({"type": name}, name) for name in ("NFC", "NFD", "NFKC", "NFKD", "Lowercase", "StripAccents")),
+        ({"type": "Sequence", "normalizers": [BLANK, {"type": "NFC"}]}, "NFC"),
+        (BLANK | {"pattern": {"Regex": "\\s"}}, "Replace"),
+        (BLANK | {"content": "_"}, "Replace"),
+        ({"type": "Prepend", "prepend": "a"}, "Prepend"),
+    ],
+)
+def test_a_normalizer_of_more_than_blanks_is_never_given_to_the_fast_one(library, normalizer, name):
+    """Unicode's tables are of another version in it, and it looks for added tokens before it normalizes."""
+    tokenizer = with_added(library, normalizer)
+    encoder = Encoder(tokenizer, "auto")
+    said = f"gigatoken is not tried with the normalizer {name} of {tokenizer.path}: use --encoder sentencepiece"
+    assert (encoder.name, encoder.fell_back) == (f"tokenizers {tokenizer.encoder_version}", said)
+    with pytest.raises(InputError) as refused:
+        Encoder(tokenizer, "fast")
+    assert refused.value.args == (said,)
+    assert made() == []
+
+
+@pytest.mark.parametrize("normalizer", [None, BLANK, {"type": "Sequence", "normalizers": [PREFIX, BLANK]}])
+def test_blanks_and_other_added_tokens_are_given_to_the_fast_one(library, normalizer):
+    encoder = Encoder(with_added(library, normalizer, normalized=True), "fast")
+    assert (encoder.name, encoder.fell_back) == ("gigatoken 9.9", "")
+
+
 @pytest.mark.parametrize(
     ("place", "found"), [(0, True), (1, False), (999, False), (1000, True), (1001, False), (2000, True)]
 )

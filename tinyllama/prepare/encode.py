@@ -1,7 +1,8 @@
 """Text to token ids at speed: exactly those of the tokenizer's own library, which stays the reference while it runs.
 
-gigatoken is ten times as fast and young. So it is tried on ``guards`` of the tokenizer before anything is written, and
-one document in ``SAMPLED`` is encoded by both, of each shard the first, but not much more than a hundredth of the text.
+gigatoken is ten times as fast and young. So it is not taken for tokenizers with what it is known to do otherwise, it is
+tried on ``guards`` of the tokenizer before anything is written, and one document in ``SAMPLED`` is encoded by both, of
+each shard the first, but not much more than a hundredth of the text.
 The tokens being the same, a dataset does not say which one made them; its shards do.
 
 Memory is bounded for every document: one of more than ``CUT`` bytes is encoded in parts, by both alike. It is cut where
@@ -14,16 +15,17 @@ are the ids from the cut to the end of such a run others than those of the whole
 import contextlib
 import importlib.metadata
 import itertools
+import json
 import re
 from collections.abc import Callable, Iterable, Iterator
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
 from tinyllama import InputError, printable
 from tinyllama.prepare.readers import TextChunk
 from tinyllama.tokenizer import Tokenizer
-from tinyllama.tokenizer_trial import is_failure
+from tinyllama.tokenizer_trial import is_failure, steps
 
 Choice = Literal["auto", "fast", "sentencepiece"]
 Encode = Callable[[bytes], np.ndarray]
@@ -45,6 +47,11 @@ _BATCH = 1 << 22  # bytes of text that are read before they are encoded
 _BATCH_CHUNKS = 1 << 15  # and documents or parts of them, each of which takes memory besides its text
 _RENEWED = 1 << 24  # ids between two fast encoders: the cache of words in one only grows, by 4 bytes an id and more
 _LONG_ID = 8  # bytes of text that count as an id where ids are longer: the cache holds its words' bytes, too
+# the normalizers of sentencepiece's blanks, the only ones that gigatoken is tried with
+_BLANKS = (
+    {"type": "Prepend", "prepend": "\u2581"},
+    {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"},
+)
 # texts on which the fast encoder must return the reference's ids before anything is written
 GUARDS = (
     "",
@@ -249,6 +256,8 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
         payload = tokenizer.json_for_text()
     except InputError as error:
         raise InputError(f"gigatoken cannot read {tokenizer.path} ({error}): {other}") from None
+    if reason := _refused(json.loads(payload)):
+        raise InputError(f"gigatoken is not tried with {reason} of {tokenizer.path}: {other}")
 
     def make() -> Encode:
         return load_hf_json(payload).encode
@@ -265,6 +274,18 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
             raise
         raise InputError(f"gigatoken cannot read {tokenizer.path} ({printable(error, 200)}): {other}") from None
     return make, encode
+
+
+def _refused(content: dict[str, Any]) -> str:
+    """Return what of a tokenizer.json gigatoken does otherwise on texts too rare for guards to find; "": nothing known.
+
+    Its Unicode tables are of another version than those of tokenizers, and it looks for added tokens before it
+    normalizes.
+    """
+    for step in steps(content.get("normalizer")):
+        if step.get("type") != "Sequence" and step not in _BLANKS:
+            return f"the normalizer {printable(step.get('type'), 40)}"
+    return ""
 
 
 def guards(tokenizer: Tokenizer) -> Iterator[str]:
