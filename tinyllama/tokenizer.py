@@ -307,9 +307,9 @@ def _without(content: dict[str, Any], controls: set[str], salt: str) -> dict[str
         changes["merges"] = kept
     if model.get("unk_token") in names:
         changes["unk_token"] = names[model["unk_token"]]
+    unused = dict.fromkeys(("single_word", "lstrip", "rstrip", "normalized"), False)
     added = [
-        token | {"content": names[token["content"]], "normalized": False} if token["content"] in names else token
-        for token in added
+        token | unused | {"content": names[token["content"]]} if token["content"] in names else token for token in added
     ]
     return content | {"model": model | changes, "added_tokens": added}
 

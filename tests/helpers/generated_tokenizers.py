@@ -201,6 +201,7 @@ def texts(rng: random.Random, count: int, length: int, glues: tuple[str, ...] = 
         "e\u0301",
         "\u0301\u08d3",
         "walk\u0301",
+        "ab\u00e9",
         "\u00a0",
         "\U0001f642",
         "²",

@@ -346,6 +346,7 @@ def test_fast_gives_the_ids_of_the_reference(tokenizer_file):
         # two marks, whose order depends on the version of Unicode's tables
         (normalizers.NFC(), {}, "\u0301\u08d3", ["\u0301\u08d3"]),
         (normalizers.NFC(), {}, "a cafe\u0301", ["a caf\u00e9"]),  # no "cafe" is left to be an added token
+        (None, {"normalized": False, "lstrip": True}, "a\n\ncafe b", ["a", "cafe", " b"]),  # it takes the line ends
     ],
 )
 def test_what_the_fast_one_does_otherwise_is_left_to_the_reference(tmp_path, normalizer, flags, text, pieces):

@@ -186,6 +186,19 @@ def test_a_normalizer_of_more_than_blanks_is_never_given_to_the_fast_one(library
     assert made() == []
 
 
+@pytest.mark.parametrize("flag", ["single_word", "lstrip", "rstrip"])
+def test_an_added_token_that_looks_at_what_is_beside_it_is_never_given_to_the_fast_one(library, flag):
+    tokenizer = with_added(library, None, **{flag: True})
+    encoder = Encoder(tokenizer, "auto")
+    said = f"gigatoken is not tried with {flag} for the added token 'cafe' of {tokenizer.path}: use --encoder sentence"
+    assert encoder.fell_back == f"{said}piece"
+    with pytest.raises(InputError, match=f"is not tried with {flag} for the added token 'cafe'"):
+        Encoder(tokenizer, "fast")
+    assert made() == []
+    control = Encoder(with_added(library, None, special=True, **{flag: True}), "auto")  # which no text becomes
+    assert (control.name, control.fell_back) == ("gigatoken 9.9", "")
+
+
 @pytest.mark.parametrize("normalizer", [None, BLANK, {"type": "Sequence", "normalizers": [PREFIX, BLANK]}])
 def test_blanks_and_other_added_tokens_are_given_to_the_fast_one(library, normalizer):
     encoder = Encoder(with_added(library, normalizer, normalized=True), "fast")

@@ -279,12 +279,15 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
 def _refused(content: dict[str, Any]) -> str:
     """Return what of a tokenizer.json gigatoken does otherwise on texts too rare for guards to find; "": nothing known.
 
-    Its Unicode tables are of another version than those of tokenizers, and it looks for added tokens before it
-    normalizes.
+    Its Unicode tables are of another version than those of tokenizers, it looks for added tokens before it normalizes,
+    and to it the blanks and letters beside an added token are others.
     """
     for step in steps(content.get("normalizer")):
         if step.get("type") != "Sequence" and step not in _BLANKS:
             return f"the normalizer {printable(step.get('type'), 40)}"
+    for token in content["added_tokens"]:
+        if flags := [flag for flag in ("single_word", "lstrip", "rstrip") if token.get(flag)]:
+            return f"{flags[0]} for the added token {printable(repr(token['content']), 40)}"
     return ""
 
 
