@@ -14,6 +14,8 @@ from tinyllama.prepare.inputs import Input, NotFetched
 def setup(folder: Path):
     """Work that does as the path of its input says, and leaves a file for each process and each input begun."""
     (folder / f"process-{os.getpid()}").touch()
+    if (folder / "gone").exists():
+        raise InputError("the tokenizer is gone")
 
     def work(one: Input) -> str:
         with open(folder / "begun", "a") as file:
@@ -25,6 +27,9 @@ def setup(folder: Path):
                 os._exit(7)
             case ["die", "once"] if not (folder / "died").exists():
                 (folder / "died").touch()
+                os._exit(7)
+            case ["die", "with", "the", "tokenizer"]:
+                (folder / "gone").touch()
                 os._exit(7)
             case ["no", "network"]:
                 raise NotFetched("no network")

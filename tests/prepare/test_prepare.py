@@ -10,11 +10,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from packed import change
 
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.data.packed import open_packed
+from tinyllama.prepare import prepare as prepare_module
 from tinyllama.prepare.flags import add_arguments, options
 from tinyllama.prepare.inputs import ENDINGS, Fields, Input, find_inputs
 from tinyllama.prepare.prepare import Options, prepare
@@ -189,6 +191,47 @@ def test_bad_inputs_are_collected_and_the_good_ones_stay_done(tmp_path, tokenize
     assert written == {name: (output / name).stat().st_mtime_ns for name in good}
     pack(source, tokenizer_file, tmp_path / "fresh")
     assert files(output) == files(tmp_path / "fresh")
+
+
+@pytest.mark.parametrize("change", ["another", "gone", "another eos"])
+def test_a_tokenizer_that_changes_under_a_run_ends_it(tmp_path, monkeypatch, capsys, change):
+    """Its workers read the file again, one that replaces another perhaps hours later."""
+    whole = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0, "b": 1}, []))
+    whole.add_special_tokens(["</s>", "<x>"])
+    source, output, file = tmp_path / "in", tmp_path / "out", tmp_path / "tokenizer.json"
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text('{"eos_token": "</s>"}')
+    whole.save(str(file))
+    before = file.read_bytes()
+    write(source, [["ab"], ["ba"]])
+
+    def changed(*args):
+        match change:
+            case "another":
+                file.write_bytes(before + b"\n")
+            case "gone":
+                file.unlink()
+            case "another eos":
+                config.write_text('{"eos_token": "<x>"}')
+        yield from over_workers(*args)
+
+    monkeypatch.setattr(prepare_module, "over_workers", changed)
+    with pytest.raises(SystemExit) as ended:
+        cli.run(lambda: pack(source, file, output))
+    assert ended.value.code == 2
+    said = {
+        "another": f"{file} has changed since this run began: put the first one back and run again (what is done is ",
+        "gone": f"no tokenizer at {file}: give a sentencepiece .model, a tokenizer.json or their folder",
+        "another eos": f"{config} has changed since this run began: put the first one back",
+    }
+    (line,) = [one for one in capsys.readouterr().err.splitlines() if "error" in one.lower()]
+    assert line.startswith(f"error: {said[change]}")
+    assert files(output) == {}
+    file.write_bytes(before)
+    config.write_text('{"eos_token": "</s>"}')
+    monkeypatch.undo()
+    pack(source, file, output)
+    assert open_packed(output).read(0, 6).tolist() == [0, 1, 2, 1, 0, 2]
 
 
 def test_an_output_of_other_settings_is_refused(tmp_path, tokenizer_file):

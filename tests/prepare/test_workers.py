@@ -8,7 +8,7 @@ import pytest
 from tinyllama import InputError
 from tinyllama.prepare.encode import Mismatch
 from tinyllama.prepare.inputs import Input, NotFetched
-from tinyllama.prepare.workers import WorkerDied, cores, over_workers
+from tinyllama.prepare.workers import NotSetUp, WorkerDied, cores, over_workers
 
 
 @pytest.fixture
@@ -87,6 +87,15 @@ def test_the_first_error_of_the_disk_ends_it(over, tmp_path):
     with pytest.raises(OSError, match="No space left on device: 'the output'"):
         outcomes.extend(over({"a": "pack", "b": "full", "c": "pack"}))
     assert [one.name for one, _ in outcomes] == ["a"]
+    assert begun(tmp_path) == ["a", "b"]
+    assert multiprocessing.active_children() == []
+
+
+def test_a_worker_that_cannot_be_set_up_ends_it_and_blames_no_input(over, tmp_path):
+    outcomes = []
+    with pytest.raises(NotSetUp, match="^the tokenizer is gone$"):
+        outcomes.extend(over({"a": "pack", "b": "die with the tokenizer", "c": "pack"}))
+    assert [(one.name, outcome) for one, outcome in outcomes] == [("a", "packed a")]
     assert begun(tmp_path) == ["a", "b"]
     assert multiprocessing.active_children() == []
 

@@ -96,10 +96,10 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     its NAME.json agrees with the name and size of its input; an input that changed is packed again.
 
     Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
-    with ``finish`` when a shard is missing, and, after all other inputs are packed, with one error for each bad input
-    when there are more of them than may be skipped; where the first ten are all bad, the others are not tried. Raises
-    RuntimeError, after all others are packed too, naming each input whose worker died twice or whose ids the fast
-    encoder got wrong.
+    with ``finish`` when a shard is missing, when the tokenizer changes meanwhile, and, after all other inputs are
+    packed, with one error for each bad input when there are more of them than may be skipped; where the first ten are
+    all bad, the others are not tried. Raises RuntimeError, after all others are packed too, naming each input whose
+    worker died twice or whose ids the fast encoder got wrong.
     """
     started = time.monotonic()
     recipe = _recipe(fields, options, inputs.origin)
@@ -318,6 +318,7 @@ def _pack_all(
 
 def _packer(recipe: _Recipe) -> Work:
     tokenizer = Tokenizer(recipe.tokenizer, known_sha256=recipe.policy["tokenizer_sha256"])
+    _check_unchanged(tokenizer, recipe.policy)
     encoder = Encoder(tokenizer, recipe.encoder)
 
     def pack(one: Input) -> Info:
@@ -336,6 +337,20 @@ def _packer(recipe: _Recipe) -> Work:
                 )
 
     return pack
+
+
+def _check_unchanged(tokenizer: Tokenizer, policy: Info) -> None:
+    """Raise InputError if the tokenizer is not that of the run: a worker may start hours after it."""
+    changed = None
+    if tokenizer.sha256 != policy["tokenizer_sha256"]:
+        changed = tokenizer.path
+    elif (tokenizer.bos_id, tokenizer.eos_id) != (policy["bos_id"], policy["eos_id"]):
+        changed = tokenizer.path.with_name("tokenizer_config.json")
+    if changed:
+        raise InputError(
+            f"{changed} has changed since this run began: put the first one back and run again (what is done is kept), "
+            "or give another --output"
+        )
 
 
 def _write(

@@ -26,6 +26,10 @@ class WorkerDied(RuntimeError):
     """Killed, out of memory or defective, twice over the same input."""
 
 
+class NotSetUp(InputError):
+    """What every worker needs has changed or is gone: no input is to blame."""
+
+
 def over_workers(
     todo: Sequence[Input], setup: Callable[[Any], Work], recipe: Any, workers: int
 ) -> Iterator[tuple[Input, Any]]:
@@ -33,7 +37,8 @@ def over_workers(
 
     They come as they end. ``setup`` runs once in each process. The largest input comes first, so that none is left
     running alone at the end. One whose worker died is given to a new worker once. Raises WorkerDied or NotFetched when
-    nothing else comes of it, and the first OSError of a worker, which the others would meet too.
+    nothing else comes of it, and the first OSError of a worker, which the others would meet too, or InputError of its
+    ``setup``, as NotSetUp.
     """
     queue = sorted(todo, key=lambda one: one.size)
     idle: dict[Any, SpawnProcess] = {}  # by our end of the pipe
@@ -67,7 +72,7 @@ def over_workers(
                     idle[pipe] = process
                 lost += isinstance(outcome, WorkerDied | NotFetched)
                 done += not isinstance(outcome, WorkerDied | NotFetched)
-                if isinstance(outcome, OSError) or (lost == _MAX_LOST and not done):
+                if isinstance(outcome, OSError | NotSetUp) or (lost == _MAX_LOST and not done):
                     raise outcome
                 yield one, outcome
     finally:
@@ -107,7 +112,12 @@ def huge_pages() -> Iterator[None]:
 def _work(pipe: Connection, setup: Callable[[Any], Work], recipe: Any) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to every process of a terminal; the parent answers it
     threading.Thread(target=_die_with_parent, daemon=True).start()
-    work = setup(recipe)
+    try:
+        work = setup(recipe)
+    except InputError as error:
+        pipe.recv()  # the input that it is not about; left unread, it would reset the pipe
+        pipe.send(NotSetUp(*error.args))
+        return
     while True:
         one = pipe.recv()
         try:
