@@ -10,6 +10,7 @@ command resumes; 1 anything else.
 import contextlib
 import os
 from collections.abc import Iterator
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -145,10 +146,11 @@ class Training:
         self.save_owed = False  # one was due amid skipped steps, which may end the run
         if fabric.is_global_zero:
             atomic.write(run.out_dir / "config.yaml", settings.encode())
+        origin = resume.origin(run.out_dir, run.resume, asdict(args.train))
         self.checkpointer = Checkpointer(
             run.out_dir / "checkpoints",
             config=settings,
-            metadata=run.data_metadata() | run.tokenizer_metadata() | log.metadata(),
+            metadata=run.data_metadata() | run.tokenizer_metadata() | log.metadata() | {"origin": origin},
             keep_last=args.checkpoint.keep_last,
             keep_every=args.checkpoint.keep_every,
             asynchronous=args.checkpoint.asynchronous,

@@ -43,7 +43,7 @@ def saved(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "tokenizer_sha256": "1" * 64,
         }
         metadata |= {"eos_ids": [2], "bos": True}
-        metadata |= {"wandb_id": "k2j1", "converted_from": "/somewhere"}
+        metadata |= {"wandb_id": "k2j1", "converted_from": "/somewhere", "origin": {"resume": None}}
         model = torch.nn.Linear(3, 2)
         saver = Checkpointer(
             folder,
@@ -218,6 +218,7 @@ GOOD: dict[str, list[Any]] = {
     "bos": [None, True],
     "converted_from": ["x\x00", "y" * 9999],
     "versions": [{}],
+    "origin": [{}],
 }
 
 

@@ -1,6 +1,7 @@
 """Runs that save, that cannot, and what a start does with the checkpoints that it finds."""
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -10,7 +11,8 @@ import pytest
 import torch
 from runs import SHORT, beating, branch, column, tensors
 
-from tinyllama.checkpoint import reader
+from tinyllama.checkpoint import hashes, reader
+from tinyllama.monitor import report
 
 ROOT = Path(__file__).parents[2]
 
@@ -230,3 +232,58 @@ def test_branching_off_an_older_step_needs_its_own_folder(world, straight, confi
     other = tmp_path / "other"
     assert "at step 20" in world(1).train("--config", config_file, "--out_dir", other, "--train.resume", step)
     assert column(other, "loss") == column(out, "loss")[20:]
+
+
+def test_the_same_command_resumes_a_branch(world, straight, config_file: Path, tmp_path: Path) -> None:
+    parent, out = shutil.copytree(straight(1), tmp_path / "parent"), tmp_path / "out"
+    start = parent / "checkpoints" / "step-00000020"
+    flags = ["--config", config_file, "--out_dir", out, "--checkpoint.interval", 4]
+    same = [*flags, "--train.resume", start]
+    assert f"resumed from {start} at step 20" in " ".join(world(1).train(*same, "--train.max_steps", 24).split())
+    assert reader.read_state(out / "checkpoints" / "step-00000024")["origin"]["resume"] == str(start)
+    # its own newest step wins, however the path is written, and at every start
+    relative = ["--train.resume", os.path.relpath(start, ROOT)]
+    planned = " ".join(world(1).train(*same, "--dry_run").split())
+    assert f"resumed from {out}/checkpoints/step-00000024" in planned
+    assert "at step 24" in world(1).train(*flags, *relative, "--train.max_steps", 28)
+    assert "at step 28" in world(1).train(*flags, "--train.max_steps", 32)
+    shutil.rmtree(start)  # as its run's keep_last does
+    assert "at step 32" in world(1).train(*same)
+    assert column(out, "step") == list(range(21, 41))
+    assert reader.read_state(out / "checkpoints" / "step-00000040")["origin"]["resume"] == str(start)
+    assert report.read_run(out)["summary"]["branched from"] == str(start)
+    # a damaged step of its own is passed over, as with train.resume auto
+    spoiled = out / "checkpoints" / "step-00000040" / "__0_0.distcp"
+    spoiled.write_bytes(bytes([byte ^ 1 for byte in spoiled.read_bytes()]))
+    said = " ".join(world(1).train(*same).split())
+    assert f"passed over: {spoiled.parent} is damaged (__0_0.distcp does not match its hash)" in said
+    assert f"resumed from {out}/checkpoints/step-00000036 at step 36" in said
+
+
+def test_a_branch_of_another_step_is_not_taken_for_it(world, straight, config_file: Path, tmp_path: Path) -> None:
+    parent, out = straight(1), tmp_path / "out"
+    first, last = (parent / "checkpoints" / f"step-000000{step}" for step in (20, 40))
+    flags = ["--config", config_file, "--out_dir", out, "--checkpoint.interval", 4]
+    world(1).train(*flags, "--train.resume", first, "--train.max_steps", 28)
+    own = out / "checkpoints" / "step-00000028"
+    (problem,) = world(1)("train", *flags, "--train.resume", last)[0]["problems"]
+    hint = "give another out_dir to branch off there"
+    assert problem == f"{own} did not branch off from train.resume {last}: {hint}"
+    back = own.with_name("step-00000024")
+    (problem,) = world(1)("train", *flags, "--train.resume", back)[0]["problems"]
+    assert problem == f"{own} is newer than train.resume {back}: {hint}"
+
+
+def test_a_branch_of_a_version_that_recorded_no_origin_goes_on(
+    world, straight, config_file: Path, tmp_path: Path
+) -> None:
+    start, out = straight(1) / "checkpoints" / "step-00000020", tmp_path / "out"
+    flags = ["--config", config_file, "--out_dir", out, "--train.resume", start, "--checkpoint.interval", 4]
+    world(1).train(*flags, "--train.max_steps", 24)
+    state = out / "checkpoints" / "step-00000024" / "state.json"
+    content, _ = hashes.unseal(state.read_bytes())
+    content.pop("origin", None)
+    state.write_text(json.dumps(content))  # without hashes, as then
+    said = " ".join(world(1).train(*flags, "--train.max_steps", 28).split())
+    assert f"resumed from {out}/checkpoints/step-00000024 at step 24" in said
+    assert reader.read_state(out / "checkpoints" / "step-00000028")["origin"]["resume"] == str(start)

@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama import InputError, atomic, printable
-from tinyllama.checkpoint.reader import newest, read_settings, resolve
+from tinyllama.checkpoint.reader import newest, read_settings, read_state, resolve
+
+ORIGINS = ("resume",)
+"""settings of train that say what a run begins from"""
 
 
 def stopped_file(out_dir: Path) -> Path:
@@ -21,7 +24,8 @@ def write_stopped(out_dir: Path, reason: dict[str, Any]) -> None:
 def to_resume(out_dir: Path, how: str) -> Path | None:
     """Return the step directory that ``train.resume`` calls for; None for a fresh start.
 
-    Raises InputError when what is in ``out_dir`` allows neither.
+    A requeued branch gives the same path again and must resume, so the newest step in ``out_dir`` wins if its run began
+    from there, whether or not that checkpoint still is. Raises InputError when what is in ``out_dir`` allows neither.
     """
     stopped = stopped_file(out_dir)
     if stopped.exists():
@@ -35,17 +39,57 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
         if passed_over and latest is None:
             hint = f"move {out_dir / 'checkpoints'} away to start anew"
             raise InputError(f"{passed_over[0]}, and no step before it is complete: {hint}")
-        for problem in passed_over:
-            print(f"passed over: {printable(problem)}")
-        return latest
+        return _own(latest, passed_over)
     if how == "never":
         if latest is not None:
             raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
         return None
+    is_back = is_of(out_dir, Path(how))
+    if latest is not None and not is_back and origin_of(latest)["resume"] == str(Path(how).resolve()):
+        return _own(latest, passed_over)
     chosen = resolve(how)
     if latest is not None and latest.resolve() != chosen.resolve():
-        raise InputError(f"{latest} is newer than train.resume {chosen}: give another out_dir to branch off there")
+        problem = f"is newer than train.resume {chosen}" if is_back else f"did not branch off from train.resume {how}"
+        raise InputError(f"{latest} {problem}: give another out_dir to branch off there")
     return chosen
+
+
+def is_of(out_dir: Path, path: Path) -> bool:
+    """Return whether ``path`` is ``out_dir``, its folder of checkpoints or a step in that."""
+    path = path.resolve()
+    return (out_dir / "checkpoints").resolve() in (path, path.parent, (path / "checkpoints").resolve())
+
+
+def origin_of(step_dir: Path) -> dict[str, str | None]:
+    """Return what the run of ``step_dir`` began from at its first start: the absolute path in each of ORIGINS, if any.
+
+    Versions that did not record it saved the settings of the last start only.
+    """
+    train = read_settings(step_dir).get("train", {})
+    return _given(train) | read_state(step_dir).get("origin", {})
+
+
+def origin(out_dir: Path, step_dir: Path | None, train: dict[str, Any]) -> dict[str, str | None]:
+    """Return what the run in ``out_dir`` that starts from ``step_dir`` by the settings ``train`` began from.
+
+    Its checkpoints keep that over all its starts. A branch has its own path, and the weights of the run it continues.
+    """
+    if step_dir is None:
+        return _given(train)
+    began = origin_of(step_dir)
+    return began if is_of(out_dir, step_dir) else began | {"resume": _given(train)["resume"]}
+
+
+def _given(train: dict[str, Any]) -> dict[str, str | None]:
+    paths = {key: train.get(key) for key in ORIGINS}
+    is_path = {key: isinstance(path, str) and path not in ("auto", "never") for key, path in paths.items()}
+    return {key: str(Path(str(path)).resolve()) if is_path[key] else None for key, path in paths.items()}
+
+
+def _own(latest: Path | None, passed_over: list[str]) -> Path | None:
+    for problem in passed_over:
+        print(f"passed over: {printable(problem)}")
+    return latest
 
 
 def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -79,6 +79,11 @@ def _is_texts(value: Any) -> bool:
     return isinstance(value, dict) and all(map(_is_text, value.values()))
 
 
+def _is_origin(value: Any) -> bool:
+    """Whether ``value`` is paths, which may hold any character, or None by name."""
+    return isinstance(value, dict) and all(path is None or isinstance(path, str) for path in value.values())
+
+
 def _or_none(holds: Callable[[Any], bool]) -> Callable[[Any], bool]:
     return lambda value: value is None or holds(value)
 
@@ -105,5 +110,6 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "tokenizer_sha256": _or_none(_is_text),
     "converted_from": lambda value: isinstance(value, str),
     "versions": _is_texts,
+    "origin": _is_origin,
 }
 """What each field of a state.json may be; a wandb_id that is none costs no step, wandb_logger.py takes another."""

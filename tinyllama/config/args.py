@@ -144,7 +144,8 @@ class TrainArgs:
     timeout: Seconds = 300
     """seconds that a rank may be silent between steps; then the run says which rank and where, and ends"""
     resume: str = "auto"
-    """auto: from the newest complete checkpoint of out_dir, if there is one; never; or the path of a checkpoint"""
+    """auto: from the newest complete checkpoint of out_dir, if there is one; never; or the path of a checkpoint of
+    another run, where this one branches off, and then goes on from its own newest"""
     init_from: str | None = None
     """weights a new run starts from: a Hugging Face folder, a checkpoint of ours or an upstream .pth; nothing else of
     it is taken over, and a run that has a checkpoint of its own goes on from that"""

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.resume import refuse_changes
+from tinyllama.checkpoint.resume import is_of, refuse_changes
 from tinyllama.checkpoint.state import TrainState, from_json
 from tinyllama.config.args import OptimArgs, PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
@@ -205,7 +205,8 @@ def _check_resume(step_dir: Path, saved: dict[str, Any], run: Run) -> None:
 def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[Run, TrainState]:
     """Collective. Load the step that the run resumes from; return the run as it resumes, and where it stands.
 
-    With train.resume auto, a damaged step is passed over for the one before it. Raises InputError if there is none.
+    A damaged step of out_dir that train.resume does not name is passed over for the one before it. Raises InputError
+    if there is none.
     """
     while True:
         shared = [run.resume]
@@ -219,7 +220,8 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
                 model.scaling.resume(state.float8_exponents, run.resume)
             return run, state
         except reader.DamagedError as error:
-            if run.args.train.resume != "auto":
+            how = run.args.train.resume
+            if how != "auto" and (is_of(run.out_dir, Path(how)) or not is_of(run.out_dir, run.resume)):
                 raise
             folder = run.resume.parent
             earlier, _ = reader.newest(folder, before=run.resume)
