@@ -74,21 +74,22 @@ def main(run: Run) -> int:
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
     dtypes = check_dtypes(gpt, args.train)
-    run, state = load_checkpoint(run, gpt, optimizer.optimizer)
-    if (weights := initial_weights(run)) is not None:
-        copy_into(gpt, weights)
-    hosts = rank_map()
-    if fabric.is_global_zero:
-        show_summary("pretrain", start_summary(run, dtypes, hosts))
-    if args.dry_run:
-        return DONE
-    rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
-    with (
-        lock.run_lock(run.out_dir, os.environ.get("SLURM_JOB_ID")),
-        Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
-        RunLog(run, state.step if run.resume else None, is_rank_zero=rank == 0) as log,
-    ):
-        code = fit(Training(run, fabric, gpt, model, optimizer, state, preemption, watchdog, log))
+    job_id = os.environ.get("SLURM_JOB_ID")
+    with contextlib.nullcontext() if args.dry_run else lock.run_lock(run.out_dir, job_id):
+        run, state = load_checkpoint(run, gpt, optimizer.optimizer)
+        if (weights := initial_weights(run)) is not None:
+            copy_into(gpt, weights)
+        hosts = rank_map()
+        if fabric.is_global_zero:
+            show_summary("pretrain", start_summary(run, dtypes, hosts))
+        if args.dry_run:
+            return DONE
+        rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
+        with (
+            Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
+            RunLog(run, state.step if run.resume else None, is_rank_zero=rank == 0) as log,
+        ):
+            code = fit(Training(run, fabric, gpt, model, optimizer, state, preemption, watchdog, log))
     fabric.barrier()  # Fabric's launcher ends a rank that outlives another by more than seconds
     return code
 

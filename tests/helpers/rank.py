@@ -312,6 +312,12 @@ def train_stopped_in_a_save(argv: list[str]) -> list[Any]:
             waited.set()
 
 
+def train_set_up_before_another(argv: list[str]) -> list[int]:
+    """The recipe, twice: the second run has been set up before the first was begun; gives how both ended."""
+    second = recipe.setup(cli.parse(PretrainArgs, argv))
+    return [recipe.main(recipe.setup(cli.parse(PretrainArgs, argv))), recipe.main(second)]
+
+
 def train_ending_late(argv: list[str]) -> bool:
     """The recipe, whose first rank takes its time for its last word; gives whether it has had it on return."""
     done = Path(cli.parse(PretrainArgs, argv).out_dir) / "the last word"

@@ -142,6 +142,17 @@ def test_the_checkpoint_that_a_failed_run_waits_for_may_take_as_long_as_one(
     assert answer["result"] == [[5, "step"], [6, "checkpoint"]]
 
 
+def test_a_run_goes_on_from_what_another_has_saved_while_it_waited(world, config_file: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    flags = ["--config", config_file, "--out_dir", out, "--checkpoint.interval", 4]
+    world(1).train(*flags, "--train.max_steps", 6)
+    (answer,) = world(1)("train_set_up_before_another", *flags, "--train.max_steps", 12)
+    assert answer["result"] == [0, 0]
+    assert f"resumed from {out}/checkpoints/step-00000012 at step 12" in answer["said"]
+    assert "set aside" not in answer["said"]
+    assert [int(row["step"]) for row in metrics(out)] == [*range(13)]
+
+
 def test_max_time_stops_as_a_signal_does(world, config_file: Path, tmp_path: Path) -> None:
     flags = ["--config", config_file, "--out_dir", tmp_path / "run"]
     world(2).train(*flags, "--train.max_steps", 6)

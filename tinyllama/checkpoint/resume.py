@@ -1,6 +1,7 @@
 """Resume policy: which step a run resumes from, and which settings may differ from the checkpoint's."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,11 +22,12 @@ def write_stopped(out_dir: Path, reason: dict[str, Any]) -> None:
     atomic.write(stopped_file(out_dir), (json.dumps(reason) + "\n").encode())
 
 
-def to_resume(out_dir: Path, how: str) -> Path | None:
+def to_resume(out_dir: Path, how: str, say: Callable[[str], None] = print) -> Path | None:
     """Return the step directory that ``train.resume`` calls for; None for a fresh start.
 
     A requeued branch gives the same path again and must resume, so the newest step in ``out_dir`` wins if its run began
-    from there, whether or not that checkpoint still is. Raises InputError when what is in ``out_dir`` allows neither.
+    from there, whether or not that checkpoint still is. ``say`` gets a line for each damaged step that is passed over.
+    Raises InputError when what is in ``out_dir`` allows neither.
     """
     stopped = stopped_file(out_dir)
     if stopped.exists():
@@ -39,14 +41,14 @@ def to_resume(out_dir: Path, how: str) -> Path | None:
         if passed_over and latest is None:
             hint = f"move {out_dir / 'checkpoints'} away to start anew"
             raise InputError(f"{passed_over[0]}, and no step before it is complete: {hint}")
-        return _own(latest, passed_over)
+        return _own(latest, passed_over, say)
     if how == "never":
         if latest is not None:
             raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
         return None
     is_back = is_of(out_dir, Path(how))
     if latest is not None and not is_back and origin_of(latest)["resume"] == str(Path(how).resolve()):
-        return _own(latest, passed_over)
+        return _own(latest, passed_over, say)
     chosen = resolve(how)
     if latest is not None and latest.resolve() != chosen.resolve():
         problem = f"is newer than train.resume {chosen}" if is_back else f"did not branch off from train.resume {how}"
@@ -86,9 +88,9 @@ def _given(train: dict[str, Any]) -> dict[str, str | None]:
     return {key: str(Path(str(path)).resolve()) if is_path[key] else None for key, path in paths.items()}
 
 
-def _own(latest: Path | None, passed_over: list[str]) -> Path | None:
+def _own(latest: Path | None, passed_over: list[str], say: Callable[[str], None]) -> Path | None:
     for problem in passed_over:
-        print(f"passed over: {printable(problem)}")
+        say(f"passed over: {printable(problem)}")
     return latest
 
 

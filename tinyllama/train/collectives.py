@@ -5,12 +5,16 @@ And Python's garbage collection, at the same steps on all ranks.
 
 import contextlib
 import gc
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from contextlib import AbstractContextManager
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import torch.distributed as dist
+
+from tinyllama import InputError
+
+T = TypeVar("T")
 
 # torch 2.13 has renamed them, and warns of the old names
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
@@ -29,6 +33,21 @@ def coalesced(group: dist.ProcessGroup, *, async_ops: bool = False) -> AbstractC
     if dist.get_debug_level() == dist.DebugLevel.DETAIL:
         return contextlib.nullcontext()
     return dist._coalescing_manager(group, async_ops=async_ops)
+
+
+def from_rank_zero(call: Callable[[], T]) -> T:
+    """Collective. Return what ``call`` returns on rank 0; every rank raises its InputError."""
+    shared: list[Any] = [None, None]
+    if dist.get_rank() == 0:
+        try:
+            shared[0] = call()
+        except InputError as error:
+            shared[1] = error.args
+    dist.broadcast_object_list(shared, src=0)
+    found, refusal = shared
+    if refusal is not None:
+        raise InputError(*refusal)
+    return cast(T, found)
 
 
 def set_timeout(seconds: float, *, keep: Collection[dist.ProcessGroup] = ()) -> None:

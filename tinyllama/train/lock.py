@@ -18,9 +18,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-import torch.distributed as dist
-
 from tinyllama import InputError, atomic, printable
+from tinyllama.train.collectives import from_rank_zero
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # a holder that was silent for as many seconds is gone
@@ -144,15 +143,7 @@ class RunLock:
 def run_lock(out_dir: Path, job_id: str | None) -> Iterator[None]:
     """Collective. Hold the run lock on ``out_dir`` by rank 0; every rank raises the InputError of a refusal."""
     with contextlib.ExitStack() as stack:
-        refusal: list[Any] = [None]
-        if dist.get_rank() == 0:
-            try:
-                stack.enter_context(RunLock(out_dir, job_id))
-            except InputError as error:
-                refusal = [error.args]
-        dist.broadcast_object_list(refusal, src=0)
-        if refusal[0] is not None:
-            raise InputError(*refusal[0])
+        from_rank_zero(lambda: bool(stack.enter_context(RunLock(out_dir, job_id))))
         yield
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import asdict, dataclass, field, replace
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.resume import is_of, refuse_changes
+from tinyllama.checkpoint.resume import is_of, refuse_changes, to_resume
 from tinyllama.checkpoint.state import TrainState, from_json
 from tinyllama.config.args import OptimArgs, PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
@@ -21,6 +21,7 @@ from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import PackedDataset
 from tinyllama.model import GPT
 from tinyllama.ops import choice, float8
+from tinyllama.train.collectives import from_rank_zero
 from tinyllama.train.launch import World
 from tinyllama.train.samples import Samples
 from tinyllama.train.schedule import lr_at
@@ -205,13 +206,13 @@ def _check_resume(step_dir: Path, saved: dict[str, Any], run: Run) -> None:
 def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> tuple[Run, TrainState]:
     """Collective. Load the step that the run resumes from; return the run as it resumes, and where it stands.
 
-    A damaged step of out_dir that train.resume does not name is passed over for the one before it. Raises InputError
-    if there is none.
+    It is looked for again, as another run may have saved since: call it with the run lock held. A damaged step of
+    out_dir that train.resume does not name is passed over for the one before it. Raises InputError if there is none.
     """
+    # on one rank, as a file system may show ranks different newest ones
+    step_dir = from_rank_zero(lambda: to_resume(run.out_dir, run.args.train.resume, say=lambda line: None))
     while True:
-        shared = [run.resume]
-        dist.broadcast_object_list(shared)  # a file system may show ranks different newest ones
-        run = start_from(shared[0], run)
+        run = start_from(step_dir, run)
         if run.resume is None:
             return run, TrainState(decay_batch=run.decay_batch)
         try:
@@ -224,13 +225,17 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
             if how != "auto" and (is_of(run.out_dir, Path(how)) or not is_of(run.out_dir, run.resume)):
                 raise
             folder = run.resume.parent
-            earlier, _ = reader.newest(folder, before=run.resume)
-            if earlier is None:
+            step_dir = from_rank_zero(partial(_before, run.resume))
+            if step_dir is None:
                 hint = f"no step before it is complete; move {folder} away to start anew"
                 raise InputError(f"{error.problem}: {hint}") from None
             if dist.get_rank() == 0:
                 print(f"passed over: {error.problem}")
-            run = replace(run, resume=earlier)
+
+
+def _before(step_dir: Path) -> Path | None:
+    """Return the newest step before ``step_dir`` that looks complete."""
+    return reader.newest(step_dir.parent, before=step_dir)[0]
 
 
 def gradient_accumulation(train: TrainArgs, world_size: int) -> int:
