@@ -289,7 +289,7 @@ def test_the_earlier_export_is_removed_when_the_new_one_is_safe(tmp_path, monkey
 
     monkeypatch.setattr(os, "fsync", fsync)
     hf_folder.write(tmp_path / "out", given())
-    assert seen == [{"out", ".out.replaced"}]
+    assert seen == [{"out", ".out.lock", ".out.replaced"}]
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,7 +1,9 @@
 """Create an output folder completely or not at all; it replaces an earlier conversion, but never anything else."""
 
 import contextlib
+import fcntl
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,41 +28,80 @@ def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Pat
     """Yield a temporary folder that becomes ``output`` when the block succeeds, and is removed when it fails.
 
     Its files are synced to the disk first, and its mark holds ``metadata``. Raises InputError for an ``output`` that
-    is a file, cannot be created, has files that no conversion wrote, or holds the ``source``, which would be lost.
+    is a file, cannot be created, has files that no conversion wrote, holds the ``source``, which would be lost, or that
+    another conversion writes.
     """
     given, output = output, output.resolve()  # a name even for "."
-    try:
-        if output in (source.resolve(), *source.resolve().parents) and output.exists():
-            raise InputError(f"{given} holds {source}, which is to be converted: give another folder")
-        if output.exists() and not output.is_dir():
-            raise InputError(f"{output} is a file: give a folder that does not exist yet")
-        written = read_mark(output).get("files", ())
-        if foreign := sorted(path.name for path in output.glob("*") if path.name not in written):
+    with contextlib.ExitStack() as lock:
+        try:
+            if output in (source.resolve(), *source.resolve().parents) and output.exists():
+                raise InputError(f"{given} holds {source}, which is to be converted: give another folder")
+            if output.exists() and not output.is_dir():
+                raise InputError(f"{output} is a file: give a folder that does not exist yet")
+            if not output.parent.exists():  # if it is a file, the lock is refused as "not a directory"
+                output.parent.mkdir(parents=True, exist_ok=True)
+            lock.enter_context(_locked(output))
+            written = read_mark(output).get("files", ())
+            if foreign := sorted(path.name for path in output.glob("*") if path.name not in written):
+                raise InputError(
+                    f"{output} holds {printable(foreign[0])}, which no export wrote: "
+                    "give another folder, or move it away"
+                )
+            partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
+            for stale in (partial, replaced):
+                shutil.rmtree(stale, ignore_errors=True)
+            partial.mkdir()
+        except OSError as error:
+            raise InputError(f"cannot create {given}: {why(error)}: give a folder that can be written") from None
+        try:
+            yield partial
+            names = sorted([MARK, *(path.name for path in partial.iterdir())])
+            write_json(partial / MARK, {"tinyllama": __version__, **metadata, "files": names})
+            for path in [*partial.rglob("*"), partial]:
+                atomic.sync(path)
+            if output.exists():
+                output.rename(replaced)
+            partial.rename(output)
+        except BaseException as error:
+            shutil.rmtree(partial, ignore_errors=True)
+            if isinstance(error, OSError):  # a full disk
+                raise InputError(f"cannot write {given}: {why(error)}: make room, or give another folder") from None
+            raise
+        atomic.sync(output.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _locked(output: Path) -> Iterator[None]:
+    """Let one conversion at a time write ``output``, as its temporary names are fixed; InputError: another does.
+
+    The lock ends with the process that holds it, and the next conversion finds what that left by its name. Where there
+    are no locks, none is held.
+    """
+    path = output.with_name(f".{output.name}.lock")
+    with open(path, "ab") as file:  # for writing, without which NFS has no exclusive locks
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
             raise InputError(
-                f"{output} holds {printable(foreign[0])}, which no export wrote: give another folder, or move it away"
-            )
-        partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
-        for stale in (partial, replaced):
-            shutil.rmtree(stale, ignore_errors=True)
-        partial.mkdir(parents=True)
-    except OSError as error:
-        raise InputError(f"cannot create {given}: {error.strerror}: give a folder that can be written") from None
-    try:
-        yield partial
-        names = sorted([MARK, *(path.name for path in partial.iterdir())])
-        write_json(partial / MARK, {"tinyllama": __version__, **metadata, "files": names})
-        for path in [*partial.rglob("*"), partial]:
-            atomic.sync(path)
-        if output.exists():
-            output.rename(replaced)
-        partial.rename(output)
-    except BaseException as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        if isinstance(error, OSError):  # a full disk
-            raise InputError(f"cannot write {given}: {error.strerror}: make room, or give another folder") from None
-        raise
-    atomic.sync(output.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+                f"another conversion writes {output}: wait until it has ended, or give another folder"
+            ) from None
+        except OSError:
+            pass  # no locks on this file system
+        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
+            with _locked(output):  # the other one has ended just now and removed the file
+                yield
+            return
+        try:
+            yield
+        finally:
+            with contextlib.suppress(OSError):  # it does no harm: the next conversion locks and removes it
+                path.unlink()
+
+
+def why(error: OSError) -> str:
+    """Return what the system says of ``error``, or its text: one that a library raises may have no number."""
+    return error.strerror or printable(error)
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:

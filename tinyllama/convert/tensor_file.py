@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from tinyllama import InputError, __version__, atomic
+from tinyllama.convert import folder
 from tinyllama.convert.weights import Weights
 
 DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
@@ -53,5 +54,5 @@ def export(weights: Weights, file: Path) -> None:
             write(partial, weights.load(), metadata)
     except OSError as error:
         raise InputError(
-            f"cannot write {file} ({error.strerror}): give a file in a folder that can be written"
+            f"cannot write {file} ({folder.why(error)}): give a file in a folder that can be written"
         ) from None
