@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 import json
 import os
+import shutil
 from pathlib import Path
 
 import pytest
@@ -306,24 +307,84 @@ def test_a_file_of_weights_has_reached_the_disk_before_it_appears(disk, tmp_path
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
 
 
+def broken(error=ValueError):
+    """Weights whose last tensor cannot be read."""
+    state = weights()
+
+    def read(name):
+        if name == "lm_head.weight":
+            raise error("in the middle of it")
+        return state[name]
+
+    return dataclasses.replace(given(), read=read)
+
+
+def content(folder):
+    return {path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("write", [hf_folder.write, native.write])
+@pytest.mark.parametrize("mine", [False, True], ids=["missing", "empty"])
+def test_an_export_that_a_kill_left_under_its_other_name_is_put_back(write, mine, tmp_path):
+    write(tmp_path / "out", given())
+    before = content(tmp_path / "out")
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")  # killed between the two renames
+    (tmp_path / ".out.tmp").mkdir()
+    if mine:
+        (tmp_path / "out").mkdir()
+    with pytest.raises(ValueError, match="in the middle"):
+        write(tmp_path / "out", broken())
+    assert content(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+    (tmp_path / "out").rename(tmp_path / ".out.replaced")
+    write(tmp_path / "out", given(weights(seed=6)))
+    assert content(tmp_path / "out").keys() == before.keys()
+    assert content(tmp_path / "out") != before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+@pytest.mark.parametrize("error", [OSError(5, "Input/output error"), KeyboardInterrupt()])
+def test_the_earlier_export_is_put_back_when_the_new_one_does_not_get_its_name(error, tmp_path, monkeypatch):
+    hf_folder.write(tmp_path / "out", given())
+    before = content(tmp_path / "out")
+    real = os.rename
+
+    def rename(source, target, **options):
+        if Path(source).name == ".out.tmp":
+            raise error
+        real(source, target, **options)
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(KeyboardInterrupt if isinstance(error, KeyboardInterrupt) else InputError):
+        hf_folder.write(tmp_path / "out", given(weights(seed=6)))
+    assert content(tmp_path / "out") == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out"}
+
+
+def test_half_of_an_export_is_not_put_back(tmp_path, monkeypatch):
+    """One whose removal was killed after the new one had its name, and that one moved away."""
+    hf_folder.write(tmp_path / "out", given())
+    monkeypatch.setattr(shutil, "rmtree", lambda path, **options: None)  # the kill
+    hf_folder.write(tmp_path / "out", given())
+    monkeypatch.undo()
+    assert (tmp_path / ".out.replaced").is_dir()
+    (tmp_path / "out").rename(tmp_path / "moved")
+    with pytest.raises(ValueError, match="in the middle"):
+        hf_folder.write(tmp_path / "out", broken())
+    assert {path.name for path in tmp_path.iterdir()} == {"moved"}
+
+
 @pytest.mark.parametrize("error", [KeyboardInterrupt, ValueError])
 def test_what_goes_wrong_while_writing_leaves_what_was_there(error, tmp_path):
     hf_folder.write(tmp_path / "hf", given())
     tensor_file.export(given(), tmp_path / "file")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    state = weights()
-
-    def read(name):
-        if name == "lm_head.weight":  # the last one
-            raise error("in the middle of it")
-        return state[name]
-
-    broken = dataclasses.replace(given(), read=read)
     for write, output in ((hf_folder.write, "hf"), (native.write, "ours")):
         with pytest.raises(error):
-            write(tmp_path / output, broken)
+            write(tmp_path / output, broken(error))
     with pytest.raises(error):
-        tensor_file.export(broken, tmp_path / "file")
+        tensor_file.export(broken(error), tmp_path / "file")
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "file"}
 

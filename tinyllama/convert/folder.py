@@ -41,15 +41,16 @@ def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Pat
             if not output.parent.exists():  # if it is a file, the lock is refused as "not a directory"
                 output.parent.mkdir(parents=True, exist_ok=True)
             lock.enter_context(_locked(output))
+            partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
+            _put_back(replaced, output)
             written = read_mark(output).get("files", ())
             if foreign := sorted(path.name for path in output.glob("*") if path.name not in written):
                 raise InputError(
                     f"{output} holds {printable(foreign[0])}, which no export wrote: "
                     "give another folder, or move it away"
                 )
-            partial, replaced = (output.with_name(f".{output.name}.{word}") for word in ("tmp", "replaced"))
             for stale in (partial, replaced):
-                shutil.rmtree(stale, ignore_errors=True)
+                _remove(stale)
             partial.mkdir()
         except OSError as error:
             raise InputError(f"cannot create {given}: {why(error)}: give a folder that can be written") from None
@@ -63,12 +64,27 @@ def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Pat
                 output.rename(replaced)
             partial.rename(output)
         except BaseException as error:
-            shutil.rmtree(partial, ignore_errors=True)
+            _remove(partial)
+            with contextlib.suppress(OSError):  # the next conversion tries again
+                _put_back(replaced, output)
             if isinstance(error, OSError):  # a full disk
                 raise InputError(f"cannot write {given}: {why(error)}: make room, or give another folder") from None
             raise
         atomic.sync(output.parent)
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
+
+
+def _put_back(replaced: Path, output: Path) -> None:
+    """Give the earlier conversion its name again if it was set aside and no other has taken its place."""
+    if read_mark(replaced) and not any(output.glob("*")):
+        replaced.rename(output)
+
+
+def _remove(folder: Path) -> None:
+    """Remove ``folder``, its mark first: what is left when that is interrupted is not taken for a conversion."""
+    with contextlib.suppress(OSError):
+        (folder / MARK).unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextlib.contextmanager
