@@ -24,6 +24,9 @@ def main() -> None:
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces (32000)")
     flags.add_choice(parser)
     args = parser.parse_args()
+    if args.output.suffix == ".json":  # which is read as a tokenizer.json
+        model = args.output.with_suffix(".model")
+        raise InputError(f"--output {args.output}: a sentencepiece model does not end in .json: give {model}")
     # not Path.exists, which raises for a name that is too long
     kept = ", which was there and is left as it is" if os.path.exists(args.output) else ""
     if not kept:

@@ -241,6 +241,21 @@ def test_an_output_that_cannot_be_written_is_an_error(raw, trained):
     assert done.stderr.startswith(f"error: {trained}/tokenizer.model cannot be written (")
 
 
+def test_a_model_that_would_be_read_as_json_is_refused_before_training(raw, tmp_path, script):
+    output = tmp_path / "new" / "tokenizer.json"
+    said = (
+        f"error: --output {output}: a sentencepiece model does not end in .json: give {output.parent}/tokenizer.model"
+    )
+    assert script("train_tokenizer", "--source", *raw, "--output", output) == (2, "", f"{said}\n")
+    assert not output.parent.exists()
+
+
+@pytest.mark.parametrize("source", ["", ":content"])
+def test_a_source_without_a_path_is_refused_before_any_is_read(raw, tmp_path, script, source):
+    run = script("train_tokenizer", "--source", f"{raw[0]}:nope", source, "--output", tmp_path / "tokenizer.model")
+    assert run == (2, "", f"error: --source {source!r} is not a path: give one\n")
+
+
 def test_a_key_that_is_not_there_is_an_error(raw, tmp_path):
     done = run([f"{raw[0]}:nope"], tmp_path / "tokenizer.model", 380)
     assert done.returncode == 2

@@ -22,6 +22,9 @@ def train(sources: list[str], vocab_size: int, split: str | None = None, config_
     """
     import sentencepiece
 
+    for source in sources:
+        if not with_key(source)[0]:  # a shell variable that is not set
+            raise InputError(f"--source {source!r} is not a path: give one")
     long: Counter[str] = Counter()
     text = sample(bounded(lines(sources, split, config_name), MAX_BYTES, long), MAX_LINES)
     if long["lines"]:
