@@ -320,6 +320,18 @@ def test_the_mark_of_an_input_that_is_gone_goes_too(tmp_path, tokenizer_file):
     assert not (output / "b.jsonl.bad").exists()
 
 
+def test_files_of_other_programs_are_left_where_they_are(tmp_path, tokenizer_file):
+    source, output = write(tmp_path / "in", {"a.jsonl": ["a"]}), tmp_path / "out"
+    output.mkdir()
+    others = {"blocks.bad": "17\n", "lines.jsonl.bad": '{"text"', ".lock": "held by another program"}
+    for name, text in others.items():
+        (output / name).write_text(text)
+    for ending in (".json", ".txt"):
+        (output / f"dir{ending}.bad").mkdir()
+    pack(source, tokenizer_file, output)
+    assert {name: (output / name).read_text() for name in others} == others
+
+
 @pytest.mark.parametrize("ending", ["bin", "idx.npy", "json", "bad"])
 def test_what_the_killed_left_of_each_kind_of_file_is_removed(tmp_path, tokenizer_file, ending):
     source, output = write(tmp_path / "in", {"a.jsonl": ["a"], "b.jsonl": ["b"]}), tmp_path / "out"

@@ -29,7 +29,7 @@ from tinyllama.data.files import open_regular
 from tinyllama.data.metadata import MANIFEST, is_text, read_shard_info
 from tinyllama.prepare import progress
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
-from tinyllama.prepare.inputs import IN_TMPDIR, Fields, Input, Inputs, some
+from tinyllama.prepare.inputs import ENDINGS, IN_TMPDIR, Fields, Input, Inputs, some
 from tinyllama.prepare.progress import Info
 from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import Work, cores, over_workers
@@ -145,7 +145,8 @@ def _locked(output: Path, task: tuple[int, int] | None) -> Iterator[None]:
         finally:
             with contextlib.suppress(OSError):  # another task works on
                 fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                path.unlink()
+                if not os.fstat(file.fileno()).st_size:  # ours is empty
+                    path.unlink()
 
 
 def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) -> str:
@@ -188,8 +189,8 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
         figures = {key: total[key] for key in ("subsets", "dropped", "repaired")}
         packed.write_manifest(output, list(infos), **figures, skipped=sorted(bad), **recipe.origin)
-        for marker in output.glob(f"*{_BAD}"):  # of an input that was repaired or removed
-            if marker.name.removesuffix(_BAD) not in bad:
+        for marker in output.glob(f"*{_BAD}"):
+            if marker.name.removesuffix(_BAD) not in bad and _is_marker(marker):  # of an input that was removed
                 marker.unlink(missing_ok=True)
     empty = [infos[shard]["source"]["name"] for shard in sorted(infos) if _is_empty(infos[shard])]
     lines = [progress.table(total), *inputs.notes]
@@ -199,6 +200,12 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     took = duration(time.monotonic() - started)
     lines.append(f"{output}: {len(infos):,} shards ({len(made):,} new), {progress.counts(total)}, {took}")
     return "\n".join(lines)
+
+
+def _is_marker(path: Path) -> bool:
+    """Whether a file ``*.bad`` is one of ours, which names its input: other programs call files so, too."""
+    shard = path.name.removesuffix(_BAD)
+    return shard.lower().endswith(ENDINGS) and path.is_file() and shard in _reason(path).replace("/", "--")
 
 
 def _reason(marker: Path) -> str:
