@@ -348,16 +348,25 @@ def test_what_the_killed_left_of_each_kind_of_file_is_removed(tmp_path, tokenize
 def test_shards_of_no_input_are_refused_though_they_are_not_done(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", {"a.jsonl": ["a"]}), tmp_path / "out"
     pack(source, tokenizer_file, output)
-    for name in ("z.bin", "y.json"):
+    for name in ("z.idx.npy", "y.idx.npy"):  # what a shard begins with
         (output / name).touch()
     expected = (
-        f"{output}: 2 shards belong to no input (y, z): remove their files (NAME.*) or the whole folder, "
+        f"{output}: 2 shards belong to no input (y, z): remove their files (NAME.bin, NAME.idx.npy and NAME.json), "
         "or use another --output"
     )
     assert refused(source, tokenizer_file, output) == expected
-    (output / "z.bin").rename(output / "z.txt")
-    (output / "y.json").unlink()
+    (output / "z.idx.npy").rename(output / "z.bin")
+    (output / "y.idx.npy").rename(output / "y.json")
     assert "1 shards (0 new)" in pack(source, tokenizer_file, output)  # other files are none of ours
+
+
+def test_raw_data_in_the_output_folder_is_no_shard(tmp_path, tokenizer_file):
+    (tmp_path / "a.json").write_text('{"text": "a"}\n')
+    (tmp_path / "b.json").write_text('{"text": "b"}\n')
+    for new in (1, 0):
+        assert f"1 shards ({new} new)" in pack(tmp_path / "a.json", tokenizer_file, tmp_path)
+    assert shards(tmp_path) == {"a.json"}
+    assert (tmp_path / "b.json").read_text() == '{"text": "b"}\n'
 
 
 def test_the_manifest_is_gone_before_a_shard_changes(tmp_path, tokenizer_file, monkeypatch):

@@ -37,6 +37,7 @@ from tinyllama.throughput import duration
 from tinyllama.tokenizer import Tokenizer
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
+_INDEX = ".idx.npy"
 _BAD = ".bad"  # NAME.bad says why an input could not be packed
 _METADATA = {  # of NAME.json, besides those of every shard
     "source": {"name": is_text, "bytes": is_count},
@@ -179,7 +180,7 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     total = progress.total(infos.values())
     if task is None:
         if not total["documents"] and (count := total["dropped"].get("fraction")):
-            for shard, ending in product(infos, (".json", ".bin", ".idx.npy")):  # of no use to another share or seed
+            for shard, ending in product(infos, (".json", ".bin", _INDEX)):  # of no use to another share or seed
                 (output / f"{shard}{ending}").unlink(missing_ok=True)
             raise InputError(
                 f"{output}: none of {count:,} documents was drawn: give a larger share or another --seed (a .txt file "
@@ -253,11 +254,12 @@ def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> di
         return {}
     except OSError as error:
         raise InputError(f"{output}: {error.strerror}: give another --output") from None
-    shards = {file.rpartition(".")[0] for file in files if file.endswith((".bin", ".json")) and file != MANIFEST}
+    # a shard's first file, which no other program calls so: a .json may be somebody's raw data
+    shards = {file.removesuffix(_INDEX) for file in files if file.endswith(_INDEX)}
     if unknown := shards - {one.shard for one in inputs}:
         raise InputError(
             f"{output}: {len(unknown)} shards belong to no input ({some(sorted(unknown))}): "
-            "remove their files (NAME.*) or the whole folder, or use another --output"
+            "remove their files (NAME.bin, NAME.idx.npy and NAME.json), or use another --output"
         )
     infos = {}
     own = {one.shard for one in mine}
