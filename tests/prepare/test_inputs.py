@@ -7,6 +7,8 @@ import lzma
 import os
 import subprocess
 import sys
+import tarfile
+import zlib
 from pathlib import Path
 
 import fsspec
@@ -470,6 +472,16 @@ def test_a_remote_file_that_may_not_be_read_is_the_inputs_error(remote, error):
     one, fail = remote
     fail(error)
     with pytest.raises(InputError, match="^memory://.*a.jsonl: cannot be fetched .*: check it and run again"):
+        one.fetched().__enter__()
+
+
+@pytest.mark.parametrize("error", [zlib.error("invalid"), EOFError("short"), tarfile.ReadError("bad checksum")])
+def test_what_cannot_be_unpacked_is_the_inputs_error(remote, error):
+    one, fail = remote
+    fail(error)
+    with pytest.raises(
+        InputError, match="^memory://.*a.jsonl: cannot be fetched .*: it is damaged or encrypted: download"
+    ):
         one.fetched().__enter__()
 
 

@@ -242,6 +242,31 @@ def test_an_archive_is_read_where_it_is(archive, before):
     assert names(find_inputs(f"zip://::{before}{archive}", ENDINGS, ["deep"])) == ["deep/y.jsonl"]
 
 
+def _changed(archive: str, place: int, value: int) -> None:
+    """Change a byte of both headers of the first file in an archive."""
+    content = bytearray(Path(archive).read_bytes())
+    for header, offset in ((b"PK\3\4", 0), (b"PK\1\2", 2)):
+        content[content.index(header) + offset + place] = value
+    Path(archive).write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "said"),
+    [
+        (6, 1, "File 'x.jsonl' is encrypted, password required for extraction"),
+        (8, 99, "That compression method is not supported"),
+        (14, 0, "Bad CRC-32 for file 'x.jsonl'"),
+    ],
+)
+def test_a_damaged_or_encrypted_archive_is_the_inputs_error(archive, place, value, said):
+    _changed(archive, place, value)
+    (one,) = find_inputs(f"zip://*.jsonl::{archive}", ENDINGS)
+    with pytest.raises(InputError) as error:
+        one.fetched().__enter__()
+    hint = "it is damaged or encrypted: download it again, or unpack it and give the files"
+    assert str(error.value) == f"zip://x.jsonl::{archive}: cannot be fetched ({said}): {hint}"
+
+
 def test_patterns_and_caches_of_urls(tmp_path):
     touch(tmp_path, "a.jsonl", "b.txt")
     fs = fsspec.filesystem("memory")

@@ -5,10 +5,14 @@ A source is a folder or a file, local or at any URL that fsspec knows (``s3://``
 
 import errno
 import fcntl
+import lzma
 import os
 import re
 import shutil
+import tarfile
 import tempfile
+import zipfile
+import zlib
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -31,6 +35,8 @@ _ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$", re.IGNORECAS
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
 IN_TMPDIR = " ($TMPDIR)"  # what the file name of an OSError ends with, if not the output but that is full
 _REFUSED = (401, 403, 404, 410)  # a server's answers that are the same the next time
+# of an archive: its bytes are wrong, or compressed in a way that Python does not know
+_DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
 _LONGEST_NAME = 255 - len(".idx.npy.12345678.tmp")  # bytes that file systems leave for a shard's
 _NOT_UTF8 = re.compile("[\udc80-\udcff]")  # how Python names the bytes of a path that are not
 _SPLITS = "dataset_dict.json"  # beside the folders of the splits of a dataset that it saved
@@ -105,6 +111,9 @@ class Input:
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
                     raise OSError(error.errno, error.strerror, f"{folder}{IN_TMPDIR}") from None
                 what = f"{self.path}: cannot be fetched ({reason(error)})"
+                if isinstance(error, _DAMAGED) or "encrypted" in str(error):  # zipfile says so in a RuntimeError
+                    hint = "it is damaged or encrypted: download it again, or unpack it and give the files"
+                    raise InputError(f"{what}: {hint}") from None
                 status = getattr(getattr(error, "response", error), "status_code", 0)
                 if isinstance(error, FileNotFoundError | PermissionError) or status in _REFUSED:
                     raise InputError(f"{what}: check it and run again, what is done is kept") from None
