@@ -25,7 +25,9 @@ def main() -> None:
     """Parse, find the input files, prepare, print the summary."""
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
-    parser.add_argument("--split", default="train", help="folder of --source, or word of its files' names (train)")
+    parser.add_argument(
+        "--split", type=flags.split, default="train", help="folder of --source, or word of its files' names (train)"
+    )
     subsets = parser.add_mutually_exclusive_group()
     # StarCoder has the code
     subsets.add_argument("--exclude", default="RedPajamaGithub", help="subsets, with commas (default: RedPajamaGithub)")

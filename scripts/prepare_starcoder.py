@@ -17,9 +17,11 @@ def main() -> None:
     """Parse, find the input files, prepare, print the summary."""
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
-    parser.add_argument("--languages", default=".", help="folders of --source, with commas (default: every one)")
+    parser.add_argument(
+        "--languages", type=flags.folders, default=".", help="folders of --source, with commas (default: every one)"
+    )
     args = parser.parse_args()
-    inputs = find_inputs(args.source, (".parquet",), filter(None, args.languages.split(",")))
+    inputs = find_inputs(args.source, (".parquet",), args.languages)
     print(prepare(inputs, flags.fields(args, text_key="content"), flags.options(args)))
 
 

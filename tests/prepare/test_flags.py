@@ -13,7 +13,7 @@ from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.data.packed import open_packed
 from tinyllama.prepare import workers
-from tinyllama.prepare.flags import add_arguments, fields, options
+from tinyllama.prepare.flags import add_arguments, add_held_out, fields, options, parts
 from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.prepare import Options
 from tinyllama.tokenizer import Tokenizer
@@ -66,6 +66,7 @@ def test_fields():
         ("--workers 1", "workers", 1),
         ("--task 0/1", "task", (0, 1)),
         ("--task 10/12", "task", (10, 12)),
+        ("--task 999999/1000000", "task", (999999, 1000000)),
         ("--finish", "finish", True),
         ("--skip_bad_files 0", "skip_bad_files", 0),
         ("--skip_bad_files 12", "skip_bad_files", 12),
@@ -93,6 +94,10 @@ def test_a_flag_sets_its_option_and_no_other(flags, name, value):
         ("--task 1/2x", "is not I/N"),
         ("--task x1/2", "is not I/N"),
         ("--task ²/4", "is not I/N"),
+        ("--task 0/1000001", "argument --task: '0/1000001' is one of too many tasks: give an N up to 1,000,000"),
+        ("--task 99999999999999999999/999999999999999999999", "is one of too many tasks"),
+        ("--longest_document 0", "'0' is not a number of megabytes: give 1 to 1,000,000"),
+        ("--longest_document 1000001", "'1000001' is not a number of megabytes: give 1 to 1,000,000"),
         ("--seed x", "--seed"),
         ("--encoder slow", "--encoder"),
         ("--frac 0.5", "--frac"),
@@ -240,6 +245,22 @@ def test_what_is_wrong_is_exit_code_2(raw, tokenizer_file, script, one_process, 
     assert str(raw / "no.model") in err
 
 
+@pytest.mark.parametrize(
+    ("name", "flag", "said"),
+    [
+        ("slimpajama", "--split=", "'' is not a split: give its name, or leave the flag out"),
+        ("text", "--split=", "'' is not a split: give its name, or leave the flag out"),
+        ("starcoder", "--languages=", "'' names no folder: give some, or leave the flag out"),
+        ("starcoder", "--languages=,", "',' names no folder: give some, or leave the flag out"),
+    ],
+)
+def test_a_choice_of_nothing_is_refused(raw, tokenizer_file, script, name, flag, said):
+    required = ["--source", raw / name, "--tokenizer", tokenizer_file, "--output", raw / "out"]
+    line = f"error: argument {flag.partition('=')[0]}: {said}; prepare_{name}.py --help lists what there is\n"
+    assert script(f"prepare_{name}", *required, flag) == (2, "", line)
+    assert not (raw / "out").exists()
+
+
 def test_a_subset_that_slimpajama_does_not_have(raw, tokenizer_file, script):
     required = ["--source", raw / "slimpajama", "--tokenizer", tokenizer_file, "--output", raw / "out"]
     done = script("prepare_slimpajama", *required, "--exclude", "RedPajamaC4,RedPajamaGitHub")
@@ -272,6 +293,18 @@ def test_a_share_of_the_documents_is_held_out_in_a_folder_of_its_own(script, tok
     code, _, err = script("prepare_text", *paths, "--output", tmp_path / "mine")
     assert code == 2
     assert "mine: fraction was [0.2, 1.0] for shard all.jsonl and is 1.0 now" in err
+
+
+@pytest.mark.parametrize("output", [".", "below/.."])
+def test_what_is_held_out_of_the_current_folder_lies_beside_it(monkeypatch, tmp_path: Path, output: str) -> None:
+    (tmp_path / "mine" / "below").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "mine")
+    parser = cli.arguments("Prepare.")
+    add_arguments(parser)
+    add_held_out(parser)
+    args = parser.parse_args(["--source", "in", "--tokenizer", "b", "--output", output, "--held_out", "0.5"])
+    folders = [options.output for _, options in parts(args)]
+    assert folders == [tmp_path / "mine_held_out", Path(output)]
 
 
 def test_nothing_is_left_of_a_split_that_held_nothing_out(script, tokenizer_file, tmp_path: Path) -> None:

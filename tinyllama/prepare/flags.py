@@ -1,6 +1,7 @@
 """The flags that all prepare commands share."""
 
 import argparse
+import math
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,6 +14,9 @@ from tinyllama.prepare.encode import Choice
 from tinyllama.prepare.inputs import Fields
 from tinyllama.prepare.prepare import Options
 from tinyllama.prepare.workers import cores
+
+_MOST_MEGABYTES = 1_000_000  # of a document, as bytes far below what a 64-bit size can be; more are a typing error
+_MOST_TASKS = 1_000_000  # each has a byte of the lock
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,7 +38,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=0, help="which documents a fraction is (default: 0)")
     parser.add_argument(
         "--longest_document",
-        type=_at_least(1, "megabytes"),
+        type=_at_least(1, "megabytes", _MOST_MEGABYTES),
         default=32,
         metavar="MB",
         help="a longer line or row is an error; a worker may take eight times as much memory (default: 32)",
@@ -60,7 +64,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def add_choice(parser: argparse.ArgumentParser) -> None:
     """Add the flags that choose a part of a source."""
     parser.add_argument(
-        "--split", help="folder of --source, or word of its files' names (default: all; train of a dataset on the Hub)"
+        "--split",
+        type=split,
+        help="folder of --source, or word of its files' names (default: all; train of a dataset on the Hub)",
     )
     parser.add_argument("--config_name", default="", help="configuration of a dataset on the Hub (default: its own)")
 
@@ -95,9 +101,25 @@ def parts(args: argparse.Namespace, **more: Any) -> Iterator[tuple[Fields, Optio
     wanted, how = fields(args, **more), options(args)
     held_out = wanted.fraction * args.held_out
     if held_out:
-        folder = Path(f"{args.output}_held_out")
+        # beside it, which . and .. have no name for
+        output = args.output if args.output.name not in ("", "..") else args.output.resolve()
+        folder = Path(f"{output}_held_out")
         yield replace(wanted, fraction=held_out), options(argparse.Namespace(**vars(args) | {"output": folder}))
     yield replace(wanted, held_out=held_out), how
+
+
+def split(text: str) -> str:
+    """Return ``text``, the name of a split; the type of a flag."""
+    if not text:
+        raise argparse.ArgumentTypeError("'' is not a split: give its name, or leave the flag out")
+    return text
+
+
+def folders(text: str) -> list[str]:
+    """Return the folders that ``text`` names, with commas; the type of a flag."""
+    if not (found := [name for name in text.split(",") if name]):
+        raise argparse.ArgumentTypeError(f"{text!r} names no folder: give some, or leave the flag out")
+    return found
 
 
 def _source(text: str) -> str:
@@ -122,10 +144,11 @@ def _fraction(text: str) -> float:
     return value
 
 
-def _at_least(least: int, what: str) -> Callable[[str], int]:
+def _at_least(least: int, what: str, most: float = math.inf) -> Callable[[str], int]:
     def parse(text: str) -> int:
-        if not text.isdecimal() or int(text) < least:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: give {least} or more")
+        if not text.isdecimal() or not least <= int(text) <= most:
+            hint = f"give {least} or more" if most == math.inf else f"give {least} to {most:,}"
+            raise argparse.ArgumentTypeError(f"{text!r} is not a number of {what}: {hint}")
         return int(text)
 
     return parse
@@ -135,4 +158,6 @@ def _task(text: str) -> tuple[int, int]:
     match = re.fullmatch(r"(\d+)/(\d+)", text, re.ASCII)
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1: give 0/4 to 3/4 for four tasks")
+    if int(match[2]) > _MOST_TASKS:
+        raise argparse.ArgumentTypeError(f"{text!r} is one of too many tasks: give an N up to {_MOST_TASKS:,}")
     return int(match[1]), int(match[2])
