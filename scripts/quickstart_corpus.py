@@ -37,7 +37,7 @@ def docstrings(text: str) -> str:
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
-    except SyntaxError:  # a template, not a module
+    except (SyntaxError, ValueError, MemoryError, RecursionError):  # a template, or nested too deep for the parser
         return ""
     return "\n\n".join(filter(None, map(ast.get_docstring, nodes)))
 
@@ -77,11 +77,11 @@ def main() -> None:
     parser.add_argument("--library", type=Path, default=sysconfig.get_path("stdlib"), help="modules to take")
     args = parser.parse_args()
     mark = args.output / "corpus.json"
-    made_from = json.dumps({"python": platform.python_version(), "library": str(args.library)})
+    made_from = json.dumps({"python": platform.python_version(), "library": str(args.library)}).encode()
     with writing(args.output):
         if args.output.is_file():
             raise InputError(f"--output {args.output} is a file: give a folder")
-        whole = mark.exists() and mark.read_text(encoding="utf-8") == made_from
+        whole = mark.exists() and mark.read_bytes() == made_from
         if not whole:
             mark.unlink(missing_ok=True)
     if whole:
@@ -89,8 +89,10 @@ def main() -> None:
         return
     from pydoc_data.topics import topics
 
-    files = [p for p in sorted(args.library.rglob("*.py")) if not LEFT_OUT & {*p.relative_to(args.library).parts}]
-    modules = dict.fromkeys(text for p in files if (text := p.read_bytes().decode("utf-8", "ignore")).strip())
+    # a link may lead nowhere
+    found = [path for path in sorted(args.library.rglob("*.py")) if path.is_file()]
+    files = [path for path in found if not LEFT_OUT & {*path.relative_to(args.library).parts}]
+    modules = dict.fromkeys(text for path in files if (text := path.read_bytes().decode("utf-8", "ignore")).strip())
     if not modules:
         raise InputError(f"{args.library}: no Python sources in it: give --library the folder of a standard library")
     for held in (False, True):
@@ -103,7 +105,7 @@ def main() -> None:
         starcoder = [{"content": text} for text in code]
         write(args.output / ("starcoder_validation" if held else "starcoder"), HELD_CODE if held else CODE, starcoder)
     with writing(mark):
-        atomic.write(mark, made_from.encode())
+        atomic.write(mark, made_from)
 
 
 if __name__ == "__main__":

@@ -167,6 +167,33 @@ def test_what_is_prose_of_a_module(tmp_path, script):
     assert counts[f"{out}/slimpajama/train/{TRAIN[0]}"] == f"{len(rows(out, f'train/{TRAIN[0]}'))} documents"
 
 
+def test_modules_that_cannot_be_read_or_parsed_have_no_docstrings(tmp_path, script):
+    library, out = tmp_path / "in", tmp_path / "out"
+    library.mkdir()
+    doc = "x" * 201
+    texts = [f'"""{doc}"""\n', f'"""{doc}deep"""\n' + "a" + "()" * 3000, f'"""{doc}sum"""\n' + "-" * 50000 + "1"]
+    texts += [f'"""{doc}nul"""\n\0']
+    texts += [f"a = {number}\n" for number in range(60)]  # of which some are held out
+    for number, text in enumerate(texts):
+        (library / f"{number}.py").write_text(text)
+    (library / "link.py").symlink_to("nowhere.py")
+    (library / "folder.py").mkdir()
+    code, _, err = script("quickstart_corpus", "--output", out, "--library", library)
+    assert (code, err) == (0, "")
+    prose, held_prose, modules, held_modules = sides(out)
+    assert [text for name, text in prose + held_prose if name == "RedPajamaC4"] == [doc]
+    assert sorted(modules + held_modules) == sorted(texts)
+
+
+def test_a_mark_that_is_not_text_is_that_of_another_corpus(tmp_path, script):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.py").write_text("a = 1\n")
+    (tmp_path / "corpus.json").write_bytes(b"\xff")
+    code, said, _ = script("quickstart_corpus", "--output", tmp_path, "--library", tmp_path / "in")
+    assert (code, len(said.splitlines())) == (0, 8)
+    assert json.loads((tmp_path / "corpus.json").read_bytes())["library"] == str(tmp_path / "in")
+
+
 def test_another_python_or_library_makes_another_corpus(tmp_path, script):
     library, out = tmp_path / "in", tmp_path / "out"
     for folder in (library, out):
