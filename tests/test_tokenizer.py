@@ -280,7 +280,7 @@ def test_missing_names_the_paths_tried(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["tokenizer.model", "tokenizer.json"])
-@pytest.mark.parametrize("content", [b"", b"{}", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
+@pytest.mark.parametrize("content", [b"", b"null", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n"])
 def test_unreadable_is_one_line_with_the_remedy(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(InputError, match=rf"{name} is not a .*git lfs pull") as error:
@@ -295,6 +295,16 @@ def test_a_tiktoken_file_is_named_as_such(tmp_path):
     with pytest.raises(InputError) as error:
         Tokenizer(path)
     assert str(error.value) == f"{path} is a tiktoken file: give the tokenizer.json of the same model"
+
+
+@pytest.mark.parametrize("name", ["TOKENIZER.JSON", "tokenizer"])
+def test_a_tokenizer_json_by_another_name_is_to_be_renamed(hf_json, tmp_path, name):
+    path = tmp_path / name
+    path.write_bytes(Path(hf_json).read_bytes())
+    with pytest.raises(InputError) as error:
+        Tokenizer(path)
+    hint = "rename a tokenizer.json to end in .json, or fetch the sentencepiece model again"
+    assert str(error.value) == f"{path} is JSON: {hint}"
 
 
 def test_json_truncation_and_padding_are_ignored(tmp_path):

@@ -168,6 +168,9 @@ class Tokenizer:
             processor = None
         if re.match(rb"[\w+/]+=* \d+\r?\n", payload):
             raise InputError(f"{self.path} is a tiktoken file: give the tokenizer.json of the same model")
+        if processor is None and payload.startswith(b"{"):
+            hint = "rename a tokenizer.json to end in .json, or fetch the sentencepiece model again"
+            raise InputError(f"{self.path} is JSON: {hint}")
         if not payload or processor is None:  # sentencepiece takes an empty file for a model without pieces
             raise self._unreadable("a sentencepiece model")
         self.encoder, self.encoder_version = "sentencepiece", sentencepiece.__version__

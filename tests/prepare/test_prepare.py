@@ -301,8 +301,18 @@ def test_a_tokenizer_without_eos(tmp_path):
     bare = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "[UNK]": 1}, unk_token="[UNK]"))
     bare.save(str(tmp_path / "tokenizer.json"))
     (message,) = problems(write(tmp_path / "in"), tmp_path, tmp_path / "out")
-    assert "tokenizer.json: has no eos token" in message
+    hint = "give --no-eos, or name its eos_token in tokenizer_config.json"
+    assert message == f"{tmp_path}/tokenizer.json: has no eos token: {hint}"
     assert not (tmp_path / "out").exists()
+
+
+def test_a_sentencepiece_model_without_eos_is_told_of_no_other_file(tmp_path):
+    import sentencepiece
+
+    where = {"sentence_iterator": iter(["a b"]), "model_prefix": str(tmp_path / "tokenizer"), "minloglevel": 2}
+    sentencepiece.SentencePieceTrainer.train(**where, model_type="char", vocab_size=4, eos_id=-1)
+    (message,) = problems(write(tmp_path / "in"), tmp_path, tmp_path / "out")
+    assert message == f"{tmp_path}/tokenizer.model: has no eos token: give --no-eos"
 
 
 def test_the_tiny_fixture_packs_what_it_is_given(packed_folder):

@@ -222,9 +222,8 @@ def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Rec
     used = Tokenizer(options.tokenizer)
     for name, wanted, token in (("bos", options.bos, used.bos_id), ("eos", options.eos, used.eos_id)):
         if wanted and token is None:
-            raise InputError(
-                f"{used.path}: has no {name} token: give --no-{name}, or name its {name}_token in tokenizer_config.json"
-            )
+            named = f", or name its {name}_token in tokenizer_config.json" if used.encoder == "tokenizers" else ""
+            raise InputError(f"{used.path}: has no {name} token: give --no-{name}{named}")
     encoder = Encoder(used, options.encoder)
     slow = f"encoded by {encoder.name} at a tenth of the speed: {encoder.fell_back}" if encoder.fell_back else ""
     policy = {
