@@ -287,9 +287,8 @@ def check(args: PretrainArgs) -> ModelConfig:
     for source in args.data.sources:
         last = source.weight if source.final_weight is None else source.final_weight
         if any(bound_errors(source, "")) or max(source.weight, last) == 0:
-            errors.append(
-                f"data.sources: {source.path} has weight {source.weight}, at last {last}: one must be above 0"
-            )
+            rule = "both must be finite, none negative and one above 0"
+            errors.append(f"data.sources: {source.path} has weight {source.weight}, at last {last}: {rule}")
     folders: dict[str, str] = {}
     for path in (source.path for source in args.data.sources):
         if (real := os.path.realpath(path)) in folders:
