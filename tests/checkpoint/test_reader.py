@@ -127,6 +127,8 @@ def test_steps_are_ordered_by_number(saved: Path, tmp_path: Path) -> None:
         copy(saved, tmp_path / f"step-{step}", step)
     assert reader.newest(tmp_path) == (tmp_path / "step-10000", [])
     assert reader.newest(tmp_path / "nothing") == (None, [])
+    (tmp_path / "link").symlink_to(tmp_path)
+    assert reader.newest(tmp_path / "link") == (tmp_path / "link" / "step-10000", [])
 
 
 class Attack:

@@ -1,12 +1,15 @@
 """Runs whose checkpoints are damaged, or cannot be saved."""
 
 import json
+import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
-from runs import SHORT, column, tensors
+from processes import Process
+from runs import ROOT, SHORT, column, tensors
 
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import step_dir
@@ -61,6 +64,48 @@ def test_a_run_whose_every_step_is_damaged_does_not_start_anew(world, config_fil
         for answer in world(2)(*other):
             assert answer["problems"][0].startswith(f"{damage}: ")
         assert not (tmp_path / "other" / "metrics.csv").exists()
+
+
+@pytest.mark.parametrize(
+    ("put", "reason"),
+    [
+        (lambda path: path.symlink_to("unmounted"), "a link to nowhere"),
+        (lambda path: path.write_text("mine"), "Not a directory"),
+    ],
+    ids=["link", "file"],
+)
+def test_what_is_in_the_place_of_checkpoints_is_not_taken_for_none(put, reason, world, config_file, tmp_path) -> None:
+    out = tmp_path / "run"
+    out.mkdir()
+    (out / "metrics.csv").write_text("step,tokens\n4,1024\n")
+    put(out / "checkpoints")
+    hint = "mount its disk, allow reading it, or move it away"
+    for how in ("auto", "never"):
+        (answer,) = world(1)("train", "--config", config_file, "--out_dir", out, "--train.resume", how)
+        assert answer["problems"] == [f"cannot list the checkpoints in {out}/checkpoints ({reason}): {hint}"]
+    assert (out / "metrics.csv").read_text() == "step,tokens\n4,1024\n"
+    assert sorted(path.name for path in out.iterdir()) == ["checkpoints", "metrics.csv"]
+
+
+def test_checkpoints_that_may_not_be_listed_are_not_taken_for_none(config_file, tmp_path) -> None:
+    out = tmp_path / "run"
+    (out / "checkpoints").mkdir(parents=True)
+    (out / "metrics.csv").write_text("step,tokens\n4,1024\n")
+    command = [sys.executable, ROOT / "pretrain" / "train.py", "--config", config_file, "--out_dir", out, *SHORT]
+    if os.geteuid() == 0:  # who may read everything, unless this capability is taken away
+        if shutil.which("setpriv") is None:
+            pytest.skip("as root, needs setpriv")
+        command = ["setpriv", "--bounding-set=-dac_override,-dac_read_search", *command]
+    (out / "checkpoints").chmod(0o300)
+    process = Process(*command, cwd=ROOT, env=dict(os.environ, PYTHONPATH=str(ROOT)))
+    try:
+        code, said, errors = process.end()
+    finally:
+        (out / "checkpoints").chmod(0o700)
+    hint = "mount its disk, allow reading it, or move it away"
+    problem = f"cannot list the checkpoints in {out}/checkpoints (Permission denied): {hint}"
+    assert (code, said, errors) == (2, "", f"error: {problem}\n")
+    assert (out / "metrics.csv").read_text() == "step,tokens\n4,1024\n"
 
 
 def test_a_step_without_hashes_is_taken_and_that_is_said_once(world, config_file, tmp_path) -> None:

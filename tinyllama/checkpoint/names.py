@@ -1,7 +1,10 @@
 """Names of step directories: ``step-00005000``, at least eight digits, so that they sort by step."""
 
+import os
 import re
 from pathlib import Path
+
+from tinyllama import InputError
 
 
 def step_dir(folder: Path, step: int) -> Path:
@@ -22,5 +25,18 @@ def run_dir(step_dir: Path) -> Path:
 
 
 def step_dirs(folder: Path) -> list[tuple[int, Path]]:
-    """Return the steps in ``folder`` and their directories, complete or not, sorted by step."""
-    return sorted((step, path) for path in folder.glob("step-*") if (step := step_of(path)) is not None)
+    """Return the steps in ``folder`` and their directories, complete or not, sorted by step.
+
+    There are none if there is no folder. Raises InputError for one that cannot be listed, and for a file or a link to
+    nowhere in its place: a run that took this for no steps would start anew.
+    """
+    try:
+        with os.scandir(folder) as entries:
+            paths = [folder / entry.name for entry in entries]
+    except OSError as error:
+        if isinstance(error, FileNotFoundError) and not os.path.lexists(folder):
+            return []
+        reason = "a link to nowhere" if isinstance(error, FileNotFoundError) else error.strerror
+        hint = "mount its disk, allow reading it, or move it away"
+        raise InputError(f"cannot list the checkpoints in {folder} ({reason}): {hint}") from None
+    return sorted((step, path) for path in paths if (step := step_of(path)) is not None)
