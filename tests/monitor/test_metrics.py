@@ -151,6 +151,17 @@ def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:
     assert [path.name for path in run.out_dir.iterdir()] == ["metrics.csv"]
 
 
+def test_what_is_in_the_place_of_samples_jsonl_is_named(run: Run) -> None:
+    with RunLog(run, None, is_rank_zero=True) as log:
+        log.row({"step": 3, "tokens": 24, "loss": 7.0})
+    file = run.out_dir / "samples.jsonl"
+    file.mkdir()
+    reason = f"cannot rewrite {file} (it is there and is not a file): move it away or make room"
+    with pytest.raises(InputError, match=f"^{re.escape(reason)}$"):
+        RunLog(run, 3, is_rank_zero=True)
+    assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [7.0]
+
+
 def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     RunLog(run, None, is_rank_zero=True).event("start", "here we go", step=0)
     RunLog(run, 5, is_rank_zero=True).stop(step=7, reason="a spike")

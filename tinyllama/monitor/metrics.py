@@ -60,7 +60,7 @@ class RunLog:
     def __init__(self, run: Run, step: int | None, is_rank_zero: bool) -> None:
         """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
 
-        Raises InputError when metrics.csv cannot be read or written.
+        Raises InputError when metrics.csv or samples.jsonl cannot be read or written.
         """
         self._run = run
         self._is_rank_zero = is_rank_zero
@@ -77,18 +77,17 @@ class RunLog:
         self._console = Console(run.max_steps, step or 0)
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
         self._sources = source_columns([source.path for source in run.args.data.sources])
-        try:
+        with _rewriting(self._metrics):
             run.out_dir.mkdir(parents=True, exist_ok=True)
             rows, damage = ([], "") if step is None else read_until(self._metrics, step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
             names += [name for name in (rows[0] if rows else ()) if name.startswith(BY_SOURCE)]  # of other sources, too
             self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
             atomic.write(self._metrics, table := self._csv(rows, header=True))
-            if (samples := run.out_dir / "samples.jsonl").exists():
+        if (samples := run.out_dir / "samples.jsonl").exists():
+            with _rewriting(samples):
                 kept = [sample for sample in read_samples(samples) if step is not None and sample["step"] <= step]
                 atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
-        except OSError as error:
-            raise InputError(f"cannot rewrite {self._metrics} ({error.strerror}): move it away or make room") from None
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
         self._tail_at = table.rfind(b"\n", 0, -1) + 1 if rows else len(table)
         self._is_written = True
@@ -304,6 +303,15 @@ class RunLog:
             writer.writeheader()
         writer.writerows(rows)
         return text.getvalue().encode()
+
+
+@contextlib.contextmanager
+def _rewriting(file: Path) -> Iterator[None]:
+    """Turn an OSError of the block, which a temporary file beside ``file`` may have met, into InputError."""
+    try:
+        yield
+    except OSError as error:
+        raise InputError(f"cannot rewrite {file} ({error.strerror}): move it away or make room") from None
 
 
 def append_json(file: Path, *contents: dict[str, Any]) -> None:
