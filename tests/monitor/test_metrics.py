@@ -296,6 +296,20 @@ def test_each_source_has_a_column_of_its_own(paths: list[str], packed_folder: An
     assert second == first | {"step": 2}
 
 
+def test_a_renamed_source_keeps_its_counts_of_earlier_rows(run: Run) -> None:
+    tokens = run.config.block_size * 10
+    with RunLog(run, None, is_rank_zero=True) as log:
+        log.row({"step": 1, "tokens": tokens, "loss": 7.0, "tokens_per_second": 12.5})
+    run.args.data.sources[0] = Source("elsewhere/renamed")
+    for step in (1, 2):  # once renamed, it is resumed twice
+        with RunLog(run, step, is_rank_zero=True) as log:
+            log.row({"step": step + 1, "tokens": tokens * (step + 1), "loss": 6.0})
+    found = read_metrics(run.out_dir / "metrics.csv")
+    assert list(found[0]) == [*COLUMNS, "tokens_renamed", "tokens_packed"]
+    assert [row["tokens_packed"] for row in found] == [tokens, None, None]
+    assert [row["tokens_renamed"] for row in found] == [None, 2 * tokens, 3 * tokens]
+
+
 def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     two_ranks = dataclasses.replace(run, world=World(nodes=1, local_ranks=2, shard=2))
     show_summary("pretrain", start_summary(two_ranks, "master float32", ["here: ranks 0 1"]))

@@ -81,7 +81,8 @@ class RunLog:
             run.out_dir.mkdir(parents=True, exist_ok=True)
             rows, damage = ([], "") if step is None else read_until(self._metrics, step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
-            names += [name for name in (rows[0] if rows else ()) if name.startswith(BY_SOURCE)]  # of other sources, too
+            earlier = rows[0] if rows else ()  # their sources may have had other names
+            names += [name for name in earlier if name.startswith(("tokens_", *BY_SOURCE))]
             self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
             atomic.write(self._metrics, table := self._csv(rows, header=True))
         if (samples := run.out_dir / "samples.jsonl").exists():
