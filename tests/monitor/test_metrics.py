@@ -144,6 +144,34 @@ def test_a_file_that_is_removed_stops_nobody_and_is_told(run: Run, capsys: pytes
     ]
 
 
+def test_a_fresh_run_sets_aside_what_it_rewrites(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    files = [run.out_dir / name for name in ("metrics.csv", "samples.jsonl")]
+    before: dict[str, bytes] = {}
+    copies: dict[Path, bytes] = {}
+    for start in range(3):  # of the first of which there is nothing before
+        with RunLog(run, None, is_rank_zero=True) as log:
+            told = capsys.readouterr().out.splitlines()
+            new = sorted({*run.out_dir.glob("*.aside-*")} - copies.keys())
+            assert len(new) == (2 if start else 0)
+            said = "set aside: {} is what {} was before this run, which starts anew"
+            assert told == [said.format(*pair) for pair in zip(new, files, strict=False)]
+            copies |= {copy: before[copy.stem] for copy in new}
+            assert read_metrics(files[0]) == []
+            log.row({"step": 1, "tokens": 8, "loss": 7.0 + start})
+            log.samples(1, 8, [("a", f"b{start}")])
+        before = {file.name: file.read_bytes() for file in files}
+        capsys.readouterr()
+    assert {path: path.read_bytes() for path in run.out_dir.glob("*.aside-*")} == copies
+    events = [json.loads(line)["event"] for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert events == ["set_aside"] * 4
+    with RunLog(run, 0, is_rank_zero=True):  # resumed, what it drops will be done again
+        assert read_metrics(files[0]) == []
+    RunLog(run, None, is_rank_zero=True)  # of a header, there is nothing to lose
+    files[0].unlink()
+    RunLog(run, None, is_rank_zero=True)
+    assert {*run.out_dir.glob("*.aside-*")} == copies.keys()
+
+
 def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:
     (run.out_dir / "metrics.csv").mkdir(parents=True)
     with pytest.raises(InputError, match=r"^cannot rewrite .*/metrics.csv \(.*\): move it away or make room$"):
@@ -639,6 +667,7 @@ def test_the_time_left_does_not_count_the_first_step(
         log.row({"step": 6, "tokens": 48, "loss": 2.5}, seconds_left=6.0)
     expected = ["step 4/9  loss 3.0000  10s left", "step 6/9  loss 2.5000  6s left"]
     assert capsys.readouterr().out.splitlines() == expected
+    (run.out_dir / "metrics.csv").unlink()
     with RunLog(run, None, is_rank_zero=True) as log:
         steps(log, (60.0, [1]))
         log.row({"step": 1, "tokens": 8, "loss": 3.0}, seconds_left=480.0)

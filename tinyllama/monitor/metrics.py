@@ -35,7 +35,15 @@ from tinyllama.monitor.console import (
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
-from tinyllama.monitor.run_files import BY_SOURCE, COLUMNS, failed_save, read_metrics, read_samples, read_until
+from tinyllama.monitor.run_files import (
+    BY_SOURCE,
+    COLUMNS,
+    failed_save,
+    read_metrics,
+    read_samples,
+    read_until,
+    set_aside,
+)
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
@@ -60,6 +68,8 @@ class RunLog:
     def __init__(self, run: Run, step: int | None, is_rank_zero: bool) -> None:
         """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
 
+        What an earlier run has left in the files that a fresh one rewrites is set aside.
+
         Raises InputError when metrics.csv or samples.jsonl cannot be read or written.
         """
         self._run = run
@@ -77,16 +87,19 @@ class RunLog:
         self._console = Console(run.max_steps, step or 0)
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
         self._sources = source_columns([source.path for source in run.args.data.sources])
+        samples, aside = run.out_dir / "samples.jsonl", []
         with _rewriting(self._metrics):
             run.out_dir.mkdir(parents=True, exist_ok=True)
+            aside += set_aside(self._metrics) if step is None else []
             rows, damage = ([], "") if step is None else read_until(self._metrics, step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
             earlier = rows[0] if rows else ()  # their sources may have had other names
             names += [name for name in earlier if name.startswith(("tokens_", *BY_SOURCE))]
             self._columns = list(dict.fromkeys([*COLUMNS, *self._sources, *names]))
             atomic.write(self._metrics, table := self._csv(rows, header=True))
-        if (samples := run.out_dir / "samples.jsonl").exists():
+        if samples.exists():
             with _rewriting(samples):
+                aside += set_aside(samples) if step is None else []
                 kept = [sample for sample in read_samples(samples) if step is not None and sample["step"] <= step]
                 atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
@@ -95,6 +108,8 @@ class RunLog:
         self._best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=float("inf"))
         if run.args.log.on_event is not None:
             self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
+        for text in aside:
+            self.event("set_aside", text)
         if damage:
             self.event("metrics_damaged", damage)
         if run.args.log.wandb != "off":

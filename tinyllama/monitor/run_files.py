@@ -3,6 +3,7 @@
 import contextlib
 import csv
 import json
+import secrets
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,18 @@ def read_until(file: Path, step: int) -> tuple[list[dict[str, Any]], str]:
         atomic.write(copy := file.with_name("metrics.csv.damaged"), content)
         damage = f"{max(lines, 1) - len(rows)} lines of {file} cannot be read: {copy} is what it was"
     return [row for row in rows if row["step"] <= step], damage
+
+
+def set_aside(file: Path) -> list[str]:
+    """Copy a metrics.csv or samples.jsonl that has more than a header; return what to say of the copy, if there is one.
+
+    Each copy has a name of its own: that of a run of weeks survives a start that ends after a few rows.
+    """
+    content = file.read_bytes() if file.is_file() else b""
+    if not (content.partition(b"\n")[2] if content.startswith(b"step,") else content):
+        return []
+    atomic.write(copy := file.with_name(f"{file.name}.aside-{secrets.token_hex(4)}"), content)
+    return [f"set aside: {copy} is what {file} was before this run, which starts anew"]
 
 
 def read_metrics(file: Path) -> list[dict[str, Any]]:
