@@ -95,6 +95,16 @@ def test_a_learning_rate_that_was_changed_is_told(weights: Weights) -> None:
     assert f"| learning rate | {told} |" in model_card(weights, "mine", "mine")["README.md"]
 
 
+def test_weights_that_the_first_start_gave_are_named(weights: Weights) -> None:
+    """The last start need not give train.init_from again."""
+    state, hashed = reader.read_state(weights.path), reader.read_hashes(weights.path)
+    payload = hashes.seal(state | {"origin": {"resume": None, "init_from": "/models/older"}}, hashed)
+    (weights.path / "state.json").write_bytes(payload)
+    card = model_card(weights, "mine", "mine")["README.md"]
+    assert "pretrained further on 3,456 tokens (12 steps) with TinyLlama" in card
+    assert "| starts from | `older` |" in card
+
+
 def test_tokens_of_sources_are_of_the_step_that_is_named(weights: Weights) -> None:
     assert "| source | share of the samples | tokens |" in model_card(weights, "mine", "mine")["README.md"]
     metrics = weights.path.parents[1] / "metrics.csv"

@@ -13,6 +13,8 @@ import yaml
 from models import CONFIG, METADATA, given, weights
 
 from tinyllama import InputError
+from tinyllama.checkpoint import hashes, reader
+from tinyllama.checkpoint.resume import origin
 from tinyllama.config.args import DataArgs, ModelArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.convert import hf_folder
 from tinyllama.data.mixture import Mixture
@@ -149,10 +151,35 @@ def test_only_a_run_that_started_from_the_same_weights_goes_on(
     ):
         initial_weights(make_run(hf_dir, resume=resume))
     (resume / "config.yaml").write_text(json.dumps(settings | {"train": {"init_from": "somewhere/else"}}))
-    with pytest.raises(InputError, match="is of a run that started from somewhere/else, and train.init_from is"):
+    with pytest.raises(
+        InputError, match=f"is of a run that started from {Path.cwd()}/somewhere/else, and train.init_from is"
+    ):
         initial_weights(make_run(hf_dir, resume=resume))
     (resume / "config.yaml").write_text(json.dumps(settings | {"train": {"init_from": str(hf_dir)}}))
     monkeypatch.chdir(hf_dir.parent)
     for start in (hf_dir, Path("hf"), hf_dir / "../hf"):
         assert initial_weights(make_run(start, resume=resume)) is None  # its own checkpoint wins
     assert initial_weights(make_run(None, resume=resume)) is None
+
+
+def test_what_a_run_started_from_is_that_of_its_first_start(
+    make_run, hf_dir: Path, step_dir: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = shutil.copytree(step_dir, tmp_path / "out/checkpoints/step-00000012")
+    settings = yaml.safe_load((own / "config.yaml").read_text())
+    state, hashed = reader.read_state(own), reader.read_hashes(own)
+    assert hashed is not None
+    monkeypatch.chdir(hf_dir.parent)
+    began = origin(tmp_path / "out", None, {"resume": "auto", "init_from": "hf"})
+    assert began == {"resume": None, "init_from": str(hf_dir.resolve())}
+    (own / "state.json").write_bytes(hashes.seal(state | {"origin": began}, hashed))
+    monkeypatch.chdir(tmp_path)
+    for later in (None, "hf", "somewhere/else"):  # the settings of the last start do not count
+        (own / "config.yaml").write_text(json.dumps(settings | {"train": {"resume": "auto", "init_from": later}}))
+        assert initial_weights(make_run(hf_dir, resume=own)) is None
+        with pytest.raises(InputError, match=f"is of a run that started from {hf_dir}, and train.init_from is other"):
+            initial_weights(make_run(Path("other"), resume=own))
+        assert origin(tmp_path / "out", own, {"resume": "auto", "init_from": later}) == began
+        # a branch of it began from the same weights, and from the step
+        branch = origin(tmp_path / "branch", own, {"resume": str(own.relative_to(tmp_path)), "init_from": None})
+        assert branch == began | {"resume": str(own)}

@@ -1,6 +1,7 @@
 """The recipe, for real: what tiny models on CPU ranks compute, read and leave behind."""
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -361,6 +362,20 @@ def test_a_run_starts_from_given_weights_and_with_transformers_loss(
         world(2).train(*run, "--train.init_from", source, "--out_dir", again, "--train.max_steps", 6)
         assert column(again, "val_loss")[0] == column(out, "val_loss")[-1]
         assert [float(row["lr"]) for row in metrics(again) if row["lr"]][0] == pytest.approx(0.01 / 5)
+
+
+def test_init_from_may_be_left_out_at_a_start_and_given_again(
+    world, config_file: Path, hf_dir: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    run = ["--config", config_file, "--out_dir", out]
+    world(1).train(*run, "--train.init_from", os.path.relpath(hf_dir, ROOT), "--train.max_steps", 6)
+    world(1).train(*run, "--train.max_steps", 7)
+    assert "at step 7" in world(1).train(*run, "--train.init_from", hf_dir, "--train.max_steps", 8)
+    state = reader.read_state(out / "checkpoints/step-00000008")
+    assert state["origin"] == {"resume": None, "init_from": str(hf_dir)}
+    (problem,) = world(1)("train", *run, "--train.init_from", tmp_path / "other")[0]["problems"]
+    assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in problem
 
 
 def test_weights_that_do_not_fit_the_run_are_refused(world, config_file: Path, hf_dir: Path, tmp_path: Path) -> None:

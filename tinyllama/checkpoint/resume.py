@@ -8,7 +8,7 @@ from typing import Any
 from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint.reader import newest, read_settings, read_state, resolve
 
-ORIGINS = ("resume",)
+ORIGINS = ("resume", "init_from")
 """settings of train that say what a run begins from"""
 
 

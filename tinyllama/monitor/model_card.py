@@ -16,6 +16,7 @@ from typing import Any
 from tinyllama import InputError, __version__, printable
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir
+from tinyllama.checkpoint.resume import origin_of
 from tinyllama.checkpoint.state import is_count
 from tinyllama.convert.weights import Weights
 from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics
@@ -79,10 +80,16 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
 
 
 def _run_of(weights: Weights) -> tuple[Path | None, dict[str, Any], dict[str, Any]]:
-    """Return the folder, the settings and the state of the run that saved ``weights``; nothing for others' weights."""
+    """Return the folder, the settings and the state of the run that saved ``weights``; nothing for others' weights.
+
+    Its train.init_from is that of its first start, which a later one need not give again.
+    """
     if not (weights.path / "state.json").is_file():
         return None, {}, {}
-    return run_dir(weights.path), reader.read_settings(weights.path), reader.read_state(weights.path)
+    settings = reader.read_settings(weights.path)
+    if train := settings.get("train"):
+        train["init_from"] = origin_of(weights.path)["init_from"]
+    return run_dir(weights.path), settings, reader.read_state(weights.path)
 
 
 def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> list[tuple[str, ...]]:

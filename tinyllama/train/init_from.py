@@ -5,6 +5,7 @@ from pathlib import Path
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.resume import origin_of
 from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import NAMED_CONFIGS
 from tinyllama.convert.weights import Weights, open_weights, read_config
@@ -17,12 +18,13 @@ CHANGEABLE = ("block_size", "rope_base", "rope_condense_ratio")
 def with_sizes(args: PretrainArgs) -> PretrainArgs:
     """Return ``args`` with the sizes of the model of train.init_from, if given, but for those that ``args`` give.
 
-    A run that resumes has them in its own checkpoint, and needs the other one no more.
+    A run that resumes has them in its own checkpoint, and needs neither the other one nor the setting any more.
     """
-    if args.train.init_from is None:
-        return args
     own, _ = reader.newest(Path(args.out_dir) / "checkpoints")
-    config = read_config(args.train.init_from) if own is None else reader.read_model_config(own)
+    start = args.train.init_from or (own and origin_of(own)["init_from"])
+    if start is None:
+        return args
+    config = read_config(start) if own is None else reader.read_model_config(own)
     if config is None:
         return args
     name = config.name if args.model.name in NAMED_CONFIGS else args.model.name
@@ -34,15 +36,15 @@ def initial_weights(run: Run) -> Weights | None:
     """Open the weights of train.init_from; returns None for a run that draws them, or resumes its own checkpoint.
 
     A requeued job gives the same train.init_from again and must resume, so a checkpoint in its out_dir wins if it says
-    that its run started from there. Raises InputError for a checkpoint of any other run, and for weights that are not
-    of the run's sizes or were trained with another tokenizer.
+    that the first start of its run was from there. Raises InputError for a checkpoint of any other run, and for weights
+    that are not of the run's sizes or were trained with another tokenizer.
     """
     start = run.args.train.init_from
     if start is None:
         return None
     if run.resume is not None:
-        saved = reader.read_settings(run.resume).get("train", {}).get("init_from")
-        if saved is None or Path(saved).resolve() != Path(start).resolve():
+        saved = origin_of(run.resume)["init_from"]
+        if saved != str(Path(start).resolve()):
             raise InputError(
                 f"{run.resume} is of a run that started from {saved or 'weights it drew'}, and train.init_from is "
                 f"{start}: give another out_dir to start anew, or leave train.init_from out to go on"
