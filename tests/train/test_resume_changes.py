@@ -176,3 +176,26 @@ def test_a_decay_under_way_goes_on_by_the_sample(world, resumed, tmp_path: Path,
     again = branch(out, 10 + len(seen) - 3)
     world(1).train(*resumed[:2], "--out_dir", again, *TOKENS, *wsd, "--train.global_batch_size", batch)
     assert column(again, "lr") == column(out, "lr")
+
+
+# of the second start, at step 10: a warm-up that ends there, and one of less than what is done, at another batch
+WARM_UPS = {
+    "ends at once": ([], ["--optim.warmup_steps", 10], 80),
+    "has never ended": (["--optim.warmup_steps", 15], [*BATCH_4, "--optim.warmup_steps", 5], 40),
+}
+
+
+@pytest.mark.parametrize("case", WARM_UPS)
+def test_another_warm_up_is_the_same_after_an_interruption(world, first: Path, tmp_path: Path, case: str) -> None:
+    before, after, ended = WARM_UPS[case]
+    begun, straight = tmp_path / "begun", tmp_path / "straight"
+    flags = ["--config", first.with_name("data") / "run.yaml", *TOKENS]
+    world(1)("train_signalled", "10", 0, *flags, "--out_dir", begun, *before)
+    shutil.copytree(begun, straight)
+    world(1).train(*flags, "--out_dir", straight, *after, "--checkpoint.interval", 5, "--checkpoint.keep_last", "null")
+    again = branch(straight, 15)
+    world(1).train(*flags, "--out_dir", again, *after)
+    assert reader.read_state(step_dir(straight / "checkpoints", 15))["warmup_samples"] == ended
+    assert len(column(again, "lr")) == len(column(straight, "lr"))
+    for name in ("lr", "loss"):
+        assert column(again, name) == column(straight, name)

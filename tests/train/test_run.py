@@ -53,10 +53,10 @@ def after(run: Run, steps: int) -> TrainState:
     """What is done ``steps`` steps after the run's start."""
     step, batch, warmup = run.done.step + steps, run.args.train.global_batch_size, run.args.optim.warmup_steps
     samples = run.done.samples + steps * batch
-    ended = run.done.warmup_samples
+    settled = run.settled(run.done)
     if run.done.step < warmup <= step:
-        ended = samples - (step - warmup) * batch
-    return TrainState(step=step, samples=samples, tokens=samples * T, warmup_samples=ended, decay_batch=run.decay_batch)
+        settled.warmup_samples = samples - (step - warmup) * batch
+    return replace(settled, step=step, samples=samples, tokens=samples * T)
 
 
 # 20 of 40 steps at a batch of 8 are done: 160 of 320 samples
@@ -225,6 +225,48 @@ def test_a_warm_up_is_in_steps_whatever_their_batch(make_run) -> None:
     assert (run.lr_at(10), run.lr_at(21)) == (1.0, 0.1)
     resumed = replace(run, done=after(run, 8))
     assert [resumed.lr_at(step) for step in range(22)] == [run.lr_at(step) for step in range(22)]
+
+
+@pytest.mark.parametrize("decay_steps", [None, 5, 12])
+@pytest.mark.parametrize("budget", BUDGETS)
+def test_an_interruption_never_changes_a_learning_rate(make_run, budget, decay_steps: int | None) -> None:
+    """Whichever warm-up and batch a run has gone on with, at whichever step."""
+    interrupted = 0
+    for start, batch, before, warmup in itertools.product((3, 10), (8, 4, 12), (0, 2, 5, 10), (0, 2, 5, 10)):
+        done = after(make_run(**budget, warmup_steps=before, decay_steps=decay_steps), start)
+        settings = {**budget, "global_batch_size": batch, "warmup_steps": warmup, "decay_steps": decay_steps}
+        run = make_run(done, **settings)
+        rates = curve(run)
+        for later in range(run.steps_left + 1):
+            resumed = replace(run, done=after(run, later))
+            again = replace(run, done=after(resumed, min(1, resumed.steps_left)))  # at the next step once more
+            for at in (resumed, again):
+                left = {samples: lr for samples, lr in rates.items() if samples >= at.done.samples}
+                assert curve(at) == left, (settings, start, at.done)
+            interrupted += 1
+    assert interrupted > 2000
+
+
+def test_a_warm_up_ends_where_todays_does(make_run) -> None:
+    tokens = {"max_tokens": 320 * T}
+    done = after(make_run(**tokens, warmup_steps=2), 10)
+    assert done.warmup_samples == 16
+    for warmup, ended in {5: 16, 10: 80, 12: 96, 20: -1}.items():
+        assert after(make_run(done, **tokens, warmup_steps=warmup), 5).warmup_samples == ended
+    # the decay then begins there
+    assert make_run(done, **tokens, warmup_steps=10).lr_at(10) == 1.0
+    # one that has been shortened to less than what is done has none: 3 steps of 8 samples, and then of 4
+    done = after(make_run(**tokens, warmup_steps=10), 3)
+    run = make_run(done, **tokens, warmup_steps=2, global_batch_size=4)
+    assert [after(run, later).warmup_samples for later in (0, 1, 20)] == [16, 16, 16]
+
+
+def test_a_decay_that_does_not_fit_after_a_longer_warm_up_is_refused_at_once(make_run) -> None:
+    start = {"max_tokens": 325 * T - 3, "decay_steps": 12, "global_batch_size": 16}
+    done = after(make_run(**start), 10)
+    run = make_run(done, **start | {"global_batch_size": 4}, warmup_steps=10)
+    with pytest.raises(InputError, match=r"decay_steps 12 is more than the 10 steps between the run's warm-up and"):
+        assert run.max_steps
 
 
 @pytest.mark.parametrize("budget", BUDGETS)

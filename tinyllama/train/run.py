@@ -120,7 +120,7 @@ class Run:
         other batch sizes therefore counts as the steps of today's that it would have been.
         """
         train, done, warmup = self.args.train, self.done, self.args.optim.warmup_steps
-        if train.max_steps is not None or done.step <= warmup:
+        if train.max_steps is not None or done.step < warmup:
             return 0
         samples = done.samples - samples_of_warmup(self.args, done)
         return samples // train.global_batch_size - (done.step - warmup)
@@ -138,6 +138,11 @@ class Run:
         left = max(self.steps_left - 1, 1)  # from the next step to the last
         is_under_way = decay_steps * self.done.decay_batch > left * batch
         return self.done.decay_batch if is_under_way else min(batch, left * batch / decay_steps)
+
+    def settled(self, state: TrainState) -> TrainState:
+        """Return ``state`` with what fixes the schedule, so that a later resume has it and does not find it anew."""
+        ended = samples_of_warmup(self.args, self.done)
+        return replace(state, warmup_samples=ended, decay_batch=self.decay_batch)
 
     def resolved(self) -> dict[str, Any]:
         """The settings with the model's sizes written out: what config.yaml holds."""
@@ -214,9 +219,9 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
     while True:
         run = start_from(step_dir, run)
         if run.resume is None:
-            return run, TrainState(decay_batch=run.decay_batch)
+            return run, run.settled(TrainState())
         try:
-            state = replace(reader.load(run.resume, model, optimizer), decay_batch=run.decay_batch)
+            state = run.settled(reader.load(run.resume, model, optimizer))
             if model.scaling is not None:
                 model.scaling.resume(state.float8_exponents, run.resume)
             return run, state
@@ -302,7 +307,7 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
     stable_steps = steps - 1 - warmup
     batch = train.global_batch_size
     unit = done.decay_batch if done.decay_batch > 0 else batch
-    if train.max_steps is None and done.step > warmup and unit != batch:  # of the steps that decay_steps counts
+    if train.max_steps is None and done.step >= warmup and unit != batch:  # of the steps that decay_steps counts
         left = (steps - done.step + 1) * batch  # one more, as the budget was rounded to whole steps of either batch
         stable_steps = int((done.samples - samples_of_warmup(args, done) + left) / unit)
     if args.optim.decay_steps is not None and args.optim.decay_steps > stable_steps:
@@ -314,8 +319,15 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
 
 
 def samples_of_warmup(args: PretrainArgs, done: TrainState) -> int:
-    """Samples seen when the warm-up ended, which is over."""
-    return done.warmup_samples if done.warmup_samples >= 0 else done.samples * args.optim.warmup_steps // done.step
+    """Samples seen when the warm-up ended; -1 before that.
+
+    If it ends with the step that is done, what is recorded may be the end of another warm-up, which was shorter. If
+    none is recorded, as where a warm-up has been shortened to less than is done, its steps count at the mean batch.
+    """
+    warmup = args.optim.warmup_steps
+    if done.step <= warmup:
+        return done.samples if done.step == warmup else -1
+    return done.warmup_samples if done.warmup_samples >= 0 else done.samples * warmup // done.step
 
 
 def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int, accumulation: int) -> Mixture:
