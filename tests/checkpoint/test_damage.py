@@ -10,7 +10,7 @@ import resource
 import shutil
 import struct
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
+from dataclasses import asdict, fields
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,8 @@ from checkpoints import load_weights
 from tinyllama.checkpoint import hashes, reader
 from tinyllama.checkpoint.state import FIELDS, TrainState
 from tinyllama.checkpoint.writer import Checkpointer
+from tinyllama.config.args import PretrainArgs
+from tinyllama.train.anomaly import WINDOW
 
 SMALL = (".metadata", "config.yaml", "state.json")
 TENSORS = "__0_0.distcp"
@@ -238,6 +240,39 @@ def test_every_field_of_a_state_must_be_what_a_run_has_saved(step: Path) -> None
         for payload, good in ((json.dumps(plain).encode(), False), (forged, value in GOOD.get(name, []))):
             (step / "state.json").write_bytes(payload)
             assert (refusal(step) is None) == good, (name, value)
+
+
+# of 7 steps, 56 samples, and 448 tokens, which are the samples' blocks of 8
+NUMBERS: dict[str, tuple[dict[str, Any], str | None]] = {
+    "as many losses as are kept": ({"recent": [[5.0, 1.0]] * WINDOW}, None),
+    "more of them": ({"recent": [[5.0, 1.0]] * (WINDOW + 1)}, "its state.json says recent [[5.0, 1.0], [5.0, "),
+    "a warm-up that ends now": ({"warmup_samples": 56}, None),
+    "a warm-up that ends later": ({"warmup_samples": 57}, "its state.json says warmup_samples 57 of 56 samples"),
+    "more samples": ({"samples": 1000}, "its state.json says tokens 448 of 1000 samples of 8 tokens"),
+    "more tokens": ({"tokens": 2**61}, f"its state.json says tokens {2**61} of 56 samples of 8 tokens"),
+    "more of both": ({"samples": 1000, "tokens": 8000}, None),
+    "blocks of text": (
+        {"samples": 2**61, "model": {"block_size": "8"}},
+        f"its state.json says tokens 448 of {2**61} samples of '8' tokens",
+    ),
+    "blocks of which nothing is said": ({"model": None, "tokens": 449}, None),
+}
+
+
+@pytest.mark.parametrize("case", NUMBERS)
+def test_the_numbers_of_a_step_without_hashes_must_fit_each_other(case: str, old: Path) -> None:
+    numbers, why = NUMBERS[case]
+    (old / "state.json").write_text(json.dumps(reader.read_state(old) | numbers))
+    found = refusal(old)
+    assert (found and found[: len(why or "")]) == why
+
+
+def test_every_group_of_the_settings_holds_settings(old: Path) -> None:
+    settings = reader.read_settings(old)
+    for group, value in itertools.product((field.name for field in fields(PretrainArgs)), (5, None, "x", [1])):
+        (old / "config.yaml").write_text(yaml.safe_dump(settings | {group: value}))
+        is_group = group not in ("out_dir", "dry_run")
+        assert refusal(old) == (f"its config.yaml does not hold settings of {group}" if is_group else None)
 
 
 def test_the_hashes_must_be_there_or_not_at_all(step: Path) -> None:

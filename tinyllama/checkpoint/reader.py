@@ -28,12 +28,16 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from tinyllama import InputError, printable
 from tinyllama.checkpoint import hashes, metadata, names, state
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import ModelConfig
 
 FORMAT_VERSION = 1
 
 MOST_BYTES = {"state.json": 2**24, "config.yaml": 2**24, ".metadata": 2**30}
 """The first two have kilobytes, .metadata 0.2 MB a rank; what has more than this is none."""
+
+GROUPS = [field.name for field in dataclasses.fields(PretrainArgs) if dataclasses.is_dataclass(field.type)]
+"""what config.yaml has settings of"""
 
 TO_RESUME = "move it out of its folder, and the run goes on from the step before"
 """what to do about a damaged step that a run resumes from"""
@@ -101,8 +105,11 @@ def read_settings(step_dir: Path) -> dict[str, Any]:
         settings = yaml.load(_read(step_dir / "config.yaml"), _Loader)
     except (yaml.YAMLError, RecursionError) as error:
         raise ValueError(f"its config.yaml is no YAML: {error}") from error
-    if not isinstance(settings, dict) or not isinstance(settings.get("train", {}), dict):
+    if not isinstance(settings, dict):
         raise ValueError("its config.yaml does not hold settings")
+    for group in GROUPS:
+        if not isinstance(settings.get(group, {}), dict):
+            raise ValueError(f"its config.yaml does not hold settings of {group}")
     return settings
 
 

@@ -6,6 +6,8 @@ from typing import Any
 
 MOST_EXPONENT = 126
 """greatest power of two whose inverse fp32 holds without loss, too"""
+MOST_RECENT = 128
+"""steps in ``recent``: train/anomaly.py's WINDOW"""
 
 
 @dataclass
@@ -40,12 +42,21 @@ def from_json(content: dict[str, Any]) -> TrainState:
 
 
 def check_json(content: dict[str, Any]) -> None:
-    """Raise ValueError if a field of a state.json, if it is there, cannot be what a run has saved."""
+    """Raise ValueError if a field of a state.json, if it is there, cannot be what a run has saved.
+
+    A step of a version that saved no hashes has no other check.
+    """
     for name, holds in FIELDS.items():
         if name in content and not holds(content[name]):
             raise ValueError(f"its state.json says {name} {content[name]!r:.100}")
     if missing := [name for name in ("step", "samples", "tokens") if name not in content]:
         raise ValueError(f"its state.json has no {missing[0]}")
+    samples, tokens, ended = content["samples"], content["tokens"], content.get("warmup_samples", -1)
+    if ended > samples:
+        raise ValueError(f"its state.json says warmup_samples {ended} of {samples} samples")
+    block_size = (content.get("model") or {}).get("block_size")  # the same in all of a run
+    if block_size is not None and not (is_count(block_size) and tokens == samples * block_size):
+        raise ValueError(f"its state.json says tokens {tokens} of {samples} samples of {block_size!r:.100} tokens")
 
 
 def is_count(value: Any) -> bool:
@@ -98,7 +109,7 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "skipped_in_a_row": is_count,
     "warmup_samples": _is_count_or_unknown,
     "decay_batch": _is_batch_or_unknown,
-    "recent": lambda value: isinstance(value, list) and all(map(_is_pair, value)),
+    "recent": lambda value: isinstance(value, list) and len(value) <= MOST_RECENT and all(map(_is_pair, value)),
     "float8_exponents": lambda value: isinstance(value, list) and all(map(_is_exponent, value)),
     "world_size": lambda value: is_count(value) and value > 0,
     "data": _or_none(lambda value: isinstance(value, dict)),
