@@ -146,6 +146,12 @@ def test_recomputing_changes_memory_not_losses(train: Callable[..., list[float]]
         assert train(what, "--train.activation_checkpointing", what) == pytest.approx(kept, rel=2e-3)
 
 
+def test_flex_without_documents_is_computed_again(train: Callable[..., list[float]]) -> None:
+    kept = train("kept", "--ops.attention=flex")
+    again = train("again", "--ops.attention=flex", "--train.activation_checkpointing=selective")
+    assert again == pytest.approx(kept, rel=2e-3)
+
+
 def test_auto_says_what_it_chose(train: Callable[..., list[float]], tmp_path: Path) -> None:
     train("run", "--train.max_steps", 3)
     events = [json.loads(line) for line in (tmp_path / "run" / "events.jsonl").read_text().splitlines()]
