@@ -263,6 +263,7 @@ def saved(recipe, settings, step_dir):
         model = asdict(recipe.setup(settings).config)
         shutil.copytree(step_dir, target)
         state = reader.read_state(target) | {"data": facts, "model": model}
+        state["tokens"] = state["samples"] * model["block_size"]
         (target / "state.json").write_text(json.dumps(state))
         return target
 
