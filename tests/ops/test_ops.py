@@ -668,6 +668,7 @@ def test_selective_checkpointing_keeps_products_and_attention():
         aten._scaled_dot_product_efficient_attention.default,
         aten._scaled_dot_product_flash_attention.default,
         aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
         ours.flash_attn_4.default,
         ours.swiglu_quack.default,
         ours.float8_linear.default,

@@ -93,7 +93,8 @@ def test_a_long_document_is_one_document(tmp_path, tokenizer_file, monkeypatch):
     texts = ["the little llama walked along the river, " * 20, "a day", "1984\n" * 200]
     (tmp_path / "a.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
     tokenizer = Tokenizer(tokenizer_file)
-    recipe = prepare._Recipe(tmp_path, tokenizer_file, "sentencepiece", Fields(), FACTS)
+    policy = FACTS | {"tokenizer_sha256": tokenizer.sha256}
+    recipe = prepare._Recipe(tmp_path, tokenizer_file, "sentencepiece", Fields(), policy)
     info = prepare._packer(recipe)(*find_inputs(tmp_path, ENDINGS))
     documents = [[1, *tokenizer.encode(text), 2] for text in texts]
     assert np.fromfile(tmp_path / "a.jsonl.bin", "<u2").tolist() == sum(documents, [])
