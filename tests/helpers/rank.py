@@ -101,13 +101,12 @@ def watched(argv: list[str]) -> dict[str, Any]:
 
     class Watch(recipe.Watchdog):
         def __init__(self, out_dir: Path, **how: Any) -> None:
-            seen.update(how)
+            seen.update(how, owner=json.loads((run.out_dir / "OWNER.json").read_text()))
             super().__init__(out_dir, **how)
 
         def beat(self, step: int, phase: Any) -> None:
             if [step, phase] not in seen["beats"]:  # once for all batches of a validation
                 seen["beats"].append([step, phase])
-            seen["owner"] = json.loads((run.out_dir / "OWNER.json").read_text())
             super().beat(step, phase)
 
     class Saver(recipe.Checkpointer):
