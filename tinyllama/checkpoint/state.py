@@ -7,7 +7,7 @@ from typing import Any
 MOST_EXPONENT = 126
 """greatest power of two whose inverse fp32 holds without loss, too"""
 MOST_RECENT = 128
-"""steps in ``recent``: train/anomaly.py's WINDOW"""
+"""steps in ``recent``, by which train/anomaly.py judges the next"""
 
 
 @dataclass

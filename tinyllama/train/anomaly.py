@@ -12,10 +12,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.state import MOST_RECENT, TrainState
 from tinyllama.config.args import TrainArgs
 
-WINDOW = 128
+WINDOW = MOST_RECENT
 """Steps whose loss and gradient norm say what is usual; before there are as many, nothing is a spike."""
 
 
