@@ -14,7 +14,6 @@ from needs import a_gpu, float8_on_gpu
 from tinyllama.monitor.run_files import read_metrics
 
 ROOT = Path(__file__).parents[1]
-TOKENS_PER_STEP = 32 * 2048
 SIZES = ["--model.name", "tinyllama_120m", "--model.vocab_size", 2048, "--train.global_batch_size", 32]
 # So slow a rate that a run does not multiply small differences: with a warm-up of 50 steps to 4e-4 the gradient's norm
 # jumps, and two fp32 runs of which one starts from weights rounded to bf16 part by 3 % (12 layers, 256 wide).
@@ -68,6 +67,11 @@ def losses(rows: list[dict[str, str]]) -> dict[int, float]:
     return {int(row["step"]): float(row["loss"]) for row in rows if row["loss"] and int(row["step"]) > WARMUP}
 
 
+def held_out_losses(rows: list[dict[str, str]]) -> dict[int, float]:
+    """Held-out losses, by step."""
+    return {int(row["step"]): float(row["val_loss"]) for row in rows if row["val_loss"] and int(row["step"])}
+
+
 def test_bf16_fused_learns_what_fp32_and_upstreams_autocast_do(train: Train) -> None:
     fused = losses(train("fused", 200, *CALM))
     others = {
@@ -83,7 +87,13 @@ def test_bf16_fused_learns_what_fp32_and_upstreams_autocast_do(train: Train) -> 
 
 @float8_on_gpu
 def test_float8_learns_what_bf16_does(train: Train) -> None:
-    steps = 100_000_000 // TOKENS_PER_STEP
-    held_out = [float(train(name, steps, "--train.precision", name)[-1]["val_loss"]) for name in ("bf16", "float8")]
-    print(f"held-out loss after {steps * TOKENS_PER_STEP:,} tokens: bf16 {held_out[0]:.4f}, float8 {held_out[1]:.4f}")
-    assert held_out[1] == pytest.approx(held_out[0], rel=1e-2)
+    """Four epochs of the corpus, and no more: once a model knows it by heart, held-out losses are chance.
+
+    After 24 of them, at a training loss of 0.02, two runs in bf16 had 4.60 and 4.67, two in float8 4.62 and 4.56.
+    """
+    flags = [*CALM, "--eval.interval=250", "--train.precision"]
+    bf16, float8 = (held_out_losses(train(name, 1000, *flags, name)) for name in ("bf16", "float8"))
+    print(f"held-out losses, by step: bf16 {bf16}, float8 {float8}")
+    assert list(bf16) == [250, 500, 750, 1000]
+    assert bf16[1000] < bf16[750], "it no longer learns: these losses would not tell how well it does in float8"
+    assert float8 == pytest.approx(bf16, rel=1e-2)
