@@ -1,5 +1,6 @@
 """What a person is shown of a run, word by word."""
 
+import shlex
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -25,6 +26,7 @@ from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import (
     FORMATS,
     by_source,
+    changes_in_words,
     end_summary,
     mean_speed,
     numbers,
@@ -69,11 +71,11 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
         ("model", "tinyllama_1.1b: 1,100,048,384 parameters, context 8"),
         ("ranks", "here: ranks 0 1"),
         ("ranks", "there: ranks 2 3"),
-        ("weights", "copies: 2, ranks that share each: 2"),
+        ("weights", "2 copies, each sharded over 2 ranks"),
         ("dtypes", "all fp32"),
         ("slow", "bf16 is made for GPUs; on a CPU --train.precision fp32 can be ten times as fast"),
         ("ops", "attention sdpa, blocks not compiled"),
-        ("batch", "4 samples a step = 4 ranks x 2 x 1, 32 tokens"),
+        ("batch", "4 samples a step = 4 ranks x 2 micro-batches x 1 sample, 32 tokens"),
         ("length", f"10 steps, 40 samples, 320 tokens, {40 / 15:.2f} epochs"),
         ("data", f"{up}: {tokens[0]:,} tokens, {drawn[0] / 40:.2%} of the samples, {drawn[0] / 11:.2f} epochs"),
         ("data", f"{down}: {tokens[1]:,} tokens, {drawn[1] / 40:.2%} of the samples, {drawn[1] / 4:.2f} epochs"),
@@ -85,6 +87,41 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
             f"kept; 13.2 GB each, 5,000 GB free in {run.args.out_dir}",
         ),
     ]
+
+
+@pytest.mark.parametrize(
+    ("world", "expected"),
+    [
+        (World(1, 1, 1), "1 copy on 1 rank"),
+        (World(2, 8, 16), "1 copy, sharded over 16 ranks"),
+        (World(1, 8, 1), "8 copies, one on each rank"),
+        (World(2, 8, 8), "2 copies, each sharded over 8 ranks"),
+    ],
+)
+def test_the_start_summary_says_how_the_weights_lie_on_the_ranks(run: Run, world: World, expected: str) -> None:
+    assert dict(start_summary(replace(run, world=world), "all fp32", []))["weights"] == expected
+
+
+def test_the_start_summary_of_one_rank_speaks_of_one(run: Run) -> None:
+    alone = replace(run, world=World(1, 1, 1), accumulation=4)
+    assert dict(start_summary(alone, "", []))["batch"] == (
+        "4 samples a step = 1 rank x 4 micro-batches x 1 sample, 32 tokens"
+    )
+
+
+def test_changed_settings_are_written_as_in_a_yaml() -> None:
+    changes = {
+        "train.max_time": [25.0, None],
+        "train.compile": [None, True],
+        "train.resume": ["auto", "out/a run"],
+        "log.profile": [[], [10, 12]],
+        "optim.lr": [4e-4, 1e-05],
+        "data.validation": [[], [{"path": "da ta/t\u00e9xts"}]],
+    }
+    assert changes_in_words(changes) == (
+        "train.max_time 25.0 -> null, train.compile null -> true, train.resume auto -> out/a run, "
+        'log.profile [] -> [10, 12], optim.lr 0.0004 -> 1e-05, data.validation [] -> [{"path": "da ta/t\u00e9xts"}]'
+    )
 
 
 def test_a_summary_in_a_file_has_100_columns_and_whole_commands(
@@ -218,4 +255,18 @@ def test_the_end_summary_says_what_there_is_to_start_from(run: Run, monkeypatch:
         ("next", "python pretrain/train.py    # resumes from there"),
         ("", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"),
         ("", f"python scripts/report.py {run.out_dir}"),
+    ]
+
+
+def test_commands_of_the_end_summary_can_be_pasted_whatever_the_folder_is_called(run: Run, tmp_path: Path) -> None:
+    run = replace(run, args=replace(run.args, out_dir=str(tmp_path / "my runs/no. 1; $HOME")))
+    (run.out_dir / "checkpoints/step-00000010").mkdir(parents=True)
+    row = {"step": 10, "tokens": 1, "loss": 2.0}
+    summary = list(end_summary(run, [row], {"training": 1.0}, TrainState(step=10)))
+    commands = [shlex.split(text) for key, text in summary if key in ("next", "")]
+    folder = str(run.out_dir)
+    assert commands == [
+        ["python", "scripts/convert_lit_checkpoint.py", folder, f"{folder}/hf", "--tokenizer", "TOKENIZER"],
+        ["python", "scripts/generate.py", folder, "--tokenizer", "TOKENIZER", "--prompt", "TEXT"],
+        ["python", "scripts/report.py", folder],
     ]

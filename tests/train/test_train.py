@@ -127,9 +127,9 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world, config_file: Path, 
     out = tmp_path / "run"
     said = world(2).train("--config", config_file, "--out_dir", out, "--dry_run")
     assert "ranks 0 1" in said
-    assert "weights  copies: 1, ranks that share each: 2" in said
+    assert "weights  1 copy, sharded over 2 ranks" in said
     assert "dtypes   master float32, pass float32, reduction float32" in said
-    assert "8 samples a step = 2 ranks x 2 x 2, 256 tokens" in said
+    assert "8 samples a step = 2 ranks x 2 micro-batches x 2 samples, 256 tokens" in said
     assert not out.exists()
 
 
@@ -297,7 +297,7 @@ def test_plain_python_starts_its_own_ranks(config_file: Path, tmp_path: Path) ->
     flags = ["--out_dir", tmp_path / "run", "--train.max_steps", "6", "--train.precision", "bf16"]
     done = subprocess.run([*command, *flags], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "8 samples a step = 2 ranks x 2 x 2, 256 tokens" in done.stdout
+    assert "8 samples a step = 2 ranks x 2 micro-batches x 2 samples, 256 tokens" in done.stdout
     assert (tmp_path / "run" / "checkpoints" / "step-00000006" / "__1_0.distcp").exists()
     wrong = subprocess.run([*command, "--train.max_step", "6"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2

@@ -1,5 +1,6 @@
 """Print a run's progress: a summary at either end and, between them, a bar in a terminal or else plain lines."""
 
+import json
 import os
 import shlex
 import shutil
@@ -24,6 +25,7 @@ from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.ops import choice
 from tinyllama.throughput import duration
+from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
 Row = dict[str, float | None]
@@ -202,7 +204,7 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
         yield "ranks", host
-    yield "weights", f"copies: {run.world.copies}, ranks that share each: {run.world.shard}"
+    yield "weights", _layout(run.world)
     yield "dtypes", dtypes
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if device == "cpu" and args.train.precision != "fp32":
@@ -211,8 +213,9 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     yield "ops", f"{choice.describe(run.ops)}, blocks {'compiled' if compiled else 'not compiled'}"
     yield (
         "batch",
-        f"{args.train.global_batch_size} samples a step = {run.world.size} ranks x {run.accumulation} x "
-        f"{args.train.micro_batch_size}, {run.tokens_per_step:,} tokens",
+        f"{_count(args.train.global_batch_size, 'sample')} a step = {_count(run.world.size, 'rank')} x "
+        f"{_count(run.accumulation, 'micro-batch')} x {_count(args.train.micro_batch_size, 'sample')}, "
+        f"{run.tokens_per_step:,} tokens",
     )
     yield "length", _length(run, run.max_steps, samples)
     if run.resume:
@@ -237,8 +240,28 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
 
 
 def changes_in_words(changes: dict[str, list[Any]]) -> str:
-    """Return what ``resume.changed`` has found, as a line."""
-    return ", ".join(f"{key} {was} -> {now}" for key, (was, now) in changes.items())
+    """Return what ``resume.changed`` has found, as a line; values are written as in a YAML file."""
+
+    def value(setting: Any) -> str:
+        return setting if isinstance(setting, str) else json.dumps(setting, ensure_ascii=False)
+
+    return ", ".join(f"{key} {value(was)} -> {value(now)}" for key, (was, now) in changes.items())
+
+
+def _layout(world: World) -> str:
+    """Return how many copies of the weights there are, and on how many ranks each lies."""
+    if world.size == 1:
+        return "1 copy on 1 rank"
+    if world.shard == 1:
+        return f"{world.copies} copies, one on each rank"
+    copies = "1 copy," if world.copies == 1 else f"{world.copies} copies, each"
+    return f"{copies} sharded over {world.shard} ranks"
+
+
+def _count(number: int, noun: str) -> str:
+    if number == 1:
+        return f"1 {noun}"
+    return f"{number} {noun}{'es' if noun.endswith('ch') else 's'}"
 
 
 def _length(run: Run, steps: int, samples: int) -> str:
@@ -283,7 +306,7 @@ def end_summary(
     if traces := sorted(run.profile_dir.glob("steps-*.json.gz")):
         yield "traces", f"{len(traces)} in {run.profile_dir}, for {VIEWER}"
     yield from (("problem", problem) for problem in problems)
-    saved = step_dir(run.out_dir / "checkpoints", state.step)
+    saved, out_dir = step_dir(run.out_dir / "checkpoints", state.step), shlex.quote(str(run.out_dir))
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"
     if state.step < run.max_steps:
         from_where = f"starts from {run.resume} again" if run.resume else "starts anew"
@@ -293,12 +316,12 @@ def end_summary(
         else:
             yield "next", f"{same_command(run.world.launcher)}    # {from_where}"
     else:
-        hf = run.out_dir / "hf"
-        yield "next", f"python scripts/convert_lit_checkpoint.py {run.out_dir} {hf} --tokenizer TOKENIZER"
+        hf = shlex.quote(str(run.out_dir / "hf"))
+        yield "next", f"python scripts/convert_lit_checkpoint.py {out_dir} {hf} --tokenizer TOKENIZER"
     if saved.exists():
-        yield "", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"
+        yield "", f"python scripts/generate.py {out_dir} --tokenizer TOKENIZER --prompt TEXT"
     if rows:
-        yield "", f"python scripts/report.py {run.out_dir}"
+        yield "", f"python scripts/report.py {out_dir}"
 
 
 def batch_job() -> str | None:
