@@ -520,6 +520,24 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
     assert absent.problem(CPU) == "it needs no-such: pip install no-such, or choose another"
 
 
+@pytest.mark.parametrize(
+    ("backend", "command"),
+    [
+        (
+            attention.BACKENDS["flash_attn"],
+            "pip install wheel ninja packaging psutil && pip install --no-build-isolation flash-attn",
+        ),  # it is built with our torch
+        (attention.BACKENDS["flash_attn_4"], "pip install -e '.[hopper]'"),  # with what it needs of CUDA 13
+        (rms_norm.BACKENDS["quack"], "pip install -e '.[hopper]'"),
+        (ROPES["triton"], "pip install triton"),
+    ],
+)
+def test_a_backend_names_the_command_that_installs_its_library(monkeypatch, backend, command):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    monkeypatch.setattr("tinyllama.ops.backend.is_importable", lambda module: False)
+    assert backend.problem(torch.device("cuda")) == f"it needs {backend.package}: {command}, or choose another"
+
+
 def test_a_backend_is_left_to_models_of_its_sizes(monkeypatch):
     monkeypatch.setitem(choice.OPERATIONS["swiglu"], "eights", Backend(call=print, multiple=8))
     monkeypatch.setitem(choice.AUTO["cpu"], "swiglu", ("eights", "reference"))

@@ -1,3 +1,4 @@
+import importlib.metadata
 import os
 import re
 import subprocess
@@ -167,6 +168,33 @@ def test_a_library_that_works_and_some_that_are_not_there(stub: Any, monkeypatch
         doctor.Finding("note", "one", "not installed; for a test", "pip install one"),
         doctor.Finding("note", "two", "not installed, and no GPU to use it; for a test"),
     ]
+
+
+def test_libraries_are_recommended_for_the_gpus_that_use_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def absent(package: str) -> str:
+        raise importlib.metadata.PackageNotFoundError
+
+    monkeypatch.setattr(doctor.importlib.metadata, "version", absent)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    hints: dict[tuple[int, int], dict[str, str]] = {}
+    for capability in ((8, 0), (9, 0)):
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None, found=capability: found)
+        hints[capability] = {finding.name: finding.hint for finding in doctor.libraries() if finding.hint}
+    common = {
+        "lightning": "pip install lightning",
+        "transformers": "pip install transformers",
+        "flash-attn": "pip install wheel ninja packaging psutil && pip install --no-build-isolation flash-attn",
+        "xformers": "pip install xformers",
+        "triton": "pip install triton",
+        "gigatoken": "pip install gigatoken",
+        "wandb": "pip install wandb",
+        "lm-eval": "pip install lm-eval",
+    }
+    hopper = {"flash-attn-4": "pip install -e '.[hopper]'", "quack-kernels": "pip install -e '.[hopper]'"}
+    assert hints == {(8, 0): common, (9, 0): common | hopper}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
+    found = {finding.name: finding.text for finding in doctor.libraries()}
+    assert found["quack-kernels"] == "not installed, and for GPUs of compute capability 9.0 and more; for ops quack"
 
 
 @pytest.mark.parametrize(("version", "notes"), [("0.0.33.post1", 0), ("0.0.35", 1)])

@@ -10,6 +10,14 @@ from typing import Any
 
 import torch
 
+INSTALL = {
+    # its build imports torch and what else it needs
+    "flash-attn": "pip install wheel ninja packaging psutil && pip install --no-build-isolation flash-attn",
+    "flash-attn-4": "pip install -e '.[hopper]'",
+    "quack-kernels": "pip install -e '.[hopper]'",
+}
+"""commands that install a package, where it takes more than its name"""
+
 
 @dataclass(frozen=True)
 class Backend:
@@ -52,7 +60,7 @@ class Backend:
             if size % self.multiple:
                 return f"it takes multiples of {self.multiple}, the model's {key} is {size}: choose another, or auto"
         if self.module is not None and not is_importable(self.module):
-            return f"it needs {self.package}: pip install {self.package}, or choose another"
+            return f"it needs {self.package}: {install_command(str(self.package))}, or choose another"
         return None
 
     def version(self) -> str:
@@ -69,6 +77,11 @@ quack_backend = functools.partial(
     Backend, cuda=True, capability=(9, 0), multiple=8, module="quack", package="quack-kernels"
 )
 """An implementation that calls quack's kernels."""
+
+
+def install_command(package: str) -> str:
+    """Return the command that installs ``package``."""
+    return INSTALL.get(package, f"pip install {package}")
 
 
 def is_importable(module: str) -> bool:

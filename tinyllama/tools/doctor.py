@@ -25,6 +25,7 @@ from tinyllama import InputError
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import named_config
 from tinyllama.ops import choice, float8
+from tinyllama.ops.backend import install_command
 from tinyllama.throughput import peak_flops, usual_rates
 from tinyllama.tools import rates
 
@@ -50,6 +51,7 @@ class Library:
     purpose: str  # the setting or command that uses it
     trial: str  # code of a tiny call
     gpu: bool = False  # whether it needs a GPU
+    capability: tuple[int, int] = (0, 0)  # least compute capability of that GPU
 
 
 KERNEL = """
@@ -66,8 +68,8 @@ LIBRARIES = (
     Library("lightning", "training", "from lightning.fabric.strategies import ModelParallelStrategy"),
     Library("transformers", "conversion and evaluation", "from transformers import LlamaForCausalLM"),
     Library("flash-attn", "ops.attention flash_attn", KERNEL.format("flash_attn", *FLASH), gpu=True),
-    Library("flash-attn-4", "ops.attention flash_attn_4", KERNEL.format("flash_attn.cute", *FLASH), gpu=True),
-    Library("quack-kernels", "ops quack", KERNEL.format("quack.gemm_interface", *GATED), gpu=True),
+    Library("flash-attn-4", "ops.attention flash_attn_4", KERNEL.format("flash_attn.cute", *FLASH), True, (9, 0)),
+    Library("quack-kernels", "ops quack", KERNEL.format("quack.gemm_interface", *GATED), True, (9, 0)),
     Library("xformers", "ops.swiglu xformers", "from xformers.ops import SwiGLU", gpu=True),
     Library("triton", "torch.compile on a GPU and float8", "import triton; triton.next_power_of_2(3)", gpu=True),
     Library("gigatoken", "data preparation, 10 times as fast", "import gigatoken"),
@@ -269,7 +271,12 @@ def _try(library: Library) -> Finding:
     except importlib.metadata.PackageNotFoundError:
         if library.gpu and not torch.cuda.is_available():
             return Finding(NOTE, package, f"not installed, and no GPU to use it; {purpose}")
-        return Finding(NOTE, package, f"not installed; {purpose}", f"pip install {package}")
+        if library.gpu and torch.cuda.get_device_capability() < library.capability:
+            least = ".".join(map(str, library.capability))
+            return Finding(
+                NOTE, package, f"not installed, and for GPUs of compute capability {least} and more; {purpose}"
+            )
+        return Finding(NOTE, package, f"not installed; {purpose}", install_command(package))
     except subprocess.TimeoutExpired:
         text = f"{version}, not known whether it works: its trial was not over after {TRIAL_SECONDS} s, at {_load()}"
         return Finding(NOTE, package, text, IDLE)
@@ -308,7 +315,7 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
     """Check that the variables of a Slurm job are what a launch needs."""
     if "SLURM_JOB_ID" not in env:
         if shutil.which("sbatch"):
-            yield Finding(OK, "slurm", "here, and this is no job of it")
+            yield Finding(OK, "slurm", "found; this process is not in a job")
         return
     yield Finding(OK, "slurm", f"job {env['SLURM_JOB_ID']} on {env.get('SLURM_JOB_NODELIST', '?')}")
     if "SLURM_NTASKS" in env and "," in (layout := env.get("SLURM_TASKS_PER_NODE", "")):
