@@ -21,9 +21,11 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a run's YAML; its settings can be given as flags, too")
     parser.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(plan.GPUS)}")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="(8)")
-    parser.add_argument("--network_gbps", type=float, help="Gbit/s of network per GPU (usual for the kind)")
-    parser.add_argument("--mfu", type=float, help="share of the dense peak that one GPU reaches (usual for the kind)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of a node (default: 8)")
+    parser.add_argument("--network_gbps", type=float, help="Gbit/s of network per GPU (default: usual for the kind)")
+    parser.add_argument(
+        "--mfu", type=float, help="share of the dense peak that one GPU reaches (default: usual for the kind)"
+    )
     parser.add_argument("--benchmark", type=Path, help="a file of benchmark_step.py's lines, instead of --mfu")
     ours, settings = parser.parse_known_args()
     args = cli.parse(PretrainArgs, ["--config", ours.config, *settings])
@@ -33,12 +35,19 @@ def main() -> None:
     for name in ("gpus", "gpus_per_node", "network_gbps"):
         if getattr(ours, name) is not None and not getattr(ours, name) > 0:
             raise InputError(f"--{name} {getattr(ours, name)} must be greater than 0")
-    if ours.gpus > ours.gpus_per_node and ours.gpus % ours.gpus_per_node:
-        raise InputError(f"--gpus {ours.gpus} does not fill nodes of --gpus_per_node {ours.gpus_per_node}")
+    per_node = ours.gpus_per_node
+    if ours.gpus > per_node and ours.gpus % per_node:
+        full = ours.gpus // per_node * per_node
+        fitting = next(number for number in range(per_node, 0, -1) if ours.gpus % number == 0)
+        raise InputError(
+            f"--gpus {ours.gpus} does not fill nodes of --gpus_per_node {per_node}: give --gpus {full} or "
+            f"{full + per_node}, or --gpus_per_node {fitting}"
+        )
     gpu = plan.GPUS[ours.gpu]
-    cluster = plan.Cluster(gpu, ours.gpus, ours.gpus_per_node, ours.network_gbps or gpu.network)
+    cluster = plan.Cluster(gpu, ours.gpus, per_node, ours.network_gbps or gpu.network)
     if ours.gpus % cluster.shard(args.parallel.shard):
-        raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs")
+        valid = ", ".join(str(number) for number in range(1, ours.gpus + 1) if ours.gpus % number == 0)
+        raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs; valid: {valid}")
     gradient_accumulation(args.train, ours.gpus)  # raises for a batch that train.py would refuse
     rate, source = plan.rate_of_one(config, gpu, ours.mfu, ours.benchmark)
     print(*plan.summary(args, config, cluster, rate, source), sep="\n")

@@ -566,8 +566,14 @@ def test_the_script() -> None:
             ["--gpus", "256", "--gpu", "h200"],
             "error: train.global_batch_size 1024 is not a multiple of 256 ranks x train",
         ),
-        (["--gpus", "12", "--gpu", "h200"], "error: --gpus 12 does not fill nodes of --gpus_per_node 8"),
-        (["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"], "error: parallel.shard 5 does not divide 16 GPUs"),
+        (
+            ["--gpus", "12", "--gpu", "h200"],
+            "error: --gpus 12 does not fill nodes of --gpus_per_node 8: give --gpus 8 or 16, or --gpus_per_node 6\n",
+        ),
+        (
+            ["--gpus", "16", "--gpu", "h200", "--parallel.shard", "5"],
+            "error: parallel.shard 5 does not divide 16 GPUs; valid: 1, 2, 4, 8, 16\n",
+        ),
     ],
 )
 def test_bad_input(flags: list[str], problem: str, monkeypatch: Any, capsys: Any) -> None:
