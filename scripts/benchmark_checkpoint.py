@@ -27,9 +27,9 @@ from tinyllama.model import GPT
 def main() -> None:
     """Parse the flags, measure and print."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("--model", default="tinyllama_120m", help="named size (tinyllama_120m)")
-    parser.add_argument("--rounds", type=int, default=3, help="measured saves of each kind (3)")
-    parser.add_argument("--folder", help="folder on the disk to measure (the system's folder for temporary files)")
+    parser.add_argument("--model", default="tinyllama_120m", help="named size (default: tinyllama_120m)")
+    parser.add_argument("--rounds", type=int, default=3, help="measured saves of each kind (default: 3)")
+    parser.add_argument("--folder", help="folder on the disk to measure (default: the system's for temporary files)")
     args = parser.parse_args()
     config = named_config(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"

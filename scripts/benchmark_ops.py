@@ -111,8 +111,10 @@ def ceilings() -> list[dict[str, Any]]:
 def main() -> None:
     """Parse the flags, measure and print."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("--model", default="tinyllama_1.1b", help="named size that gives the shapes (tinyllama_1.1b)")
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="sequences (16)")
+    parser.add_argument(
+        "--model", default="tinyllama_1.1b", help="named size that gives the shapes (default: tinyllama_1.1b)"
+    )
+    parser.add_argument("--micro_batch_size", type=int, default=16, help="sequences (default: 16)")
     parser.add_argument("--operation", choices=OPERATIONS, action="append", help="only this one; may be repeated")
     args = parser.parse_args()
     if not torch.cuda.is_available():

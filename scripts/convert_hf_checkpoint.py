@@ -18,7 +18,7 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     parser.add_argument("hf_dir", type=Path, help="config.json with safetensors or .bin files")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier conversion there is replaced")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as in the folder)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the folder)")
     verify = "compare logits with transformers', and write nothing if they differ (the default)"
     parser.add_argument("--verify", action=BooleanOptionalAction, default=True, help=verify)
     args = parser.parse_args()

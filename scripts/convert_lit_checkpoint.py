@@ -27,7 +27,7 @@ def main() -> None:
     parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or upstream's .pth")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier export there is replaced")
     parser.add_argument("--tokenizer", help="the file that the data was prepared with, to be exported too")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights (as in the checkpoint)")
+    parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
     parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N steps up to it, in float32")
     verify = "compare logits and token ids with transformers', and write nothing if they differ (the default)"
     parser.add_argument("--verify", action=BooleanOptionalAction, default=True, help=verify)

@@ -12,7 +12,9 @@ from tinyllama.config import cli
 def main() -> int:
     """Parse the flags, check the machine and print the findings."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("--out_dir", type=Path, default=Path("out"), help="where runs will be written (out)")
+    parser.add_argument(
+        "--out_dir", type=Path, default=Path("out"), help="folder that runs will be written to (default: out)"
+    )
     args = parser.parse_args()
     try:
         from tinyllama.tools import doctor

@@ -25,7 +25,7 @@ def main() -> None:
     parser.add_argument("--include_path", type=Path, help="folder with YAML files of further tasks")
     parser.add_argument("--perplexity", type=Path, metavar="DIR", help="a packed dataset, or a folder of texts")
     parser.add_argument("--watch", action="store_true", help="evaluate every checkpoint of the run as it appears")
-    parser.add_argument("--batch_size", type=int, default=16, help="requests or samples at once (16)")
+    parser.add_argument("--batch_size", type=int, default=16, help="requests or samples at once (default: 16)")
     parser.add_argument("--allow_code_execution", action="store_true", help="let humaneval run what the model writes")
     args = parser.parse_args()
     tasks, left_out = harness.resolve([name for name in args.tasks.split(",") if name], args.allow_code_execution)

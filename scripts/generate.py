@@ -19,16 +19,23 @@ from tinyllama.model import from_weights
 def main() -> None:
     """Parse the flags, generate, and print the texts to stdout and the speed to stderr."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or a HF folder")
+    parser.add_argument(
+        "checkpoint", help="a step directory, a run's out_dir for its newest step, or a Hugging Face folder"
+    )
     parser.add_argument("--tokenizer", required=True, help="the file that the data was prepared with")
     parser.add_argument("--prompt", required=True, action="append", help="the beginning of the text; may be repeated")
-    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add (100)")
-    parser.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token; above 0: sample (0)")
-    parser.add_argument("--top_k", type=int, help="sample from this many likeliest tokens (all)")
+    parser.add_argument("--max_new_tokens", type=int, default=100, help="tokens to add (default: 100)")
     parser.add_argument(
-        "--top_p", type=float, default=1.0, help="sample from the likeliest tokens that reach this probability (1)"
+        "--temperature", type=float, default=0.0, help="0: the likeliest token; above 0: sample (default: 0)"
     )
-    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (0)")
+    parser.add_argument("--top_k", type=int, help="sample from this many likeliest tokens (default: all)")
+    parser.add_argument(
+        "--top_p",
+        type=float,
+        default=1.0,
+        help="sample from the likeliest tokens that reach this probability (default: 1)",
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed of the sampling (default: 0)")
     args = parser.parse_args()
     weights = open_weights(args.checkpoint)
     config = weights.config

@@ -26,7 +26,10 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
     parser.add_argument(
-        "--split", type=flags.split, default="train", help="folder of --source, or word of its files' names (train)"
+        "--split",
+        type=flags.split,
+        default="train",
+        help="folder of --source, or word of its files' names (default: train)",
     )
     subsets = parser.add_mutually_exclusive_group()
     # StarCoder has the code

@@ -15,7 +15,9 @@ def main() -> None:
     """Parse the flags, write the report, and print the first run's loss and the report's path."""
     parser = cli.arguments(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="out_dir of each run")
-    parser.add_argument("--output", type=Path, help="the file to write (report.html in the first run's out_dir)")
+    parser.add_argument(
+        "--output", type=Path, help="the file to write (default: report.html in the first run's out_dir)"
+    )
     args = parser.parse_args()
     output = args.output or args.runs[0] / "report.html"
     report.write(args.runs, output)

@@ -21,7 +21,7 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     parser.add_argument("--source", nargs="+", required=True, metavar="PATH[:KEY]", help="raw text")
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
-    parser.add_argument("--vocab_size", type=int, default=32000, help="pieces (32000)")
+    parser.add_argument("--vocab_size", type=int, default=32000, help="pieces of the vocabulary (default: 32000)")
     flags.add_choice(parser)
     args = parser.parse_args()
     if args.output.suffix == ".json":  # which is read as a tokenizer.json

@@ -32,10 +32,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos")
     parser.add_argument(
-        "--encoder", choices=get_args(Choice), default="auto", help="all give the same tokens; default: the fastest"
+        "--encoder", choices=get_args(Choice), default="auto", help="all give the same tokens (default: the fastest)"
     )
     parser.add_argument("--fraction", type=_fraction, default=1.0, help="share of the documents to keep (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="which documents a fraction is (default: 0)")
+    parser.add_argument("--seed", type=int, default=0, help="chooses the documents that --fraction keeps (default: 0)")
     parser.add_argument(
         "--longest_document",
         type=_at_least(1, "megabytes", _MOST_MEGABYTES),
@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--workers",
         type=_at_least(1, "processes"),
         default=cores(),
-        help="processes; default: one for each core this process may use",
+        help="processes (default: one for each core this process may use)",
     )
     part = parser.add_mutually_exclusive_group()
     part.add_argument("--task", type=_task, metavar="I/N", help="only task I (0..N-1) of N: an array job; no manifest")
