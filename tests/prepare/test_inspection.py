@@ -61,8 +61,8 @@ def test_figures(folder):
         "documents of 2 to 3 tokens": 1,
         "documents of 4 to 7 tokens": 1,
         "most_frequent": "2 33.3%, 5 11.1%, 6 11.1%, 7 11.1%, 8 11.1%, 9 11.1%, 10 11.1%",
-        "bos behind bos": "0 times in 9 tokens",
-        "eos behind eos": "1 times in 9 tokens",
+        "bos twice in a row": "0 times in a sample of 9 tokens",
+        "eos twice in a row": "1 times in a sample of 9 tokens",
     }
     assert inspect_packed(folder, verify=True).items() >= figures.items()
 
@@ -186,8 +186,8 @@ def test_bos_and_eos_that_follow_one_another(tmp_path):
     documents = [[1, 1, 1, 5, 2], [1, 2, 2, 5, 2]]
     figures = inspect_packed(dataset(tmp_path / "x", {"a": documents}, bos=True))
     assert (figures["bos"], figures["eos"]) == ("1 before each document", "2 after each document")
-    assert figures["bos behind bos"] == "2 times in 10 tokens"
-    assert figures["eos behind eos"] == "1 times in 10 tokens"
+    assert figures["bos twice in a row"] == "2 times in a sample of 10 tokens"
+    assert figures["eos twice in a row"] == "1 times in a sample of 10 tokens"
     assert inspect_packed(dataset(tmp_path / "y", {"a": documents}, eos=False))["eos"] == "none"
 
 
@@ -212,7 +212,7 @@ def test_a_long_stream_is_sampled_from_its_first_token_to_its_last(tmp_path, mon
     folder = dataset(tmp_path / "x", documents, vocab_size=10, eos_id=7)
     figures = inspect_packed(folder)
     assert figures["most_frequent"] == "7 100.0%, 8 0.0%"
-    assert figures["eos behind eos"] == f"{3 * 4093:,} times in {3 * 4096:,} tokens"
+    assert figures["eos twice in a row"] == f"{3 * 4093:,} times in a sample of {3 * 4096:,} tokens"
     for place, name, begin in ((0, "a", 0), (8192, "b", 1000), (size - 1, "c", 9000)):
         path = folder / f"{name}.bin"
         whole = path.read_bytes()

@@ -98,7 +98,7 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
     figures = {"most_frequent": ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))}
     for name, token in (("bos", dataset.bos_id), ("eos", dataset.eos_id)):
         pairs = sum(int(((part[:-1] == token) & (part[1:] == token)).sum()) for part in parts)
-        figures[f"{name} behind {name}"] = f"{pairs:,} times in {sum(map(len, parts)):,} tokens"
+        figures[f"{name} twice in a row"] = f"{pairs:,} times in a sample of {sum(map(len, parts)):,} tokens"
     if tokenizer:
         figures["begins"] = repr(tokenizer.decode(dataset.read(0, min(100, dataset.tokens)).tolist()))
     return figures
