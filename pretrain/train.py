@@ -62,7 +62,7 @@ def setup(args: PretrainArgs) -> Run:
     samples = open_samples(args.eval, config, sources[0].tokenizer_sha256)
     run = Run(args, config, world, sources, validation, mixture, accumulation, ops, samples=samples)
     run = start_from(step_dir, run)
-    initial_weights(run)  # for its errors; they are read once every rank is there
+    initial_weights(run)  # only for its errors; main() reads the weights, once every rank has started
     return run
 
 
@@ -95,12 +95,12 @@ def main(run: Run) -> int:
 
 
 def build(run: Run, fabric: Fabric) -> tuple[GPT, torch.nn.Module, _FabricOptimizer]:
-    """The model, sharded and with its initial weights, as itself and as Fabric calls it, and its optimizer."""
+    """Return the model, sharded and with its initial weights, the same in Fabric's wrapper, and its optimizer."""
     with torch.device("meta"):
         gpt = GPT(run.config, run.ops)
     model = fabric.setup_module(gpt)
     optimizer = fabric.setup_optimizers(build_optimizer(gpt, run.args.optim, run.args.train.precision))
-    assert isinstance(optimizer, _FabricOptimizer)  # one in, one out
+    assert isinstance(optimizer, _FabricOptimizer)  # not a list: one optimizer was given
     return gpt, model, optimizer
 
 
@@ -110,7 +110,7 @@ def fit(training: "Training") -> int:
     while not training.failed:
         if training.validation_is_due():
             training.validate()
-        training.finish_save()  # of an asynchronous one that is written by now
+        training.finish_save()  # publishes an asynchronous checkpoint that has been written by now
         training.listen()
         if training.save_is_due():
             training.save()
@@ -143,8 +143,8 @@ class Training:
         self.optimizer = optimizer.optimizer
         self.first_step = self.saved_step = state.step
         self.stop_asked: str | None = None
-        self.failed = False  # a step that ends the run for good
-        self.save_owed = False  # one was due amid skipped steps, which may end the run
+        self.failed = False  # whether a step has ended the run for good
+        self.save_owed = False  # whether a save that was due waits for the end of skipped steps, which may end the run
         if fabric.is_global_zero:
             atomic.write(run.out_dir / "config.yaml", settings.encode())
         origin = resume.origin(run.out_dir, run.resume, asdict(args.train))
@@ -162,7 +162,7 @@ class Training:
         log.watch_memory(gpt, self.optimizer)
         tokens = run.tokens_per_step
         self.train_step = TrainStep(args, fabric, gpt, self.losses, optimizer, self.guard, run.accumulation, tokens)
-        self.micro_batches = {  # what a batch of this rank is, in training and in validation
+        self.micro_batches = {  # the shape and the share of this rank's batches, in training and in validation
             "block_size": run.config.block_size,
             "vocab_size": run.config.vocab_size,
             "micro_batch_size": args.train.micro_batch_size,
@@ -185,19 +185,19 @@ class Training:
         return self.state.step == self.run.max_steps
 
     def step(self) -> None:
-        """One optimizer step; nothing in it waits for the device."""
+        """Do one optimizer step; nothing in it waits for the device."""
         self.watchdog.beat(self.state.step, "step")
         collect_gc(self.state.step)
         self.clock.resume()
         self.lr = self.run.lr_at(self.state.step)
         self.train_step(self.state, self.batches, self.lr)
         self.clock.step(self.run.tokens_per_step)
-        if self.state.step == self.first_step + 1:  # all is compiled, and the ranks run evenly
+        if self.state.step == self.first_step + 1:  # everything is compiled now, and the ranks run evenly
             freeze_gc()
             set_timeout(self.run.args.train.timeout + 60, keep=[self.checkpointer.group])
 
     def log_step(self) -> None:
-        """Record what came of the steps: a step late, or now, waiting for the device, where a row is due."""
+        """Log skipped steps, a step late so that nothing waits for the device, and a row where one is due, at once."""
         run, state = self.run, self.state
         due = state.step % run.args.log.interval == 0 or self.is_last
         results = self.guard.poll(late=0 if due else 1)
@@ -216,7 +216,7 @@ class Training:
         self.stop_asked = self.preemption.asked()
 
     def validation_is_due(self) -> bool:
-        """At the start, every eval.interval and at the end, each step once."""
+        """Whether to validate now: at the start, every eval.interval steps and at the end, but each step only once."""
         due = self.state.step % self.run.args.eval.interval == 0 or self.is_last
         return bool(self.run.validation) and due and self.state.validated < self.state.step
 
@@ -239,12 +239,12 @@ class Training:
             self.log.samples(step, self.state.tokens, texts)
 
     def save_is_due(self) -> bool:
-        """Every checkpoint.interval, before a stop and at the end."""
+        """Whether to save now: every checkpoint.interval steps, before a stop and at the end."""
         due = self.state.step % self.run.args.checkpoint.interval == 0 or self.save_owed
         return self.saved_step < self.state.step and bool(due or self.is_last or self.stop_asked)
 
     def save(self) -> None:
-        """Save a checkpoint, in the background if training goes on; not of a step that ends the run, nor amid skips."""
+        """Save a checkpoint, in the background if training goes on, unless skipped steps end the run, or may."""
         self.failed = self.log.record_skips(self.guard.poll(late=0))
         self.save_owed = self.state.skipped_in_a_row > 0 and not (self.is_last or self.stop_asked)
         if self.failed or self.save_owed:
@@ -258,14 +258,14 @@ class Training:
             self.saved_step = self.state.step
 
     def finish_save(self, wait: bool = False) -> None:
-        """Publish the checkpoint that was being written, if it is, or if we ``wait``, now."""
+        """Publish the checkpoint in the background if it has been written; with ``wait``, wait until it has."""
         if wait or self.checkpointer.done():
             with self.failures_recorded():
                 self.log.published(self.checkpointer.wait())
 
     @contextlib.contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """A checkpoint that fails is an event; it stops the run if the next would fail too, or on_failure says so."""
+        """Log a save that fails; it stops the run if the next would fail, too, or if checkpoint.on_failure is stop."""
         try:
             yield
         except CheckpointError as error:
@@ -276,7 +276,7 @@ class Training:
     def end(self) -> int:
         """Finish what is being written and say how the run ended; returns the exit code."""
         self.loader.close()
-        self.watchdog.beat(self.state.step, "checkpoint")  # which may take longer to write than a step
+        self.watchdog.beat(self.state.step, "checkpoint")  # writing one may take longer than a step
         self.finish_save(wait=True)
         if self.failed:
             return DEFECT
@@ -292,7 +292,7 @@ class Training:
 
 
 def losses_of(run: Run, model: torch.nn.Module) -> Losses:
-    """The model as a function of input ids and targets, both (B, T), to their summed loss."""
+    """Return the model as a function from input ids and targets, both (B, T), to their summed loss."""
     data, eos_id = run.args.data, run.sources[0].eos_id
     if not data.document_mask or eos_id is None:
         return model

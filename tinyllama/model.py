@@ -49,7 +49,7 @@ class GPT(nn.Module):
         self.config = config
         self.ops = ops
         self.gathered: Any = None  # how a pass gets its weights, if not by FSDP (train/gathered.py)
-        self.scaling: Any = None  # of the matmuls in float8 (train/delayed_scaling.py)
+        self.scaling: Any = None  # sets the scales of the float8 matmuls from step to step (train/delayed_scaling.py)
         self.cross_entropy = cross_entropy.BACKENDS[ops["cross_entropy"]].call
         if not config.tie_embeddings:
             self.lm_head = Linear(config.n_embd, config.padded_vocab_size)
@@ -115,7 +115,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Add attention and then the MLP, each of the normalised residual stream, to the residual stream."""
+    """Add attention and then the MLP, each of the normalized residual stream, to the residual stream."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -138,9 +138,8 @@ class Block(nn.Module):
         The residual stream is the sum of x and ``added``, what the MLP of the layer before has computed, and so is the
         result.
         """
-        # x = x + attn(norm_1(x))
-        # x = x + mlp(norm_2(x)), written so that one kernel adds to the residual stream and normalises the sum: that of
-        # the MLP is the next layer's norm_1, or ln_f
+        # This is x = x + attn(norm_1(x)), then x = x + mlp(norm_2(x)), arranged so that one kernel adds to the residual
+        # stream and normalizes the sum. What the MLP returns is added by the norm after it: the next norm_1, or ln_f.
         h, x = self.norm_1(x, added)
         h, x = self.norm_2(x, self.attn(h, cos, sin, mask, cache))
         return x, self.mlp(h)
@@ -152,7 +151,7 @@ class Linear(nn.Linear):
     weight_gradient: GradientSum | None = None
     """where a backward pass adds the weight's gradient; None: autograd keeps it (ops/linear.py)"""
     scales: float8.Scales | None = None
-    """of the matmul in float8; None: it is in the weight's dtype"""
+    """scales of the matmul in float8; None: the matmul is in the weight's dtype"""
 
     def __init__(self, in_features: int, out_features: int, x_is_kept: bool = False) -> None:
         """``x_is_kept``: another operation keeps the input for its own backward pass (ops/float8.py)."""
@@ -176,7 +175,7 @@ class CausalSelfAttention(nn.Module):
         self.n_head, self.n_query_groups, self.head_size = config.n_head, config.n_query_groups, config.head_size
         # rows: for each group, its nh/G query heads, then its key head, then its value head
         self.attn = Linear(config.n_embd, config.qkv_size)
-        self.proj = Linear(config.n_embd, config.n_embd, x_is_kept=True)  # by attention
+        self.proj = Linear(config.n_embd, config.n_embd, x_is_kept=True)  # attention keeps its output
 
     def forward(self, x: Tensor, cos: Tensor, sin: Tensor, mask: Any = None, cache: Cache | None = None) -> Tensor:
         """Apply the attention: x (B, T, C), cos and sin (T, hs/2) fp32 -> (B, T, C)."""
@@ -219,17 +218,17 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalise by the root mean square, with a weight per channel."""
+    """Normalize by the root mean square, with a weight per channel."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
-        self.normalise = rms_norm.BACKENDS[ops["rms_norm"]].call
+        self.normalize = rms_norm.BACKENDS[ops["rms_norm"]].call
         self.eps = config.norm_eps
         self.weight = nn.Parameter(torch.ones(config.n_embd))
 
     def forward(self, x: Tensor, added: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Add ``added`` to the residual stream x (..., C) -> the norm of the sum and the sum, (..., C) each."""
-        return self.normalise(x, self.weight, self.eps, added)
+        return self.normalize(x, self.weight, self.eps, added)
 
 
 def from_weights(config: ModelConfig, weights: dict[str, Tensor]) -> GPT:
@@ -250,7 +249,7 @@ def init_weights(model: GPT, seed: int) -> None:
     """
     n_embd, n_layer = model.config.n_embd, model.config.n_layer
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1:  # a norm's
+        if parameter.ndim == 1:  # the weight of a norm
             full = torch.ones(parameter.shape)
         else:
             residual = name.endswith(("attn.proj.weight", "mlp.swiglu.w3.weight"))

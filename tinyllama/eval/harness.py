@@ -33,7 +33,7 @@ class Task(NamedTuple):
 
 
 SUITES = {
-    # arXiv:2401.02385, table 2: zero-shot, normalised accuracy where the task has it
+    # arXiv:2401.02385, table 2: zero-shot, normalized accuracy where the task has it
     "commonsense": [
         Task("hellaswag", 0, "acc_norm"),
         Task("openbookqa", 0, "acc_norm"),

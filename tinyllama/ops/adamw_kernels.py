@@ -1,7 +1,7 @@
 """AdamW (Loshchilov & Hutter, arXiv:1711.05101) on a GPU: one pass over memory for a tensor, in Triton.
 
 The arithmetic is that of torch's fused AdamW, in fp32 (ATen/native/cuda/fused_adam_utils.cuh), so that a run may go on
-with either. Beside torch's, clipping needs a pass of its own.
+with either. With torch's, clipping needs a pass of its own.
 """
 
 import triton
@@ -18,13 +18,13 @@ def update(
 ) -> None:  # fmt: skip
     """Update a parameter and its moments in place from ``gradient * factor``; where ``found_inf`` is 1, leave them.
 
-    The new parameter goes to ``copy``, too, in the dtype of that; its rows may lie apart. All else is fp32, and
-    contiguous. The first five have one shape. factor and found_inf are (); corrections (2,) are 1 - beta1^t and the
-    root of 1 - beta2^t in the step t.
+    The new parameter is also written to ``copy``, in its dtype; the rows of ``copy`` may lie apart. All else is fp32
+    and contiguous. The first five have one shape. factor and found_inf are (); corrections (2,) are 1 - beta1^t and the
+    root of 1 - beta2^t of step t.
     """
     assert gradient.is_contiguous(), f"a gradient has the strides {gradient.stride()}"
     if size := parameter.numel():
-        columns = stride = size  # of what is contiguous: one row
+        columns = stride = size  # what is contiguous is one row
         if copy is not None and not copy.is_contiguous():
             columns, stride = copy.size(1), copy.stride(0)
         blocks = triton.cdiv(columns, _BLOCK)

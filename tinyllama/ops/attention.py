@@ -119,7 +119,7 @@ _flash_attn_4.register_autograd(_gradients, setup_context=_keep)
 
 
 def flex(q: Tensor, k: Tensor, v: Tensor, mask: Any = None) -> Tensor:
-    """Call PyTorch's FlexAttention (arXiv:2412.05496), which skips masked blocks; fast if compiled only."""
+    """Call PyTorch's FlexAttention (arXiv:2412.05496), which skips masked blocks; it is fast only if compiled."""
     from torch.nn.attention.flex_attention import flex_attention
 
     if mask is None:
@@ -174,9 +174,9 @@ def documents(input_ids: Tensor, eos_id: int) -> Tensor:
 @functools.lru_cache(maxsize=8)
 @torch.inference_mode(False)  # training cannot use what was made in inference mode
 def causal_mask(T: int, device: torch.device, backend: str) -> Any:
-    """Build the mask that ``backend`` takes for T tokens of which none is kept apart; None if it needs none.
+    """Build the mask that ``backend`` takes for T tokens without a document mask; None if it needs none.
 
-    torch.compile cannot build it within a block whose backward pass computes it again.
+    torch.compile cannot build it within a block that the backward pass recomputes.
     """
     return _causal_blocks(T, device) if backend == "flex" else None
 

@@ -28,7 +28,7 @@ def reference(x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: Gradi
 
 def chunked(x: Tensor, weight: Tensor, targets: Tensor, weight_gradient: GradientSum | None = None) -> Tensor:
     """Compute loss and gradients for LOGITS_CHUNK tokens at a time in the forward pass; nothing is computed twice."""
-    if not torch.is_grad_enabled():  # a Function is not told, and would compute the gradients
+    if not torch.is_grad_enabled():  # an autograd.Function does not see no_grad, and would compute the gradients
         x, weight = x.detach(), weight.detach()
     loss = _Chunked.apply(x.flatten(0, -2), weight, targets.flatten(), *(weight_gradient or ()))
     assert isinstance(loss, Tensor)
@@ -42,7 +42,7 @@ class _Chunked(torch.autograd.Function):
         loss = torch.zeros((), device=x.device)
         wants_gradient = any(ctx.needs_input_grad)
         if wants_gradient:
-            dx, dw = torch.empty_like(x), empty_sum(weight)  # of the loss
+            dx, dw = torch.empty_like(x), empty_sum(weight)  # gradients of the loss
         for start in range(0, len(x), LOGITS_CHUNK):
             rows = slice(start, start + LOGITS_CHUNK)
             logits = x[rows] @ weight.T  # (n, V)
@@ -59,7 +59,7 @@ class _Chunked(torch.autograd.Function):
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
         dx, dw, *weight_gradient = ctx.saved_tensors
         (scale,) = gradients  # () fp32
-        # of one dimension fp32 has a say in the product's dtype: bf16 would round the scale to three digits
+        # a scale of one dimension takes part in type promotion; one of none would be rounded to bf16, three digits
         dx = torch.mul(dx, scale.view(1), out=torch.empty_like(dx))
         if not weight_gradient:
             return dx, torch.mul(dw, scale, out=torch.empty_like(dw, dtype=ctx.dtype)), None

@@ -28,7 +28,7 @@ MULTIPLE = 16
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
 ROOM = {E4M3: 2.0, E5M2: 16.0}
-"""How many times the largest magnitude of the step before a number may be, by dtype; a larger one is cut.
+"""How many times as large as the largest magnitude of the step before a number may be, by dtype; beyond it is clamped.
 
 A factor of two costs one value of the exponent. Gradients change most, and e5m2 has values to spare.
 """
@@ -75,9 +75,9 @@ def new_scales(known: Tensor, device: torch.device | str) -> Scales:
 
 
 def rescale(rows: Tensor, dtype: torch.dtype) -> None:
-    """Set the factors in rows (..., ROW) of casts to ``dtype`` from what was LARGEST.
+    """Set the factors in rows (..., ROW) of casts to ``dtype`` from the LARGEST magnitudes.
 
-    Those of rows where that was nothing, or not finite, stay.
+    Rows whose magnitude is 0 or not finite keep their factors.
     """
     largest = rows[..., LARGEST]
     most = (torch.finfo(dtype).max / ROOM[dtype] / largest).clamp(2.0**-100, 2.0**100)
@@ -86,7 +86,7 @@ def rescale(rows: Tensor, dtype: torch.dtype) -> None:
 
 
 def set_factors(rows: Tensor, factors: Tensor) -> None:
-    """Cast by ``factors`` (...) from now on, in rows (..., ROW)."""
+    """Set the factors that rows (..., ROW) cast by to ``factors`` (...), and their inverses."""
     rows[..., FACTOR] = factors
     rows[..., INVERSE] = 1 / factors
 
@@ -324,7 +324,7 @@ def _cast(x: Tensor, row: Tensor, known: Tensor, straight: Tensor, transposed: T
 
 
 def _known_first(cast: Callable[[], None], row: Tensor, dtype: torch.dtype, known: Tensor) -> None:
-    """Call ``cast``; in a run's first step twice, the first time for the largest magnitude."""
+    """Call ``cast``; in a run's first step twice, the first time only to find the largest magnitude."""
     cast()
     if not known:
         rescale(row, dtype)

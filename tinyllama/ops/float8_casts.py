@@ -1,7 +1,8 @@
 """Cast to 8-bit floating point with PyTorch's operations: what ops/float8_kernels.py does on a GPU.
 
-Every function multiplies by the FACTOR of a row of scales and raises its LARGEST magnitude. What is beyond the dtype
-is cut; what is not finite becomes NaN, which reaches the loss and the gradients, where train/anomaly.py sees it.
+Every function multiplies by the FACTOR of a row of scales and raises its LARGEST magnitude. What is beyond the dtype's
+range is clamped; what is not finite becomes NaN, which reaches the loss and the gradients, where train/anomaly.py
+sees it.
 """
 
 import torch
@@ -19,7 +20,7 @@ def cast(
 ) -> None:
     """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both.
 
-    Unless it ``sees``, the row stays as it is.
+    Without ``sees``, the row's largest magnitude stays as it is.
     """
     if sees:
         _see(x, row)

@@ -23,7 +23,7 @@ def cast(
 ) -> None:
     """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both.
 
-    Unless it ``sees``, the row stays as it is.
+    Without ``sees``, the row's largest magnitude stays as it is.
     """
     out = straight if straight is not None else transposed
     assert out is not None

@@ -13,7 +13,7 @@ class GradientSum(NamedTuple):
     total: Tensor
     """fp32, in the weight's shape; what it holds means nothing while it is ``empty``"""
     empty: Tensor
-    """() bool on the CPU, so that to read it waits for nothing: whether no gradient of this step is in ``total``"""
+    """() bool on the CPU, so that reading it waits for nothing: whether no gradient of this step is in ``total``"""
 
     def add(self, gradient: Tensor) -> None:
         """Add ``gradient``, in place."""
@@ -33,7 +33,7 @@ class GradientSum(NamedTuple):
 
 
 def empty_sum(weight: Tensor) -> GradientSum:
-    """Memory for the sum of the gradients of ``weight``."""
+    """Return memory for the sum of the gradients of ``weight``."""
     return GradientSum(torch.empty_like(weight, dtype=torch.float32), torch.tensor(True))
 
 

@@ -1,4 +1,4 @@
-"""Add to the residual stream and normalise the sum by its root mean square (arXiv:1910.07467).
+"""Add to the residual stream and normalize the sum by its root mean square (arXiv:1910.07467).
 
 Every backend takes x (..., C), weight (C,) and optionally ``added`` (..., C), and returns (norm(x + added), x + added),
 both (..., C) in x's dtype. It returns the residual stream so that one backward kernel can add both its gradients.

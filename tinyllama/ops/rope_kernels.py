@@ -8,7 +8,7 @@ from torch import Tensor
 def turn(qkv: Tensor, q: Tensor, k: Tensor, v: Tensor, cos: Tensor, sin: Tensor, back: bool) -> None:
     """Write q (N, G, Q, hs), k and v (N, G, hs), rotated, from qkv (N, G, Q + 2, hs), or ``back`` from them into qkv.
 
-    The token n has the row n modulo their length of cos and sin (..., hs/2) fp32. Everything is contiguous.
+    Token n takes row n, modulo the number of rows, of cos and sin (..., hs/2) fp32. Everything is contiguous.
     """
     tokens, groups, slots, head_size = qkv.shape
     half, block = head_size // 2, 32

@@ -20,13 +20,13 @@ class Shards(NamedTuple):
     exp_avgs: list[Tensor]
     exp_avg_sqs: list[Tensor]
     copies: list[Tensor | None]
-    """where our kernel leaves the new parameters, too, in their dtype; torch's does not"""
+    """where our kernel also writes the new parameters, in the dtype of the copy; torch's does not"""
     steps: list[Tensor]
-    """how many have been accepted, () fp32 each"""
+    """how many steps have been accepted, () fp32 each"""
 
 
 class Settings(TypedDict):
-    """Those of a group of parameters."""
+    """The settings of a group of parameters."""
 
     lr: float
     beta1: float
@@ -87,7 +87,7 @@ class AdamW(torch.optim.AdamW):
 
 
 def has_kernel(device: torch.device) -> bool:
-    """Whether our kernel runs there."""
+    """Return whether our kernel runs on ``device``."""
     return device.type == "cuda" and is_importable("triton") and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
@@ -109,7 +109,7 @@ def with_kernel(shards: Shards, factor: Tensor | None, found_inf: Tensor | None,
 
 
 def with_torch(shards: Shards, factor: Tensor | None, found_inf: Tensor | None, settings: Settings) -> None:
-    """Do the same by torch's kernel, which takes gradients that are multiplied already."""
+    """Do the same by torch's kernel, which takes gradients that have been multiplied by the factor."""
     parameters, gradients, exp_avgs, exp_avg_sqs, _, steps = shards
     if factor is not None:
         torch._foreach_mul_(gradients, factor)
@@ -120,5 +120,5 @@ def with_torch(shards: Shards, factor: Tensor | None, found_inf: Tensor | None, 
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This rank's shard."""
+    """Return this rank's shard of ``tensor``, which is all of it if it is not a DTensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor

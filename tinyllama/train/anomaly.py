@@ -104,9 +104,9 @@ class Guard:
         return pair[1]
 
     def poll(self, late: int = 1) -> list[StepResult]:
-        """The results not read yet, but for the ``late`` last steps; 0 waits for the device.
+        """Return the results that were not read yet, but for those of the last ``late`` steps; 0 waits for the device.
 
-        Counts in the state which steps were skipped.
+        The steps that were skipped are counted in the state.
         """
         found = []
         while len(self._pending) > late:

@@ -51,10 +51,11 @@ def from_rank_zero(call: Callable[[], T]) -> T:
 
 
 def set_timeout(seconds: float, *, keep: Collection[dist.ProcessGroup] = ()) -> None:
-    """Let collectives that start from now on fail after ``seconds``, in every process group but ``keep``.
+    """Let collectives that start from now on fail after ``seconds``, in every process group but those of ``keep``.
 
-    The second line behind the watchdog, so it should be the longer by a minute: a collective that fails only says that
-    somebody did not come. Every rank must call it, at a moment when none is still busy with what may take longer.
+    It is a second line of defence behind the watchdog, so it should be longer by a minute: a collective that fails only
+    says that some rank did not take part. Every rank must call it, at a moment when none is still busy with what may
+    take longer.
     """
     for group in dist.distributed_c10d._pg_map:  # as torch's own dist.breakpoint does: there is no public way
         if group not in keep:

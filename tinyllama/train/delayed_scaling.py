@@ -59,7 +59,7 @@ class DelayedScaling:
             before = rows.clone()
             float8.rescale(rows, dtype)
             torch._foreach_copy_(scales, list(torch.where(rejected, before, rows)))
-        if not self._known:  # which waits for the device once; a first step that was rejected leaves a first step to do
+        if not self._known:  # waits for the device, in the first step only; after a rejected one, the next is the first
             self._known.copy_(~rejected)
 
     def exponents(self) -> list[int]:

@@ -25,7 +25,7 @@ def loss_sum(
 ) -> Tensor | None:
     """This rank's sum of losses over ``batches`` and the number of tokens in it, (2,) fp64; None once ``stop`` says so.
 
-    To be summed over the ranks and then divided: a mean of means would weigh ranks, not tokens.
+    The caller sums both over the ranks and then divides: a mean of means would weigh ranks, not tokens.
     """
     total = torch.zeros(2, dtype=torch.float64, device=device)
     for input_ids, targets in on_device(batches, device):
@@ -68,7 +68,7 @@ def held_out_losses(
 
 
 def source_names(paths: Sequence[str | Path]) -> list[str]:
-    """Return for each folder the shortest end of its path that no other has; a number follows where all of it is alike.
+    """Return for each folder the shortest end of its path that no other has; equal paths get a number.
 
     So a name depends on the set of folders, not on their order, and stays with its folder when a run is resumed.
     """

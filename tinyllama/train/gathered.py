@@ -50,7 +50,7 @@ class Copies:
 class Rows:
     """What is gathered and reduced at once: a weight, or several whose rows alternate in memory.
 
-    Each rank owns as many rows of the two tensors as the next, so there may be a few more than the weights have.
+    Every rank owns the same number of rows of the two tensors, so there may be a few more than the weights have.
     """
 
     weights: list[Weight]
@@ -65,8 +65,8 @@ class Gathered:
 
     ``mesh`` has the dimensions "replicate" and "shard". In a pass the modules have the copies, between steps the
     masters. Each backward pass adds to the gradients: where a ``Linear`` multiplies, in its matmul, else when autograd
-    has the gradient of a copy. A step's first addition to a gradient writes it, which saves setting all of them to 0
-    and reading that.
+    has the gradient of a copy. A step's first addition to a gradient overwrites it, which saves setting all of them
+    to 0 and reading them.
 
     With ``overlap``, for ranks that share nothing, gradients are reduced while the backward pass goes on.
     """
@@ -82,7 +82,7 @@ class Gathered:
         self._reductions: list[Any] = []  # what ``coalesced`` gives
         self.rows: list[Rows] = []
         self.copies = Copies({})
-        self._copies_are_current = False  # for the next pass only: who else changes the masters does not tell
+        self._copies_are_current = False  # until the next pass only: whatever else changes the masters does not say so
         for block in model.layers:
             rows = self._take(block)
             if overlap:
@@ -129,7 +129,7 @@ class Gathered:
         return rows
 
     def _dtensor(self, local: Tensor, full: Tensor) -> DTensor:
-        """What lies as ``full`` does, of which this rank has ``local``."""
+        """Return the DTensor in the shape of ``full`` of which this rank has ``local``."""
         placements, shape, stride = [Replicate(), Shard(0)], full.shape, full.stride()
         return DTensor.from_local(local, self._mesh, placements, run_check=False, shape=shape, stride=stride)
 

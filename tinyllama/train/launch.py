@@ -28,7 +28,7 @@ from tinyllama.config.args import ParallelArgs
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """what a launcher sets for each process, be it torchrun, Kubernetes or a script"""
 SHELL_JOB_NAMES = ("bash", "interactive")
-"""names of a Slurm job in whose single task somebody types, and means ``python`` to start ranks of its own"""
+"""names of interactive Slurm jobs, in whose single task plain ``python`` starts ranks of its own"""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 PATIENCE = 30.0
 """seconds that a rank with an error waits for others that may have the same one"""
@@ -302,9 +302,9 @@ def _print_once(errors: Sequence[str]) -> bool:
         # the launcher may end the others as soon as one has ended
         store.wait([f"printed/{error}" for error in errors])
         store.add("failed", 1)
-    except (InputError, RuntimeError):  # the server is gone, or never came: rather twice than never
+    except (InputError, RuntimeError):  # the server is gone, or never came: better printed twice than never
         return False
-    if serves:  # it must not go before the others have asked
+    if serves:  # it must not end before the others have asked it
         atexit.register(_await_others, store, size, time.monotonic() + patience)
     return True
 
@@ -315,12 +315,12 @@ def _await_others(store: dist.TCPStore, size: int, until: float) -> None:
 
 
 def _end_with_launcher(launch: Launch | None) -> None:
-    """Watch for the end of the process that started this rank: in a thread, which signals then.
+    """Watch, in a thread, for the end of the process that started this rank, and send this rank a signal then.
 
-    Linux itself ends a rank that rank 0 has started. Waiting for a dead rank, CUDA may hold the interpreter's lock
-    (torch 2.11 records events so), and no thread would run.
+    A rank that rank 0 has started is ended by Linux itself: while CUDA waits for a dead rank it may hold the
+    interpreter's lock (torch 2.11 records events so), and no thread would run.
 
-    A launcher that is not known may rightly go, as a script does that starts ranks in the background.
+    An unknown launcher is not watched: it may end by design, as a script does that starts ranks in the background.
     """
     child_of_rank_0 = launch is None and "LOCAL_RANK" in os.environ  # by Fabric; without rank 0 nothing can be saved
     if child_of_rank_0 or (launch and launch.launcher != "a launcher") or "OMPI_COMM_WORLD_SIZE" in os.environ:

@@ -31,7 +31,7 @@ class RunLock:
 
     ``job_id`` is the Slurm job's, None outside one. Entering waits for up to STALE seconds to see whether another
     holder is alive and raises InputError if it is. One on this host whose pid is not running, and one of the same job,
-    requeued since, are not waited for. The holder before ends itself, with status 1, should it still be there.
+    requeued since, are not waited for. Should the previous holder still be there, it ends itself with status 1.
     """
 
     def __init__(self, out_dir: Path, job_id: str | None) -> None:

@@ -3,9 +3,9 @@
 Embedding, output matrix and norms are left to AdamW. An orthogonalized update is scaled to the root mean square of
 AdamW's, 0.2, so that one learning rate and weight decay serve both (Moonlight, arXiv:2502.16982).
 
-The iteration needs a matrix in full, of which each rank holds some rows. Every matrix has an owner in the world, who
-alone computes its update. A step needs three collectives, however many matrices there are: the shards go to the owners
-in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
+The iteration needs a matrix in full, of which each rank holds some rows. Every matrix is owned by one rank of the
+world, which alone computes its update. A step needs three collectives, however many matrices there are: the shards go
+to the owners in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
 """
 
 import functools
@@ -44,7 +44,7 @@ RMS = 0.2
 class Matrix:
     """A hidden matrix, made of one or more parts that are orthogonalized each by itself.
 
-    Its rows are ``groups`` times the rows of each part: ``sizes``.
+    Its rows are ``groups`` groups, in each of which are ``sizes`` rows of the parts, in turn.
     """
 
     parameter: Tensor
@@ -65,7 +65,7 @@ class Matrix:
 
     @property
     def scale(self) -> float:
-        """What makes a matrix of orthogonal parts as large as an update of AdamW."""
+        """The factor that makes a matrix of orthogonal parts as large as an update of AdamW."""
         return RMS * math.sqrt(max(long for _, long in self.shapes))
 
     def split(self, full: Tensor) -> list[Tensor]:
@@ -110,7 +110,7 @@ class Assignment:
         self._shapes = [tuple(matrix.parameter.shape) for matrix in matrices]
         self.owned: list[list[list[int]]] = [[[] for _ in range(shards)] for _ in range(copies)]
         loads = [0] * (copies * shards)
-        # the dearest first, each to the rank that has least to do
+        # the most expensive first, each to the rank that has least to do
         for index in sorted(range(len(matrices)), key=lambda index: -matrices[index].cost):
             rank = loads.index(min(loads))
             loads[rank] += matrices[index].cost
@@ -283,7 +283,7 @@ def orthogonalize(matrices: Sequence[Tensor], multiply: Multiply = symmetric_mat
     dtype = iterated(matrices[0].dtype)
     x = torch.empty(len(matrices), rows, cols, dtype=dtype, device=matrices[0].device)
     norms = torch._foreach_norm(list(matrices), dtype=torch.promote_types(dtype, torch.float32))
-    into = in_one_pass(normalise_into, x.is_cuda)
+    into = in_one_pass(normalize_into, x.is_cuda)
     for slot, matrix, norm in zip(x, matrices, norms, strict=True):
         into(slot.view(-1), matrix.reshape(-1), norm)
     if max(rows, cols) >= 2 * min(rows, cols):
@@ -339,7 +339,7 @@ def take_direction(momentum: Tensor, gradient: Tensor, skip: Tensor, weight: Ten
     return torch.add(momentum, gradient, alpha=(1 - MOMENTUM) / MOMENTUM).to(dtype)
 
 
-def normalise_into(out: Tensor, matrix: Tensor, norm: Tensor) -> None:
+def normalize_into(out: Tensor, matrix: Tensor, norm: Tensor) -> None:
     """Write a matrix, divided by its norm, to ``out``."""
     out.copy_(matrix / (norm + 1e-7))
 
@@ -351,7 +351,7 @@ def move_weights(weight: Tensor, update: Tensor, decay: Tensor, factor: Tensor) 
 
 @functools.cache
 def in_one_pass(function: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
-    """``function`` of flat tensors, on a GPU as one kernel, which reads and writes each only once."""
+    """Return ``function`` of flat tensors; on a GPU it is one kernel, which reads and writes each tensor only once."""
     return torch.compile(function, dynamic=True, fullgraph=True) if cuda else function
 
 

@@ -87,8 +87,8 @@ def local_gradients(model: torch.nn.Module) -> list[Tensor]:
 def clip(optimizer: torch.optim.Optimizer, gradients: list[Tensor], norm: Tensor, max_norm: float) -> None:
     """Scale ``gradients`` to ``max_norm`` in the next step if their ``norm``, over all ranks, is greater.
 
-    Our AdamW does it in its step; for every other optimizer they are scaled here, in place. ``optimizer`` is the very
-    one, not Fabric's wrapper.
+    Our AdamW does it in its step; for every other optimizer they are scaled here, in place. ``optimizer`` is the
+    optimizer itself, not Fabric's wrapper.
     """
     factor = (max_norm / (norm + 1e-6)).clamp(max=1.0)
     if isinstance(optimizer, AdamW):

@@ -25,7 +25,7 @@ from tinyllama.train.delayed_scaling import DelayedScaling
 from tinyllama.train.gathered import Gathered
 from tinyllama.train.launch import World, cluster_environment
 
-# what selective activation checkpointing keeps: the matmuls, which are dear; the rest is cheap to do again
+# results that selective activation checkpointing keeps: matmuls, attention, SwiGLU; the rest is cheap to recompute
 SAVED = [torch.ops.aten.mm.default, *attention.SAVED, *swiglu.SAVED]
 
 
@@ -104,9 +104,9 @@ def recomputing(forward: Callable[..., Any], what: str) -> Callable[..., Any]:
 
 
 def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
-    """Whether the next backward pass, a step's ``last`` or not, reduces the gradients over the ranks.
+    """Set whether the next backward pass, a step's ``last`` or not, reduces the gradients over the ranks.
 
-    Those before the last keep what they gathered, if ``parallel.reshard_after_forward`` does not ask for the memory.
+    Passes before the last keep the gathered weights, unless ``parallel.reshard_after_forward`` frees their memory.
     """
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(last or args.sync_every_micro_batch)
@@ -116,7 +116,7 @@ def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
 
 
 def finish_gradients(model: GPT) -> None:
-    """After a step's last backward pass: every parameter has its gradient."""
+    """Complete the gradients after a step's last backward pass, so that every parameter has its own."""
     if not isinstance(model, FSDPModule):  # which does so itself
         gathered(model).finish_gradients()
 

@@ -28,7 +28,7 @@ class Preemption:
     def __init__(self, max_time: float | None = None) -> None:
         self._asked = 0
         self._until = float("inf") if max_time is None else time.monotonic() + max_time
-        self._interrupted: float | None = None  # when
+        self._interrupted: float | None = None  # when Ctrl-C was first pressed
         self._is_rank_zero = dist.get_rank() == 0
         # on the CPU, so that asking does not wait for the GPU
         self._group = dist.new_group(backend="gloo")
