@@ -221,7 +221,7 @@ def test_slimpajama_and_starcoder_from_the_hub(hub, run, tmp_path):
     done = run("prepare_slimpajama", "hf://datasets/owner/slim")
     assert done.returncode == 0, done.stderr
     assert shards(tmp_path) == ["chunk1--example_train_0.jsonl.zst"]  # as of a folder
-    assert "1 documents (1 of RedPajamaGithub left out)" in done.stdout
+    assert "1 document (1 of RedPajamaGithub left out)" in done.stdout
     assert manifest(tmp_path)["origin"] == f"hf://datasets/owner/slim@{commit}"
     hub.push("owner/star", {f"{name}/train-0.parquet": parquet(content=[name]) for name in ("go", "c")})
     done = run(

@@ -87,7 +87,7 @@ def test_facts_of_a_shard(tmp_path, tokenizer_file):
     rows = [json.dumps({"body": "a\ud800", "meta": {"redpajama_set_name": name}}) + "\n" for name in sets]
     (source / "a.jsonl").write_text("".join(rows))
     summary = pack(source, tokenizer_file, output, Fields("body", True, ("RedPajamaGithub",)))
-    assert "1 documents (1 of RedPajamaGithub left out, 1 with lone surrogates replaced)" in summary
+    assert "1 document (1 of RedPajamaGithub left out, 1 with lone surrogates replaced)" in summary
     info = json.loads((output / "a.jsonl.json").read_bytes())
     assert info["source"]["name"] == "a.jsonl"
     assert info["source"]["bytes"] == (source / "a.jsonl").stat().st_size

@@ -412,7 +412,7 @@ def test_a_pipe_that_breaks_is_no_error_of_the_output(tmp_path, tokenizer_file, 
 def test_no_document_in_some_of_the_inputs_is_no_error(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", {"a.jsonl": [], "b.jsonl": ["b"]}), tmp_path / "out"
     assert "1 shards (1 new), 0 documents, 0 tokens" in pack(source, tokenizer_file, output, task=(0, 2))
-    assert "2 shards (1 new), 1 documents" in pack(source, tokenizer_file, output)
+    assert "2 shards (1 new), 1 document" in pack(source, tokenizer_file, output)
 
 
 @pytest.mark.parametrize("name", ["bos", "eos"])

@@ -51,10 +51,10 @@ def test_names_from_files_are_printed_in_one_line(capsys):
     figures = {"documents": 1, "tokens": 2, "bytes": 3}
     info = {"documents": 1, "tokens": 2, "repaired": 0, "dropped": {"b\nc": 4}, "subsets": {"a\x1b[2J": figures}}
     assert [line.split()[0] for line in progress.table(info).splitlines()] == ["subset", r"a\x1b[2J", "all", "of"]
-    assert progress.counts(info) == r"1 documents (4 of b\nc left out), 2 tokens"
+    assert progress.counts(info) == r"1 document (4 of b\nc left out), 2 tokens"
     one = Input("/in", "a\n\x1b[2J.txt", 5)
     progress.Progress([one]).add(one, info)
-    assert capsys.readouterr().err.startswith(r"[1/1] a\n\x1b[2J.txt: 1 documents")
+    assert capsys.readouterr().err.startswith(r"[1/1] a\n\x1b[2J.txt: 1 document ")
 
 
 def test_counts_in_words():
@@ -62,6 +62,7 @@ def test_counts_in_words():
     assert progress.counts(progress.total(INFOS)) == f"1,003 documents ({noted}), 6,200 tokens"
     plain = INFOS[0] | {"dropped": {}, "repaired": 0}
     assert progress.counts(plain) == "3 documents, 1,200 tokens"
+    assert progress.counts(plain | {"documents": 1, "dropped": {"fraction": 0}}) == "1 document, 1,200 tokens"
 
 
 def test_table():
@@ -78,6 +79,17 @@ def test_table():
     name = len("of RedPajamaGithub left out")  # the longest
     assert [len(line) for line in lines] == [name + 3 * 22] * 4 + [name + 22] * 2
     assert lines[3].startswith("all ")
+
+
+def test_a_table_of_files_that_are_in_no_folder_has_no_subsets():
+    figures = {"documents": 2, "tokens": 10, "bytes": 40}
+    info = {"dropped": {}, "subsets": {".": figures}}
+    assert [line.split() for line in progress.table(info).splitlines()] == [
+        ["subset", "documents", "tokens", "bytes"],
+        ["all", "2", "10", "40"],
+    ]
+    both = info | {"subsets": {".": figures, "Book": figures}}
+    assert [line.split()[0] for line in progress.table(both).splitlines()] == ["subset", ".", "Book", "all"]
 
 
 @pytest.fixture
@@ -105,6 +117,18 @@ def test_progress_is_a_line_for_each_shard(clock, capsys):
         "[2/3] b: not packed; 120 tokens/s, 0s left",
         "[3/3] c: 3 documents, 300 tokens; 150 tokens/s, 0s left",
     ]
+
+
+def test_progress_of_many_small_files_is_a_line_every_few_seconds(clock, capsys):
+    inputs = [Input(f"/in/{i}", str(i), 100) for i in range(progress.FEW + 1)]
+    info = {"documents": 1, "tokens": 10, "repaired": 0, "dropped": {}}
+    bar = progress.Progress(inputs)
+    for i, one in enumerate(inputs):
+        clock[0] = 101.0 + i / 10  # 10 files a second
+        bar.add(one, InputError("no text") if i == 7 else info)
+    bar.close()
+    shown = [int(line.split("/")[0][1:]) for line in capsys.readouterr().err.splitlines()]
+    assert (progress.INTERVAL, shown) == (5.0, [1, 8, 58, 101])  # the eighth was not packed; then 5 s; the last
 
 
 def test_progress_is_a_bar_on_a_terminal(clock, monkeypatch):

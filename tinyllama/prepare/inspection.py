@@ -66,7 +66,7 @@ def inspect_packed(
     for power in np.flatnonzero(histogram).tolist():
         low, high = (0 if power == 0 else 1 << (power - 1)), (1 << power) - 1
         figures[f"documents of {low:,} to {high:,} tokens"] = int(histogram[power])
-    for subset, count in manifest["subsets"].items():
+    for subset, count in manifest["subsets"].items() if list(manifest["subsets"]) != ["."] else ():
         figures[f"share of {subset}"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
         figures[f"bytes_per_token of {subset}"] = _bytes_per_token(count.get("bytes"), count["tokens"])
         keys = (f"documents_over_{block_size}", "documents", f"tokens_over_{block_size}", "tokens")

@@ -1,5 +1,6 @@
 """Print the progress of a preparation, and format a table of its result."""
 
+import math
 import sys
 import time
 from collections import Counter
@@ -12,9 +13,17 @@ from tinyllama.throughput import duration
 
 Info = dict[str, Any]  # what a shard's NAME.json says
 
+FEW = 100
+"""shards of which each has a line; of more, some"""
+INTERVAL = 5.0
+"""seconds between two lines where there are more"""
+
 
 class Progress:
-    """Shards, tokens, tokens/s and time left: a bar on a terminal, else a line for each shard."""
+    """Shards, tokens, tokens/s and time left: a bar on a terminal, else lines.
+
+    Each of a FEW shards has a line. Of more, one every INTERVAL has, and each that is not packed, and the last.
+    """
 
     def __init__(self, todo: Sequence[Input]) -> None:
         self._bytes = sum(one.size for one in todo)
@@ -22,6 +31,7 @@ class Progress:
         self._shards = len(todo)
         self._done = self._tokens = 0
         self._started = time.monotonic()
+        self._printed = -math.inf  # when the last line was
         self._bar: Any = None
         if sys.stderr.isatty():
             from tqdm import tqdm
@@ -40,6 +50,10 @@ class Progress:
             self._bar.set_postfix_str(f"{self._done:,}/{self._shards:,} shards, {self._tokens:,} tokens, {rate}")
             self._bar.update(one.size)
             return
+        due = self._started + seconds >= self._printed + INTERVAL or self._done == self._shards
+        if self._shards > FEW and not due and not isinstance(outcome, Exception):
+            return
+        self._printed = self._started + seconds
         result = "not packed" if isinstance(outcome, Exception) else counts(outcome)
         left = f"{duration(seconds * self._left / (self._bytes - self._left or 1))} left"
         name = printable(one.name, 200)
@@ -68,19 +82,25 @@ def total(infos: Collection[Info]) -> Info:
 
 def counts(info: Info) -> str:
     """Documents and tokens in words, and what was done to some of them."""
-    notes = [f"{count:,} {_why(reason)}" for reason, count in info["dropped"].items()]
+    notes = [f"{count:,} {_why(reason)}" for reason, count in info["dropped"].items() if count]
     if info["repaired"]:
         notes.append(f"{info['repaired']:,} with lone surrogates replaced")
     noted = f" ({', '.join(notes)})" if notes else ""
-    return f"{info['documents']:,} documents{noted}, {info['tokens']:,} tokens"
+    documents = "1 document" if info["documents"] == 1 else f"{info['documents']:,} documents"
+    return f"{documents}{noted}, {info['tokens']:,} tokens"
 
 
 def table(info: Info) -> str:
-    """Documents, tokens and bytes of each subset and of all; below them, what was left out and why."""
+    """Documents, tokens and bytes of each subset and of all; below them, what was left out and why.
+
+    Files that are in no folder of the source are the subset ".", which is not listed if it is all there is.
+    """
     keys = ("documents", "tokens", "bytes")
     everything = {key: sum(figures[key] for figures in info["subsets"].values()) for key in keys}
     dropped = {_why(reason): {"documents": count} for reason, count in info["dropped"].items()}
     subsets = {printable(subset, 80): figures for subset, figures in info["subsets"].items()}
+    if list(subsets) == ["."]:
+        subsets = {}
     rows = [*subsets.items(), ("all", everything), *dropped.items()]
     width = max(len(name) for name, _ in [("subset", {}), *rows])
     lines = [f"{'subset':{width}}" + "".join(f"{key:>22}" for key in keys)]
