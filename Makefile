@@ -52,7 +52,8 @@ lint: .venv/installed  ## ruff, mypy and shellcheck
 	$(BIN)/shellcheck scripts/*.sh scripts/slurm/*.sbatch tests/slurm/*.sh .ci/run
 
 .venv/installed: pyproject.toml
-	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
+	@echo "installing the package and its development tools into .venv, which takes a few minutes"
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
