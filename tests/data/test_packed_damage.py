@@ -18,8 +18,8 @@ from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.data.metadata import read_manifest, read_shard_info, seal, to_json
 from tinyllama.data.packed import ShardWriter, check_datasets, open_packed, write_manifest
+from tinyllama.prepare.done import METADATA
 from tinyllama.prepare.inspection import inspect_packed
-from tinyllama.prepare.prepare import _METADATA
 
 JSON = ("manifest.json", "a.json")
 INDEX = "a.idx.npy"
@@ -62,7 +62,7 @@ def content(folder: Path) -> Any:
     dataset = open_packed(folder)
     check_datasets([dataset], vocab_size=100, block_size=1)
     figures = inspect_packed(folder)
-    infos = [read_shard_info(folder, name, _METADATA) for name in "ab"]
+    infos = [read_shard_info(folder, name, METADATA) for name in "ab"]
     values = [dataset.read(0, dataset.tokens).tolist(), {**vars(dataset), "_file": 0, "path": 0}, figures]
     return [str(value) for value in (*values, *map(known, (*infos, read_manifest(folder))))]
 

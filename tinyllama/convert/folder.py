@@ -3,13 +3,12 @@
 import contextlib
 import fcntl
 import json
-import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from tinyllama import InputError, __version__, atomic, printable
+from tinyllama import InputError, __version__, atomic, folder_lock, printable
 
 MARK = "export.json"  # marks a folder that a conversion wrote; it holds the source and the names of all files
 
@@ -87,32 +86,16 @@ def _remove(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
 
 
-@contextlib.contextmanager
-def _locked(output: Path) -> Iterator[None]:
+def _locked(output: Path) -> contextlib.AbstractContextManager[None]:
     """Let one conversion at a time write ``output``, as its temporary names are fixed; InputError: another does.
 
-    The lock ends with the process that holds it, and the next conversion finds what that left by its name. Where there
-    are no locks, none is held.
+    What one that was killed has left, the next finds by its name.
     """
-    path = output.with_name(f".{output.name}.lock")
-    with open(path, "ab") as file:  # for writing, without which NFS has no exclusive locks
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise InputError(
-                f"another conversion writes {output}: wait until it has ended, or give another folder"
-            ) from None
-        except OSError:
-            pass  # no locks on this file system
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            with _locked(output):  # the other one has ended just now and removed the file
-                yield
-            return
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # it does no harm: the next conversion locks and removes it
-                path.unlink()
+
+    def busy() -> None:
+        raise InputError(f"another conversion writes {output}: wait until it has ended, or give another folder")
+
+    return folder_lock.locked(output.with_name(f".{output.name}.lock"), busy, fcntl.flock)
 
 
 def why(error: OSError) -> str:

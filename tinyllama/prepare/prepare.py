@@ -9,42 +9,30 @@ can be traced to its shards.
 import contextlib
 import errno
 import fcntl
-import os
-import re
 import sys
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 
-from tinyllama import InputError, atomic
-from tinyllama.checkpoint.state import is_count
+from tinyllama import InputError, atomic, folder_lock
 from tinyllama.data import packed
-from tinyllama.data.files import open_regular
-from tinyllama.data.metadata import MANIFEST, is_text, read_shard_info
+from tinyllama.data.metadata import MANIFEST
 from tinyllama.prepare import progress
+from tinyllama.prepare.done import BAD, INDEX, done, is_marker, reason, remove_stale
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
-from tinyllama.prepare.inputs import ENDINGS, IN_TMPDIR, Fields, Input, Inputs, some
+from tinyllama.prepare.inputs import IN_TMPDIR, Fields, Input, Inputs, some
 from tinyllama.prepare.progress import Info
 from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import Work, cores, over_workers
 from tinyllama.throughput import duration
 from tinyllama.tokenizer import Tokenizer
 
-_TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
-_INDEX = ".idx.npy"
-_BAD = ".bad"  # NAME.bad says why an input could not be packed
-_METADATA = {  # of NAME.json, besides those of every shard
-    "source": {"name": is_text, "bytes": is_count},
-    "subsets": {str: {"documents": is_count, "tokens": is_count, "bytes": is_count}},
-    "dropped": {str: is_count},
-    "repaired": is_count,
-}
 CONTEXTS = tuple(1 << power for power in range(9, 18))
 """context lengths, 512 to 131,072 tokens, for which the documents that are longer are counted"""
 _MAX_BAD = 10  # inputs that may be bad one after another before one is good: then it is all of them, or a flag
@@ -89,6 +77,11 @@ class _Recipe:
     slow: str = ""  # which encoder ``auto`` fell back to, and why; "": it did not
     origin: Info = field(default_factory=dict)  # metadata of every shard of a source on the Hub: its commit
 
+    @property
+    def facts(self) -> Info:
+        """Metadata that every shard of the dataset shares; None: which none has."""
+        return self.policy | {"origin": None} | self.origin
+
 
 def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     """Pack every input that is not packed yet, write the manifest, and return a summary.
@@ -119,47 +112,26 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
         raise InputError(f"cannot write {where} ({error.strerror}): {room}{other}") from None
 
 
-@contextlib.contextmanager
-def _locked(output: Path, task: tuple[int, int] | None) -> Iterator[None]:
-    """Let one run at a time, or one of each task, work in ``output``; another one, as of a requeued job, waits.
+def _locked(output: Path, task: tuple[int, int] | None) -> contextlib.AbstractContextManager[None]:
+    """Let one run at a time, or one of each task, work in ``output``; another one, as of a requeued job, waits."""
 
-    The lock ends with the process that holds it, on whichever machine that is. Where there are no locks, none is held.
-    """
-    path = output / ".lock"
-    if path.exists() and not path.is_file():  # open would wait for the other end of a pipe
-        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
-    place = (0, 0) if task is None else (1, task[0])  # bytes of it, from where on: 0 are all
-    with open(path, "ab") as file:
-        try:
-            fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)
-        except (BlockingIOError, PermissionError):
-            print(f"waiting for another run that works in {output}", file=sys.stderr, flush=True)
-            fcntl.lockf(file, fcntl.LOCK_EX, *place)
-        except OSError:
-            pass  # no locks on this file system
-        if not path.exists() or not os.path.samestat(os.fstat(file.fileno()), os.stat(path)):
-            with _locked(output, task):  # that run was the last and has removed the file
-                yield
-            return
-        try:
-            yield
-        finally:
-            with contextlib.suppress(OSError):  # another task works on
-                fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if not os.fstat(file.fileno()).st_size:  # ours is empty
-                    path.unlink()
+    def busy() -> None:
+        print(f"waiting for another run that works in {output}", file=sys.stderr, flush=True)
+
+    place = (0, 0) if task is None else (1, task[0])
+    return folder_lock.locked(output / ".lock", busy, fcntl.lockf, *place)
 
 
 def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) -> str:
     output, task = options.output, options.task
     mine = inputs if task is None else inputs[task[0] :: task[1]]
-    infos = _done(inputs, mine, recipe)
+    infos = done(inputs, mine, recipe.output, recipe.facts)
     todo = [one for one in mine if one.shard not in infos]
     made: dict[str, Info] = {}
     bad: dict[str, str] = {}
     if options.finish:
-        markers = {one.shard: output / f"{one.shard}{_BAD}" for one in todo}
-        bad = {shard: _reason(marker) for shard, marker in markers.items() if marker.exists()}
+        markers = {one.shard: output / f"{one.shard}{BAD}" for one in todo}
+        bad = {shard: reason(marker) for shard, marker in markers.items() if marker.exists()}
         if missing := sorted(markers.keys() - bad.keys()):
             raise InputError(
                 f"{output}: {len(missing)} of {len(mine)} shards are missing ({some(missing)}): "
@@ -167,20 +139,20 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
             )
         todo = []
     stale = None if task is None else {one.shard for one in mine}
-    _remove_stale(output, stale)
+    remove_stale(output, stale)
     if todo:
         most = None if infos or options.skip_bad_files >= _MAX_BAD else _MAX_BAD
         try:
             made, bad = _pack_all(todo, recipe, options.workers, most)
         finally:
-            _remove_stale(output, stale)  # of workers that died meanwhile or were stopped
+            remove_stale(output, stale)  # of workers that died meanwhile or were stopped
     infos |= made
     if len(bad) > options.skip_bad_files:
         raise InputError(*(bad[shard] for shard in sorted(bad)))
     total = progress.total(infos.values())
     if task is None:
         if not total["documents"] and (count := total["dropped"].get("fraction")):
-            for shard, ending in product(infos, (".json", ".bin", _INDEX)):  # of no use to another share or seed
+            for shard, ending in product(infos, (".json", ".bin", INDEX)):  # of no use to another share or seed
                 (output / f"{shard}{ending}").unlink(missing_ok=True)
             raise InputError(
                 f"{output}: none of {count:,} documents was drawn: give a larger share or another --seed (a .txt file "
@@ -190,8 +162,8 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
             raise InputError(f"{output}: not one document in {len(inputs)} input files: check --source")
         figures = {key: total[key] for key in ("subsets", "dropped", "repaired")}
         packed.write_manifest(output, list(infos), **figures, skipped=sorted(bad), **recipe.origin)
-        for marker in output.glob(f"*{_BAD}"):
-            if marker.name.removesuffix(_BAD) not in bad and _is_marker(marker):  # of an input that was removed
+        for marker in output.glob(f"*{BAD}"):
+            if marker.name.removesuffix(BAD) not in bad and is_marker(marker):  # of an input that was removed
                 marker.unlink(missing_ok=True)
     empty = [infos[shard]["source"]["name"] for shard in sorted(infos) if _is_empty(infos[shard])]
     lines = [progress.table(total), *inputs.notes]
@@ -201,21 +173,6 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     took = duration(time.monotonic() - started)
     lines.append(f"{output}: {len(infos):,} shards ({len(made):,} new), {progress.counts(total)}, {took}")
     return "\n".join(lines)
-
-
-def _is_marker(path: Path) -> bool:
-    """Whether a file ``*.bad`` is one of ours, which names its input: other programs call files so, too."""
-    shard = path.name.removesuffix(_BAD)
-    return shard.lower().endswith(ENDINGS) and path.is_file() and shard in _reason(path).replace("/", "--")
-
-
-def _reason(marker: Path) -> str:
-    """Return what a NAME.bad says."""
-    try:
-        with open_regular(marker) as file:
-            return file.read(2**16).decode(errors="replace")
-    except OSError as error:
-        raise InputError(f"{marker} cannot be read ({error.strerror}): delete it and rerun its task") from None
 
 
 def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Recipe:
@@ -244,55 +201,6 @@ def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Rec
     return _Recipe(options.output, used.path, chosen, fields, policy, slow, {"origin": origin} if origin else {})
 
 
-def _done(inputs: Sequence[Input], mine: Sequence[Input], recipe: _Recipe) -> dict[str, Info]:
-    """Return the metadata of those shards of ``mine`` that are done."""
-    output = recipe.output
-    try:
-        files = os.listdir(output)
-    except FileNotFoundError:
-        return {}
-    except OSError as error:
-        raise InputError(f"{output}: {error.strerror}: give another --output") from None
-    # a shard's first file, which no other program calls so: a .json may be somebody's raw data
-    shards = {file.removesuffix(_INDEX) for file in files if file.endswith(_INDEX)}
-    if unknown := shards - {one.shard for one in inputs}:
-        raise InputError(
-            f"{output}: {len(unknown)} shards belong to no input ({some(sorted(unknown))}): "
-            "remove their files (NAME.bin, NAME.idx.npy and NAME.json), or use another --output"
-        )
-    infos = {}
-    own = {one.shard for one in mine}
-    for shard in sorted(shards - own)[:1]:  # another task's: all must agree, and not only in the end
-        _agrees(output, read_shard_info(output, shard), recipe)
-    for one in mine:
-        info = read_shard_info(output, one.shard, _METADATA)
-        if info is None:
-            continue
-        _agrees(output, info, recipe)
-        if (info["source"]["name"], info["source"]["bytes"]) == (one.name, one.size):
-            infos[one.shard] = info
-    return infos
-
-
-def _agrees(output: Path, info: Info | None, recipe: _Recipe) -> None:
-    """Raise InputError if a shard is of another dataset than is being prepared."""
-    for key, value in (recipe.policy | {"origin": None} | recipe.origin).items():
-        if info and info.get(key) != value:
-            origin = f"give --source {info[key]}, or " if key == "origin" and info.get(key) else ""
-            raise InputError(
-                f"{output}: {key} was {info.get(key)!r} for shard {info['name']} and is {value!r} now: "
-                f"{origin}use another --output"
-            )
-
-
-def _remove_stale(output: Path, shards: set[str] | None) -> None:
-    """Remove what the killed left of these shards (None: of all); those of other tasks may be in use."""
-    for file in output.glob("*.tmp"):
-        match = _TMP.fullmatch(file.name)
-        if match and (shards is None or match[1] in shards):
-            file.unlink(missing_ok=True)
-
-
 def _pack_all(
     todo: Sequence[Input], recipe: _Recipe, workers: int, most: int | None
 ) -> tuple[dict[str, Info], dict[str, str]]:
@@ -306,7 +214,7 @@ def _pack_all(
     failed: dict[str, str] = {}
     with contextlib.closing(progress.Progress(todo)) as bar:
         for one, outcome in over_workers(todo, _packer, recipe, workers):
-            marker = recipe.output / f"{one.shard}{_BAD}"
+            marker = recipe.output / f"{one.shard}{BAD}"
             if isinstance(outcome, InputError):
                 bad[one.shard] = str(outcome)
                 atomic.write(marker, str(outcome).encode())  # a later --finish counts it
