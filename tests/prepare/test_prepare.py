@@ -127,12 +127,12 @@ def test_a_second_run_does_what_is_missing_or_changed(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in"), tmp_path / "out"
     pack(source, tokenizer_file, output)
     whole = files(output)
-    written = {path.name: path.stat().st_mtime_ns for path in output.iterdir()}
+    written = {path.name: path.stat().st_ctime_ns for path in output.iterdir()}
     assert "4 shards (0 new)" in pack(source, tokenizer_file, output)
     (output / "chunk1--3.jsonl.json").unlink()
     assert "4 shards (1 new)" in pack(source, tokenizer_file, output)
     assert files(output) == whole
-    again = {path.name for path in output.iterdir() if path.stat().st_mtime_ns != written[path.name]}
+    again = {path.name for path in output.iterdir() if path.stat().st_ctime_ns != written[path.name]}
     assert again == {f"chunk1--3.jsonl.{ending}" for ending in ("bin", "idx.npy", "json")} | {"manifest.json"}
 
     with (source / "chunk0/0.jsonl").open("a") as file:

@@ -1,8 +1,18 @@
-"""What an output folder of prepared shards holds: which of them are done, and what a killed run has left."""
+"""What an output folder of prepared shards holds: which of them are done, and what a killed run has left.
 
+A shard is done when its NAME.json names the input with the bytes and the blake2b that it has. No input is read for that
+unless it may have changed: NAME.json bears, as the time of its own last modification, the ``ctime`` that the input had
+before it was read. Nobody can set a file's ``ctime`` back, as ``cp -p`` and ``rsync -t`` do with the time of its
+modification; that it also changes with a name, a mode or an owner costs a reading, once. As the time is in no file, the
+bytes of the output stay the same, and a copy of it, which has other times, costs a reading, too.
+"""
+
+import contextlib
 import os
 import re
+import sys
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tinyllama import InputError
@@ -10,7 +20,9 @@ from tinyllama.checkpoint.state import is_count
 from tinyllama.data.files import open_regular
 from tinyllama.data.metadata import is_text, read_shard_info
 from tinyllama.prepare.inputs import ENDINGS, Input, some
+from tinyllama.prepare.listing import is_url
 from tinyllama.prepare.progress import Info
+from tinyllama.prepare.streams import blake2b
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 INDEX = ".idx.npy"
@@ -23,11 +35,11 @@ METADATA = {  # of NAME.json, besides those of every shard
 }
 
 
-def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: Info) -> dict[str, Info]:
+def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: Info, threads: int) -> dict[str, Info]:
     """Return the metadata of those shards of ``mine`` that are done.
 
-    ``facts`` is the metadata that every shard of the dataset shares. Raises InputError where one says otherwise, is
-    damaged, or belongs to none of ``inputs``.
+    ``facts`` is the metadata that every shard of the dataset shares. ``threads`` read the inputs that may have changed.
+    Raises InputError where a shard says otherwise, is damaged, or belongs to none of ``inputs``.
     """
     try:
         files = os.listdir(output)
@@ -42,7 +54,8 @@ def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: In
             f"{output}: {len(unknown)} shards belong to no input ({some(sorted(unknown))}): "
             "remove their files (NAME.bin, NAME.idx.npy and NAME.json), or use another --output"
         )
-    infos = {}
+    infos: dict[str, Info] = {}
+    doubtful: list[Input] = []
     own = {one.shard for one in mine}
     for shard in sorted(shards - own)[:1]:  # another task's: all must agree, and not only in the end
         _check_agrees(output, read_shard_info(output, shard), facts)
@@ -53,7 +66,52 @@ def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: In
         _check_agrees(output, info, facts)
         if (info["source"]["name"], info["source"]["bytes"]) == (one.name, one.size):
             infos[one.shard] = info
-    return infos
+            status = status_of(one)
+            if not is_url(one.path) and not (status and _has_time(output / f"{one.shard}.json", status.st_ctime_ns)):
+                doubtful.append(one)
+    if doubtful:
+        size = sum(one.size for one in doubtful)
+        what = f"{len(doubtful):,} inputs ({size / 1e9:,.1f} GB) that may have changed since they were packed"
+        print(f"comparing {what}", file=sys.stderr, flush=True)
+    with ThreadPoolExecutor(threads) as pool:
+        same = pool.map(lambda one: _is_same(one, output, infos[one.shard]), doubtful)
+        changed = {one.shard for one, is_same in zip(doubtful, same, strict=True) if not is_same}
+    return {shard: info for shard, info in infos.items() if shard not in changed}
+
+
+def status_of(one: Input) -> os.stat_result | None:
+    """Return the status of an input's file; None for a URL, and where there is none, which its reader reports."""
+    try:
+        return None if is_url(one.path) else os.stat(one.path)
+    except OSError:
+        return None
+
+
+def set_time(output: Path, shard: str, status: os.stat_result | None) -> None:
+    """Note at a shard the ``status`` that its input had before it was read."""
+    if status:
+        with contextlib.suppress(OSError):  # another user's file: the input is read again each time
+            os.utime(output / f"{shard}.json", ns=(status.st_ctime_ns, status.st_ctime_ns))
+
+
+def _has_time(path: Path, wanted: int) -> bool:
+    """Whether a file bears the time ``wanted`` (ns), or as much of it as its file system keeps: seconds, perhaps."""
+    there, unit = path.stat().st_mtime_ns, 1
+    while unit < 10**9 and there % (10 * unit) == 0:
+        unit *= 10
+    return there == wanted // unit * unit
+
+
+def _is_same(one: Input, output: Path, info: Info) -> bool:
+    """Whether an input has the bytes that its shard was made of; if so, it is not read the next time."""
+    status = status_of(one)
+    try:
+        is_same = blake2b(Path(one.path)) == info["source"].get("blake2b")
+    except OSError:  # which its reader reports
+        return False
+    if is_same:
+        set_time(output, one.shard, status)
+    return is_same
 
 
 def _check_agrees(output: Path, info: Info | None, facts: Info) -> None:

@@ -24,7 +24,7 @@ from tinyllama import InputError, atomic, folder_lock
 from tinyllama.data import packed
 from tinyllama.data.metadata import MANIFEST
 from tinyllama.prepare import progress
-from tinyllama.prepare.done import BAD, INDEX, done, is_marker, reason, remove_stale
+from tinyllama.prepare.done import BAD, INDEX, done, is_marker, reason, remove_stale, set_time, status_of
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
 from tinyllama.prepare.inputs import IN_TMPDIR, Fields, Input, Inputs, some
 from tinyllama.prepare.progress import Info
@@ -87,7 +87,8 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     """Pack every input that is not packed yet, write the manifest, and return a summary.
 
     The token stream is each document's tokens, with bos before and eos after them if so chosen. A shard is done when
-    its NAME.json agrees with the name and size of its input; an input that changed is packed again.
+    its NAME.json agrees with its input, which is packed again when a byte of it has changed (see ``done``). Of an input
+    at a URL, which is not fetched for that, the name and the size are compared; one on the Hub has its commit.
 
     Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
     with ``finish`` when a shard is missing, when the tokenizer changes meanwhile, and, after all other inputs are
@@ -125,7 +126,7 @@ def _locked(output: Path, task: tuple[int, int] | None) -> contextlib.AbstractCo
 def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) -> str:
     output, task = options.output, options.task
     mine = inputs if task is None else inputs[task[0] :: task[1]]
-    infos = done(inputs, mine, recipe.output, recipe.facts)
+    infos = done(inputs, mine, output, recipe.facts, options.workers)
     todo = [one for one in mine if one.shard not in infos]
     made: dict[str, Info] = {}
     bad: dict[str, str] = {}
@@ -238,11 +239,16 @@ def _packer(recipe: _Recipe) -> Work:
     encoder = Encoder(tokenizer, recipe.encoder)
 
     def pack(one: Input) -> Info:
+        before = status_of(one)
         with one.fetched() as path:
             reader = DocumentReader(path, recipe.fields, one.name)
             with packed.ShardWriter(recipe.output, one.shard, tokenizer.vocab_size) as writer:
                 subsets = _write(writer, encoder.stream(reader.chunks()), recipe, one)
-                return writer.finish(
+                after = status_of(one)
+                if before and after and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
+                    hint = "run again when it is complete, what is done is kept"
+                    raise InputError(f"{one.path}: has changed while it was read: {hint}")
+                info = writer.finish(
                     **recipe.policy,
                     **recipe.origin,
                     encoded_by=encoder.name,
@@ -251,6 +257,8 @@ def _packer(recipe: _Recipe) -> Work:
                     dropped=reader.dropped,
                     repaired=reader.repaired,
                 )
+        set_time(recipe.output, one.shard, before)
+        return info
 
     return pack
 

@@ -31,6 +31,15 @@ class Hashed(io.FileIO):
         return count
 
 
+def blake2b(path: Path) -> str:
+    """Return the hash of a file's raw bytes, hexadecimal, as reading its documents makes it."""
+    raw = Hashed(path)
+    with io.BufferedReader(raw, BUFFER) as file:
+        while file.read(BUFFER):
+            pass
+    return raw.hash.hexdigest()
+
+
 def decompressed(file: BinaryIO, suffix: str) -> Any:
     """The text of a file of JSON lines: EOFError or OSError where it is cut short or damaged."""
     if suffix == ".gz":
