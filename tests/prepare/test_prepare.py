@@ -268,7 +268,7 @@ def test_no_document_at_all(tmp_path, tokenizer_file):
         ({"subsets": {"a": 1}}, r"damaged \(subsets.a is missing or of a wrong type or value\)"),
         ({"dropped": {"a": "1"}}, r"damaged \(dropped.a is missing or of a wrong type or value\)"),
         ({"dtype": []}, r"format version 1 with \[\] tokens is not known"),
-        (None, "damaged .*not a regular file.*: delete chunk0--0.jsonl.json and rerun"),
+        (None, "was not written by a prepare command: move it away"),
     ],
 )
 def test_facts_of_a_shard_that_are_damaged(tmp_path, tokenizer_file, changes, message):

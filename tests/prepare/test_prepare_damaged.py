@@ -61,12 +61,28 @@ def test_a_damaged_shard_is_named_and_made_anew_as_the_line_says(prepare, tmp_pa
     assert {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()} == right
 
 
-@pytest.mark.parametrize("damage", [b"", b"{}", b'{"shards": []}', b"\0" * 99])
-def test_a_damaged_manifest_is_made_anew(prepare, tmp_path: Path, damage: bytes) -> None:
+def compact(whole: bytes) -> bytes:
+    return json.dumps(json.loads(whole) | {"shards": []}).encode()
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda whole: b"",
+        lambda whole: b"{}",
+        lambda whole: b"\0" * len(whole),
+        lambda whole: whole[:5],
+        lambda whole: whole[:20],
+        lambda whole: whole[:-20],
+        lambda whole: whole.replace(b"bos", b"\xff\0s"),
+        compact,
+    ],
+)
+def test_a_damaged_manifest_is_made_anew(prepare, tmp_path: Path, damage: Callable[[bytes], bytes]) -> None:
     prepare()
     manifest = tmp_path / "out/manifest.json"
     whole = manifest.read_bytes()
-    manifest.write_bytes(damage)
+    manifest.write_bytes(damage(whole))
     assert prepare()[0] == 0
     assert manifest.read_bytes() == whole
 
@@ -81,6 +97,72 @@ def test_what_stands_in_the_place_of_a_file_to_write_is_named(prepare, tmp_path:
     code, (line,) = prepare()
     assert code == 2
     assert line.startswith(f"error: cannot write {path} (it is there and is not a file): ")
+
+
+FOREIGN = {
+    "a web page's manifest": ("manifest.json", '{"name": "llama", "short_name": "l", "icons": []}'),
+    "another tool's shards": ("manifest.json", '{"shards": []}'),
+    "a list": ("manifest.json", '["a.jsonl", "b.jsonl"]'),
+    "no JSON": ("manifest.json", "# files of the corpus\n"),
+    "raw data": ("a.jsonl.json", '{"text": "the llama"}\n{"text": "runs"}\n'),
+    "a note": ("b.jsonl.json", "checked by hand\n"),
+    "a program": ("a.jsonl.bin", "\x7fELF"),
+    "a list of bad lines": ("b.jsonl.bad", "line 17\n"),
+}
+
+
+@pytest.mark.parametrize("flags", [(), ("--task", "0/1")])
+@pytest.mark.parametrize("case", FOREIGN)
+def test_a_file_of_another_program_is_named_and_nothing_is_written(prepare, tmp_path: Path, case: str, flags) -> None:
+    name, content = FOREIGN[case]
+    path = tmp_path / "out" / name
+    path.parent.mkdir()
+    path.write_text(content)
+    code, lines = prepare(*flags)
+    said = f"error: {path} was not written by a prepare command: move it away, or give another --output"
+    assert (code, lines) == (2, [said])
+    assert {path.name: path.read_text() for path in (tmp_path / "out").iterdir()} == {name: content}
+    path.unlink()
+    assert prepare(*flags)[0] == 0
+
+
+def test_another_programs_manifest_is_not_replaced_by_finish(prepare, tmp_path: Path) -> None:
+    assert prepare("--task", "0/1")[0] == 0
+    manifest = tmp_path / "out/manifest.json"
+    manifest.write_text('{"name": "llama"}')
+    assert prepare("--finish")[0] == prepare()[0] == 2
+    assert manifest.read_text() == '{"name": "llama"}'
+
+
+@pytest.mark.parametrize("ending", ["bin", "idx.npy", "bad"])
+@pytest.mark.parametrize("place", [os.mkfifo, os.mkdir])
+def test_what_is_no_file_is_named_before_anything_is_written(prepare, tmp_path: Path, ending: str, place) -> None:
+    path = tmp_path / f"out/b.jsonl.{ending}"
+    path.parent.mkdir()
+    place(path)
+    code, (line,) = prepare()
+    assert (code, line.partition(": give")[0]) == (2, f"error: cannot write {path} (it is there and is not a file)")
+    assert list(path.parent.iterdir()) == [path]
+
+
+def test_a_folder_in_the_place_of_a_shards_metadata_is_not_to_be_deleted(prepare, tmp_path: Path) -> None:
+    path = tmp_path / "out/a.jsonl.json"
+    path.mkdir(parents=True)
+    code, (line,) = prepare()
+    assert (code, line.partition(": ")[2]) == (
+        2,
+        f"{path} was not written by a prepare command: move it away, or give another --output",
+    )
+
+
+def test_a_bad_input_is_tried_again_where_its_mark_is(prepare, tmp_path: Path) -> None:
+    whole = (tmp_path / "in/b.jsonl").read_bytes()
+    (tmp_path / "in/b.jsonl").write_text("{")
+    assert [prepare()[0], prepare()[0]] == [2, 2]
+    assert (tmp_path / "out/b.jsonl.bad").read_text().startswith(str(tmp_path / "in/b.jsonl"))
+    (tmp_path / "in/b.jsonl").write_bytes(whole)
+    assert prepare()[0] == 0
+    assert not (tmp_path / "out/b.jsonl.bad").exists()
 
 
 def test_what_a_task_says_of_a_bad_input_may_be_damaged(prepare, tmp_path: Path) -> None:

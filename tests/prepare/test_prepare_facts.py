@@ -391,7 +391,7 @@ def test_the_manifest_is_gone_before_a_shard_changes(tmp_path, tokenizer_file, m
 def test_what_cannot_be_written_is_named(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", {"a.jsonl": ["a"]}), tmp_path / "out"
     (output / "a.jsonl.bin").mkdir(parents=True)
-    said = f"cannot write {output / 'a.jsonl.bin'} (Is a directory): give another"
+    said = f"cannot write {output / 'a.jsonl.bin'} (it is there and is not a file): give another"
     assert refused(source, tokenizer_file, output).startswith(said)
     assert list(output.glob("*.tmp")) == []
 

@@ -8,6 +8,7 @@ bytes of the output stay the same, and a copy of it, which has other times, cost
 """
 
 import contextlib
+import errno
 import os
 import re
 import sys
@@ -18,7 +19,7 @@ from pathlib import Path
 from tinyllama import InputError
 from tinyllama.checkpoint.state import is_count
 from tinyllama.data.files import open_regular
-from tinyllama.data.metadata import is_text, read_shard_info
+from tinyllama.data.metadata import MANIFEST, is_text, read_shard_info
 from tinyllama.prepare.inputs import ENDINGS, Input, some
 from tinyllama.prepare.listing import is_url
 from tinyllama.prepare.progress import Info
@@ -27,6 +28,9 @@ from tinyllama.prepare.streams import blake2b
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 INDEX = ".idx.npy"
 BAD = ".bad"  # NAME.bad says why an input could not be packed
+# how a NAME.json or a manifest.json of ours begins, and which keys are in both
+_BEGINNINGS = tuple(b'{\n "%s": ' % key for key in (b"added_tokens", b"blake2b", b"bos"))
+_KEYS = (b'"dtype"', b'"format_version"', b'"tokenizer_sha256"')
 METADATA = {  # of NAME.json, besides those of every shard
     "source": {"name": is_text, "bytes": is_count},
     "subsets": {str: {"documents": is_count, "tokens": is_count, "bytes": is_count}},
@@ -60,7 +64,12 @@ def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: In
     for shard in sorted(shards - own)[:1]:  # another task's: all must agree, and not only in the end
         _check_agrees(output, read_shard_info(output, shard), facts)
     for one in mine:
-        info = read_shard_info(output, one.shard, METADATA)
+        try:
+            info = read_shard_info(output, one.shard, METADATA)
+        except InputError:
+            if not _is_our_json(path := output / f"{one.shard}.json"):
+                raise _of_another(path) from None
+            raise
         if info is None:
             continue
         _check_agrees(output, info, facts)
@@ -77,6 +86,56 @@ def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: In
         same = pool.map(lambda one: _is_same(one, output, infos[one.shard]), doubtful)
         changed = {one.shard for one, is_same in zip(doubtful, same, strict=True) if not is_same}
     return {shard: info for shard, info in infos.items() if shard not in changed}
+
+
+def check_ours(output: Path, todo: Sequence[Input]) -> None:
+    """Refuse to replace or remove what another program wrote, before anything is written.
+
+    Raises InputError for a manifest.json, and for a NAME.bin or NAME.bad of an input ``todo``, that are not ours, and
+    FileExistsError for what is no file. A NAME.bin has no marks, so it is taken for ours where there is any other file
+    of ours: it may be of a damaged shard whose NAME.json was deleted.
+    """
+    manifest = output / MANIFEST
+    _check_is_file(manifest)
+    if manifest.exists() and not _is_our_json(manifest):
+        raise _of_another(manifest)
+    begun = manifest.exists() or any(output.glob(f"*{INDEX}"))
+    for one in todo:
+        tokens, _, bad = paths = [output / f"{one.shard}{ending}" for ending in (".bin", INDEX, BAD)]
+        for path in paths:
+            _check_is_file(path)
+        if tokens.exists() and not begun:
+            raise _of_another(tokens)
+        if bad.exists() and bad.stat().st_size and not is_marker(bad):
+            raise _of_another(bad)
+
+
+def _check_is_file(path: Path) -> None:
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
+
+
+def _of_another(path: Path) -> InputError:
+    return InputError(f"{path} was not written by a prepare command: move it away, or give another --output")
+
+
+def _is_our_json(path: Path) -> bool:
+    """Whether a NAME.json or a manifest.json is ours, though perhaps damaged or cut short, or has no content to lose.
+
+    As ours appear complete or not at all, one that begins unlike them and lacks the keys of them all is another's,
+    whether it can be parsed or not.
+    """
+    if path.is_dir():
+        return False
+    try:
+        with open_regular(path) as file:
+            content = file.read()
+    except OSError:  # whose reader reports it
+        return True
+    if not content.strip(b"\0 \n{}"):
+        return True
+    begins = any(content.startswith(ours) or ours.startswith(content) for ours in _BEGINNINGS)
+    return begins or all(key in content for key in _KEYS)
 
 
 def status_of(one: Input) -> os.stat_result | None:

@@ -24,7 +24,7 @@ from tinyllama import InputError, atomic, folder_lock
 from tinyllama.data import packed
 from tinyllama.data.metadata import MANIFEST
 from tinyllama.prepare import progress
-from tinyllama.prepare.done import BAD, INDEX, done, is_marker, reason, remove_stale, set_time, status_of
+from tinyllama.prepare.done import BAD, INDEX, check_ours, done, is_marker, reason, remove_stale, set_time, status_of
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
 from tinyllama.prepare.inputs import IN_TMPDIR, Fields, Input, Inputs, some
 from tinyllama.prepare.progress import Info
@@ -90,7 +90,8 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     its NAME.json agrees with its input, which is packed again when a byte of it has changed (see ``done``). Of an input
     at a URL, which is not fetched for that, the name and the size are compared; one on the Hub has its commit.
 
-    Raises InputError when the output folder holds shards of other settings or inputs, when there is no document at all,
+    Raises InputError when the output folder holds shards of other settings or inputs, or a file of another program that
+    would be replaced, when there is no document at all,
     with ``finish`` when a shard is missing, when the tokenizer changes meanwhile, and, after all other inputs are
     packed, with one error for each bad input when there are more of them than may be skipped; where the first ten are
     all bad, the others are not tried. Raises RuntimeError, after all others are packed too, naming each input whose
@@ -128,6 +129,7 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     mine = inputs if task is None else inputs[task[0] :: task[1]]
     infos = done(inputs, mine, output, recipe.facts, options.workers)
     todo = [one for one in mine if one.shard not in infos]
+    check_ours(output, [] if options.finish else todo)
     made: dict[str, Info] = {}
     bad: dict[str, str] = {}
     if options.finish:
