@@ -8,6 +8,7 @@ import os
 import pty
 import re
 import resource
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -743,9 +744,11 @@ def test_events_that_cannot_be_written_are_shown(run: Run, capsys: pytest.Captur
 
 
 def test_memory_is_told_in_units_of_a_thousand_million_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = {resource.RUSAGE_SELF: 2_000_000, resource.RUSAGE_CHILDREN: 7_000_000}  # Linux counts in KiB
+    peaks = {resource.RUSAGE_SELF: 2_000_000, resource.RUSAGE_CHILDREN: 7_000_000}
     monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=peaks[who]))
-    assert max_memory_gb(torch.device("cpu")) == 2.048
+    for system, peak in (("linux", 2.048), ("darwin", 0.002)):  # the one counts in KiB, the other in bytes
+        monkeypatch.setattr(sys, "platform", system)
+        assert max_memory_gb(torch.device("cpu")) == peak, system
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {3: 5e9}[device.index])
     assert max_memory_gb(torch.device("cuda", 3)) == 5.0
 

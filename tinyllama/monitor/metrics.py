@@ -6,6 +6,7 @@ import io
 import json
 import os
 import resource
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import asdict
@@ -355,4 +356,5 @@ def max_memory_gb(device: torch.device) -> float:
     """Return the peak memory so far in GB: of the GPU, else of this process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 1e9
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
+    unit = 1 if sys.platform == "darwin" else 1024  # bytes of ru_maxrss
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 1e9
