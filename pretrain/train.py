@@ -49,7 +49,8 @@ DONE, DEFECT, STOPPED = 0, 1, 75
 
 def setup(args: PretrainArgs) -> Run:
     """Find every error of the input before anything is started or written."""
-    config = check(args := with_sizes(args))
+    step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
+    config = check(args := with_sizes(args, step_dir))
     check_optimizer(args.optim)
     world = find_world(args.parallel)
     accumulation = gradient_accumulation(args.train, world.size)
@@ -58,7 +59,6 @@ def setup(args: PretrainArgs) -> Run:
     check_datasets([*sources, *validation], vocab_size=config.vocab_size, block_size=config.block_size)
     mixture = mix(args, sources, config.block_size, accumulation)
     ops = choose_ops(args, config, [*sources, *validation])
-    step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
     samples = open_samples(args.eval, config, sources[0].tokenizer_sha256)
     run = Run(args, config, world, sources, validation, mixture, accumulation, ops, samples=samples)
     run = start_from(step_dir, run)

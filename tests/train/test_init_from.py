@@ -114,9 +114,9 @@ def test_the_context_may_be_changed_by_who_says_so(make_run, hf_dir: Path, name:
 
 
 def test_sizes_that_are_not_given_are_those_of_the_weights(hf_dir: Path, step_dir: Path, tmp_path: Path) -> None:
-    def sizes(start: Path | None, out_dir: Path = tmp_path, **given: Any) -> Any:
+    def sizes(start: Path | None, resume: Path | None = None, **given: Any) -> Any:
         train = TrainArgs(init_from=None if start is None else str(start))
-        return with_sizes(PretrainArgs(out_dir=str(out_dir), model=ModelArgs(**given), train=train)).model
+        return with_sizes(PretrainArgs(model=ModelArgs(**given), train=train), resume).model
 
     assert sizes(None) == ModelArgs()
     for start in (hf_dir, step_dir, step_dir.parents[1]):
@@ -128,7 +128,7 @@ def test_sizes_that_are_not_given_are_those_of_the_weights(hf_dir: Path, step_di
     assert sizes(tmp_path / "lit_model.pth") == ModelArgs()
     with pytest.raises(InputError, match="holds no complete checkpoint"):
         sizes(tmp_path / "gone")
-    assert sizes(tmp_path / "gone", step_dir.parents[1]).resolve() == CONFIG  # its own checkpoint has them
+    assert sizes(tmp_path / "gone", step_dir).resolve() == CONFIG  # its own checkpoint has them
 
 
 def test_the_rows_of_the_vocabulary_count_and_not_its_pieces(make_run, hf_dir: Path) -> None:

@@ -378,6 +378,23 @@ def test_init_from_may_be_left_out_at_a_start_and_given_again(
     assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in problem
 
 
+def test_a_branch_of_a_run_that_started_from_other_weights_has_their_sizes(
+    world, config: dict[str, Any], config_file: Path, hf_dir: Path, tmp_path: Path
+) -> None:
+    config["model"] = {"block_size": 32}
+    config_file.write_text(yaml.safe_dump(config))
+    out, other = tmp_path / "run", tmp_path / "branch"
+    run = ["--config", config_file, "--checkpoint.interval", 6]
+    world(1).train(*run, "--out_dir", out, "--train.init_from", hf_dir, "--train.max_steps", 12)
+    start = out / "checkpoints" / "step-00000006"
+    branch_off = [*run, "--out_dir", other, "--train.resume", start]
+    world(1).train(*branch_off, "--train.max_steps", 12)
+    assert column(other, "loss") == column(out, "loss")[6:]
+    assert "at step 12" in world(1).train(*branch_off, "--train.max_steps", 13)
+    (problem,) = world(1)("train", *branch_off, "--out_dir", tmp_path / "deeper", "--model.n_layer", 3)[0]["problems"]
+    assert problem.startswith(f"cannot resume from {start}: model.n_layer was 2 and is 3; put it back")
+
+
 def test_weights_that_do_not_fit_the_run_are_refused(world, config_file: Path, hf_dir: Path, tmp_path: Path) -> None:
     start = ["--config", config_file, "--train.init_from", hf_dir, "--out_dir", tmp_path / "run"]
     for flags, problem in [

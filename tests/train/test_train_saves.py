@@ -6,12 +6,15 @@ import re
 import shutil
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 from runs import SHORT, beating, branch, column, tensors
 
 from tinyllama.checkpoint import hashes, reader
+from tinyllama.config import cli
+from tinyllama.config.args import PretrainArgs
 from tinyllama.monitor import report
 
 ROOT = Path(__file__).parents[2]
@@ -287,3 +290,14 @@ def test_a_branch_of_a_version_that_recorded_no_origin_goes_on(
     said = " ".join(world(1).train(*flags, "--train.max_steps", 28).split())
     assert f"resumed from {out}/checkpoints/step-00000024 at step 24" in said
     assert reader.read_state(out / "checkpoints" / "step-00000028")["origin"]["resume"] == str(start)
+
+
+def test_checkpoints_are_looked_for_once_before_the_run_lock_is_taken(
+    world, recipe: Any, config_file: Path, tmp_path: Path
+) -> None:
+    flags = ["--config", str(config_file), "--out_dir", str(tmp_path / "run"), "--train.max_steps", "6"]
+    world(1).train(*flags)
+    with mock.patch.object(reader, "problem", wraps=reader.problem) as looks:
+        run = recipe.setup(cli.parse(PretrainArgs, flags))
+    assert run.resume == tmp_path / "run/checkpoints/step-00000006"
+    assert looks.call_count == 1

@@ -15,16 +15,16 @@ from tinyllama.train.run import Run
 CHANGEABLE = ("block_size", "rope_base", "rope_condense_ratio")
 
 
-def with_sizes(args: PretrainArgs) -> PretrainArgs:
+def with_sizes(args: PretrainArgs, step_dir: Path | None) -> PretrainArgs:
     """Return ``args`` with the sizes of the model of train.init_from, if given, but for those that ``args`` give.
 
-    A run that resumes has them in its own checkpoint, and needs neither the other one nor the setting any more.
+    A run that resumes, or branches off, from ``step_dir`` has them there, and needs neither the other model nor the
+    setting any more.
     """
-    own, _ = reader.newest(Path(args.out_dir) / "checkpoints")
-    start = args.train.init_from or (own and origin_of(own)["init_from"])
+    start = args.train.init_from or (step_dir and origin_of(step_dir)["init_from"])
     if start is None:
         return args
-    config = read_config(start) if own is None else reader.read_model_config(own)
+    config = read_config(start) if step_dir is None else reader.read_model_config(step_dir)
     if config is None:
         return args
     name = config.name if args.model.name in NAMED_CONFIGS else args.model.name
