@@ -277,6 +277,26 @@ def test_a_branch_of_another_step_is_not_taken_for_it(world, straight, config_fi
     assert problem == f"{own} is newer than train.resume {back}: {hint}"
 
 
+@pytest.mark.parametrize("checkpoints", ["its own", "a link"])
+def test_a_branch_of_a_runs_newest_step_may_be_named_by_the_run_or_the_step(
+    world, straight, config_file: Path, tmp_path: Path, checkpoints: str
+) -> None:
+    parent, out = shutil.copytree(straight(1), tmp_path / "parent"), tmp_path / "out"
+    steps = parent / "checkpoints"
+    if checkpoints == "a link":
+        steps.symlink_to(steps.rename(tmp_path / "scratch"))
+    start, older = steps / "step-00000040", steps / "step-00000020"
+    flags = ["--config", config_file, "--out_dir", out, "--checkpoint.interval", 1]
+    world(1).train(*flags, "--train.resume", parent, "--train.max_steps", 41)
+    assert reader.read_state(out / "checkpoints" / "step-00000041")["origin"]["resume"] == str(start.resolve())
+    shutil.rmtree(start)  # as its run's keep_last does
+    for step, how in enumerate((parent, start, steps, os.path.relpath(parent, ROOT), os.path.relpath(start, ROOT)), 41):
+        said = world(1).train(*flags, "--train.resume", how, "--train.max_steps", step + 1)
+        assert f"at step {step}" in said
+    (problem,) = world(1)("train", *flags, "--train.resume", older)[0]["problems"]
+    assert f"did not branch off from train.resume {older}: " in problem
+
+
 def test_a_branch_of_a_version_that_recorded_no_origin_goes_on(
     world, straight, config_file: Path, tmp_path: Path
 ) -> None:

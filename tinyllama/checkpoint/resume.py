@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tinyllama import InputError, atomic, printable
+from tinyllama.checkpoint import names
 from tinyllama.checkpoint.reader import newest, read_settings, read_state, resolve
 
 ORIGINS = ("resume", "init_from")
@@ -47,7 +48,7 @@ def to_resume(out_dir: Path, how: str, say: Callable[[str], None] = print) -> Pa
             raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
         return None
     is_back = is_of(out_dir, Path(how))
-    if latest is not None and not is_back and origin_of(latest)["resume"] == str(Path(how).resolve()):
+    if latest is not None and not is_back and _began_from(latest, Path(how)):
         return _own(latest, passed_over, say)
     chosen = resolve(how)
     if latest is not None and latest.resolve() != chosen.resolve():
@@ -62,6 +63,16 @@ def is_of(out_dir: Path, path: Path) -> bool:
     return (out_dir / "checkpoints").resolve() in (path, path.parent, (path / "checkpoints").resolve())
 
 
+def _began_from(step_dir: Path, path: Path) -> bool:
+    """Return whether ``path`` is what the branch of ``step_dir`` began from, or the run, or its folder of checkpoints."""
+    recorded = origin_of(step_dir)["resume"]
+    if recorded is None:
+        return False
+    began, path = Path(recorded), path.resolve()
+    is_step = names.step_of(began) is not None  # earlier versions recorded the path as it was given
+    return path == began or (is_step and began.parent in (path, (path / "checkpoints").resolve()))
+
+
 def origin_of(step_dir: Path) -> dict[str, str | None]:
     """Return what the run of ``step_dir`` began from at its first start: the absolute path in each of ORIGINS, if any.
 
@@ -74,12 +85,13 @@ def origin_of(step_dir: Path) -> dict[str, str | None]:
 def origin(out_dir: Path, step_dir: Path | None, train: dict[str, Any]) -> dict[str, str | None]:
     """Return what the run in ``out_dir`` that starts from ``step_dir`` by the settings ``train`` began from.
 
-    Its checkpoints keep that over all its starts. A branch has its own path, and the weights of the run it continues.
+    Its checkpoints keep that over all its starts. A branch has the step it began from, whichever way train.resume named
+    it, and the weights of the run it continues.
     """
     if step_dir is None:
         return _given(train)
     began = origin_of(step_dir)
-    return began if is_of(out_dir, step_dir) else began | {"resume": _given(train)["resume"]}
+    return began if is_of(out_dir, step_dir) else began | {"resume": str(step_dir.resolve())}
 
 
 def _given(train: dict[str, Any]) -> dict[str, str | None]:
