@@ -71,7 +71,45 @@ def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
         assert json.loads(file.read_text()) == owner
     who = f"pid {os.getpid()} on {HERE}, job 77"
     assert str(error.value) == f"{out_dir} belongs to another run ({who}): stop that or give another out_dir"
-    assert list(out_dir.iterdir()) == []
+    assert list(tmp_path.iterdir()) == []  # nor the folders that it made
+
+
+@pytest.mark.parametrize("made", ["there before", "with a file", "by another"])
+def test_a_folder_that_is_not_this_starts_or_not_empty_stays(made: str, tmp_path: Path) -> None:
+    out_dir = tmp_path / "out" / "run"
+    if made == "there before":
+        out_dir.mkdir(parents=True)
+    with RunLock(out_dir, None):
+        if made == "with a file":
+            (out_dir / "mine").touch()
+        elif made == "by another":
+            (out_dir.parent / "other").mkdir()
+    assert out_dir.is_dir() == (made != "by another")
+    assert out_dir.parent.is_dir()
+
+
+def test_a_folder_that_is_removed_while_another_waits_for_it_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setattr(lock, "BEAT", 4.0)  # it is looked at every 0.2 s
+    out_dir = tmp_path / "out" / "run"
+    first = RunLock(out_dir, None).__enter__()
+    threading.Timer(0.1, first.__exit__).start()
+    with RunLock(out_dir, None) as second:
+        assert json.loads((out_dir / "OWNER.json").read_text()) == second._me
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_removed_before_the_file_is_in_it_is_made_again(tmp_path: Path, monkeypatch) -> None:
+    out_dir, create = tmp_path / "out" / "run", RunLock._create
+    removals = iter([out_dir.rmdir, lambda: None])
+
+    def late(owner: RunLock) -> bool:
+        next(removals)()
+        return create(owner)
+
+    monkeypatch.setattr(RunLock, "_create", late)
+    with RunLock(out_dir, None) as owner:
+        assert json.loads((out_dir / "OWNER.json").read_text()) == owner._me
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("restarts", [0, 3])

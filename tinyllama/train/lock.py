@@ -32,6 +32,7 @@ class RunLock:
     ``job_id`` is the Slurm job's, None outside one. Entering waits for up to STALE seconds to see whether another
     holder is alive and raises InputError if it is. One on this host whose pid is not running, and one of the same job,
     requeued since, are not waited for. Should the previous holder still be there, it ends itself with status 1.
+    Folders that it made are removed on exit if nothing was written in them.
     """
 
     def __init__(self, out_dir: Path, job_id: str | None) -> None:
@@ -44,17 +45,18 @@ class RunLock:
             "token": secrets.token_hex(8),
         }
         self._me["blake2b"] = _hash(self._me)
+        self._made: list[Path] = []  # the innermost first
         self._ended = threading.Event()
         self._heart = threading.Thread(target=self._beat, name="owner", daemon=True)
 
     def __enter__(self) -> "RunLock":
         try:
-            self._path.parent.mkdir(parents=True, exist_ok=True)
             before = None
-            while not self._create():
+            while not self._create_in_folder():
                 before = self._evict()
             self._folder = self._path.parent.stat()
         except OSError as error:
+            self._remove_made()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
             hint = "make room there" if full else "give an out_dir that can be"
             raise InputError(f"cannot write {self._path}: {error.strerror}: {hint}") from None
@@ -69,6 +71,21 @@ class RunLock:
         with contextlib.suppress(OSError):  # the run is over; what is left of its file grows stale
             if self._is_mine(_look(self._path).holder):
                 self._path.unlink()
+                self._remove_made()
+
+    def _create_in_folder(self) -> bool:
+        """Take the lock if nobody holds it, in a folder that is made if it is not there."""
+        while True:
+            folder = self._path.parent
+            self._made += [path for path in (folder, *folder.parents) if not path.exists()]
+            folder.mkdir(parents=True, exist_ok=True)
+            with contextlib.suppress(FileNotFoundError):  # who made the folder has just removed it
+                return self._create()
+
+    def _remove_made(self) -> None:
+        for folder in self._made:
+            with contextlib.suppress(OSError):  # something was written there
+                folder.rmdir()
 
     def _create(self) -> bool:
         """Take the lock if nobody holds it."""
