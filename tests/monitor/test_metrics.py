@@ -20,6 +20,7 @@ import torch
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.config import cli
 from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.data.mixture import Mixture
@@ -27,7 +28,7 @@ from tinyllama.data.packed import open_packed
 from tinyllama.model import GPT
 from tinyllama.monitor.console import console_line, end_summary, mean_speed, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb, source_columns
-from tinyllama.monitor.run_files import COLUMNS, read_metrics
+from tinyllama.monitor.run_files import COLUMNS, read_metrics, read_samples
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
 from tinyllama.train.launch import World
@@ -171,6 +172,47 @@ def test_a_fresh_run_sets_aside_what_it_rewrites(run: Run, capsys: pytest.Captur
     files[0].unlink()
     RunLog(run, None, is_rank_zero=True)
     assert {*run.out_dir.glob("*.aside-*")} == copies.keys()
+
+
+def start(run: Run, *checkpoints: int, step: int | None = None) -> None:
+    """What a start of ``run`` leaves that is killed after two steps and, if any, these ``checkpoints``."""
+    with RunLog(run, step, is_rank_zero=True) as log:
+        (run.out_dir / "config.yaml").write_text(cli.dump(run.resolved()))
+        log.start(step or 0)
+        log.row({"step": (step or 0) + 1, "tokens": 8, "loss": 7.0})
+        for saved in checkpoints:
+            with log.clock("checkpoints", saved):
+                pass
+        log.row({"step": (step or 0) + 2, "tokens": 16, "loss": 6.0})
+        log.samples(2, 16, [("a", "b")])
+
+
+def test_a_run_that_is_begun_again_before_its_first_checkpoint_sets_nothing_aside(run: Run) -> None:
+    for _ in range(3):  # as a resumed run drops the rows that it does again
+        start(run)
+        assert [row["step"] for row in read_metrics(run.out_dir / "metrics.csv")] == [1, 2]
+        assert len(read_samples(run.out_dir / "samples.jsonl")) == 1
+    assert not [*run.out_dir.glob("*.aside-*")]
+
+
+@pytest.mark.parametrize("case", ["other settings", "no settings", "other data", "saved", "resumed", "no events"])
+def test_rows_that_are_not_done_again_are_set_aside(run: Run, case: str) -> None:
+    start(run, *([1] if case in ("saved", "resumed") else []))
+    if case == "resumed":
+        start(run, step=1)
+    elif case == "other settings":
+        args = run.args
+        run = dataclasses.replace(run, args=dataclasses.replace(args, optim=dataclasses.replace(args.optim, lr=1e-5)))
+    elif case == "other data":
+        run = dataclasses.replace(run, sources=[dataclasses.replace(run.sources[0], fingerprint="other")])
+    elif case in ("no settings", "no events"):
+        (run.out_dir / {"no settings": "config.yaml", "no events": "events.jsonl"}[case]).unlink()
+    before = {name: (run.out_dir / name).read_bytes() for name in ("metrics.csv", "samples.jsonl")}
+    for _ in range(2):  # of the second there is nothing to keep
+        start(run)
+        copies = {copy.stem: copy.read_bytes() for copy in run.out_dir.glob("*.aside-*")}
+        assert copies == before
+    assert len([*run.out_dir.glob("*.aside-*")]) == 2
 
 
 def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:

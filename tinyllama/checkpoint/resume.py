@@ -64,7 +64,7 @@ def is_of(out_dir: Path, path: Path) -> bool:
 
 
 def _began_from(step_dir: Path, path: Path) -> bool:
-    """Return whether ``path`` is what the branch of ``step_dir`` began from, or the run, or its folder of checkpoints."""
+    """Return whether ``path`` is the step that the branch of ``step_dir`` began from, its folder or that of its run."""
     recorded = origin_of(step_dir)["resume"]
     if recorded is None:
         return False

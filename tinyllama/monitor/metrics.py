@@ -20,6 +20,7 @@ from tinyllama import InputError, atomic, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_of
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.config import cli
 from tinyllama.model import GPT
 from tinyllama.monitor import memory
 from tinyllama.monitor.console import (
@@ -40,6 +41,7 @@ from tinyllama.monitor.run_files import (
     BY_SOURCE,
     COLUMNS,
     failed_save,
+    is_begun_again,
     read_metrics,
     read_samples,
     read_until,
@@ -69,7 +71,7 @@ class RunLog:
     def __init__(self, run: Run, step: int | None, is_rank_zero: bool) -> None:
         """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
 
-        What an earlier run has left in the files that a fresh one rewrites is set aside.
+        What another run has left in the files that a fresh one rewrites is set aside.
 
         Raises InputError when metrics.csv or samples.jsonl cannot be read or written.
         """
@@ -89,9 +91,11 @@ class RunLog:
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
         self._sources = source_columns([source.path for source in run.args.data.sources])
         samples, aside = run.out_dir / "samples.jsonl", []
+        is_again = is_begun_again(run.out_dir, cli.dump(run.resolved()), run.data_metadata()["data"])
+        is_other = step is None and not is_again
         with _rewriting(self._metrics):
             run.out_dir.mkdir(parents=True, exist_ok=True)
-            aside += set_aside(self._metrics) if step is None else []
+            aside += set_aside(self._metrics) if is_other else []
             rows, damage = ([], "") if step is None else read_until(self._metrics, step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
             earlier = rows[0] if rows else ()  # their sources may have had other names
@@ -100,7 +104,7 @@ class RunLog:
             atomic.write(self._metrics, table := self._csv(rows, header=True))
         if samples.exists():
             with _rewriting(samples):
-                aside += set_aside(samples) if step is None else []
+                aside += set_aside(samples) if is_other else []
                 kept = [sample for sample in read_samples(samples) if step is not None and sample["step"] <= step]
                 atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
@@ -212,7 +216,8 @@ class RunLog:
         lines += [f"changed  {changes_in_words(changed)}"] if changed else []
         if error := failed_save(self._events):
             lines.append(f"before   the last save failed ({error}): check that {run.out_dir} has room")
-        self.event("start", *lines, step=step, changed=changed, **environment(run))
+        data = run.data_metadata()["data"]
+        self.event("start", *lines, step=step, changed=changed, data=data, **environment(run))
 
     def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""

@@ -37,6 +37,20 @@ def read_until(file: Path, step: int) -> tuple[list[dict[str, Any]], str]:
     return [row for row in rows if row["step"] <= step], damage
 
 
+def is_begun_again(out_dir: Path, settings: str, data: dict[str, Any]) -> bool:
+    """Return whether the last start in ``out_dir`` was at step 0, with these ``settings`` and ``data``, and unsaved.
+
+    Then a fresh run does its steps again, and its rows are dropped as those that a resumed run does again.
+    """
+    start: dict[str, Any] = {}
+    for event in read_json_lines(out_dir / "events.jsonl"):
+        if event.get("event") in ("start", "checkpoint"):
+            start = event if event["event"] == "start" else {}
+    config = out_dir / "config.yaml"
+    is_same = start.get("step") == 0 and start.get("data") == data
+    return is_same and config.is_file() and config.read_text("utf-8", "replace") == settings
+
+
 def set_aside(file: Path) -> list[str]:
     """Copy a metrics.csv or samples.jsonl that has more than a header; return what to say of the copy, if there is one.
 
