@@ -171,12 +171,13 @@ def test_a_temperature_or_a_share_near_zero_leaves_the_likeliest(gpt):
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_weights_that_are_no_numbers_are_told_of(gpt, temperature):
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_weights_that_are_not_finite_are_told_of(gpt, temperature, value):
     model = GPT(CONFIG)
     model.load_state_dict(gpt.state_dict())
     with torch.no_grad():
-        model.transformer["ln_f"].weight[3] = torch.nan
-    with pytest.raises(InputError, match="logits are not numbers"):
+        model.transformer["ln_f"].weight[3] = value
+    with pytest.raises(InputError, match="logits are not finite"):
         generate(model, [[5, 17]], 6, temperature=temperature)
 
 

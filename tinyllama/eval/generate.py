@@ -63,7 +63,7 @@ def stream(
     the fewest whose probabilities reach ``top_p``. All sequences are at the same position in a step: a longer prompt is
     still being read while a shorter one is continued. So nothing is padded, and each sequence gets the tokens that it
     would get alone. Of a prompt longer than block_size the model reads the last block_size tokens; past that, it
-    continues from the last half of the context. Raises InputError for logits that are not numbers.
+    continues from the last half of the context. Raises InputError for logits that are not finite.
     """
     config, device = model.config, next(model.parameters()).device
     prompts = [prompt[-config.block_size :] for prompt in prompts]
@@ -83,8 +83,8 @@ def stream(
             begin = end = position - max(config.block_size // 2, 1)
             cache.length = 0
         logits = model(tokens[:, end:position].to(device), cache=cache)[:, 0, : config.vocab_size]  # (B, V)
-        if logits.isnan().any():
-            raise InputError("the model's logits are not numbers, nor then are some of its weights: give another one")
+        if not logits.isfinite().all():
+            raise InputError("the model's logits are not finite, nor then are some of its weights: give another one")
         end = position
         chosen: list[int | None] = []
         for i, row in enumerate(logits.float().cpu()):
