@@ -312,6 +312,13 @@ def test_muon_has_one_moment_of_a_hidden_matrix_and_adamw_two() -> None:
     assert adamw.checkpoint_bytes(config) - muon.checkpoint_bytes(config) == 4 * 968_884_224
 
 
+def test_an_out_dir_is_no_place_in_a_home_that_nothing_looks_up() -> None:
+    for out_dir in ("~", "~/runs/a", "~someone/a"):
+        (problem,) = problems(dataclasses.replace(run(max_steps=9), out_dir=out_dir))
+        assert problem == f"out_dir {out_dir} would be a folder of that name here: write the home folder's path out"
+    assert problems(dataclasses.replace(run(max_steps=9), out_dir="runs/~a")) == ()
+
+
 def data(**settings: Any) -> tuple[str, ...]:
     return problems(dataclasses.replace(run(max_steps=9), data=DataArgs(**settings)))
 

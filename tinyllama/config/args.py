@@ -279,6 +279,8 @@ def check(args: PretrainArgs) -> ModelConfig:
         errors += error.args
     if not args.out_dir.strip():
         errors.append("out_dir is empty: give a folder for the run")
+    if args.out_dir.startswith("~"):  # which the shell leaves alone in --out_dir=~/run, and so does YAML
+        errors.append(f"out_dir {args.out_dir} would be a folder of that name here: write the home folder's path out")
     if not args.data.sources:
         errors.append(
             "data.sources is empty: give a recipe, --config FILE, or a packed folder, "
