@@ -160,7 +160,7 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         hf = {"num_key_value_heads": hf["num_attention_heads"], "max_position_embeddings": 2048} | hf
         if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and 0 < hf[key] < MOST_SIZE)]:
             hint = f"give a whole number above 0, below {MOST_SIZE:,}"
-            raise InputError(*(f"{where}: {key} is {printable(repr(hf[key]), 40)}: {hint}" for key in wrong))
+            raise InputError(*(f"{key} is {printable(repr(hf[key]), 40)}: {hint}" for key in wrong))
         # as transformers reads them: an older folder's rope_scaling replaces rope_parameters, its rope_theta included
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf} | rope
@@ -178,7 +178,7 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         if pieces is not None and pieces > rows:
             problems.append(f"the tokenizer beside it has {pieces} pieces, the model {rows}: take both from one model")
         if problems:
-            raise InputError(*(f"{where}: {problem}" for problem in problems))
+            raise InputError(*problems)
         vocab_size, multiple = rows, 64 if rows % 64 == 0 else 1
         for power in (64, 128, 256, 512, 1024):
             if pieces is not None and -(-pieces // power) * power == rows:
@@ -194,6 +194,8 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         }
         known = next((name for name in NAMED_CONFIGS if named_config(name) == ModelConfig(name, **sizes)), "llama")
         return ModelConfig(known, **sizes)
+    except InputError as error:
+        raise InputError(*(f"{where}: {problem}" for problem in error.args)) from None
     except (KeyError, TypeError, AttributeError) as error:
         why = printable(repr(error), 200)
         raise InputError(f"{where} is not a Llama's config.json ({why}): fetch the folder again") from None
