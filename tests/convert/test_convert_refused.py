@@ -82,6 +82,14 @@ def int8_norm(path):
     save_file(state, path / "model.safetensors")
 
 
+def infinite_norm(path):
+    from safetensors.torch import load_file, save_file
+
+    state = load_file(hf(path) / "model.safetensors")
+    state["model.norm.weight"][3] = torch.inf
+    save_file(state, path / "model.safetensors")
+
+
 def absent_shard(path):
     names = {"model.norm.weight": "model-00001-of-00002.safetensors", "lm_head.weight": "../../etc/passwd"}
     (hf(path) / "model.safetensors").rename(path / "model-00001-of-00002.safetensors")
@@ -105,12 +113,19 @@ REFUSED = {
     "a tensor without data": (binned({"model.norm.weight": torch.ones(64, device="meta")}), "is no state dict"),
     "a sparse tensor": (binned({"model.norm.weight": torch.ones(64).to_sparse()}), "is no state dict"),
     "whole numbers": (int8_norm, "has model.norm.weight in torch.int8: give float32, bfloat16 or float16"),
+    "an infinite weight": (
+        infinite_norm,
+        "hf in float32 are not finite, nor then are some of its weights: give another",
+    ),
     "a shard that is not there": (absent_shard, "hf/passwd is missing, which model.safetensors.index.json names"),
     "a broken mark": (
         lambda path: (hf(path) / "export.json").write_text('{"files": [], "model": 5}'),
         "export.json is",
     ),
-    "a million layers": (lambda path: hf(path, num_hidden_layers=10**6), "model.n_layer is 1000000: it must be"),
+    "a million layers": (
+        lambda path: hf(path, num_hidden_layers=10**6),
+        "config.json: model.n_layer is 1000000: it must be",
+    ),
     "too many layers": (lambda path: hf(path, num_hidden_layers=999), "has 2 layers, the model's sizes 999"),
     "half a layer": (lambda path: hf(path, num_hidden_layers=2.5), "num_hidden_layers is 2.5: give a whole number"),
     "a negative size": (lambda path: hf(path, num_attention_heads=-8), "num_attention_heads is -8"),

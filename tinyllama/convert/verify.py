@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from tinyllama import printable
+from tinyllama import InputError, printable
 from tinyllama.convert.tokenizer_files import TEXTS
 from tinyllama.convert.weights import Weights, hf_tensors
 from tinyllama.model import from_weights
@@ -27,7 +27,8 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
 
     Both are first rounded to ``dtype``, that of the written weights, so that only the conversion is measured. Raises
     VerificationError when transformers finds other parameters in the folder than its model has, and when the folder
-    has a tokenizer that transformers does not read as we do, unless the folder ``is_foreign`` and its own.
+    has a tokenizer that transformers does not read as we do, unless the folder ``is_foreign`` and its own. Raises
+    InputError for logits that are not finite, of which no conversion can be right.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -47,7 +48,13 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
     with torch.inference_mode():
         for parameter in theirs.parameters():
             parameter.copy_(parameter.to(dtype))
-        difference = (ours(ids) - theirs(ids).logits).abs().max().item()
+        logits = ours(ids)
+        if not logits.isfinite().all():
+            raise InputError(
+                f"the logits of {hf_dir if is_foreign else weights.path} in {str(dtype).removeprefix('torch.')} are "
+                "not finite, nor then are some of its weights: give another one, or another --dtype"
+            )
+        difference = (logits - theirs(ids).logits).abs().max().item()
     if not is_foreign and (hf_dir / "tokenizer_config.json").exists():
         reference, exported = Tokenizer(hf_dir), AutoTokenizer.from_pretrained(hf_dir)
         for text in TEXTS:
