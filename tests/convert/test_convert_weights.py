@@ -279,10 +279,12 @@ def test_weights_that_are_no_numbers_do_not_verify(wrong, tmp_path, script):
     state = weights()
     state["transformer.h.1.norm_1.weight"][3] = wrong
     hf_folder.write(tmp_path / "hf", given(state))  # they are the same on both sides
-    assert verify.summarize(difference(tmp_path / "hf", state))[1] == 1
-    code, out, _ = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours", "--verify")
-    assert code == 1
-    assert out.splitlines()[-1] == "verify: max |logit difference| to transformers nan, tolerance 1e-03"
+    with pytest.raises(InputError, match="^the logits of /nowhere/memory in float32 are not finite"):
+        difference(tmp_path / "hf", state)
+    code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours", "--verify")
+    assert (code, out, err.count("\n")) == (2, "", 1)
+    assert err.startswith(f"error: the logits of {tmp_path / 'hf'} in float32 are not finite")
+    assert verify.summarize(difference(tmp_path / "hf"))[1] == 1  # if ours are finite, the conversion is wrong
 
 
 def test_one_wrong_row_does_not_verify(tmp_path):
