@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # a room is a folder or a file of the package; it imports from lower floors only
 FLOORS = [
     {"sentencepiece_bpe", "tokenizer_trial"},
-    {"atomic", "config", "tokenizer"},
+    {"atomic", "config", "folder_lock", "tokenizer"},
     {"checkpoint", "ops", "throughput"},
     {"data", "model"},
     {"prepare", "convert", "tools"},
@@ -22,7 +22,16 @@ FLOORS = [
 ]
 FLOOR = {room: floor for floor, rooms in enumerate(FLOORS) for room in rooms}
 # what runs where torch is not installed: preparing data is done by one process a core
-WITHOUT_TORCH = {"atomic", "config", "sentencepiece_bpe", "tokenizer", "tokenizer_trial", "throughput", "prepare"}
+WITHOUT_TORCH = {
+    "atomic",
+    "config",
+    "folder_lock",
+    "sentencepiece_bpe",
+    "tokenizer",
+    "tokenizer_trial",
+    "throughput",
+    "prepare",
+}
 
 
 def module_name(path: Path) -> str:
