@@ -33,7 +33,7 @@ from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.ops import attention
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
-from tinyllama.train.collectives import collect_gc, freeze_gc, set_timeout
+from tinyllama.train.collectives import collect_gc, freeze_gc, refuse_differences, set_timeout
 from tinyllama.train.init_from import initial_weights, with_sizes
 from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer, check_optimizer
@@ -71,6 +71,7 @@ def main(run: Run) -> int:
     args = run.args
     fabric = build_fabric(run.world, args.parallel, args.train)
     fabric.launch()
+    refuse_differences(run.facts())
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
     dtypes = check_dtypes(gpt, args.train)

@@ -72,6 +72,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpu
     args = cli.parse(PretrainArgs, [f"--{key}={value}" for key, value in flags.items()])
     config = args.model.resolve()
     ops = choice.resolve(vars(args.ops), config, DEVICE, precision=args.train.precision)
+    choice.load(ops)
     world = find_world(args.parallel)
     fabric = build_fabric(world, args.parallel, args.train)
     fabric.launch()

@@ -46,6 +46,12 @@ def train(argv: list[str]) -> int:
     return recipe.main(recipe.setup(cli.parse(PretrainArgs, argv)))
 
 
+def train_with_flags_of_one_rank(argv: list[str]) -> int:
+    """The recipe; the rank ``argv[0]`` alone has the flags of the JSON list ``argv[1]``, too."""
+    number, flags, *argv = argv
+    return train([*argv, *json.loads(flags) * (os.environ["RANK"] == number)])
+
+
 def train_float8(argv: list[str]) -> int:
     """The recipe in float8, which train.precision refuses on a CPU: it is slow there, and the same numbers."""
     with mock.patch.object(float8, "problem", return_value=None):

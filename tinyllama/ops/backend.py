@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from tinyllama import InputError, printable
+
 INSTALL = {
     # its build imports torch and what else it needs
     "flash-attn": "pip install wheel ninja packaging psutil && pip install --no-build-isolation flash-attn",
@@ -63,6 +65,19 @@ class Backend:
             return f"it needs {self.package}: {install_command(str(self.package))}, or choose another"
         return None
 
+    def load(self) -> None:
+        """Import its module; raises InputError where that is installed and fails, as one built for another torch."""
+        if self.module is None:
+            return
+        try:
+            importlib.import_module(self.module)
+        except Exception as error:
+            reason = printable(next(iter(str(error).splitlines()), ""), 200)
+            raise InputError(
+                f"{self.version()} is installed and cannot be imported ({type(error).__name__}: {reason}): install it "
+                f"again, for this torch and CUDA ({install_command(str(self.package))}), or choose another"
+            ) from None
+
     def version(self) -> str:
         """Return the library it calls, with its version."""
         if self.package is None:
@@ -73,9 +88,7 @@ class Backend:
             return f"{self.package}, not installed"
 
 
-quack_backend = functools.partial(
-    Backend, cuda=True, capability=(9, 0), multiple=8, module="quack", package="quack-kernels"
-)
+quack_backend = functools.partial(Backend, cuda=True, capability=(9, 0), multiple=8, package="quack-kernels")
 """An implementation that calls quack's kernels."""
 
 
@@ -85,8 +98,10 @@ def install_command(package: str) -> str:
 
 
 def is_importable(module: str) -> bool:
-    """Return whether ``module`` is installed."""
+    """Return whether ``module`` is installed; to find one in a package imports that, which may fail."""
     try:
         return importlib.util.find_spec(module) is not None
-    except ModuleNotFoundError:  # its parent is missing
-        return False
+    except ModuleNotFoundError as error:
+        return not f"{module}.".startswith(f"{error.name}.")  # else the package is there, and lacks what it imports
+    except Exception:
+        return True  # Backend.load says what is wrong

@@ -95,6 +95,21 @@ def resolve(
     return chosen
 
 
+def load(chosen: Mapping[str, str]) -> None:
+    """Import the library of each operation's backend; raises InputError for all that are installed and broken.
+
+    auto does not fall back from these: the run would be slower than this machine, or than its other ranks.
+    """
+    unusable: dict[str, list[str]] = {}
+    for operation, name in chosen.items():
+        try:
+            OPERATIONS[operation][name].load()
+        except InputError as error:
+            unusable.setdefault(str(error), []).append(f"ops.{operation} {name}")
+    if unusable:
+        raise InputError(*(f"{', '.join(names)} cannot be used: {problem}" for problem, names in unusable.items()))
+
+
 def describe(chosen: Mapping[str, str]) -> str:
     """Return one line that names each operation's backend and library."""
     parts = []

@@ -88,5 +88,5 @@ def _(x: Tensor, weight: Tensor, rstd: Tensor, d_normed: Tensor, d_residual: Ten
 BACKENDS = {
     "reference": Backend(reference),
     "torch": Backend(fused),
-    "quack": quack_backend(quack),
+    "quack": quack_backend(quack, module="quack.rmsnorm"),
 }

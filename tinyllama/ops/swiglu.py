@@ -109,7 +109,7 @@ SAVED = [torch.ops.tinyllama.swiglu_quack.default, *float8.SAVED]
 
 BACKENDS = {
     "reference": Backend(reference),
-    "quack": quack_backend(quack, half=True),
+    "quack": quack_backend(quack, half=True, module="quack.gemm_interface"),
     "xformers": Backend(
         xformers, cuda=True, module="xformers.ops", package="xformers", note="0.0.34 and newer are not fused"
     ),

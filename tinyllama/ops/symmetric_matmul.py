@@ -22,5 +22,5 @@ def quack(a: Tensor, b: Tensor, c: Tensor | None = None, alpha: float = 1.0, bet
     return gemm_symmetric(a, b, C=c, alpha=alpha, beta=beta)
 
 
-BACKENDS = {"reference": Backend(reference), "quack": quack_backend(quack, half=True)}
+BACKENDS = {"reference": Backend(reference), "quack": quack_backend(quack, half=True, module="quack.gemm_interface")}
 """implementations by name"""

@@ -1,11 +1,12 @@
 """Collectives by their names in any version of torch, several launched as one, and their timeouts.
 
-And Python's garbage collection, at the same steps on all ranks.
+Also what all ranks must have in common, and Python's garbage collection, at the same steps on all ranks.
 """
 
 import contextlib
 import gc
-from collections.abc import Callable, Collection
+import socket
+from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
 from datetime import timedelta
 from typing import Any, TypeVar, cast
@@ -48,6 +49,24 @@ def from_rank_zero(call: Callable[[], T]) -> T:
     if refusal is not None:
         raise InputError(*refusal)
     return cast(T, found)
+
+
+def refuse_differences(facts: Mapping[str, Any]) -> None:
+    """Collective. Raise InputError on every rank, naming what differs, if any rank has other ``facts`` than rank 0.
+
+    Another node may have other settings, packed data or packages: the run would hang, or be wrong silently.
+    """
+    of_ranks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(of_ranks, (socket.gethostname(), dict(facts)))
+    first_host, first = of_ranks[0]
+    for rank, (host, other) in enumerate(of_ranks):
+        keys = [key for key in first | other if first.get(key) != other.get(key)]
+        if keys:
+            values = (f"{key} is {first.get(key, 'absent')} and {other.get(key, 'absent')}" for key in keys)
+            raise InputError(
+                f"rank 0 ({first_host}) and rank {rank} ({host}) differ: {'; '.join(values)}: "
+                "start every rank with the same command, packed data and packages"
+            )
 
 
 def set_timeout(seconds: float, *, keep: Collection[dist.ProcessGroup] = ()) -> None:

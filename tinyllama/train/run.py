@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.resume import is_of, refuse_changes, to_resume
+from tinyllama.checkpoint.resume import is_of, leaves, refuse_changes, to_resume
 from tinyllama.checkpoint.state import TrainState, from_json
 from tinyllama.config.args import OptimArgs, PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
@@ -159,6 +159,12 @@ class Run:
         order = {"version": mixture.ORDER_VERSION, "window": mixture.WINDOW}
         facts = {"seed": data.seed, "order": order, "sources": sources}
         return {"data": facts if ramp is None else facts | {"ramp_tokens": ramp}, "model": asdict(self.config)}
+
+    def facts(self) -> dict[str, Any]:
+        """What all ranks must have found alike, by dotted key; packed data may lie at another path on each node."""
+        settings = self.resolved()
+        settings["data"] |= self.data_metadata()["data"] | {"validation": [one.fingerprint for one in self.validation]}
+        return leaves(settings | {"ops": self.ops, "torch": torch.__version__})
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """What a converter has to know of the tokenizer."""
@@ -368,7 +374,7 @@ def _smaller_batch(args: PretrainArgs, num_blocks: int, block_size: int, accumul
 
 
 def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDataset]) -> dict[str, str]:
-    """The backend of each operation on the device that this run will have."""
+    """Return the backend of each operation on the device that this run will have, its library imported."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tokens = args.train.micro_batch_size * config.block_size
     sizes = {f"model.{key}": getattr(config, key) for key in ("n_embd", "intermediate_size")}
@@ -380,4 +386,6 @@ def choose_ops(args: PretrainArgs, config: ModelConfig, datasets: list[PackedDat
         if not dataset.eos:
             raise InputError(f"data.document_mask needs documents that end with eos: prepare {dataset.path} again so")
     masked = args.data.document_mask
-    return choice.resolve(asdict(args.ops), config, device, precision=args.train.precision, masked=masked)
+    ops = choice.resolve(asdict(args.ops), config, device, precision=args.train.precision, masked=masked)
+    choice.load(ops)
+    return ops
