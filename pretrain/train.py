@@ -23,7 +23,6 @@ from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs, check
-from tinyllama.convert.weights import copy_into
 from tinyllama.data.loader import Loader, on_device, validation_batches
 from tinyllama.data.packed import check_datasets, open_all
 from tinyllama.model import GPT
@@ -34,7 +33,7 @@ from tinyllama.ops import attention
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
 from tinyllama.train.collectives import collect_gc, freeze_gc, refuse_differences, set_timeout
-from tinyllama.train.init_from import initial_weights, with_sizes
+from tinyllama.train.init_from import initial_weights, load_initial_weights, with_sizes
 from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
@@ -78,8 +77,7 @@ def main(run: Run) -> int:
     job_id = os.environ.get("SLURM_JOB_ID")
     with contextlib.nullcontext() if args.dry_run else lock.run_lock(run.out_dir, job_id):
         run, state = load_checkpoint(run, gpt, optimizer.optimizer)
-        if (weights := initial_weights(run)) is not None:
-            copy_into(gpt, weights)
+        load_initial_weights(run, gpt)
         hosts = rank_map()
         if fabric.is_global_zero:
             show_summary("pretrain", start_summary(run, dtypes, hosts))

@@ -29,7 +29,7 @@ from torch.distributed.tensor.debug import _clear_sharding_prop_cache
 from torch_calls import Calls
 
 from tinyllama import InputError
-from tinyllama.checkpoint import reader, writer
+from tinyllama.checkpoint import metadata, reader, writer
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
 from tinyllama.ops import float8
@@ -56,6 +56,13 @@ def train_float8(argv: list[str]) -> int:
     """The recipe in float8, which train.precision refuses on a CPU: it is slow there, and the same numbers."""
     with mock.patch.object(float8, "problem", return_value=None):
         return train(argv)
+
+
+def train_counting_parses(argv: list[str]) -> int:
+    """The recipe; gives how often this rank unpickled the .metadata of a checkpoint."""
+    with mock.patch.object(metadata, "_Unpickler", wraps=metadata._Unpickler) as unpickler:
+        train(argv)
+    return unpickler.call_count
 
 
 def train_watched(argv: list[str]) -> dict[str, Any]:

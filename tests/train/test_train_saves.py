@@ -40,6 +40,20 @@ def test_a_resumed_run_is_the_straight_run(world, straight, config_file: Path, t
     assert (state["step"], state["samples"], state["tokens"], state["world_size"]) == (40, 320, 10240, size)
 
 
+@pytest.mark.parametrize("flag", ["--train.resume", "--train.init_from"])
+def test_a_start_parses_the_metadata_of_its_checkpoint_once(
+    flag: str, world, straight, config_file: Path, tmp_path: Path
+) -> None:
+    """With 512 ranks that takes some 20 s. It is read to find the step, to load it, and to find old ones to remove."""
+    straight = straight(2)
+    out = branch(straight, 20).rename(tmp_path / "run") if flag == "--train.resume" else tmp_path / "run"
+    start = "auto" if flag == "--train.resume" else straight
+    flags = ["--train.max_steps", 22, "--checkpoint.interval", 1, "--checkpoint.keep_last", 1]
+    answers = world(2)("train_counting_parses", "--config", config_file, "--out_dir", out, flag, start, *flags)
+    assert [answer["result"] for answer in answers] == [1, 1]
+    assert [path.name for path in (out / "checkpoints").iterdir()] == ["step-00000022"]
+
+
 @pytest.mark.slow
 def test_a_run_goes_on_in_any_world(world, straight, config_file: Path, tmp_path: Path) -> None:
     alone = straight(1)

@@ -59,6 +59,7 @@ def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     verify(step_dir, TO_RESUME)
     materialize_optimizer_state(optimizer)
     _load(tensors(model, optimizer), _Reader(step_dir), TO_RESUME)
+    metadata.forget()
     return state.from_json(read_state(step_dir))
 
 
@@ -196,7 +197,7 @@ def problem(step_dir: Path) -> str | None:
             if hashed is not None and hashed.get(name) != hashes.of_bytes(_read(step_dir / name)):
                 return f"{name} does not match its hash"
         read_model_config(step_dir)
-        files = {entry.relative_path for entry in _Reader(step_dir).metadata.storage_data.values()}
+        files = _check_files(step_dir, _read(step_dir / ".metadata"))
         if hashed is not None and (others := (files | {"config.yaml", ".metadata"}) ^ hashed.keys()):
             return f"its state.json does not have the hashes of its files: {min(others)!r:.100}"
     except FileNotFoundError as error:
@@ -251,25 +252,32 @@ def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist:
 class _Reader(dcp.FileSystemReader):
     @functools.cached_property
     def metadata(self) -> Metadata:
-        """What .metadata holds, read once and checked."""
-        path = Path(self.path) / ".metadata"
-        payload = _read(path)
-        try:
-            found = metadata.read(payload)
-        except Exception as error:  # whatever damaged bytes make a pickle raise
-            raise InputError(f"{path} is not the metadata of a checkpoint of ours: {_one_line(error)}") from error
-        try:
-            metadata.check(found, lambda name: _size(path.with_name(name)))
-        except FileNotFoundError as error:
-            raise InputError(f"{Path(error.filename).name} is missing or cut short") from error
-        except ValueError as error:
-            raise InputError(str(error)) from error
-        except Exception as error:  # of the wrong types in it
-            raise InputError(f"its metadata is damaged: {_one_line(error)}") from error
-        return found
+        """What .metadata holds, checked."""
+        payload = _read(Path(self.path) / ".metadata")
+        _check_files(Path(self.path), payload)
+        return metadata.read(payload)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> Metadata:
         return dataclasses.replace(self.metadata, planner_data=None, storage_meta=StorageMeta(load_id=self.load_id))
+
+
+def _check_files(step_dir: Path, payload: bytes) -> set[str]:
+    """Return the names of the files that ``payload``, a .metadata, names; raises InputError if one is not whole."""
+    try:
+        sizes = metadata.file_sizes(payload)
+    except ValueError as error:
+        raise InputError(_one_line(error)) from error
+    except Exception as error:  # of the wrong types in it
+        raise InputError(f"its metadata is damaged: {_one_line(error)}") from error
+    for name, size in sizes.items():
+        try:
+            found = _size(step_dir / name)
+        except (FileNotFoundError, ValueError) as error:
+            problem = f"{name} is missing or cut short" if isinstance(error, FileNotFoundError) else str(error)
+            raise InputError(problem) from error
+        if found != size:
+            raise InputError(f"{name} is {'missing or cut short' if found < size else 'longer than its tensors'}")
+    return set(sizes)
 
 
 class _Loader(yaml.SafeLoader):

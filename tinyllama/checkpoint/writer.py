@@ -31,7 +31,7 @@ from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
 from tinyllama import __version__, atomic
-from tinyllama.checkpoint import hashes, names, reader
+from tinyllama.checkpoint import hashes, metadata, names, reader
 from tinyllama.checkpoint.state import TrainState
 
 # what a file takes beyond the numbers, a tensor of a rank; measured: 1.3 kB
@@ -232,6 +232,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None, upto: int | None
         with contextlib.suppress(OSError):  # the save has succeeded, and the next one tries this again
             removed = path.rename(_unfinished(path))  # a kill halfway leaves nothing that looks like a step
             shutil.rmtree(removed)
+    metadata.forget()
 
 
 def _is_ours(path: Path) -> bool:

@@ -4,11 +4,12 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from tinyllama import InputError
-from tinyllama.checkpoint import reader
+from tinyllama.checkpoint import metadata, reader
 from tinyllama.checkpoint.resume import origin_of
 from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import NAMED_CONFIGS
-from tinyllama.convert.weights import Weights, open_weights, read_config
+from tinyllama.convert.weights import Weights, copy_into, open_weights, read_config
+from tinyllama.model import GPT
 from tinyllama.train.run import Run
 
 # what a run may change of the model it starts from, if it says so itself
@@ -72,3 +73,10 @@ def initial_weights(run: Run) -> Weights | None:
     if errors:
         raise InputError(*errors)
     return weights
+
+
+def load_initial_weights(run: Run, model: GPT) -> None:
+    """Fill ``model`` with the weights of train.init_from; leave it as it is where ``initial_weights`` returns None."""
+    if (weights := initial_weights(run)) is not None:
+        copy_into(model, weights)
+        metadata.forget()
