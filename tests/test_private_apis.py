@@ -112,6 +112,7 @@ TABLE = [
     ),
     Private("flash_attn.cute.interface._flash_attn_fwd", ("tinyllama/ops/attention.py",), FLASH_4),
     Private("flash_attn.cute.interface._flash_attn_bwd", ("tinyllama/ops/attention.py",), FLASH_4),
+    Private("flash_attn.flash_attn_interface._flash_attn_forward", ("tinyllama/ops/attention.py",), RECOMPUTATION),
     # without an underscore, but in no library's documentation
     Private("quack.gemm_interface.gemm_gated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
     Private("quack.gemm_interface.gemm_dgated", ("tinyllama/ops/swiglu.py",), QUACK_GATED),
@@ -129,8 +130,8 @@ TABLE = [
         "Tokenizer.from_json wraps it, at the price of a call of Python for each document",
     ),
 ]
-# a module without which a library counts as absent, where that is not the top one: flash-attn has no cute
-PRESENT_WITH = {"flash_attn": "flash_attn.cute"}
+# modules that two packages bring under one top module: flash-attn has no cute, and flash-attn-4 nothing else
+PACKAGED_APART = ("flash_attn.cute", "flash_attn.flash_attn_interface")
 
 
 def is_private(name: str) -> bool:
@@ -180,7 +181,7 @@ def problem(row: Private) -> str | None:
 @pytest.mark.parametrize("row", TABLE, ids=lambda row: row.api)
 def test_installed_versions_have_it(row: Private) -> None:
     library = row.api.partition(".")[0]
-    if not is_installed(PRESENT_WITH.get(library, library)):
+    if not is_installed(next((module for module in PACKAGED_APART if row.api.startswith(module)), library)):
         pytest.skip(f"{library} is not installed")
     if "_dump_nccl_trace" in row.private_parts and not importlib.import_module("torch.distributed").is_nccl_available():
         pytest.skip("this build of torch has no NCCL")

@@ -127,6 +127,42 @@ def test_checkpointing_keeps_the_residual_stream_as_one_tensor(what: str) -> Non
     assert recomputing(forward, what)(x, None, 3.0)[0].tolist() == [3.0, 6.0]
 
 
+class FlashAttention(torch.autograd.Function):
+    """As flash-attn calls its operation, with (out, lse) kept for the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, q: torch.Tensor) -> torch.Tensor:
+        out, lse = torch.ops.flash_attn._flash_attn_forward(q)
+        ctx.save_for_backward(out, lse)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> torch.Tensor:
+        out, lse = ctx.saved_tensors
+        return gradients[0] * out * lse
+
+
+@pytest.mark.parametrize(("what", "calls"), [("selective", 1), ("full", 2)])
+def test_selective_checkpointing_keeps_the_result_of_flash_attn(what: str, calls: int) -> None:
+    """Its operation does not exist before flash-attn is imported: this one has its name."""
+    seen = []
+
+    def attend(q: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        seen.append(q)
+        return q.exp(), torch.ones_like(q)
+
+    library = torch.library.Library("flash_attn", "DEF")
+    library.define("_flash_attn_forward(Tensor q) -> (Tensor, Tensor)")
+    library.impl("_flash_attn_forward", attend, "CPU")
+    try:
+        q = torch.tensor([0.0, 1.0], requires_grad=True)
+        recomputing(lambda x, added: FlashAttention.apply(2 * x), what)(q, None).sum().backward()
+    finally:
+        library._destroy()
+    assert len(seen) == calls
+    torch.testing.assert_close(q.grad, 2 * (2 * q).exp())
+
+
 def test_without_checkpointing_a_forward_is_left_alone() -> None:
     def forward(x: torch.Tensor) -> torch.Tensor:
         return x

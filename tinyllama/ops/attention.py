@@ -155,15 +155,22 @@ BACKENDS = {
     "flash_attn_4": _fused(flash_attn_4, capability=(9, 0), module="flash_attn.cute", package="flash-attn-4"),
 }
 
-SAVED = [
-    torch.ops.aten._scaled_dot_product_cudnn_attention.default,
-    torch.ops.aten._scaled_dot_product_efficient_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention.default,
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
-    torch.ops.tinyllama.flash_attn_4.default,
-    torch.ops.higher_order.flex_attention,
-]
-"""operations that selective activation checkpointing must not recompute"""
+
+def saved() -> list[Any]:
+    """Return the operations that selective activation checkpointing must not recompute.
+
+    That of flash-attn exists once the package is imported, as it is where this backend is chosen.
+    """
+    flash_attn = getattr(torch.ops.flash_attn, "_flash_attn_forward", None)
+    return [
+        torch.ops.aten._scaled_dot_product_cudnn_attention.default,
+        torch.ops.aten._scaled_dot_product_efficient_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention.default,
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.tinyllama.flash_attn_4.default,
+        torch.ops.higher_order.flex_attention,
+        *([flash_attn.default] if flash_attn is not None else []),
+    ]
 
 
 def documents(input_ids: Tensor, eos_id: int) -> Tensor:

@@ -120,7 +120,7 @@ def activations(args: PretrainArgs, config: ModelConfig) -> int:
         block -= 2 * d  # of the norms' results, what the backward pass needs is in 8 bits
     kept = {
         "none": config.n_layer * block,
-        # residual stream and parallel.SAVED
+        # residual stream and what parallel.saved() names
         "selective": config.n_layer * (width * (4 * d + kv + 2 * wide) + 2 * d * in_float8) + block,
         "full": config.n_layer * width * d + block,
     }

@@ -25,9 +25,6 @@ from tinyllama.train.delayed_scaling import DelayedScaling
 from tinyllama.train.gathered import Gathered
 from tinyllama.train.launch import World, cluster_environment
 
-# results that selective activation checkpointing keeps: matmuls, attention, SwiGLU; the rest is cheap to recompute
-SAVED = [torch.ops.aten.mm.default, *attention.SAVED, *swiglu.SAVED]
-
 
 def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
     """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
@@ -94,13 +91,18 @@ def recomputing(forward: Callable[..., Any], what: str) -> Callable[..., Any]:
     """A Block's ``forward``, whose backward pass computes ``what`` (train.activation_checkpointing) again."""
     if what == "none":
         return forward
-    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, SAVED)}
+    contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, saved())}
 
     def checkpointed(x: Tensor, added: Tensor | None, *inputs: Any) -> Any:
         x = x if added is None else x + added  # which is all that is kept of the two
         return checkpoint(forward, x, None, *inputs, use_reentrant=False, **(contexts if what == "selective" else {}))  # type: ignore[arg-type]
 
     return checkpointed
+
+
+def saved() -> list[Any]:
+    """Return the operations whose results ``selective`` keeps, as matmuls; the others are cheap to recompute."""
+    return [torch.ops.aten.mm.default, *attention.saved(), *swiglu.SAVED]
 
 
 def sync_gradients(model: GPT, last: bool, args: ParallelArgs) -> None:
