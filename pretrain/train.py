@@ -32,12 +32,13 @@ from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.ops import attention
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
-from tinyllama.train.collectives import collect_gc, freeze_gc, refuse_differences, set_timeout
+from tinyllama.train.collectives import refuse_differences, set_timeout
+from tinyllama.train.garbage import collect_gc, freeze_gc
 from tinyllama.train.init_from import initial_weights, load_initial_weights, with_sizes
 from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
-from tinyllama.train.preemption import Preemption
+from tinyllama.train.preemption import Preemption, was_asked_for
 from tinyllama.train.run import Run, choose_ops, gradient_accumulation, load_checkpoint, mix, start_from
 from tinyllama.train.samples import open_samples
 from tinyllama.train.step import Losses, TrainStep
@@ -284,10 +285,10 @@ class Training:
             return DEFECT
         stopped_by = None if self.is_last else self.stop_asked
         self.log.end(self.state, stopped_by)
+        if stopped_by is None:
+            return DONE
         is_saved = self.run.resume is not None or self.state.step > 0  # not if it was stopped before its first step
-        if stopped_by == "checkpoint.on_failure" or not is_saved:
-            return DEFECT
-        return STOPPED if stopped_by else DONE
+        return STOPPED if is_saved and was_asked_for(stopped_by) else DEFECT
 
 
 def losses_of(run: Run, model: torch.nn.Module) -> Losses:

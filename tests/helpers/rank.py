@@ -33,7 +33,7 @@ from tinyllama.checkpoint import metadata, reader, writer
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
 from tinyllama.ops import float8
-from tinyllama.train import collectives, step, step_clock
+from tinyllama.train import collectives, garbage, step, step_clock
 from tinyllama.train.adamw import local
 from tinyllama.train.parallel import finish_gradients
 
@@ -68,7 +68,7 @@ def train_counting_parses(argv: list[str]) -> int:
 def train_watched(argv: list[str]) -> dict[str, Any]:
     """The recipe; gives how often a step's passes call each operation, and what Python's collector does at which step.
 
-    ``collectives.GC_INTERVAL`` is 2, so that a run of a few steps has collections.
+    ``garbage.GC_INTERVAL`` is 2, so that a run of a few steps has collections.
     """
     gc.unfreeze()
     gc.enable()
@@ -100,7 +100,7 @@ def train_watched(argv: list[str]) -> dict[str, Any]:
         mock.patch.object(step, "set_lr", begin),
         mock.patch.object(recipe.Guard, "check", end),
         mock.patch.object(recipe, "collect_gc", collecting),
-        mock.patch.object(collectives, "GC_INTERVAL", 2),
+        mock.patch.object(garbage, "GC_INTERVAL", 2),
     ):
         seen["code"] = recipe.main(run)
     return seen

@@ -1,13 +1,11 @@
 """The watch over a run: real processes that sleep, are stopped or hold the interpreter's lock."""
 
 import contextlib
-import gc
 import json
 import os
 import signal
 import sys
 import time
-import weakref
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -19,7 +17,6 @@ from processes import Process
 from tinyllama import InputError
 from tinyllama.monitor import watchdog
 from tinyllama.monitor.watchdog import Watchdog
-from tinyllama.train import collectives
 
 # the ranks of a world are forked, so that torch is imported once
 PREAMBLE = """
@@ -292,29 +289,6 @@ def test_diagnosis(changes: dict[int, dict[str, Any] | None], said: str, tmp_pat
         facts["time"] = (datetime.now(UTC) + timedelta(seconds=facts["time"])).isoformat()
         (tmp_path / f"rank-{rank:05d}.json").write_text(json.dumps(facts))
     assert watchdog.diagnosis(tmp_path, 3, limit=60).startswith(said)
-
-
-def test_garbage_waits_for_its_step() -> None:
-    class Ring:
-        def __init__(self) -> None:
-            self.me = self
-
-    assert gc.isenabled()
-    try:
-        collectives.freeze_gc()
-        assert not gc.isenabled()
-        assert gc.get_freeze_count() > 1000
-        ring = Ring()
-        gone = weakref.ref(ring)
-        gc.collect()  # it is now of the oldest generation
-        del ring
-        collectives.collect_gc(collectives.GC_INTERVAL - 1)
-        assert gone() is not None
-        collectives.collect_gc(collectives.GC_INTERVAL)
-        assert gone() is None
-    finally:
-        gc.unfreeze()
-        gc.enable()
 
 
 @pytest.mark.parametrize(

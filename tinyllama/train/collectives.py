@@ -1,10 +1,6 @@
-"""Collectives by their names in any version of torch, several launched as one, and their timeouts.
-
-Also what all ranks must have in common, and Python's garbage collection, at the same steps on all ranks.
-"""
+"""Collectives by their names in any version of torch, several launched as one, their timeouts, and what ranks share."""
 
 import contextlib
-import gc
 import socket
 from collections.abc import Callable, Collection, Mapping
 from contextlib import AbstractContextManager
@@ -20,9 +16,6 @@ T = TypeVar("T")
 # torch 2.13 has renamed them, and warns of the old names
 all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
-
-GC_INTERVAL = 50
-"""optimizer steps between two collections"""
 
 
 def coalesced(group: dist.ProcessGroup, *, async_ops: bool = False) -> AbstractContextManager[Any]:
@@ -79,24 +72,3 @@ def set_timeout(seconds: float, *, keep: Collection[dist.ProcessGroup] = ()) -> 
     for group in dist.distributed_c10d._pg_map:  # as torch's own dist.breakpoint does: there is no public way
         if group not in keep:
             dist.distributed_c10d._set_pg_timeout(timedelta(seconds=seconds), group)
-
-
-def freeze_gc() -> None:
-    """Stop Python's collector from running when it likes; call it after the first step, when all has been compiled.
-
-    Left alone it stops each rank at another moment, and all wait for that one each time: collecting at the same step
-    on all ranks made 512 GPUs 1.5 % faster (pytorch/torchtitan#148). What is alive now is never looked at again.
-    """
-    gc.collect()
-    gc.freeze()
-    gc.disable()
-
-
-def collect_gc(step: int) -> None:
-    """Collect garbage on every rank at the same steps.
-
-    All generations, not the youngest two as torchtitan does: what outlives a collection would stay for the rest of the
-    run, and with everything older frozen this takes milliseconds.
-    """
-    if step % GC_INTERVAL == 0:
-        gc.collect()
