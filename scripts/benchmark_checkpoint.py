@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.tensors import materialize_optimizer_state, named_tensors
 from tinyllama.checkpoint.writer import Checkpointer
 from tinyllama.config import cli
 from tinyllama.config.model import named_config
@@ -37,8 +37,8 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         model = GPT(config).to(device)
         optimizer = torch.optim.AdamW(model.parameters(), fused=True)
-        reader.materialize_optimizer_state(optimizer)
-        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in reader.tensors(model, optimizer).values())
+        materialize_optimizer_state(optimizer)
+        num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in named_tensors(model, optimizer).values())
         settings = cli.dump({"model": asdict(config)})
         savers = {
             name: Checkpointer(

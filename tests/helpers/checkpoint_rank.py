@@ -29,6 +29,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 from tinyllama.checkpoint import hashes, reader, writer
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.tensors import materialize_optimizer_state, named_tensors
 from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
@@ -78,8 +79,8 @@ class Run(NamedTuple):
     @torch.no_grad()
     def fill(self, step: int) -> None:
         """Give every tensor the values of ``step``."""
-        reader.materialize_optimizer_state(self.optimizer)
-        for name, tensor in reader.tensors(self.model, self.optimizer).items():
+        materialize_optimizer_state(self.optimizer)
+        for name, tensor in named_tensors(self.model, self.optimizer).items():
             full = values(name, tensor.shape, step).to(tensor.device)
             if isinstance(tensor, DTensor):
                 full = distribute_tensor(full, tensor.device_mesh, tensor.placements, src_data_rank=None)
@@ -135,7 +136,7 @@ def load(run: Run, step_dir: Path) -> Any:
     """Load a checkpoint; gives its step and whether every shard is as saved."""
     run.fill(0)
     state = reader.load(step_dir, run.model, run.optimizer)
-    loaded = reader.tensors(run.model, run.optimizer).items()
+    loaded = named_tensors(run.model, run.optimizer).items()
     full = {name: tensor.full_tensor() if isinstance(tensor, DTensor) else tensor for name, tensor in loaded}
     return asdict(state), all(torch.equal(full[name], values(name, full[name].shape, state.step)) for name in full)
 

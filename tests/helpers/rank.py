@@ -30,6 +30,7 @@ from torch_calls import Calls
 
 from tinyllama import InputError
 from tinyllama.checkpoint import metadata, reader, writer
+from tinyllama.checkpoint.tensors import named_tensors
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
 from tinyllama.ops import float8
@@ -443,14 +444,14 @@ def optimizer_steps(argv: list[str]) -> list[dict[str, int]]:
             mesh, placements = parameter.device_mesh, parameter.placements
             parameter.grad = distribute_tensor(full, mesh, placements, src_data_rank=None)
         optimizer.optimizer.found_inf = torch.tensor(float(number == 3))
-        before = [local(tensor).clone() for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
+        before = [local(tensor).clone() for tensor in named_tensors(gpt, optimizer.optimizer).values()]
         with Calls() as calls:
             optimizer.step()
-        after = [local(tensor) for tensor in reader.tensors(gpt, optimizer.optimizer).values()]
+        after = [local(tensor) for tensor in named_tensors(gpt, optimizer.optimizer).values()]
         if number > 0:  # the first step makes the state
             assert all(map(torch.equal, before, after)) == (number == 3)
         counted.append({name: count for name, count in calls.counts.items() if "c10d" in name})
-    tensors = reader.tensors(gpt, optimizer.optimizer)
+    tensors = named_tensors(gpt, optimizer.optimizer)
     full = {name: value.full_tensor() if isinstance(value, DTensor) else value for name, value in tensors.items()}
     if fabric.is_global_zero:
         torch.save(full, file)

@@ -14,7 +14,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch_calls import Calls
 
-from tinyllama.checkpoint.reader import materialize_optimizer_state
+from tinyllama.checkpoint.tensors import materialize_optimizer_state
 from tinyllama.config.args import OptimArgs, ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS

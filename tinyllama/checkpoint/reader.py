@@ -28,6 +28,7 @@ from torch.distributed.checkpoint.metadata import Metadata, StorageMeta, TensorS
 from tinyllama import InputError, printable
 from tinyllama.checkpoint import hashes, metadata, names, state
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.tensors import materialize_optimizer_state, named_tensors
 from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import ModelConfig
 
@@ -58,7 +59,7 @@ def load(step_dir: Path, model: torch.nn.Module, optimizer: torch.optim.Optimize
     """
     verify(step_dir, TO_RESUME)
     materialize_optimizer_state(optimizer)
-    _load(tensors(model, optimizer), _Reader(step_dir), TO_RESUME)
+    _load(named_tensors(model, optimizer), _Reader(step_dir), TO_RESUME)
     metadata.forget()
     return state.from_json(read_state(step_dir))
 
@@ -154,36 +155,6 @@ def resolve(path: str | Path) -> Path:
     if why := problem(path):
         raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
     return path
-
-
-def materialize_optimizer_state(optimizer: torch.optim.Optimizer) -> None:
-    """Let the optimizer make the state that it makes only at its first step: a checkpoint is loaded into it before.
-
-    It does so in a step that is rejected, and which therefore changes nothing. Collective, as a step is.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    if all(optimizer.state[parameter] for parameter in parameters):
-        return
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.found_inf = torch.ones((), device=parameters[0].device)  # type: ignore[attr-defined]
-    optimizer.step()
-    optimizer.zero_grad()
-
-
-def tensors(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    """Return every tensor of a checkpoint by name, the very ones in use; the optimizer must have its state.
-
-    There are no other entries: DCP would pickle them.
-    """
-    named = {}
-    optimized = {parameter for group in optimizer.param_groups for parameter in group["params"]}
-    for name, parameter in model.named_parameters():
-        assert parameter in optimized, f"{name} is gathered: reshard the model before a checkpoint"
-        named[f"model.{name}"] = parameter.detach()
-        for key, value in optimizer.state[parameter].items():
-            named[f"optimizer.{key}.{name}"] = value
-    return named
 
 
 def problem(step_dir: Path) -> str | None:

@@ -33,6 +33,7 @@ from torch.futures import Future as TorchFuture
 from tinyllama import __version__, atomic
 from tinyllama.checkpoint import hashes, metadata, names, reader
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.checkpoint.tensors import materialize_optimizer_state, named_tensors
 
 # what a file takes beyond the numbers, a tensor of a rank; measured: 1.3 kB
 OVERHEAD = 4096
@@ -102,8 +103,8 @@ class Checkpointer:
         except CheckpointError as error:
             failed = error
         final = names.step_dir(self.folder, state.step)
-        reader.materialize_optimizer_state(optimizer)  # of an optimizer that has taken no step yet
-        tensors = reader.tensors(model, optimizer)
+        materialize_optimizer_state(optimizer)  # of an optimizer that has taken no step yet
+        tensors = named_tensors(model, optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
         self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
         publish = functools.partial(self._publish, final, self._state_json(state))

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from tinyllama import InputError
-from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.tensors import named_tensors
 from tinyllama.config.args import OptimArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, init_weights
@@ -55,7 +55,7 @@ def check_optimizer(args: OptimArgs) -> None:
             optimizer.step()
         except AssertionError as error:  # of torch's optimizers, unless they are fused
             raise InputError(f"optim.name {args.name} cannot take found_inf ({error}): give fused=True") from error
-        tensors = reader.tensors(model, optimizer)
+        tensors = named_tensors(model, optimizer)
         for name, tensor in tensors.items():
             if not isinstance(tensor, Tensor):
                 raise InputError(
