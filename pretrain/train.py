@@ -32,6 +32,7 @@ from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.ops import attention
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
+from tinyllama.train.budget import gradient_accumulation
 from tinyllama.train.collectives import refuse_differences, set_timeout
 from tinyllama.train.garbage import collect_gc, freeze_gc
 from tinyllama.train.init_from import initial_weights, load_initial_weights, with_sizes
@@ -39,8 +40,9 @@ from tinyllama.train.launch import as_rank, find_world, rank_map
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption, was_asked_for
-from tinyllama.train.run import Run, choose_ops, gradient_accumulation, load_checkpoint, mix, start_from
+from tinyllama.train.run import Run, choose_ops, mix
 from tinyllama.train.samples import open_samples
+from tinyllama.train.start import load_checkpoint, start_from
 from tinyllama.train.step import Losses, TrainStep
 from tinyllama.train.step_clock import StepClock
 

@@ -12,7 +12,7 @@ from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs, check
 from tinyllama.tools import plan
-from tinyllama.train.run import gradient_accumulation
+from tinyllama.train.budget import gradient_accumulation
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ import yaml
 
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs, check
-from tinyllama.train.run import gradient_accumulation
+from tinyllama.train.budget import gradient_accumulation
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").rglob("*.yaml"))
 

@@ -10,8 +10,9 @@ from tinyllama import InputError
 from tinyllama.config.args import DataArgs, LogArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs, check
 from tinyllama.config.bounds import bounds
 from tinyllama.config.model import ModelConfig, named_config
+from tinyllama.train.budget import gradient_accumulation, total_steps
 from tinyllama.train.launch import World
-from tinyllama.train.run import Run, gradient_accumulation, total_steps
+from tinyllama.train.run import Run
 
 DATA = DataArgs(sources=[Source("packed")])
 

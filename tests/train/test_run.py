@@ -14,7 +14,8 @@ from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, 
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.train.launch import World
-from tinyllama.train.run import Run, start_from
+from tinyllama.train.run import Run
+from tinyllama.train.start import start_from
 
 T = 8  # block_size
 BLOCKS = 100

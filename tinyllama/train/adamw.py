@@ -1,4 +1,4 @@
-"""AdamW (Loshchilov & Hutter, arXiv:1711.05101) with clipping inside: torch's, on a GPU with our kernel."""
+"""Update by AdamW (Loshchilov & Hutter, arXiv:1711.05101), with clipping inside: by torch, on a GPU by our kernel."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple, TypedDict

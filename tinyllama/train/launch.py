@@ -1,4 +1,4 @@
-"""Launch: who started this process, how many ranks there are and where, and how they fail and end together."""
+"""Find out who started this process and how many ranks there are where, and let the ranks fail and end together."""
 
 import atexit
 import ctypes
@@ -338,7 +338,7 @@ def _end_with_launcher(launch: Launch | None) -> None:
 
 
 def rank_map() -> list[str]:
-    """Which ranks run where, a line a host. Collective."""
+    """Return which ranks run where, a line for each host. Collective."""
     hosts: list[str] = [""] * dist.get_world_size()
     dist.all_gather_object(hosts, socket.gethostname())
     numbers = {host: [str(rank) for rank, where in enumerate(hosts) if where == host] for host in hosts}

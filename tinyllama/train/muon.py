@@ -1,4 +1,4 @@
-"""Muon: momentum, orthogonalized for each hidden matrix (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
+"""Update by Muon: orthogonalize each hidden matrix's momentum (Jordan et al., kellerjordan.github.io/posts/muon, 2024).
 
 Embedding, output matrix and norms are left to AdamW. An orthogonalized update is scaled to the root mean square of
 AdamW's, 0.2, so that one learning rate and weight decay serve both (Moonlight, arXiv:2502.16982).
@@ -42,7 +42,7 @@ RMS = 0.2
 
 @dataclass(frozen=True)
 class Matrix:
-    """A hidden matrix, made of one or more parts that are orthogonalized each by itself.
+    """Describe a hidden matrix, made of one or more parts that are each orthogonalized separately.
 
     Its rows are ``groups`` groups, in each of which are ``sizes`` rows of the parts, in turn.
     """
@@ -69,21 +69,21 @@ class Matrix:
         return RMS * math.sqrt(max(long for _, long in self.shapes))
 
     def split(self, full: Tensor) -> list[Tensor]:
-        """The parts of ``full``, (rows, columns), each with its rows together."""
+        """Return the parts of ``full``, (rows, columns), each with its rows together."""
         if len(self.sizes) == 1:
             return [full]
         by_group = full.unflatten(0, (self.groups, -1))  # (groups, rows of a group, columns)
         return [part.flatten(0, 1) for part in by_group.split(self.sizes, dim=1)]
 
     def join(self, parts: list[Tensor]) -> Tensor:
-        """The matrix of these parts."""
+        """Return the matrix that ``split`` has split into these parts."""
         if len(parts) == 1:
             return parts[0]
         return torch.cat([part.unflatten(0, (self.groups, -1)) for part in parts], dim=1).flatten(0, 1)
 
 
 def hidden_matrices(model: GPT) -> list[Matrix]:
-    """The matrices of the blocks, in the model's order."""
+    """Return the matrices of the blocks, in the model's order."""
     found = []
     for name, parameter in model.transformer["h"].named_parameters():
         if parameter.ndim == 2:
@@ -94,13 +94,13 @@ def hidden_matrices(model: GPT) -> list[Matrix]:
 
 
 def qkv_parts(config: ModelConfig) -> tuple[int, tuple[int, ...]]:
-    """Groups, and rows of q, k and v in each: q, k and v are different matrices, whose rows alternate in attn.attn."""
+    """Return the groups, and the rows of q, k and v in each: attn.attn is three matrices whose rows alternate."""
     queries = config.n_head // config.n_query_groups
     return config.n_query_groups, (queries * config.head_size, config.head_size, config.head_size)
 
 
 class Assignment:
-    """Which rank computes the update of which matrix, and which rows of each matrix a rank holds.
+    """Decide which rank computes the update of which matrix, and say which rows of each matrix a rank holds.
 
     A rank is a copy of the model and a shard of that copy: ``owned[copy][shard]`` are the numbers of its matrices.
     """
@@ -118,18 +118,18 @@ class Assignment:
         self.loads = loads
 
     def rows(self, index: int, shard: int) -> int:
-        """How many rows of a matrix a shard has: as FSDP cuts it, the first ones as many as the largest."""
+        """Return how many rows of a matrix a shard has: FSDP gives all the same number, but the last what is left."""
         total = self._shapes[index][0]
         most = -(-total // self.shards)
         return max(0, min(most, total - shard * most))
 
     def numel(self, index: int, shard: int) -> int:
-        """How many numbers of a matrix a shard has."""
+        """Return how many numbers of a matrix a shard has."""
         return self.rows(index, shard) * self._shapes[index][1]
 
 
 class Muon(torch.optim.Optimizer):
-    """Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
+    """Use Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
 
     ``dtype`` is that of the directions, which go to a matrix's owner; the iterations have ``iterated(dtype)``, weights
     and momenta fp32. As fused AdamW does, ``step`` obeys ``found_inf``: where it is 1, weights and state stay as they
@@ -176,7 +176,7 @@ class Muon(torch.optim.Optimizer):
             move(local(matrix.parameter).view(-1), update, decay, factor)
 
     def _directions(self, found_inf: Tensor) -> list[Tensor]:
-        """The direction of this rank's shard of each matrix; the momenta take in the gradients."""
+        """Take the gradients into the momenta, and return the direction of this rank's shard of each matrix."""
         skip, weight = found_inf.bool(), (1 - MOMENTUM) * (1 - found_inf)
         directions = []
         direct = in_one_pass(take_direction, self._scales.is_cuda)
@@ -191,14 +191,14 @@ class Muon(torch.optim.Optimizer):
         return directions
 
     def _orthogonalized(self, owned: dict[int, Tensor]) -> dict[int, Tensor]:
-        """The updates of these matrices, by number."""
+        """Return the updates of these matrices, by number."""
         parts = [part for index, full in owned.items() for part in self._matrices[index].split(full)]
         done = iter(orthogonalize_all(parts, self._multiply))
         matrices = {index: self._matrices[index] for index in owned}
         return {index: matrix.join([next(done) for _ in matrix.sizes]) for index, matrix in matrices.items()}
 
     def _collect(self, shards: list[Tensor]) -> dict[int, Tensor]:
-        """The matrices that this rank owns, in full and by number, of every rank's ``shards`` of all."""
+        """Return the matrices that this rank owns, in full and by number, from every rank's ``shards`` of each."""
         split = self.assignment
         owners = split.owned[self._copy]
         mine = owners[self._shard]
@@ -212,7 +212,7 @@ class Muon(torch.optim.Optimizer):
         return {index: flat.view(self._matrices[index].parameter.shape) for index, flat in full.items()}
 
     def _return(self, updates: dict[int, Tensor]) -> list[Tensor]:
-        """This rank's shard of every matrix's update, flat, of the ``updates`` of the matrices that each rank owns."""
+        """Return this rank's shard of every matrix's update, flat, from the ``updates`` that each rank has computed."""
         split = self.assignment
         cut = [
             update.split([split.rows(index, shard) for shard in range(split.shards)])
@@ -230,7 +230,7 @@ class Muon(torch.optim.Optimizer):
     def _all_to_all(
         self, outgoing: list[list[Tensor]], numels: list[list[int]], dtype: torch.dtype
     ) -> list[list[Tensor]]:
-        """Send ``outgoing[shard]`` to each shard of this copy; returns what each sends here, flat, of these sizes."""
+        """Send ``outgoing[shard]`` to each shard of this copy; return what each sends here, flat, in these sizes."""
         if self.assignment.shards == 1:
             return [[tensor.flatten() for tensor in outgoing[0]]]
         sent = self._flat(joined(outgoing), dtype)
@@ -241,7 +241,7 @@ class Muon(torch.optim.Optimizer):
         return [list(one.split(of_shard)) for one, of_shard in zip(received.split(sizes), numels, strict=True)]
 
     def _all_gather(self, tensors: list[Tensor], numels: list[list[int]], dtype: torch.dtype) -> list[list[Tensor]]:
-        """The tensors of every copy, flat, of these sizes; the collective wants as much of each, so they are padded."""
+        """Return the tensors of every copy, flat, in these sizes; padded meanwhile, as all_gather takes equal ones."""
         if self.assignment.copies == 1:
             return [tensors]
         flat = self._flat(tensors, dtype)
@@ -252,7 +252,7 @@ class Muon(torch.optim.Optimizer):
         return [list(one[: sum(of_copy)].split(of_copy)) for one, of_copy in by_copy]
 
     def _flat(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
-        """One vector of all, which may be none."""
+        """Return one vector of all tensors, of which there may be none."""
         empty = torch.empty(0, device=self._scales.device, dtype=dtype)
         return torch.cat([empty, *(tensor.flatten() for tensor in tensors)])
 
@@ -292,7 +292,7 @@ def orthogonalize(matrices: Sequence[Tensor], multiply: Multiply = symmetric_mat
 
 
 def iterated(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of the iterations on matrices of ``dtype``."""
+    """Return the dtype of the iterations on matrices of ``dtype``."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
@@ -356,5 +356,5 @@ def in_one_pass(function: Callable[..., Any], cuda: bool) -> Callable[..., Any]:
 
 
 def joined(lists: Iterable[list[T]]) -> list[T]:
-    """One list of all."""
+    """Return one list of all items."""
     return list(itertools.chain.from_iterable(lists))

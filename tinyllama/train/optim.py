@@ -1,4 +1,4 @@
-"""The optimizers by name (optim.name), and clipping."""
+"""Build the optimizer by its name (optim.name), check that it can be used, and clip its gradients."""
 
 from collections.abc import Callable
 
@@ -15,7 +15,7 @@ from tinyllama.train.muon import Muon
 
 
 def adamw(model: GPT, args: OptimArgs, dtype: torch.dtype) -> torch.optim.Optimizer:
-    """AdamW over every parameter, decay on norms and embeddings too (upstream pretrain/tinyllama.py)."""
+    """Return AdamW over every parameter, with decay on norms and embeddings too (upstream pretrain/tinyllama.py)."""
     copies = model.gathered.copies if model.gathered else None
     betas = args.beta1, args.beta2
     return AdamW(model.parameters(), lr=args.lr, betas=betas, weight_decay=args.weight_decay, copies=copies)
@@ -25,11 +25,11 @@ OPTIMIZERS: dict[str, Callable[[GPT, OptimArgs, torch.dtype], torch.optim.Optimi
     "adamw": adamw,
     "muon": Muon,
 }
-"""Each takes the model, its settings and the dtype of a pass"""
+"""each is called with the model, its settings and the dtype of a pass"""
 
 
 def build_optimizer(model: GPT, args: OptimArgs, precision: str = "bf16") -> torch.optim.Optimizer:
-    """The optimizer of ``model`` by ``optim.name``, for a run of this ``train.precision``."""
+    """Return the optimizer of ``model`` by ``optim.name``, for a run of this ``train.precision``."""
     return OPTIMIZERS[args.name](model, args, torch.float32 if precision == "fp32" else torch.bfloat16)
 
 
@@ -80,7 +80,7 @@ def check_optimizer(args: OptimArgs) -> None:
 
 
 def local_gradients(model: torch.nn.Module) -> list[Tensor]:
-    """This rank's shards of the gradients of all parameters, the very ones that the optimizer uses."""
+    """Return this rank's shards of the gradients of all parameters, the very tensors that the optimizer uses."""
     return [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
 
 

@@ -1,4 +1,4 @@
-"""How the model is sharded, compiled and recomputed, and when its gradients are reduced.
+"""Shard and compile the model, recompute its activations, and decide when its gradients are reduced.
 
 Where all ranks are of one node and the weights that a pass gathers may stay until the step ends, and where nothing is
 sharded, train/gathered.py does what FSDP2 does elsewhere.
@@ -27,7 +27,7 @@ from tinyllama.train.launch import World, cluster_environment
 
 
 def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
-    """Lightning Fabric over every rank, with FSDP2 that lays out the model at ``fabric.setup``."""
+    """Return Lightning Fabric over every rank, whose ``setup_module`` lays out the model by FSDP2."""
     for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
         logging.getLogger(name).setLevel(logging.WARNING)  # our summary says what they would
     strategy = ModelParallelStrategy(
@@ -79,7 +79,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
 
 
 def mixed_precision(train: TrainArgs) -> MixedPrecisionPolicy:
-    """Dtypes of a pass and of the reduction of its gradients."""
+    """Return the dtypes of a pass and of the reduction of its gradients."""
     return MixedPrecisionPolicy(
         param_dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
         reduce_dtype=torch.float32,
@@ -88,7 +88,7 @@ def mixed_precision(train: TrainArgs) -> MixedPrecisionPolicy:
 
 
 def recomputing(forward: Callable[..., Any], what: str) -> Callable[..., Any]:
-    """A Block's ``forward``, whose backward pass computes ``what`` (train.activation_checkpointing) again."""
+    """Return a Block's ``forward`` that recomputes ``what`` (train.activation_checkpointing) in its backward pass."""
     if what == "none":
         return forward
     contexts = {"context_fn": functools.partial(create_selective_checkpoint_contexts, saved())}
@@ -134,12 +134,12 @@ def reshard(model: GPT) -> None:
 
 
 def gathered(model: GPT) -> Gathered:
-    """The weights of a model that FSDP2 does not shard."""
+    """Return the weights of a model that FSDP2 does not shard."""
     return cast(Gathered, model.gathered)
 
 
 def check_dtypes(model: GPT, train: TrainArgs) -> str:
-    """Dtypes of the master weights, of a pass, and of the gradients' reduction, in one line.
+    """Return the dtypes of the master weights, of a pass, and of the gradients' reduction, in one line.
 
     Raises RuntimeError on a rank whose master weights are not fp32: versions of Lightning and torch have differed.
     """
