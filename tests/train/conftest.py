@@ -10,6 +10,8 @@ import pytest
 import yaml
 from runs import World
 
+from tinyllama.train import lock
+
 ROOT = Path(__file__).parents[2]
 
 
@@ -96,3 +98,16 @@ def recipe() -> Any:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+@pytest.fixture
+def no_slurm_and_a_quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    monkeypatch.setattr(lock, "BEAT", 0.05)
+    monkeypatch.setattr(lock, "STALE", 300.0)  # only a heartbeat ends the wait
+
+
+@pytest.fixture
+def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For files that nobody touches: the wait has nothing to see."""
+    monkeypatch.setattr(lock, "STALE", 0.1)

@@ -1,59 +1,24 @@
-"""Who may write into a run's folder: real processes, and files as they leave them."""
+"""Who may write into a run's folder: a run that holds it, one that finds its owner gone, and rivals for it."""
 
 import errno
 import hashlib
-import itertools
 import json
 import os
-import random
-import shutil
-import socket
 import subprocess
 import sys
 import threading
-import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from processes import Process
+from owners import HERE, OTHER, dead_pid, leave
 from runs import beating
 
 from tinyllama import InputError
 from tinyllama.train import lock
 from tinyllama.train.lock import RunLock
 
-HERE = socket.gethostname()
-OTHER = {"host": "node7", "pid": 1, "job_id": None, "restarts": 0, "token": "theirs"}
-
-
-@pytest.fixture(autouse=True)
-def no_slurm_and_a_quick_heart(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
-    monkeypatch.setattr(lock, "BEAT", 0.05)
-    monkeypatch.setattr(lock, "STALE", 300.0)  # only a heartbeat ends the wait
-
-
-@pytest.fixture
-def impatient(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For files that nobody touches: the wait has nothing to see."""
-    monkeypatch.setattr(lock, "STALE", 0.1)
-
-
-def leave(out_dir: Path, age: float = 0, **changes: Any) -> Path:
-    """The file of another owner whose last heartbeat was ``age`` seconds ago."""
-    path = out_dir / "OWNER.json"
-    path.write_text(json.dumps(OTHER | changes))
-    beat = path.stat().st_mtime - age
-    os.utime(path, (beat, beat))
-    return path
-
-
-def dead_pid() -> int:
-    process = subprocess.Popen(["true"])
-    process.wait()
-    return process.pid
+pytestmark = pytest.mark.usefixtures("no_slurm_and_a_quick_heart")
 
 
 def test_an_owner_holds_the_folder_and_leaves_nothing(tmp_path: Path) -> None:
@@ -314,239 +279,6 @@ def test_an_owner_that_ends_while_it_is_watched_is_followed(tmp_path: Path, caps
     with RunLock(tmp_path, None):
         assert json.loads(path.read_text())["pid"] == os.getpid()
     assert "took over" not in capsys.readouterr().out
-
-
-UNREADABLE = [b"", b"{", b"[1]", b"\xff\xfe\0", b"[" * 100_000, json.dumps({"host": HERE}).encode()]
-UNREADABLE += [json.dumps(OTHER | {"host": HERE, "pid": pid}).encode() for pid in ("x", 10**30, -1)]
-UNREADABLE += [json.dumps(OTHER | {"job_id": "5", "restarts": "x"}).encode()]
-
-
-@pytest.mark.parametrize("content", UNREADABLE)
-def test_a_file_that_is_being_written_or_damaged_is_a_live_owner_for_a_while(
-    content: bytes, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    path = tmp_path / "OWNER.json"
-    path.write_bytes(content)
-    with beating(path), pytest.raises(InputError, match="belongs to another run .pid . on ."):
-        RunLock(tmp_path, "5").__enter__()
-    monkeypatch.setattr(lock, "STALE", 0.1)
-    with RunLock(tmp_path, None):
-        assert json.loads(path.read_text())["host"] == HERE
-
-
-def damaged(text: bytes, values: int) -> Iterator[bytes]:
-    """Yield ``text`` with other values, a flipped bit first, at every byte of it, and with each field changed."""
-    rng = random.Random(5)
-    for at in range(len(text)):
-        flipped = text[at] ^ 1 << rng.randrange(8)
-        others = rng.sample([value for value in range(256) if value not in (text[at], flipped)], values - 1)
-        for value in (flipped, *others):
-            yield text[:at] + bytes([value]) + text[at + 1 :]
-    holder = json.loads(text)
-    changes = (None, True, -2, 1, 1.5, "x\x00", [], {}, 10**400, "y" * 9999, dead_pid(), "5", holder["pid"] + 1)
-    for name, value in itertools.product(holder, changes):
-        yield json.dumps(holder | {name: value}).encode()
-        yield json.dumps({key: field for key, field in holder.items() if key != name}).encode()
-    yield from (text[:length] for length in range(len(text)))
-
-
-@pytest.mark.parametrize("values", [1, pytest.param(10, marks=pytest.mark.slow)])
-def test_a_damaged_file_evicts_nobody_and_ends_nobody(values: int, tmp_path: Path, monkeypatch) -> None:
-    """Whatever the file of a live run says, nobody takes it for gone without a wait, nor does it end itself."""
-    ended: list[str] = []
-    monkeypatch.setattr(lock, "end_process", ended.append)
-    monkeypatch.setattr(lock, "BEAT", 1e6)
-    path = tmp_path / "OWNER.json"
-    tries = unreadable = 0
-    with RunLock(tmp_path, "5") as owner:
-        monkeypatch.setenv("SLURM_RESTART_COUNT", "0")
-        other = RunLock(tmp_path, "5")
-        whole = path.read_bytes()
-        for content in damaged(whole, values):
-            tries += 1
-            path.write_bytes(content)
-            seen = lock._look(path)
-            assert other._why_gone(seen) is None, content
-            assert not seen.holder or owner._is_mine(seen.holder), content
-            unreadable += not seen.holder
-        path.write_bytes(whole)
-    print(f"{tries} tries: {unreadable} are nobody's, {tries - unreadable} are what was written")
-    assert ended == []
-    assert tries > 400
-    assert unreadable > 0.9 * tries
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("kind", ["dangling link", "link", "link to itself", "folder"])
-def test_what_is_no_file_in_the_place_of_the_file_is_named(kind: str, tmp_path: Path) -> None:
-    path = tmp_path / "OWNER.json"
-    if kind == "folder":
-        path.mkdir()
-    else:
-        path.symlink_to({"link": "file", "link to itself": "OWNER.json"}.get(kind, "nowhere"))
-        (tmp_path / "file").touch()
-    with pytest.raises(InputError, match=r"cannot write .*OWNER.json: .*: give an out_dir that can be"):
-        RunLock(tmp_path, None).__enter__()
-    assert path.is_symlink() or path.is_dir()
-
-
-def test_a_pipe_and_a_huge_file_hold_nobody_up(tmp_path: Path, impatient: None) -> None:
-    path = tmp_path / "OWNER.json"
-    os.mkfifo(path)
-    with RunLock(tmp_path, None):
-        assert json.loads(path.read_text())["host"] == HERE
-    with path.open("wb") as file:
-        file.truncate(10**12)
-    with RunLock(tmp_path, None):
-        assert json.loads(path.read_text())["host"] == HERE
-
-
-def test_the_heart_beats_and_brings_back_a_file_that_was_removed(tmp_path: Path) -> None:
-    path = tmp_path / "OWNER.json"
-
-    def soon(true: Any) -> None:
-        until = time.monotonic() + 120
-        while not true():
-            assert time.monotonic() < until
-            time.sleep(0.02)
-
-    with RunLock(tmp_path, None):
-        text = path.read_text()
-        os.utime(path, (1, 1))
-        soon(lambda: path.stat().st_mtime > 1)
-        path.unlink()
-        soon(lambda: path.exists() and path.read_text() == text)
-        path.write_bytes(b"\xff")  # damage is no other run
-        os.utime(path, (1, 1))
-        soon(lambda: path.stat().st_mtime > 1)
-
-
-# a run that from a given time on holds a folder until its stdin ends
-RUN = """
-import sys, time
-from collections.abc import Iterator
-from pathlib import Path
-from tinyllama import InputError
-from tinyllama.train import lock
-lock.BEAT = 0.05
-time.sleep(max(float(sys.argv[2]) - time.time(), 0))
-try:
-    with lock.RunLock(Path(sys.argv[1]), None):
-        print("holds", flush=True)
-        sys.stdin.read()
-except InputError as error:
-    print(f"refused: {error}", flush=True)
-"""
-
-
-def start(out_dir: Path, at: float = 0) -> Process:
-    return Process(sys.executable, "-c", RUN, out_dir, at)
-
-
-def outcome(run: Process) -> str:
-    """Whether the run holds the folder or was refused."""
-    while (line := run.line()).startswith("took over") or " is locked by " in line:
-        pass
-    return line
-
-
-def test_a_run_that_was_replaced_ends_itself_and_leaves_the_new_one_alone(tmp_path: Path) -> None:
-    run = start(tmp_path)
-    assert outcome(run) == "holds\n"
-    new = tmp_path / "new"
-    new.write_text(json.dumps(OTHER))
-    new.replace(tmp_path / "OWNER.json")
-    code, _, said = run.end()
-    assert (code, said) == (1, f"error: another run has taken over {tmp_path}: this one ends\n")
-    assert json.loads((tmp_path / "OWNER.json").read_text()) == OTHER
-
-
-@pytest.mark.parametrize("how", ["moved", "replaced"])
-def test_a_run_whose_folder_is_gone_ends_itself_and_writes_nothing(how: str, tmp_path: Path) -> None:
-    out_dir = tmp_path / "run"
-    run = start(out_dir)
-    assert outcome(run) == "holds\n"
-    (tmp_path / "new").mkdir()
-    out_dir.rename(tmp_path / "moved")
-    if how == "replaced":
-        (tmp_path / "new").rename(out_dir)
-    code, _, said = run.end()
-    assert (code, said) == (1, f"error: {out_dir} was unmounted or replaced: mount it, and start this run again\n")
-    assert how == "replaced" or not out_dir.exists()
-    assert how != "replaced" or list(out_dir.iterdir()) == []
-
-
-MOUNTED = """
-import subprocess, sys
-from collections.abc import Iterator
-from pathlib import Path
-folder, code = Path(sys.argv[1]), sys.argv[2]
-if subprocess.run(["mount", "-t", "tmpfs", "none", folder]).returncode:
-    print("no mounts here", flush=True)
-    sys.exit()
-run = subprocess.Popen([sys.executable, "-c", code, folder / "run", "0"], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-print(run.stdout.readline().decode(), end="", flush=True)
-subprocess.run(["umount", folder], check=True)
-print(run.wait(), flush=True)
-"""
-
-
-def test_an_unmounted_folder_ends_the_run(tmp_path: Path) -> None:
-    """In a namespace of its own, where every user may mount."""
-    unshare = shutil.which("unshare")
-    if unshare is None or subprocess.run([unshare, "-Urm", "true"], capture_output=True).returncode:
-        pytest.skip("no namespaces for users here")
-    process = Process(unshare, "-Urm", sys.executable, "-c", MOUNTED, tmp_path, RUN)
-    if (line := process.line()) == "no mounts here\n":
-        pytest.skip("no mounts for users here")
-    assert line == "holds\n"
-    code, rest, said = process.end()
-    assert (code, rest) == (0, "1\n")
-    assert said.endswith(f"error: {tmp_path}/run was unmounted or replaced: mount it, and start this run again\n")
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_file_system_that_is_mounted_again_is_the_same_folder(tmp_path: Path, monkeypatch) -> None:
-    """A remount may give other numbers to the same files, and so may some file systems without one."""
-    ended = []
-    monkeypatch.setattr(lock, "end_process", ended.append)
-    with RunLock(tmp_path / "run", None):
-        then, copy = (tmp_path / "run").stat(), tmp_path / "copy"
-        lock.end_if_lost(tmp_path / "run", then, tmp_path / "run/none")
-        shutil.copytree(tmp_path / "run", copy)
-        lock.end_if_lost(copy, then, copy / "OWNER.json")
-        assert ended == []
-        (copy / "OWNER.json").unlink()
-        lock.end_if_lost(copy, then, copy / "OWNER.json")
-        lock.end_if_lost(tmp_path / "none", then, copy)
-    assert ended == [
-        f"{f} was unmounted or replaced: mount it, and start this run again" for f in (copy, tmp_path / "none")
-    ]
-
-
-@pytest.mark.parametrize("host", ["\x1b[2J", "a\nerror: b", "\u202e", "h" * 50_000])
-def test_a_strangers_name_is_one_line(host: str, tmp_path: Path, impatient: None, capsys) -> None:
-    leave(tmp_path, host=host, job_id=host)
-    with RunLock(tmp_path, "5"):
-        lines = capsys.readouterr().out.splitlines()
-    assert [line.isprintable() and len(line) < 2100 for line in lines] == [True, True]
-
-
-@pytest.mark.slow
-def test_a_killed_run_is_followed_at_once_by_one_of_many(tmp_path: Path) -> None:
-    first = start(tmp_path)
-    assert outcome(first) == "holds\n"
-    first.kill()
-    at = time.time() + 0.5
-    rivals = [start(tmp_path, at) for _ in range(5)]
-    said = [outcome(rival) for rival in rivals]
-    (winner,) = [rival for rival, line in zip(rivals, said, strict=True) if line == "holds\n"]
-    assert sum("belongs to another run" in line for line in said) == 4
-    assert json.loads((tmp_path / "OWNER.json").read_text())["pid"] == winner.pid
-    for rival in rivals:
-        rival.close()
-        assert rival.end()[0] == 0
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_that_cannot_be_written_is_said(tmp_path: Path) -> None:
