@@ -1,7 +1,6 @@
 """The recipe, for real: what tiny models on CPU ranks compute, read and leave behind."""
 
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -14,7 +13,6 @@ import pytest
 import torch
 import yaml
 from checkpoints import load_weights
-from packed import change
 from runs import branch, column, metrics, tensors
 
 from tinyllama.checkpoint import reader
@@ -133,96 +131,6 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world, config_file: Path, 
     assert not out.exists()
 
 
-def test_validation_is_the_mean_over_every_held_out_token(world, config_file: Path, tmp_path: Path) -> None:
-    from tinyllama.config.model import named_config
-    from tinyllama.data.packed import open_packed
-    from tinyllama.model import GPT
-
-    out = tmp_path / "run"
-    config = yaml.safe_load(config_file.read_text())
-    manifest = Path(config["data"]["validation"][0]["path"]) / "manifest.json"
-    figures = json.loads(manifest.read_bytes())
-    figures["subsets"] = {".": {"tokens": figures["tokens"], "bytes": 3 * figures["tokens"]}}
-    change(manifest, subsets=figures["subsets"])
-    said = world(2).train("--config", config_file, "--out_dir", out, "--train.micro_batch_size", 4)
-    model = GPT(named_config(**config["model"]))
-    model.load_state_dict(load_weights(out / "checkpoints" / "step-00000040"))
-    held_out = open_packed(config["data"]["validation"][0]["path"])
-    blocks = torch.from_numpy(held_out.blocks(np.arange(held_out.num_blocks(32)), 32).astype(np.int64))
-    with torch.no_grad():
-        expected = model(blocks[:, :-1], blocks[:, 1:]) / blocks[:, 1:].numel()
-    assert column(out, "val_loss")[-1] == pytest.approx(expected.item(), abs=1e-6)
-    assert [row["step"] for row in metrics(out) if row["val_loss"]] == ["0", "20", "40"]
-    losses, bits = ([float(row[name]) for row in metrics(out) if row["val_loss"]] for name in ("val_loss", "val_bpb"))
-    assert bits == pytest.approx([loss / np.log(2) / 3 for loss in losses])
-    assert f"val_loss {losses[-1]:.4f}  val_bpb {bits[-1]:.4f}  " in said
-    assert f"val_bpb  {bits[-1]:.4f} bits per byte at step 40" in said
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_each_validation_source_has_its_own_loss(
-    world, config: dict[str, Any], packed_folder: Callable[..., Path], tmp_path: Path, size: int
-) -> None:
-    from tinyllama.config.model import named_config
-    from tinyllama.data.packed import open_packed
-    from tinyllama.model import GPT
-
-    rng = np.random.default_rng(1)
-    noise = [[int(token) for token in rng.integers(3, 250, 40)] + [2] for _ in range(18)]
-    mixed, unread = packed_folder([noise], name="noise, of 学习", vocab_size=256), tmp_path / "held_out"
-    for folder, share in ((unread, 3), (mixed, 2)):
-        figures = json.loads((folder / "manifest.json").read_bytes())
-        subset = {"tokens": figures["tokens"], "bytes": share * figures["tokens"]}
-        change(folder / "manifest.json", subsets={".": subset})
-    config["data"]["validation"] = [{"path": str(unread)}, {"path": str(mixed)}]
-    config["train"] |= {"max_steps": 2, "micro_batch_size": 4}
-    config["optim"]["warmup_steps"] = 1
-    (tmp_path / "two.yaml").write_text(yaml.safe_dump(config))
-    out = tmp_path / "run"
-    said = world(size).train("--config", tmp_path / "two.yaml", "--out_dir", out)
-
-    model = GPT(named_config(**config["model"]))
-    model.load_state_dict(load_weights(out / "checkpoints" / "step-00000002"))
-    sums, counts = [], []
-    for folder in (unread, mixed):
-        dataset = open_packed(folder)
-        blocks = torch.from_numpy(dataset.blocks(np.arange(dataset.num_blocks(32)), 32).astype(np.int64))
-        with torch.no_grad():
-            sums.append(model(blocks[:, :-1], blocks[:, 1:]).item())
-        counts.append(blocks[:, 1:].numel())
-    row = {name: float(value) for name, value in metrics(out)[-1].items() if name.startswith("val_")}
-    first, second = (loss / count for loss, count in zip(sums, counts, strict=True))
-    assert row["val_loss"] == pytest.approx(sum(sums) / sum(counts), abs=1e-6)
-    assert row["val_loss/held_out"] == pytest.approx(first, abs=1e-6)
-    assert row["val_loss/noise, of 学习"] == pytest.approx(second, abs=1e-6)
-    assert row["val_bpb/held_out"] == pytest.approx(row["val_loss/held_out"] / np.log(2) / 3)
-    assert row["val_bpb/noise, of 学习"] == pytest.approx(row["val_loss/noise, of 学习"] / np.log(2) / 2)
-    assert f"  held_out {first:.4f} ({first / np.log(2) / 3:.4f} bpb)  noise, of 学习 {second:.4f} (" in said
-
-
-def test_a_resumed_run_may_be_validated_on_other_sources(
-    world, config: dict[str, Any], packed_folder: Callable[..., Path], tmp_path: Path
-) -> None:
-    """What was measured stays, under the name that it had; what is new begins with the resumption."""
-    config["train"]["max_steps"] = 4
-    config["optim"]["warmup_steps"] = 1
-    config["eval"]["interval"] = 1
-    out, file = tmp_path / "run", tmp_path / "run.yaml"
-    file.write_text(yaml.safe_dump(config))
-    world(1).train("--config", file, "--out_dir", out, "--train.max_steps", 2)
-    before = metrics(out)
-    other = packed_folder([[[7, 8, 9] * 20 + [2]] * 4], name="other", vocab_size=256)
-    config["data"]["validation"] = [{"path": str(other)}, {"path": str(tmp_path / "up")}]
-    file.write_text(yaml.safe_dump(config))
-    world(1).train("--config", file, "--out_dir", out)
-    rows = metrics(out)
-    assert [row["step"] for row in rows] == ["0", "1", "2", "3", "4"]
-    for was, row in zip(before, rows, strict=False):
-        assert {name: row[name] for name in was} == was
-    assert [bool(row["val_loss/held_out"]) for row in rows] == [True] * 3 + [False] * 2
-    assert [bool(row["val_loss/other"]) for row in rows] == [False] * 3 + [True] * 2
-
-
 def test_what_a_run_leaves_behind(world, config: dict[str, Any], config_file: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     said = world(1).train("--config", config_file, "--out_dir", out, "--train.max_steps", 23, "--log.interval", 10)
@@ -302,114 +210,6 @@ def test_plain_python_starts_its_own_ranks(config_file: Path, tmp_path: Path) ->
     wrong = subprocess.run([*command, "--train.max_step", "6"], cwd=ROOT, capture_output=True, text=True)
     assert wrong.returncode == 2
     assert wrong.stderr == "error: unknown flag --train.max_step; did you mean train.max_steps?\n"
-
-
-@pytest.fixture
-def hf_dir(config: dict[str, Any], tmp_path: Path) -> Path:
-    """A Hugging Face folder of random weights of the run's sizes, not made by us."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    sizes = {"vocab_size": 256, "hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 32, "rms_norm_eps": 1e-5}
-    torch.manual_seed(8)
-    theirs = LlamaForCausalLM(LlamaConfig(**sizes, **heads, initializer_range=0.2, tie_word_embeddings=False))
-    theirs.save_pretrained(tmp_path / "hf")
-    return tmp_path / "hf"
-
-
-def test_a_run_starts_from_given_weights_and_with_transformers_loss(
-    world, config: dict[str, Any], config_file: Path, hf_dir: Path, tmp_path: Path
-) -> None:
-    from transformers import LlamaForCausalLM
-
-    from tinyllama.data.packed import open_packed
-
-    held_out = open_packed(config["data"]["validation"][0]["path"])
-    blocks = torch.from_numpy(held_out.blocks(np.arange(held_out.num_blocks(32)), 32).astype(np.int64))
-    theirs = LlamaForCausalLM.from_pretrained(hf_dir)
-    with torch.no_grad():
-        logits = theirs(blocks[:, :-1]).logits
-        expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), blocks[:, 1:].flatten()).item()
-    run = ["--config", config_file, "--train.max_steps", 20, "--checkpoint.interval", 10, "--eval.interval", 10]
-    start = [*run, "--train.init_from", hf_dir]
-    out = tmp_path / "started"
-    said = world(2).train(*start, "--out_dir", out)
-    assert f"start    a new run of the weights of {hf_dir} at step 0" in said
-    assert column(out, "val_loss")[0] == pytest.approx(expected, abs=1e-5)
-    assert column(out, "loss")[0] != pytest.approx(column(out, "loss")[-1], abs=0.1)
-    assert metrics(out)[0]["step"] == "0"
-    assert tensors(out / "checkpoints/step-00000010")["optimizer.step.lm_head.weight"] == 10  # the optimizer's is fresh
-
-    # a requeued job gives the same command and goes on from its own checkpoint, without the weights even
-    requeued = branch(out, 10)
-    shutil.move(hf_dir, tmp_path / "away")
-    said = world(2).train(*start, "--out_dir", requeued)
-    assert f"resumed from {requeued / 'checkpoints/step-00000010'} at step 10" in said
-    assert column(requeued, "loss") == column(out, "loss")
-    shutil.move(tmp_path / "away", hf_dir)
-
-    # but a folder with a checkpoint of any other run is not taken for it, nor continued by mistake
-    (problem,) = world(2)("train", *run, "--out_dir", out, "--train.init_from", tmp_path / "other")[0]["problems"]
-    assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in problem
-    (problem,) = world(2)("train", *start, "--out_dir", out, "--train.resume", out)[0]["problems"]
-    assert "train.init_from and a path in train.resume are both given" in problem
-
-    # weights only: of a checkpoint of ours, and of an upstream file, as of the folder
-    step_dir = out / "checkpoints/step-00000020"
-    torch.save({"model": load_weights(step_dir), "step_count": 20}, tmp_path / "lit_model.pth")
-    for number, source in enumerate((step_dir, tmp_path / "lit_model.pth")):
-        again = tmp_path / f"again {number}"
-        world(2).train(*run, "--train.init_from", source, "--out_dir", again, "--train.max_steps", 6)
-        assert column(again, "val_loss")[0] == column(out, "val_loss")[-1]
-        assert [float(row["lr"]) for row in metrics(again) if row["lr"]][0] == pytest.approx(0.01 / 5)
-
-
-def test_init_from_may_be_left_out_at_a_start_and_given_again(
-    world, config_file: Path, hf_dir: Path, tmp_path: Path
-) -> None:
-    out = tmp_path / "run"
-    run = ["--config", config_file, "--out_dir", out]
-    world(1).train(*run, "--train.init_from", os.path.relpath(hf_dir, ROOT), "--train.max_steps", 6)
-    world(1).train(*run, "--train.max_steps", 7)
-    assert "at step 7" in world(1).train(*run, "--train.init_from", hf_dir, "--train.max_steps", 8)
-    state = reader.read_state(out / "checkpoints/step-00000008")
-    assert state["origin"] == {"resume": None, "init_from": str(hf_dir)}
-    (problem,) = world(1)("train", *run, "--train.init_from", tmp_path / "other")[0]["problems"]
-    assert f"is of a run that started from {hf_dir}, and train.init_from is {tmp_path / 'other'}" in problem
-
-
-def test_a_branch_of_a_run_that_started_from_other_weights_has_their_sizes(
-    world, config: dict[str, Any], config_file: Path, hf_dir: Path, tmp_path: Path
-) -> None:
-    config["model"] = {"block_size": 32}
-    config_file.write_text(yaml.safe_dump(config))
-    out, other = tmp_path / "run", tmp_path / "branch"
-    run = ["--config", config_file, "--checkpoint.interval", 6]
-    world(1).train(*run, "--out_dir", out, "--train.init_from", hf_dir, "--train.max_steps", 12)
-    start = out / "checkpoints" / "step-00000006"
-    branch_off = [*run, "--out_dir", other, "--train.resume", start]
-    world(1).train(*branch_off, "--train.max_steps", 12)
-    assert column(other, "loss") == column(out, "loss")[6:]
-    assert "at step 12" in world(1).train(*branch_off, "--train.max_steps", 13)
-    (problem,) = world(1)("train", *branch_off, "--out_dir", tmp_path / "deeper", "--model.n_layer", 3)[0]["problems"]
-    assert problem.startswith(f"cannot resume from {start}: model.n_layer was 2 and is 3; put it back")
-
-
-def test_weights_that_do_not_fit_the_run_are_refused(world, config_file: Path, hf_dir: Path, tmp_path: Path) -> None:
-    start = ["--config", config_file, "--train.init_from", hf_dir, "--out_dir", tmp_path / "run"]
-    for flags, problem in [
-        (["--model.n_layer", 3], "model.n_layer is 3 and in"),
-        (["--model.norm_eps", 1e-6], "model.norm_eps is 1e-06 and in"),
-        (["--model.padding_multiple", 300], "makes 300 rows and"),
-        (["--train.init_from", tmp_path / "none"], "holds no complete checkpoint"),
-    ]:
-        assert problem in world(1)("train", *start, *flags)[0]["problems"][0]
-    settings = json.loads((hf_dir / "config.json").read_text())
-    (hf_dir / "config.json").write_text(json.dumps(settings | {"rope_theta": 5000.0, "rope_parameters": None}))
-    assert not (tmp_path / "run").exists()
-    world(1).train(*start, "--train.max_steps", 6, "--out_dir", tmp_path / "of its base")
-    assert yaml.safe_load((tmp_path / "of its base/config.yaml").read_text())["model"]["rope_base"] == 5000
-    world(1).train(*start, "--model.rope_base", 10000, "--model.rope_condense_ratio", 2, "--train.max_steps", 6)
 
 
 @pytest.mark.slow
