@@ -26,9 +26,9 @@ def main() -> int:
     wrong = 0
     for finding in doctor.examine(args.out_dir):
         wrong += finding.state == doctor.WRONG
-        print(f"{finding.state:<6} {finding.name:<18} {printable(finding.text)}", flush=True)
+        print(f"{finding.state:<6} {finding.name:<20} {printable(finding.text)}", flush=True)
         if finding.hint:
-            print(f"{'':<25} -> {finding.hint}", flush=True)
+            print(f"{'':<27} -> {finding.hint}", flush=True)
     print(f"{wrong} wrong" if wrong else "nothing is wrong")
     return int(wrong > 0)
 

@@ -183,18 +183,24 @@ def test_libraries_are_recommended_for_the_gpus_that_use_them(monkeypatch: pytes
     common = {
         "lightning": "pip install lightning",
         "transformers": "pip install transformers",
-        "flash-attn": "pip install wheel ninja packaging psutil && pip install --no-build-isolation flash-attn",
-        "xformers": "pip install xformers",
         "triton": "pip install triton",
         "gigatoken": "pip install gigatoken",
         "wandb": "pip install wandb",
         "lm-eval": "pip install lm-eval",
     }
     hopper = {"flash-attn-4": "pip install -e '.[hopper]'", "quack-kernels": "pip install -e '.[hopper]'"}
-    assert hints == {(8, 0): common, (9, 0): common | hopper}
+    ampere = {"flash-attn": "pip install wheel ninja packaging psutil && pip install --no-build-isolation flash-attn"}
+    assert hints == {(8, 0): common | ampere, (9, 0): common | hopper}
+    found = {finding.name: finding.text for finding in doctor.libraries()}
+    why = "flash-attn-4 is faster on this GPU; for ops.attention flash_attn"
+    assert found["flash-attn"] == f"not installed, and not needed: {why}"
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (8, 0))
     found = {finding.name: finding.text for finding in doctor.libraries()}
-    assert found["quack-kernels"] == "not installed, and for GPUs of compute capability 9.0 and more; for ops quack"
+    assert found["quack-kernels"] == (
+        "not installed, and only for GPUs of compute capability 9.0 or higher; for ops quack"
+    )
+    why = "its versions for this torch have no fused SwiGLU; for ops.swiglu xformers"
+    assert found["xformers"] == f"not installed, and not needed: {why}"
 
 
 @pytest.mark.parametrize(("version", "notes"), [("0.0.33.post1", 0), ("0.0.35", 1)])
@@ -205,7 +211,9 @@ def test_xformers_without_its_fused_swiglu_is_named(stub: Any, monkeypatch: Any,
     assert ["no fused SwiGLU" in finding.text for finding in found] == [True] * notes
     for finding in found:  # no wheel that has it installs beside the torch that is asked for
         assert "pip install" not in str(finding.hint)
-        assert str(finding.hint).startswith("leave ops.swiglu at auto: wheels of older ones need torch 2.9.1 or older")
+        assert str(finding.hint).startswith(
+            "leave ops.swiglu at auto: the wheels of older versions need torch 2.9.1 or older"
+        )
 
 
 def test_versions_that_are_not_asked_for(stub: Any) -> None:

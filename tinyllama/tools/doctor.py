@@ -76,6 +76,11 @@ LIBRARIES = (
     Library("wandb", "log.wandb", "import wandb; wandb.Settings()"),
     Library("lm-eval", "scripts/evaluate_harness.py", "from lm_eval.tasks import TaskManager"),
 )
+UNNEEDED = {
+    "flash-attn": ((9, 0), "flash-attn-4 is faster on this GPU"),
+    "xformers": ((0, 0), "its versions for this torch have no fused SwiGLU"),
+}
+"""libraries that gain nothing on GPUs from this compute capability on, and why"""
 TRIAL = """
 import sys
 try:
@@ -257,8 +262,10 @@ def libraries() -> Iterator[Finding]:
             text = "0.0.34 and newer have no fused SwiGLU: --ops.swiglu xformers runs eagerly"
             if Version(importlib.metadata.version("xformers")) >= Version("0.0.34"):
                 # each wheel before names one version of torch: 0.0.33.post2 is the last, and wants 2.9.1
-                hint = "leave ops.swiglu at auto: wheels of older ones need torch 2.9.1 or older, beside which this"
-                yield Finding(NOTE, "xformers", text, f"{hint} package does not install")
+                hint = (
+                    "leave ops.swiglu at auto: the wheels of older versions need torch 2.9.1 or older, which is too old"
+                )
+                yield Finding(NOTE, "xformers", text, f"{hint} for this package")
 
 
 def _try(library: Library) -> Finding:
@@ -273,9 +280,11 @@ def _try(library: Library) -> Finding:
             return Finding(NOTE, package, f"not installed, and no GPU to use it; {purpose}")
         if library.gpu and torch.cuda.get_device_capability() < library.capability:
             least = ".".join(map(str, library.capability))
-            return Finding(
-                NOTE, package, f"not installed, and for GPUs of compute capability {least} and more; {purpose}"
-            )
+            text = f"not installed, and only for GPUs of compute capability {least} or higher; {purpose}"
+            return Finding(NOTE, package, text)
+        since, why = UNNEEDED.get(package, ((99, 0), ""))
+        if library.gpu and torch.cuda.get_device_capability() >= since:
+            return Finding(NOTE, package, f"not installed, and not needed: {why}; {purpose}")
         return Finding(NOTE, package, f"not installed; {purpose}", install_command(package))
     except subprocess.TimeoutExpired:
         text = f"{version}, not known whether it works: its trial was not over after {TRIAL_SECONDS} s, at {_load()}"
