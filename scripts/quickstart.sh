@@ -85,7 +85,7 @@ theirs=(python -c "
 from transformers import AutoModelForCausalLM, AutoTokenizer
 tokenizer = AutoTokenizer.from_pretrained('$run/hf')
 ids = tokenizer('$prompt', return_tensors='pt').input_ids
-ids = AutoModelForCausalLM.from_pretrained('$run/hf').generate(ids, max_new_tokens=40, do_sample=False)
+ids = AutoModelForCausalLM.from_pretrained('$run/hf').generate(ids, max_length=len(ids[0]) + 40, do_sample=False)
 print(tokenizer.decode(ids[0], skip_special_tokens=True))")
 say "${ours[@]}"
 by_ours=$("${ours[@]}")

@@ -11,6 +11,7 @@ import pytest
 from tinyllama import InputError
 from tinyllama.data.packed import open_packed
 from tinyllama.prepare import encode
+from tinyllama.prepare import prepare as prepare_module
 from tinyllama.prepare.encode import Encoder, Mismatch
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
 from tinyllama.prepare.prepare import Options, prepare
@@ -260,35 +261,43 @@ def write(source: Path, texts: dict[str, str]) -> Path:
 
 
 @pytest.mark.usefixtures("one_process")
-def test_a_slow_encoder_is_said_once_at_the_end(tokenizer_file, tmp_path, monkeypatch, capsys):
+def test_a_slow_encoder_is_said_at_the_start_where_there_is_much_to_encode(
+    tokenizer_file, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setitem(sys.modules, "gigatoken.gigatoken_rs", None)
+    monkeypatch.setattr(prepare_module, "_LONG", 1)
     inputs = find_inputs(write(tmp_path / "in", {"a.txt": "a", "b.txt": "b"}), ENDINGS)
     name = f"sentencepiece {Tokenizer(tokenizer_file).encoder_version}"
-    said = f"encoded by {name} at a tenth of the speed: gigatoken is not installed: pip install gigatoken"
+    said = f"encoding with {name} at a tenth of the speed: gigatoken is not installed: pip install gigatoken"
     auto = Options(tokenizer_file, tmp_path / "out")
-    *_, note, last = prepare(inputs, Fields(), auto).splitlines()
-    assert note == said
+    last = prepare(inputs, Fields(), auto).splitlines()[-1]
+    first, *progress = capsys.readouterr().err.splitlines()
+    assert (first, len(progress)) == (said, 2)
     assert last.startswith(f"{tmp_path / 'out'}: 2 shards (2 new)")
     assert b'"encoded_by": "sentencepiece' in (tmp_path / "out" / "b.txt.json").read_bytes()
     chosen = Options(tokenizer_file, tmp_path / "chosen", encoder="sentencepiece")
     finish = Options(tokenizer_file, tmp_path / "out", finish=True)
     for options in (auto, finish, chosen):  # nothing to encode, nothing ever, and as it was asked for
-        assert "encoded by" not in prepare(inputs, Fields(), options)
-    task = Options(tokenizer_file, tmp_path / "task", task=(1, 2))
-    assert said in prepare(inputs, Fields(), task).splitlines()
+        prepare(inputs, Fields(), options)
+    assert said not in capsys.readouterr().err
+    prepare(inputs, Fields(), Options(tokenizer_file, tmp_path / "task", task=(1, 2)))
     out, err = capsys.readouterr()
-    assert (out, len(err.splitlines())) == ("", 2 + 2 + 1)  # progress
+    assert (out, err.splitlines()[0], len(err.splitlines())) == ("", said, 1 + 1)
+    monkeypatch.setattr(prepare_module, "_LONG", 3)
+    prepare(inputs, Fields(), Options(tokenizer_file, tmp_path / "few"))  # two bytes
+    assert said not in capsys.readouterr().err
 
 
 @pytest.mark.usefixtures("one_process")
-def test_the_note_tells_another_reason(library, tokenizer_file, tmp_path, monkeypatch):
+def test_the_note_tells_another_reason(library, tokenizer_file, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(prepare_module, "_LONG", 1)
     monkeypatch.setenv("FAST_IS_WRONG_FOR", "line one")
     inputs = find_inputs(write(tmp_path / "in", {"a.txt": "a"}), ENDINGS)
-    summary = prepare(inputs, Fields(), Options(tokenizer_file, tmp_path / "out"))
+    prepare(inputs, Fields(), Options(tokenizer_file, tmp_path / "out"))
     reason = (
         f"gigatoken gives other ids than {tokenizer_file} for b'line one\\r\\nline two\\r\\n': use --encoder sentence"
     )
-    assert f" at a tenth of the speed: {reason}piece\n" in summary
+    assert f" at a tenth of the speed: {reason}piece\n" in capsys.readouterr().err
     assert open_packed(tmp_path / "out").read(0, 2).tolist() == [*Tokenizer(tokenizer_file).encode("a"), 2]
 
 

@@ -195,7 +195,7 @@ def test_every_setting_reaches_the_shards(preparing, raw, tokenizer_file, name):
     )
     assert (info["bos"], info["eos"]) == (False, True)
     output = raw / "out" / f"{name} "
-    assert said.splitlines()[-1].startswith(f"{output}: 1 shards (1 new), {documents} documents")
+    assert said.splitlines()[-1].startswith(f"{output}: 1 shard (1 new), {documents} documents")
     info, _ = preparing(name, "--fraction", "0.5", "--seed", "3", "--bos", "--no-eos")
     assert (info["fraction"], info["seed"], info["bos"], info["eos"]) == (0.5, 3, True, False)
     assert 0 < info["dropped"]["fraction"] < 35

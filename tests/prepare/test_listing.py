@@ -328,7 +328,7 @@ def test_the_summary_says_what_was_not_read(tmp_path, tokenizer_file, one_proces
     assert lines[-4:-1] == [
         "not read: 1 .md",
         "read as text; remove what is no part of the corpus: README.txt",
-        "without a document: 2 files (empty.txt, none.jsonl)",
+        "files without a document: 2 (empty.txt, none.jsonl)",
     ]
     assert "4 shards (4 new), 2 documents" in lines[-1]
 

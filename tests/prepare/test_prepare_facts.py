@@ -213,7 +213,7 @@ def test_a_shard_of_any_other_setting_is_refused(tmp_path, tokenizer_file, key, 
 def test_the_seed_counts_only_where_a_fraction_is_drawn(tmp_path, tokenizer_file):
     source = write(tmp_path / "in", {"a.jsonl": ["a"] * 20})
     pack(source, tokenizer_file, tmp_path / "all", Fields(seed=1))
-    assert "1 shards (0 new)" in pack(source, tokenizer_file, tmp_path / "all", Fields(seed=2))
+    assert "1 shard (0 new)" in pack(source, tokenizer_file, tmp_path / "all", Fields(seed=2))
     pack(source, tokenizer_file, tmp_path / "some", Fields(fraction=0.5, seed=1))
     assert facts(tmp_path / "some", "a.jsonl")["seed"] == 1
     message = refused(source, tokenizer_file, tmp_path / "some", Fields(fraction=0.6, seed=1))
@@ -256,7 +256,10 @@ def test_tasks_share_the_inputs_out_one_by_one(tmp_path, tokenizer_file):
         before = shards(output)
         summary = pack(source, tokenizer_file, output, task=(task, 3))
         assert shards(output) - before == {f"{i}.jsonl" for i in numbers}
-        assert f"{output}: {len(numbers)} shards ({len(numbers)} new), {len(numbers)} documents" in summary
+        assert (
+            f"{output}: {len(numbers)} shard{'s' * (len(numbers) > 1)} ({len(numbers)} new), {len(numbers)} documents"
+            in summary
+        )
         assert not (output / "manifest.json").exists()
     assert "7 shards (0 new), 7 documents" in pack(source, tokenizer_file, output, finish=True)
     assert open_packed(output).documents == 7
@@ -265,7 +268,7 @@ def test_tasks_share_the_inputs_out_one_by_one(tmp_path, tokenizer_file):
 def test_a_task_of_which_all_is_done_leaves_the_manifest(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", {"a.jsonl": ["a"], "b.jsonl": ["b"]}), tmp_path / "out"
     pack(source, tokenizer_file, output)
-    assert "1 shards (0 new)" in pack(source, tokenizer_file, output, task=(1, 2))
+    assert "1 shard (0 new)" in pack(source, tokenizer_file, output, task=(1, 2))
     assert open_packed(output).documents == 2
 
 
@@ -357,14 +360,14 @@ def test_shards_of_no_input_are_refused_though_they_are_not_done(tmp_path, token
     assert refused(source, tokenizer_file, output) == expected
     (output / "z.idx.npy").rename(output / "z.bin")
     (output / "y.idx.npy").rename(output / "y.json")
-    assert "1 shards (0 new)" in pack(source, tokenizer_file, output)  # other files are none of ours
+    assert "1 shard (0 new)" in pack(source, tokenizer_file, output)  # other files are none of ours
 
 
 def test_raw_data_in_the_output_folder_is_no_shard(tmp_path, tokenizer_file):
     (tmp_path / "a.json").write_text('{"text": "a"}\n')
     (tmp_path / "b.json").write_text('{"text": "b"}\n')
     for new in (1, 0):
-        assert f"1 shards ({new} new)" in pack(tmp_path / "a.json", tokenizer_file, tmp_path)
+        assert f"1 shard ({new} new)" in pack(tmp_path / "a.json", tokenizer_file, tmp_path)
     assert shards(tmp_path) == {"a.json"}
     assert (tmp_path / "b.json").read_text() == '{"text": "b"}\n'
 
@@ -411,7 +414,7 @@ def test_a_pipe_that_breaks_is_no_error_of_the_output(tmp_path, tokenizer_file, 
 
 def test_no_document_in_some_of_the_inputs_is_no_error(tmp_path, tokenizer_file):
     source, output = write(tmp_path / "in", {"a.jsonl": [], "b.jsonl": ["b"]}), tmp_path / "out"
-    assert "1 shards (1 new), 0 documents, 0 tokens" in pack(source, tokenizer_file, output, task=(0, 2))
+    assert "1 shard (1 new), 0 documents, 0 tokens" in pack(source, tokenizer_file, output, task=(0, 2))
     assert "2 shards (1 new), 1 document" in pack(source, tokenizer_file, output)
 
 

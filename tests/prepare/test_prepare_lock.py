@@ -46,7 +46,7 @@ def test_a_second_run_waits(source, tokenizer_file, first, second):
         assert not list(output.glob("*.json"))
     out, err = waits.communicate(timeout=300)
     assert waits.returncode == 0, err
-    assert f"{output}: {1 if second else 2} shards ({1 if second else 2} new)" in out
+    assert f"{output}: {'1 shard (1 new)' if second else '2 shards (2 new)'}" in out
     assert not unfinished.exists()
     assert not (output / ".lock").exists()
 
@@ -55,7 +55,7 @@ def test_another_task_does_not_wait(source, tokenizer_file):
     output = source.with_name("out")
     with prepare._locked(output, (0, 2)):
         out, err = start(source, tokenizer_file, "--task", "1/2").communicate(timeout=300)
-        assert "1 shards (1 new)" in out
+        assert "1 shard (1 new)" in out
         assert "waiting" not in err
         assert (output / ".lock").exists()  # the first still has it
         again = start(source, tokenizer_file, "--task", "0/2")

@@ -37,6 +37,7 @@ CONTEXTS = tuple(1 << power for power in range(9, 18))
 """context lengths, 512 to 131,072 tokens, for which the documents that are longer are counted"""
 _MAX_BAD = 10  # inputs that may be bad one after another before one is good: then it is all of them, or a flag
 _NO_ROOM = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_LONG = 32_000_000  # bytes of inputs from where a slow encoder is worth a line: it takes a core a minute or so
 _FLUSH = 1 << 20  # tokens written at a time: seldom, as writing pushes the encoder out of the caches
 _FLUSH_PARTS = 1 << 17  # or arrays of them, each of which takes memory besides its tokens
 
@@ -144,6 +145,8 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     stale = None if task is None else {one.shard for one in mine}
     remove_stale(output, stale)
     if todo:
+        if recipe.slow and sum(one.size for one in todo) >= _LONG:
+            print(recipe.slow, file=sys.stderr, flush=True)
         most = None if infos or options.skip_bad_files >= _MAX_BAD else _MAX_BAD
         try:
             made, bad = _pack_all(todo, recipe, options.workers, most)
@@ -170,11 +173,11 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
                 marker.unlink(missing_ok=True)
     empty = [infos[shard]["source"]["name"] for shard in sorted(infos) if _is_empty(infos[shard])]
     lines = [progress.table(total), *inputs.notes]
-    lines += [f"without a document: {len(empty):,} files ({some(empty)})"] * bool(empty)
+    lines += [f"files without a document: {len(empty):,} ({some(empty)})"] * bool(empty)
     lines += [f"skipped: {bad[shard]}" for shard in sorted(bad)]
-    lines += [recipe.slow] * bool(made and recipe.slow)
     took = duration(time.monotonic() - started)
-    lines.append(f"{output}: {len(infos):,} shards ({len(made):,} new), {progress.counts(total)}, {took}")
+    shards = "1 shard" if len(infos) == 1 else f"{len(infos):,} shards"
+    lines.append(f"{output}: {shards} ({len(made):,} new), {progress.counts(total)}, {took}")
     return "\n".join(lines)
 
 
@@ -185,7 +188,7 @@ def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Rec
             named = f", or name its {name}_token in tokenizer_config.json" if used.encoder == "tokenizers" else ""
             raise InputError(f"{used.path}: has no {name} token: give --no-{name}{named}")
     encoder = Encoder(used, options.encoder)
-    slow = f"encoded by {encoder.name} at a tenth of the speed: {encoder.fell_back}" if encoder.fell_back else ""
+    slow = f"encoding with {encoder.name} at a tenth of the speed: {encoder.fell_back}" if encoder.fell_back else ""
     policy = {
         "tokenizer_sha256": used.sha256,
         "encoder": used.encoder,
