@@ -51,7 +51,7 @@ def main() -> None:
     if args.push_to_hub is not None:
         hub.check(args.push_to_hub)
     source_dir = weights.path if step_of(weights.path) is None else run_dir(weights.path)
-    title, model = (args.push_to_hub or folder.resolve().name for folder in (source_dir, args.output))
+    title, model = args.push_to_hub or source_dir.resolve().name, args.push_to_hub or "."
     card = model_card(weights, title, model, args.license)
     lines = [f"{source(weights)} -> {args.output}"]
 

@@ -36,6 +36,15 @@ def test_a_folder_is_uploaded_whole(push: Push, step_dir: Path, tmp_path: Path) 
     assert 'from_pretrained("owner/mine")' in card
 
 
+def test_the_card_of_a_folder_that_stays_here_names_that_folder(script, step_dir: Path, tmp_path: Path) -> None:
+    """Its name on this disk is not its name where it is copied to."""
+    assert script("convert_lit_checkpoint", step_dir, tmp_path / "hf", "--no-verify")[0] == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert "`.` is the folder of this file" in card
+    assert card.count('from_pretrained(".') == 2
+    assert "hf" not in card.partition("## How to use it")[2].replace("convert_hf_to_gguf", "")
+
+
 @pytest.mark.parametrize(
     ("repo", "token", "problem"),
     [

@@ -30,8 +30,8 @@ Rows = list[dict[str, Any]]
 def model_card(weights: Weights, title: str, model: str, license_id: str | None = None) -> dict[str, str]:
     """Return README.md, and loss.svg if the run's metrics.csv is there, by name.
 
-    ``model`` is what a reader gives to load it: a repository on the Hub or a folder. Raises InputError for a
-    ``license_id`` that is not an identifier of the Hub.
+    ``model`` is what a reader gives to load it: a repository on the Hub, or ``.`` for the folder of README.md. Raises
+    InputError for a ``license_id`` that is not an identifier of the Hub.
     """
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", license_id):
         raise InputError(
@@ -66,6 +66,7 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
         "LICENSE": f"license: {license_id}\n" if license_id else "",
         "TITLE": _cell(title),
         "MODEL": printable(model),
+        "PLACE": "`.` is the folder of this file: work in it, or give its path instead.\n\n" if model == "." else "",
         "PARAMETERS": f"{config.num_params():,}",
         "TRAINED": trained,
         "SIZES": _table(("size", "value"), list(sizes.items())),
