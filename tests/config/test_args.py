@@ -387,5 +387,5 @@ def test_what_a_run_says_of_itself(tmp_path: Any) -> None:
     cosine = [0.5 + 0.25 * (1 + math.cos(math.pi * part / 3)) for part in range(4)]
     assert [one.lr_at(step) for step in range(6)] == pytest.approx([0.5, 1.0, *cosine])
     started = dataclasses.replace(args, train=dataclasses.replace(args.train, init_from="weights"))
-    assert dataclasses.replace(one, args=started).origin == "a new run of the weights of weights"
+    assert dataclasses.replace(one, args=started).origin == "a new run from the weights of weights"
     assert dataclasses.replace(one, args=started, resume=tmp_path).origin == f"resumed from {tmp_path}"

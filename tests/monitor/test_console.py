@@ -67,7 +67,6 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
     drawn = run.mixture.drawn(40)
     summary = list(start_summary(run, "all fp32", ["here: ranks 0 1", "there: ranks 2 3"]))
     assert summary == [
-        ("start", "a new run"),
         ("model", "tinyllama_1.1b: 1,100,048,384 parameters, context 8"),
         ("ranks", "here: ranks 0 1"),
         ("ranks", "there: ranks 2 3"),
@@ -87,6 +86,12 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
             f"kept; 13.2 GB each, 5,000 GB free in {run.args.out_dir}",
         ),
     ]
+
+
+def test_only_the_summary_of_a_dry_run_says_what_it_starts_from_which_a_run_logs(run: Run) -> None:
+    assert "start" not in dict(start_summary(run, "all fp32", []))
+    planned = replace(run, args=replace(run.args, dry_run=True))
+    assert dict(start_summary(planned, "all fp32", []))["start"] == "a new run at step 0"
 
 
 @pytest.mark.parametrize(
@@ -146,11 +151,7 @@ def test_the_start_summary_of_a_resumed_run_says_what_is_done_and_what_is_left(r
     args = replace(run.args, train=replace(run.args.train, max_steps=None, max_tokens=320))
     done = TrainState(step=6, samples=12, tokens=96, warmup_samples=8)  # at half of today's batch
     resumed = replace(run, args=args, resume=Path("checkpoints/step-00000006"), done=done)
-    summary = [
-        line for line in start_summary(resumed, "all fp32", []) if line[0] in ("start", "length", "done", "left")
-    ]
-    assert summary == [
-        ("start", "resumed from checkpoints/step-00000006"),
+    assert [line for line in start_summary(resumed, "all fp32", []) if line[0] in ("length", "done", "left")] == [
         ("length", f"13 steps, 40 samples, 320 tokens, {40 / 15:.2f} epochs"),
         ("done", f"6 steps, 12 samples, 96 tokens, {12 / 15:.2f} epochs"),
         ("left", f"7 steps, 28 samples, 224 tokens, {28 / 15:.2f} epochs"),

@@ -276,7 +276,7 @@ def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], 
     ("last", "state"),
     [
         ("done", "done"),
-        ("stop", "stopped"),
+        ("failure", "failed"),
         ("checkpoint", "not ended; last row 2001-09-09 01:46 UTC"),
         (None, "not ended; last"),
     ],
@@ -468,13 +468,13 @@ def test_what_a_run_was_started_by_and_on(make_run: Callable[..., Path]) -> None
     }
 
 
-def test_a_stop_that_was_asked_for_is_a_pause(make_run: Callable[..., Path]) -> None:
+def test_a_stop_that_nobody_asked_for_is_a_failure(make_run: Callable[..., Path]) -> None:
     run = make_run("one")
     for stop, kind, state in [
-        ({"by": "SIGTERM", "step": 9}, "pause", "paused by SIGTERM; the same command resumes"),
-        ({"by": "train.max_time"}, "pause", "paused by train.max_time; the same command resumes"),
-        ({"by": "checkpoint.on_failure"}, "stop", "stopped"),
-        ({"reason": "a spike: step 7"}, "stop", "stopped"),
+        ({"by": "SIGTERM", "step": 9}, "stop", "stopped by SIGTERM; the same command resumes"),
+        ({"by": "train.max_time"}, "stop", "stopped by train.max_time; the same command resumes"),
+        ({"by": "checkpoint.on_failure"}, "failure", "failed"),
+        ({"reason": "a spike: step 7"}, "failure", "failed"),
     ]:
         (run / "events.jsonl").write_text(json.dumps({"event": "stop", "time": 9, **stop}))
         found = report.read_run(run)

@@ -48,7 +48,7 @@ def test_a_run_starts_from_given_weights_and_with_transformers_loss(
     start = [*run, "--train.init_from", hf_dir]
     out = tmp_path / "started"
     said = world(2).train(*start, "--out_dir", out)
-    assert f"start    a new run of the weights of {hf_dir} at step 0" in said
+    assert f"start    a new run from the weights of {hf_dir} at step 0" in said
     assert column(out, "val_loss")[0] == pytest.approx(expected, abs=1e-5)
     assert column(out, "loss")[0] != pytest.approx(column(out, "loss")[-1], abs=0.1)
     assert metrics(out)[0]["step"] == "0"

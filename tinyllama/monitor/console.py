@@ -55,8 +55,8 @@ STYLES = {
     "validation": "cyan",
     "checkpoint": "green",
     "skip": "yellow",
-    "pause": "bold",
-    "stop": ALARM,
+    "stop": "bold",
+    "failure": ALARM,
 }
 
 
@@ -198,9 +198,10 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     """Summarize what is about to happen."""
     args, done = run.args, run.done
     samples = done.samples + run.samples_left
-    yield "start", run.origin
-    if args.dry_run and (changes := resume.changed(run.resume, run.resolved()) if run.resume else {}):
-        yield "changed", changes_in_words(changes)  # a run that trains logs them with its start
+    if args.dry_run:  # a run that trains logs both when it starts
+        yield "start", f"{run.origin} at step {done.step}"
+        if changes := resume.changed(run.resume, run.resolved()) if run.resume else {}:
+            yield "changed", changes_in_words(changes)
     yield "model", f"{run.config.name}: {run.config.num_params():,} parameters, context {run.config.block_size:,}"
     for host in hosts:
         yield "ranks", host

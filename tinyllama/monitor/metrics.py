@@ -55,14 +55,14 @@ from tinyllama.train.run import Run
 
 HOOK_EVENTS = {
     "start": "started",
-    "pause": "stopped",
-    "stop": "failed",
+    "stop": "stopped",
+    "failure": "failed",
     "done": "finished",
     "skip": "anomaly",
     "checkpoint_failed": "anomaly",
     "metrics_failed": "anomaly",
 }
-"""What log.on_event is told of the events in events.jsonl; a pause is a stop that was asked for."""
+"""What log.on_event is told of the events in events.jsonl; a failure is a stop that nobody asked for."""
 
 
 class RunLog:
@@ -278,7 +278,7 @@ class RunLog:
         """Append an event with its details to events.jsonl, and show ``lines``."""
         if self._is_rank_zero:
             append_json(self._events, {"time": round(time.time(), 3), "event": name, **details})
-            kind = "pause" if name == "stop" and was_asked_for(details.get("by")) else name
+            kind = "failure" if name == "stop" and not was_asked_for(details.get("by")) else name
             for line in lines:
                 self._console.line(line, kind)
             if self._hook and kind in HOOK_EVENTS:

@@ -166,9 +166,9 @@ def branched_from(out_dir: Path) -> Path | None:
 
 def state(events: list[Row], metrics: Path) -> str:
     """Say whether the run has ended, as far as its folder tells."""
-    ends = {"stop": "stopped", "done": "done"}
-    if events and events[-1]["kind"] == "pause":
-        return f"paused {events[-1]['details'].partition(',')[0]}; the same command resumes"
+    ends = {"failure": "failed", "done": "done"}
+    if events and events[-1]["kind"] == "stop":
+        return f"stopped {events[-1]['details'].partition(',')[0]}; the same command resumes"
     if events and events[-1]["kind"] in ends:
         return ends[events[-1]["kind"]]
     return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(metrics.stat().st_mtime))}"
@@ -253,8 +253,8 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
         if not (0 <= at < 1e12 and 0 <= found < 2**63):  # neither a date nor a step
             continue
         step = found
-        if kind == "stop" and was_asked_for(event.get("by")):
-            kind = "pause"
+        if kind == "stop" and not was_asked_for(event.get("by")):
+            kind = "failure"
         shown = {key: value for key, value in event.items() if key not in ENVIRONMENT and value not in (None, [], {})}
         details = ", ".join(f"{key} {value}" for key, value in shown.items())
         done = round(float(np.interp(step, steps, tokens)))

@@ -93,7 +93,7 @@ class Run:
         if self.resume is not None:
             return f"resumed from {self.resume}"
         start = self.args.train.init_from
-        return f"a new run of the weights of {start}" if start else "a new run"
+        return f"a new run from the weights of {start}" if start else "a new run"
 
     def lr_at(self, step: int) -> float:
         """Return the learning rate of the 0-based step, on one curve of the budget, however the batch has changed."""
