@@ -275,7 +275,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3, help="rounds, whose medians are printed (default: 3)")
     parser.add_argument("--megabytes", type=int, default=55, help="megabytes of text in a shard (default: 55)")
     parser.add_argument("--texts", type=Path, help="folder whose .txt files are the prose (default: this Python's own)")
-    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()), help="folder for the shards")
+    parser.add_argument(
+        "--work",
+        type=Path,
+        default=Path(tempfile.gettempdir()),
+        help="folder for the shards (default: the system's for temporary files)",
+    )
     args = parser.parse_args()
     results: dict[str, list[tuple[float, ...]]] = {}
     args.work.mkdir(parents=True, exist_ok=True)

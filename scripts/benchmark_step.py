@@ -269,14 +269,20 @@ def main() -> int:
     """Parse the flags; measure one run here, or start a process for each run."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--model", default="tinyllama_1.1b", help="named size (default: tinyllama_1.1b)")
-    parser.add_argument("--peers", default="", help="litgpt,hf: also measured, if they are installed")
+    parser.add_argument("--peers", default="", help="peers to measure, too, if they are installed: litgpt,hf")
     parser.add_argument("--run", action="append", default=[], help="NAME[:SETTING,...]; may be repeated")
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="for runs that name none (default: 16)")
+    parser.add_argument(
+        "--micro_batch_size", type=int, default=16, help="micro-batch of runs that name none (default: 16)"
+    )
     parser.add_argument("--tokens", type=int, default=65536, help="tokens per optimizer step (default: 65,536)")
-    parser.add_argument("--steps", type=int, default=10, help="steps that are measured, in two rounds (default: 10)")
-    parser.add_argument("--gpus", default="1", help="numbers of GPUs, as in 1,2,4: each run on each (default: 1)")
-    parser.add_argument("--memory_cap_gib", type=float, help="fail a run that needs more GPU memory")
-    parser.add_argument("--budget", action="store_true", help="add the time by kind of kernel")
+    parser.add_argument("--steps", type=int, default=10, help="number of measured steps, in two rounds (default: 10)")
+    parser.add_argument(
+        "--gpus", default="1", help="numbers of GPUs to measure each run on, such as 1,2,4 (default: 1)"
+    )
+    parser.add_argument(
+        "--memory_cap_gib", type=float, help="fail a run that needs more GPU memory, GiB (default: no limit)"
+    )
+    parser.add_argument("--budget", action="store_true", help="add the time by kind of kernel, ms")
     parser.add_argument("--here", action="store_true", help="measure the one run in this process")
     args = parser.parse_args()
     runs = args.run or ["ours"]

@@ -18,7 +18,7 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     parser.add_argument("runs", nargs="+", type=Path, help="out_dir of each run; the first is the one to compare with")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
-    parser.add_argument("--output", type=Path, help="write report.py's page of the runs to this file, too")
+    parser.add_argument("--output", type=Path, help="also write report.py's page of the runs to this file")
     args = parser.parse_args()
     curves = compare.read_curves(args.runs)
     if args.output is not None:

@@ -26,14 +26,14 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", help="a step directory, a run's out_dir for its newest step, or upstream's .pth")
     parser.add_argument("output", type=Path, help="the folder to write; an earlier export there is replaced")
-    parser.add_argument("--tokenizer", help="the file that the data was prepared with, to be exported too")
+    parser.add_argument("--tokenizer", help="the file that the data was prepared with; it is exported, too")
     parser.add_argument("--dtype", choices=DTYPES, help="dtype of the weights (default: as in the checkpoint)")
-    parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N steps up to it, in float32")
+    parser.add_argument("--average", type=int, metavar="N", help="average the last N checkpoints up to it, in float32")
     verify = "compare logits and token ids with transformers', and write nothing if they differ (the default)"
     parser.add_argument("--verify", action=BooleanOptionalAction, default=True, help=verify)
-    parser.add_argument("--license", metavar="ID", help="for the model card, as the Hub names it, such as apache-2.0")
+    parser.add_argument("--license", metavar="ID", help="license for the model card, as the Hub names it: apache-2.0")
     parser.add_argument(
-        "--push_to_hub", metavar="OWNER/NAME", help="upload the folder to a model repository of the Hub"
+        "--push_to_hub", metavar="OWNER/NAME", help="upload the folder to this model repository of the Hub"
     )
     cli.add_fields(parser, ModelArgs, "model.")
     args = parser.parse_args()

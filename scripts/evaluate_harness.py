@@ -22,8 +22,10 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path, help="a step directory, a run's out_dir, or a Hugging Face folder")
     parser.add_argument("--tokenizer", required=True, help="the file that the data was prepared with")
     parser.add_argument("--tasks", default="", help="commonsense, problem_solving or tasks of lm-eval, comma-separated")
-    parser.add_argument("--include_path", type=Path, help="folder with YAML files of further tasks")
-    parser.add_argument("--perplexity", type=Path, metavar="DIR", help="a packed dataset, or a folder of texts")
+    parser.add_argument("--include_path", type=Path, help="folder with YAML files of more lm-eval tasks")
+    parser.add_argument(
+        "--perplexity", type=Path, metavar="DIR", help="compute the perplexity of a packed dataset or a folder of texts"
+    )
     parser.add_argument("--watch", action="store_true", help="evaluate every checkpoint of the run as it appears")
     parser.add_argument("--batch_size", type=int, default=16, help="requests or samples at once (default: 16)")
     parser.add_argument("--allow_code_execution", action="store_true", help="let humaneval run what the model writes")

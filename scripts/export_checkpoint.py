@@ -19,7 +19,7 @@ def main() -> None:
     parser.add_argument(
         "file", type=Path, help="the file to write, such as model.safetensors; an existing one is replaced"
     )
-    parser.add_argument("--average", type=int, metavar="N", help="the mean of the last N steps up to it, in float32")
+    parser.add_argument("--average", type=int, metavar="N", help="average the last N checkpoints up to it, in float32")
     args = parser.parse_args()
     step_dir = reader.resolve(args.checkpoint)
     weights = open_weights(step_dir) if args.average is None else open_average(step_dir, args.average)

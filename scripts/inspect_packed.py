@@ -16,10 +16,15 @@ def main() -> None:
     """Parse, inspect, print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("folder", type=Path, help="the --output of a prepare command, or upstream's chunk files")
-    parser.add_argument("--verify", action="store_true", help="hash every shard again and compare")
-    parser.add_argument("--tokenizer", type=Path, help="shows text: the beginning, and the most frequent tokens")
     parser.add_argument(
-        "--block_size", type=int, default=2048, help="context to compare documents with (default: 2048)"
+        "--verify", action="store_true", help="hash every shard again, and compare with the recorded hash"
+    )
+    parser.add_argument("--tokenizer", type=Path, help="show the beginning and the most frequent tokens as text")
+    parser.add_argument(
+        "--block_size",
+        type=int,
+        default=2048,
+        help="context length to compare documents with, in tokens (default: 2048)",
     )
     args = parser.parse_args()
     tokenizer = Tokenizer(args.tokenizer) if args.tokenizer else None

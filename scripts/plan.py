@@ -3,7 +3,7 @@
 python scripts/plan.py --config F --gpus 16 --gpu a100-40g [--gpus_per_node 8] [--network_gbps 200] [--mfu 0.5]
 python scripts/plan.py --config F --gpus 64 --gpu h200 --benchmark FILE [--train.micro_batch_size 16 ...]
 
-FILE holds lines of benchmark_step.py. The assumed figures are at the top of tinyllama/tools/plan.py.
+FILE holds the output of benchmark_step.py. The assumed figures are at the top of tinyllama/tools/plan.py.
 """
 
 from pathlib import Path
@@ -21,12 +21,14 @@ def main() -> None:
     parser.add_argument("--config", required=True, help="a run's YAML; its settings can be given as flags, too")
     parser.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(plan.GPUS)}")
-    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs of a node (default: 8)")
-    parser.add_argument("--network_gbps", type=float, help="Gbit/s of network per GPU (default: usual for the kind)")
+    parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs per node (default: 8)")
     parser.add_argument(
-        "--mfu", type=float, help="share of the dense peak that one GPU reaches (default: usual for the kind)"
+        "--network_gbps", type=float, help="network bandwidth per GPU, Gbit/s (default: usual for --gpu)"
     )
-    parser.add_argument("--benchmark", type=Path, help="a file of benchmark_step.py's lines, instead of --mfu")
+    parser.add_argument(
+        "--mfu", type=float, help="share of the dense peak FLOP/s that one GPU reaches (default: usual for --gpu)"
+    )
+    parser.add_argument("--benchmark", type=Path, help="output of benchmark_step.py, instead of --mfu")
     ours, settings = parser.parse_known_args()
     args = cli.parse(PretrainArgs, ["--config", ours.config, *settings])
     config = check(args)

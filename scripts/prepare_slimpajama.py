@@ -1,11 +1,12 @@
-"""Tokenize SlimPajama, its GitHub subset left out, into a packed dataset. Killed, it goes on where it stopped.
+"""Tokenize SlimPajama, without its GitHub subset, into a packed dataset.
 
     python scripts/prepare_slimpajama.py --source DIR --tokenizer FILE --output DIR [--split train] [--workers N]
         [--exclude RedPajamaGithub,...] [--fraction 0.1 --seed 0]
 
 DIR is a folder or hf://datasets/OWNER/NAME[@REVISION], as published (train/chunk1/example_train_0.jsonl.zst, which
-becomes the shard chunk1--example_train_0.jsonl.zst) or in parquet (data/train-00000-of-00100.parquet). As a Slurm array
-of N tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
+becomes the shard chunk1--example_train_0.jsonl.zst) or in parquet (data/train-00000-of-00100.parquet). If it is killed,
+the same command continues where it stopped. In a Slurm array of N tasks, give each --task $SLURM_ARRAY_TASK_ID/N, and
+run the command once more with --finish after them.
 """
 
 import difflib
@@ -29,12 +30,16 @@ def main() -> None:
         "--split",
         type=flags.split,
         default="train",
-        help="folder of --source, or word of its files' names (default: train)",
+        help="a folder of --source, or a word in its file names (default: train)",
     )
     subsets = parser.add_mutually_exclusive_group()
     # StarCoder has the code
-    subsets.add_argument("--exclude", default="RedPajamaGithub", help="subsets, with commas (default: RedPajamaGithub)")
-    subsets.add_argument("--keep_all_subsets", action="store_true", help="also documents that name no subset")
+    subsets.add_argument(
+        "--exclude", default="RedPajamaGithub", help="subsets to leave out, comma-separated (default: RedPajamaGithub)"
+    )
+    subsets.add_argument(
+        "--keep_all_subsets", action="store_true", help="leave out nothing, not even documents that name no subset"
+    )
     args = parser.parse_args()
     exclude = () if args.keep_all_subsets else tuple(sorted(filter(None, set(args.exclude.split(",")))))
     for name in set(exclude) - set(SUBSETS):

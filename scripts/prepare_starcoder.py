@@ -1,10 +1,10 @@
-"""Tokenize StarCoder into a packed dataset. Killed, it goes on where it stopped.
+"""Tokenize StarCoder into a packed dataset. If it is killed, the same command continues where it stopped.
 
     python scripts/prepare_starcoder.py --source DIR --tokenizer FILE --output DIR [--languages python,go] [--workers N]
 
 DIR is a folder or hf://datasets/bigcode/starcoderdata[@REVISION];
-DIR/python/train-00000-of-00059.parquet becomes the shard python--train-00000-of-00059.parquet. As a Slurm array of N
-tasks, each runs with --task $SLURM_ARRAY_TASK_ID/N, and one last command with --finish.
+DIR/python/train-00000-of-00059.parquet becomes the shard python--train-00000-of-00059.parquet. In a Slurm array of N
+tasks, give each --task $SLURM_ARRAY_TASK_ID/N, and run the command once more with --finish after them.
 """
 
 from tinyllama.config import cli
@@ -18,7 +18,7 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
     parser.add_argument(
-        "--languages", type=flags.folders, default=".", help="folders of --source, with commas (default: every one)"
+        "--languages", type=flags.folders, default=".", help="folders of --source, comma-separated (default: all)"
     )
     args = parser.parse_args()
     inputs = find_inputs(args.source, (".parquet",), args.languages)

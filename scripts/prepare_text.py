@@ -1,12 +1,11 @@
-"""Tokenize text of your own into a packed dataset. Killed, it goes on where it stopped.
+"""Tokenize your own text into a packed dataset. If it is killed, the same command continues where it stopped.
 
     python scripts/prepare_text.py --source PATH --tokenizer FILE --output DIR [--text_key text] [--workers N]
 
-PATH is a file, a folder or a URL: .jsonl, .ndjson and .json (also .gz, .zst, .xz, .bz2) hold a document a line,
-.parquet and .arrow (a dataset that `datasets` saved) one a row, .txt is one. A dataset on the Hub is
-hf://datasets/OWNER/NAME[@REVISION], of which --config_name chooses a configuration, or a folder of it:
-hf://datasets/OWNER/NAME/FOLDER. With --held_out 0.05, a twentieth of the documents goes to DIR_held_out instead, for
-validation.
+PATH is a file, a folder or a URL. A document is a line of .jsonl, .ndjson and .json (also .gz, .zst, .xz, .bz2), a row
+of .parquet and .arrow (a dataset that `datasets` saved), or a whole .txt file. A dataset on the Hub is
+hf://datasets/OWNER/NAME[@REVISION], of which --config_name chooses a configuration; hf://datasets/OWNER/NAME/FOLDER is
+a folder of it. With --held_out 0.05, a twentieth of the documents goes to DIR_held_out instead, for validation.
 """
 
 from tinyllama.config import cli

@@ -74,7 +74,12 @@ def main() -> None:
     """Collect, split, write the shards, and the mark that they are whole."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--output", type=Path, required=True, help="folder of the corpus")
-    parser.add_argument("--library", type=Path, default=sysconfig.get_path("stdlib"), help="modules to take")
+    parser.add_argument(
+        "--library",
+        type=Path,
+        default=sysconfig.get_path("stdlib"),
+        help="folder of the modules to take (default: the standard library)",
+    )
     args = parser.parse_args()
     mark = args.output / "corpus.json"
     made_from = json.dumps({"python": platform.python_version(), "library": str(args.library)}).encode()

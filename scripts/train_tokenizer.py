@@ -19,7 +19,9 @@ from tinyllama.tokenizer import Tokenizer
 def main() -> None:
     """Parse, train, write."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("--source", nargs="+", required=True, metavar="PATH[:KEY]", help="raw text")
+    parser.add_argument(
+        "--source", nargs="+", required=True, metavar="PATH[:KEY]", help="raw text, and the key or column that holds it"
+    )
     parser.add_argument("--output", type=Path, required=True, help="the .model file to write")
     parser.add_argument("--vocab_size", type=int, default=32000, help="pieces of the vocabulary (default: 32000)")
     flags.add_choice(parser)

@@ -137,7 +137,9 @@ def test_a_summary_in_a_file_has_100_columns_and_whole_commands(
     ops = dict.fromkeys(names, "reference")
     paths = (replace(run.sources[0], path=Path("data/of-some-length")), replace(run.sources[1], path=Path("data/two")))
     run = replace(run, ops=ops, sources=list(paths), validation=[], args=replace(run.args, out_dir="out/mine"))
-    show_summary("pretrain", start_summary(run, "master float32, pass bfloat16, reduction float32", ["here: rank 0"]))
+    show_summary(
+        "pretrain", start_summary(run, "master float32, compute bfloat16, reduction float32", ["here: rank 0"])
+    )
     said = capsys.readouterr().out.splitlines()
     assert max(len(line) for line in said) <= 100
     at = said.index("saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and every")

@@ -95,7 +95,7 @@ def test_master_weights_and_the_reduction_are_fp32(mesh: DeviceMesh) -> None:
     for precision, computed in (("fp32", "float32"), ("bf16", "bfloat16")):
         train = TrainArgs(precision=precision)  # type: ignore[arg-type]
         model = parallelize(on_meta(), mesh, ParallelArgs(), 1, train)
-        assert check_dtypes(model, train) == f"master float32, pass {computed}, reduction float32"
+        assert check_dtypes(model, train) == f"master float32, compute {computed}, reduction float32"
         policy = mixed_precision(train)
         assert policy.reduce_dtype == torch.float32
         assert policy.param_dtype == getattr(torch, computed)

@@ -126,7 +126,7 @@ def test_a_dry_run_prints_the_plan_and_writes_nothing(world, config_file: Path, 
     said = world(2).train("--config", config_file, "--out_dir", out, "--dry_run")
     assert "ranks 0 1" in said
     assert "weights  1 copy, sharded over 2 ranks" in said
-    assert "dtypes   master float32, pass float32, reduction float32" in said
+    assert "dtypes   master float32, compute float32, reduction float32" in said
     assert "8 samples a step = 2 ranks x 2 micro-batches x 2 samples, 256 tokens" in said
     assert not out.exists()
 

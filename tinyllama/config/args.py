@@ -27,7 +27,7 @@ class ModelArgs(all_optional(ModelConfig)):  # type: ignore[misc]  # mypy takes 
     """The model: a named size, and what differs from it."""
 
     name: str = "tinyllama_1.1b"
-    """named size, from which every field below is taken that is not given; or a name of your own, with your sizes"""
+    """a named size, which sets every field below that is not given; or a name of your own, with all sizes given"""
 
     def resolve(self) -> ModelConfig:
         """The model's sizes, every field known; raises InputError for sizes that do not fit together."""
@@ -43,7 +43,7 @@ class Source:
     weight: Weight = 1.0
     """share of the samples; shares are taken relative to their sum"""
     final_weight: Weight | None = None
-    """weight at the end of data.ramp_tokens and from there on; null: it stays"""
+    """weight at the end of data.ramp_tokens and afterwards; null: the weight does not change"""
 
 
 @dataclass(frozen=True)
@@ -56,20 +56,20 @@ class ValidationSource:
 
 @dataclass(frozen=True)
 class DataArgs:
-    """Which tokens, in which order."""
+    """The data: which tokens, in which order."""
 
     sources: list[Source] = field(default_factory=list)
-    """what to train on: [{path: DIR, weight: SHARE}, ...]"""
+    """packed datasets to train on: [{path: DIR, weight: SHARE}, ...]"""
     validation: list[ValidationSource] = field(default_factory=list)
-    """what to validate on: [{path: DIR}, ...]; empty: no validation"""
+    """packed datasets to validate on: [{path: DIR}, ...]; empty: no validation"""
     ramp_tokens: Count | None = None
-    """tokens over which the shares go linearly from the weights to the final weights"""
+    """tokens over which the shares change linearly from the weights to the final weights"""
     seed: Seed = 3407
     """seed of the order of the samples"""
     document_mask: bool = False
-    """no token sees another document's; upstream: false"""
+    """tokens attend only to their own document; upstream: false"""
     restart_positions: bool = False
-    """with document_mask: positions count from the beginning of each document"""
+    """with document_mask: positions restart at the beginning of each document"""
 
 
 @dataclass(frozen=True)
@@ -79,25 +79,25 @@ class OptimArgs:
     name: str = "adamw"
     """adamw (arXiv:1711.05101); muon: Muon for the blocks' matrices and AdamW for the rest"""
     schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
-    """course of the learning rate after the warm-up; wsd: it stays, and decays over the last optim.decay_steps"""
+    """learning rate after the warm-up; wsd: constant, then decaying over the last optim.decay_steps"""
     lr: Positive = 4e-4
     """learning rate at the end of the warm-up"""
     min_lr: NotNegative = 4e-5
-    """learning rate at the last step, which may be 0; a constant one does not decay to it"""
+    """learning rate at the last step, which may be 0; not used by the constant schedule"""
     warmup_steps: CountOrZero = 2000
     """steps of linear warm-up"""
     decay_steps: Count | None = None
-    """steps of wsd's decay, the run's last ones"""
+    """steps of wsd's decay, at the end of the run"""
     decay_shape: Literal["linear", "sqrt"] = "linear"
-    """wsd's decay: linear, or by 1 - sqrt of the share of it that is done"""
+    """shape of wsd's decay: linear, or 1 - sqrt(fraction of the decay that is done)"""
     weight_decay: NotNegative = 0.1
-    """decay of every parameter, norms and embeddings too, as upstream"""
+    """weight decay of every parameter, including norms and embeddings, as upstream"""
     beta1: Decay = 0.9
-    """AdamW's decay of the gradient's running mean"""
+    """decay of AdamW's running mean of the gradient"""
     beta2: Decay = 0.95
-    """AdamW's decay of the gradient's running mean square"""
+    """decay of AdamW's running mean of the squared gradient"""
     max_norm: Positive = 1.0
-    """the gradient is clipped to this norm"""
+    """norm to which the gradient is clipped"""
 
     def state_bytes(self, config: ModelConfig) -> int:
         """Size of the state in fp32: two moments of a parameter, and of a hidden matrix of Muon one."""
@@ -110,45 +110,45 @@ class OptimArgs:
 
 @dataclass(frozen=True)
 class TrainArgs:
-    """How much to train, and from where."""
+    """Training: how long, how, and from which weights."""
 
     max_steps: Count | None = None
-    """optimizer steps; give this, max_tokens or max_epochs"""
+    """length of the run in optimizer steps; give this, max_tokens or max_epochs"""
     max_tokens: Count | None = None
-    """tokens over the whole world, rounded up to whole steps"""
+    """length of the run in tokens over all ranks, rounded up to whole steps"""
     max_epochs: Positive | None = None
-    """as many samples as all sources have blocks, times this, rounded down to whole steps"""
+    """length of the run in epochs: this times the blocks of all sources, rounded down to whole steps"""
     global_batch_size: Count = 1024
-    """samples an optimizer step, over the whole world"""
+    """samples per optimizer step, over all ranks"""
     micro_batch_size: Count = 8
-    """samples a forward and backward pass, on one rank"""
+    """samples per forward and backward pass on one rank"""
     precision: Literal["bf16", "fp32", "float8"] = "bf16"
-    """dtype of a pass; float8: bf16, but the blocks' matrix products; master weights and reduction are fp32"""
+    """compute dtype; float8: bf16, with the blocks' matmuls in float8; master weights and reduction are fp32"""
     compile: bool | None = None
-    """torch.compile each block; null: on a GPU"""
+    """compile each block with torch.compile; null: only on a GPU"""
     seed: Seed = 3407
-    """seed of the weights at start"""
+    """seed of the initial weights"""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
-    """what a block keeps for its backward pass, which computes the rest again: none: all it needs; selective: the
-    results of matmuls and attention; full: its input"""
+    """what a block recomputes in its backward pass: none: nothing; selective: all but the results of matmuls and
+    attention; full: everything, from its input"""
     on_nonfinite: Literal["stop", "skip"] = "stop"
-    """a loss or gradient that is not finite never reaches the weights; then stop, or skip the step and go on"""
+    """what to do when a loss or gradient is not finite, which never reaches the weights: stop, or skip the step"""
     skip_spikes: Positive | None = None
     """skip steps whose loss or gradient norm is this many standard deviations above the last 128 steps' mean"""
     max_skips: Count = 10
-    """most steps in a row that may be skipped; one more stops the run"""
+    """number of consecutive steps that may be skipped; one more stops the run"""
     max_time: Seconds | None = None
-    """seconds after which to save a checkpoint and exit with 75, as on a signal"""
+    """seconds after which the run saves a checkpoint and exits with 75, as on a signal"""
     start_timeout: Seconds = 1800
     """seconds that a rank may be silent before the first step is done, and in validations and checkpoints"""
     timeout: Seconds = 300
-    """seconds that a rank may be silent between steps; then the run says which rank and where, and ends"""
+    """seconds that a rank may be silent between steps; then the run names the rank and where it hangs, and ends"""
     resume: str = "auto"
-    """auto: from the newest complete checkpoint of out_dir, if there is one; never; or the path of a checkpoint of
-    another run, where this one branches off, and then goes on from its own newest"""
+    """auto: from the newest complete checkpoint of out_dir, if there is one; never; or the path of another run's
+    checkpoint, from which this run branches off; later starts continue from its own newest checkpoint"""
     init_from: str | None = None
-    """weights a new run starts from: a Hugging Face folder, a checkpoint of ours or an upstream .pth; nothing else of
-    it is taken over, and a run that has a checkpoint of its own goes on from that"""
+    """weights that a new run starts from: a Hugging Face folder, a checkpoint of this code or an upstream .pth; only
+    the weights are used, and a run that has a checkpoint of its own continues from that instead"""
 
     def compiles(self, device_type: str) -> bool:
         """Whether blocks are compiled for ``cuda`` or ``cpu``."""
@@ -157,36 +157,36 @@ class TrainArgs:
 
 @dataclass(frozen=True)
 class OpsArgs:
-    """Which implementation each operation uses; scripts/doctor.py says what there is. auto: the fastest that is."""
+    """The implementation of each operation; auto: the fastest available, as scripts/doctor.py lists them."""
 
     attention: str = "auto"
     """reference, sdpa, sdpa_cudnn, sdpa_flash, flex, flash_attn (FlashAttention-2) or flash_attn_4"""
     rope: str = "auto"
-    """reference, or triton (heads are taken apart and rotated in one pass)"""
+    """reference, or triton (splits and rotates the heads in one kernel)"""
     rms_norm: str = "auto"
-    """reference, torch or quack (the addition before it inside)"""
+    """reference, torch or quack (fused with the addition before it)"""
     swiglu: str = "auto"
-    """reference, quack (the gate inside the products' kernels) or xformers; in float8: float8 (the gate and the casts
-    in one pass) or reference"""
+    """reference, quack (the gate fused into the matmuls) or xformers; in float8: float8 (the gate fused with the
+    casts) or reference"""
     cross_entropy: str = "auto"
-    """reference, or chunked: without the logits in full"""
+    """reference, or chunked (never holds all logits at once)"""
     symmetric_matmul: str = "auto"
-    """of Muon's iterations: reference, or quack (half of a symmetric product is computed)"""
+    """the products of Muon's iterations: reference, or quack (computes half of a symmetric product)"""
 
 
 @dataclass(frozen=True)
 class ParallelArgs:
-    """How the model is laid over the ranks."""
+    """How the model is distributed over the ranks."""
 
     devices: Count | None = None
-    """ranks on this machine when started by plain python; null: one a GPU, or one CPU; not for other launchers"""
+    """ranks on this machine, only when started by plain python; null: one per GPU, or one on the CPU"""
     shard: Literal["full", "node", "none"] | Count = "full"
-    """ranks that share one copy of the weights: all, those of a node, one, or this many"""
+    """ranks that share one copy of the weights: full: all; node: those of a node; none: one; or this many"""
     reshard_after_forward: bool = True
     """free a block's gathered weights between forward and backward; false: keep all until the step ends, which takes
-    more memory and less communication"""
+    more memory but less communication"""
     sync_every_micro_batch: bool = False
-    """reduce the gradients after each micro-batch: less memory, more communication; not where parallel.shard is none"""
+    """reduce the gradients after each micro-batch: less memory, more communication; not with parallel.shard none"""
 
     def keeps_gathered(self, shard: int, nodes: int) -> bool:
         """Whether ``shard`` ranks keep what they gathered until a step ends (train/gathered.py), or FSDP2 shards."""
@@ -200,9 +200,9 @@ class EvalArgs:
     interval: Count = 1000
     """steps between validations"""
     max_samples: Count | None = 2048
-    """samples of a validation over the whole world, spread evenly over the data; null: all"""
+    """samples per validation over all ranks, spread evenly over the data; null: all"""
     samples: list[str] = field(default_factory=list)
-    """prompts that are continued by the likeliest tokens at each validation, into samples.jsonl; empty: none"""
+    """prompts to continue greedily at each validation; the texts go to samples.jsonl; empty: none"""
     tokenizer: str | None = None
     """the file that the data was prepared with; for eval.samples"""
 
@@ -214,13 +214,13 @@ class CheckpointArgs:
     interval: Count = 5000
     """steps between checkpoints"""
     keep_last: Count | None = 3
-    """newest checkpoints that are kept; null: all"""
+    """number of newest checkpoints to keep; null: all"""
     keep_every: Count | None = 50000
-    """checkpoints at multiples of this many steps are kept for ever; null: none"""
+    """keep checkpoints at multiples of this many steps forever; null: none"""
     asynchronous: bool = True
-    """train on while a checkpoint is being written"""
+    """continue training while a checkpoint is being written"""
     on_failure: Literal["continue", "stop"] = "continue"
-    """what a save that fails, as on a full disk, does to the run; the checkpoints before it stay as they are"""
+    """what the run does when a save fails, as on a full disk; earlier checkpoints are not touched"""
 
 
 @dataclass(frozen=True)
@@ -228,15 +228,15 @@ class LogArgs:
     """The console, metrics.csv and wandb."""
 
     interval: Count = 10
-    """steps between lines"""
+    """steps between lines on the console and rows of metrics.csv"""
     profile: list[int] = field(default_factory=list)
-    """[FROM, TO]: trace these steps, the first and the last of them counted from 1, on every rank for Perfetto"""
+    """[FROM, TO]: trace these steps (the first and the last, counted from 1) on every rank, for Perfetto"""
     wandb: Literal["off", "online", "offline"] = "off"
-    """send the metrics to wandb, too; offline: into out_dir/wandb, for `wandb sync`"""
+    """also send the metrics to wandb; offline: write them to out_dir/wandb, for `wandb sync`"""
     wandb_project: str = "tinyllama"
-    """wandb's project"""
+    """wandb project"""
     wandb_entity: str | None = None
-    """wandb's user or team; null: yours"""
+    """wandb user or team; null: your default"""
     on_event: str | None = None
     """shell command that rank 0 runs, for 10 s at most, when the run is started, stopped, failed or finished and at an
     anomaly (a skipped step, a failed save); $TINYLLAMA_EVENT says which, $TINYLLAMA_MESSAGE and $TINYLLAMA_OUT_DIR
@@ -250,7 +250,7 @@ class PretrainArgs:
     out_dir: str = "out/run"
     """folder of the run: config.yaml, metrics.csv, events.jsonl, checkpoints"""
     dry_run: bool = False
-    """do all that comes before the first step, print the plan, and write nothing"""
+    """do everything that precedes the first step, print the plan, and write nothing"""
     model: ModelArgs = field(default_factory=ModelArgs)
     data: DataArgs = field(default_factory=DataArgs)
     optim: OptimArgs = field(default_factory=OptimArgs)

@@ -160,7 +160,7 @@ def parse(cls: type[Config], argv: Sequence[str] | None = None) -> Config:
 @functools.cache
 def _parser(cls: type, _script: str) -> argparse.ArgumentParser:
     """Build the parser of ``parse``, once for a script: its errors and help name ``sys.argv[0]``."""
-    parser = arguments(cls.__doc__)
+    parser = arguments(f"{cls.__doc__} Flags override the YAML file of --config, and that overrides the defaults.")
     parser.add_argument("--config", action=_Given, metavar="FILE", help="YAML file; flags given after it win")
     parser.add_argument("--print_config", action="store_true", help="print all settings as YAML and exit")
     add_fields(parser, cls)

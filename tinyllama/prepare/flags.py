@@ -32,33 +32,43 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bos", action=argparse.BooleanOptionalAction, default=False, help="begin documents with bos")
     parser.add_argument("--eos", action=argparse.BooleanOptionalAction, default=True, help="end documents with eos")
     parser.add_argument(
-        "--encoder", choices=get_args(Choice), default="auto", help="all give the same tokens (default: the fastest)"
+        "--encoder",
+        choices=get_args(Choice),
+        default="auto",
+        help="all give the same ids (default: auto, the fastest that does)",
     )
-    parser.add_argument("--fraction", type=_fraction, default=1.0, help="share of the documents to keep (default: 1)")
-    parser.add_argument("--seed", type=int, default=0, help="chooses the documents that --fraction keeps (default: 0)")
+    parser.add_argument(
+        "--fraction", type=_fraction, default=1.0, help="share of the documents to keep, 0 to 1 (default: 1)"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="seed that chooses what --fraction keeps (default: 0)")
     parser.add_argument(
         "--longest_document",
         type=_at_least(1, "megabytes", _MOST_MEGABYTES),
         default=32,
         metavar="MB",
-        help="a longer line or row is an error; a worker may take eight times as much memory (default: 32)",
+        help="MB of the longest JSON line or table row; workers may take eight times as much (default: 32)",
     )
     parser.add_argument(
         "--skip_bad_files",
         type=_at_least(0, "files"),
         default=0,
         metavar="N",
-        help="leave out up to N files that cannot be read",
+        help="leave out up to N files that cannot be read (default: 0)",
     )
     parser.add_argument(
         "--workers",
         type=_at_least(1, "processes"),
         default=cores(),
-        help="processes (default: one for each core this process may use)",
+        help="number of processes (default: one for each core this process may use)",
     )
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--task", type=_task, metavar="I/N", help="only task I (0..N-1) of N: an array job; no manifest")
-    part.add_argument("--finish", action="store_true", help="only write the manifest, after all tasks")
+    part.add_argument(
+        "--task",
+        type=_task,
+        metavar="I/N",
+        help="do only task I (0..N-1) of N, as in an array job, and write no manifest",
+    )
+    part.add_argument("--finish", action="store_true", help="only write the manifest, after all tasks are done")
 
 
 def add_choice(parser: argparse.ArgumentParser) -> None:
@@ -66,7 +76,7 @@ def add_choice(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--split",
         type=split,
-        help="folder of --source, or word of its files' names (default: all; train of a dataset on the Hub)",
+        help="a folder of --source, or a word in its file names (default: all; for a dataset on the Hub: train)",
     )
     parser.add_argument("--config_name", default="", help="configuration of a dataset on the Hub (default: its own)")
 

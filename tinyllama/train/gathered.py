@@ -1,7 +1,7 @@
 """Mixed precision on ranks that gather all weights once a step and keep them until it ends.
 
 Each rank has its shard of the master weights, of the optimizer's state and of the gradients' mean, and a copy of all
-weights in the dtype of a pass. FSDP2 does the same with `reshard_after_forward=False`, but copies every weight out of
+weights in the compute dtype. FSDP2 does the same with `reshard_after_forward=False`, but copies every weight out of
 a flat buffer and every gradient into one, where nothing is sharded, too; here both lie where they are gathered to and
 reduced from. And FSDP2 communicates beside what computes, as a network between nodes asks for. Between the GPUs of a
 node collectives take a fiftieth of a step, and matmuls beside them lose more than that (docs/benchmarks.md).
@@ -33,7 +33,7 @@ class Weight:
     master: nn.Parameter
     """fp32, a DTensor: what optimizer and checkpoints see"""
     copy: nn.Parameter
-    """in the dtype of a pass: what a pass computes with"""
+    """in the compute dtype: what a pass computes with"""
 
 
 @dataclass
@@ -55,7 +55,7 @@ class Rows:
 
     weights: list[Weight]
     copy: Tensor
-    """(rows, ...) in the dtype of a pass"""
+    """(rows, ...) in the compute dtype"""
     gradient: GradientSum
     """(rows, ...) of the micro-batches of a step"""
 

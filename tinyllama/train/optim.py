@@ -25,7 +25,7 @@ OPTIMIZERS: dict[str, Callable[[GPT, OptimArgs, torch.dtype], torch.optim.Optimi
     "adamw": adamw,
     "muon": Muon,
 }
-"""each is called with the model, its settings and the dtype of a pass"""
+"""each is called with the model, its settings and the compute dtype"""
 
 
 def build_optimizer(model: GPT, args: OptimArgs, precision: str = "bf16") -> torch.optim.Optimizer:

@@ -79,7 +79,7 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
 
 
 def mixed_precision(train: TrainArgs) -> MixedPrecisionPolicy:
-    """Return the dtypes of a pass and of the reduction of its gradients."""
+    """Return the dtypes of the computation and of the reduction of its gradients."""
     return MixedPrecisionPolicy(
         param_dtype=torch.float32 if train.precision == "fp32" else torch.bfloat16,
         reduce_dtype=torch.float32,
@@ -139,7 +139,7 @@ def gathered(model: GPT) -> Gathered:
 
 
 def check_dtypes(model: GPT, train: TrainArgs) -> str:
-    """Return the dtypes of the master weights, of a pass, and of the gradients' reduction, in one line.
+    """Return the dtypes of the master weights, of the computation, and of the reduction of gradients, in one line.
 
     Raises RuntimeError on a rank whose master weights are not fp32: versions of Lightning and torch have differed.
     """
@@ -147,4 +147,6 @@ def check_dtypes(model: GPT, train: TrainArgs) -> str:
     if master != {torch.float32}:
         raise RuntimeError(f"the master weights are {master}, not fp32")
     policy = mixed_precision(train)
-    return f"master {torch.float32}, pass {policy.param_dtype}, reduction {policy.reduce_dtype}".replace("torch.", "")
+    return f"master {torch.float32}, compute {policy.param_dtype}, reduction {policy.reduce_dtype}".replace(
+        "torch.", ""
+    )
