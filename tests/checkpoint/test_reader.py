@@ -95,7 +95,7 @@ def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_pat
         assert passed_over == []
     else:
         (said,) = passed_over
-        assert said.startswith(f"{tmp_path / name} is no complete checkpoint (")
+        assert said.startswith(f"{tmp_path / name} is not a complete checkpoint (")
         assert why in said
     assert reader.resolve(tmp_path) == seven
 
@@ -262,9 +262,9 @@ def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.Captur
         assert resume.to_resume(run, how).resolve() == newest
     assert resume.to_resume(other, str(older)) == older
     assert resume.to_resume(other, str(run)) == newest
-    step = f"{run}/checkpoints/step-00000030 is no complete checkpoint (its state.json is of step 20)"
+    step = f"{run}/checkpoints/step-00000030 is not a complete checkpoint (its state.json is of step 20)"
     assert capsys.readouterr().out == f"passed over: {step}\n"  # of auto, which nobody has told a step
-    with pytest.raises(InputError, match="step-00000030 is no complete checkpoint .*: give another step of its run"):
+    with pytest.raises(InputError, match="step-00000030 is not a complete checkpoint .*: give another step of its run"):
         resume.to_resume(other, f"{run}/checkpoints/step-00000030")
     with pytest.raises(InputError, match="step-00000020 exists and train.resume is never: give another out_dir"):
         resume.to_resume(run, "never")
@@ -284,7 +284,7 @@ def test_a_run_whose_every_step_is_broken_does_not_start_anew(saved: Path, tmp_p
         resume.to_resume(tmp_path, "auto")
     hint = f"move {tmp_path}/checkpoints away to start anew"
     why = "config.yaml is missing"
-    assert str(error.value) == f"{step} is no complete checkpoint ({why}), and no step before it is complete: {hint}"
+    assert str(error.value) == f"{step} is not a complete checkpoint ({why}), and no step before it is complete: {hint}"
     assert resume.to_resume(tmp_path, "never") is None
 
 

@@ -239,7 +239,7 @@ def test_one_broken_step_is_kept_and_its_size_said(alone: Run, tmp_path: Path) -
         alone.save(saver, step)
         (aside,) = tmp_path.glob("*.broken-*")
         assert (aside / "inside" / "file").stat().st_size == size
-        start = f"set aside: {aside} was no complete checkpoint; it takes {size / 1e9:.3f} GB"
+        start = f"set aside: {aside} was not a complete checkpoint; it takes {size / 1e9:.3f} GB"
         assert said.pop().startswith(start)
     assert said == []
     (tmp_path / "step-00000006").symlink_to("nowhere")

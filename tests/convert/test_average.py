@@ -174,15 +174,15 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(group: None, run: Path, tm
             "is step-00000010, step-00000020, step-00000030, step-00000040)"
         )
     assert refused(folder / "step-00000020", 3).startswith(f"{folder} has 2 complete steps up to step-00000020, not 3")
-    assert refused(run, 0) == "--average 0 is no number of steps: give 1 or more"
-    assert refused(run, -3) == "--average -3 is no number of steps: give 1 or more"
+    assert refused(run, 0) == "--average 0 is not a number of checkpoints: give 1 or more"
+    assert refused(run, -3) == "--average -3 is not a number of checkpoints: give 1 or more"
     assert "invalid int value" in refused(run, "x")
     assert refused(tmp_path / "nowhere", 2) == (
         f"{tmp_path / 'nowhere'} holds no complete checkpoint: give a step directory (step-00005000) or a run's out_dir"
     )
     (tmp_path / "lit_model.pth").touch()
     assert refused(tmp_path / "lit_model.pth", 2).endswith(
-        "is no step of a run, of which --average takes several: leave the flag out"
+        "is not a checkpoint of a run, and --average needs several: leave the flag out"
     )
 
     copy = Path(shutil.copytree(run, tmp_path / "run"))

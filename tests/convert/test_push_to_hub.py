@@ -50,8 +50,8 @@ def test_the_card_of_a_folder_that_stays_here_names_that_folder(script, step_dir
     [
         ("owner/mine", None, "--push_to_hub needs a token of the Hub that may write: hf auth login, or set HF_TOKEN"),
         ("owner/mine", "hf_bad", "the token is not valid: hf auth login, or set HF_TOKEN"),
-        ("mine", "hf_good", "--push_to_hub mine is no repository: give OWNER/NAME"),
-        ("owner/mi ne", "hf_good", "--push_to_hub owner/mi ne is no repository: give OWNER/NAME"),
+        ("mine", "hf_good", "--push_to_hub mine is not a repository: give OWNER/NAME"),
+        ("owner/mi ne", "hf_good", "--push_to_hub owner/mi ne is not a repository: give OWNER/NAME"),
     ],
 )
 def test_what_is_wrong_is_said_before_anything_is_written(repo, token, problem, push, tmp_path) -> None:

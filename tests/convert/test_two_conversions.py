@@ -38,7 +38,7 @@ def test_the_second_is_refused_and_leaves_the_first_alone(tmp_path, script, step
             for other in (output, tmp_path / "link/out"):
                 code, out, err = script(name, source, other)
                 problem = "wait until it has ended, or give another folder"
-                assert (code, out, err) == (2, "", f"error: another conversion writes {output}: {problem}\n")
+                assert (code, out, err) == (2, "", f"error: another conversion is writing {output}: {problem}\n")
         hf_folder.write(tmp_path / "beside", given())  # another folder does not wait
         (partial / "model.safetensors").write_text("first")
     assert json.loads((output / "export.json").read_text())["step"] == 8
@@ -69,7 +69,7 @@ def test_a_lock_whose_file_is_removed_meanwhile_is_taken_again(tmp_path, monkeyp
     monkeypatch.setattr(fcntl, "flock", flock)
     with folder.create(tmp_path / "out", tmp_path / "source", {}):
         assert names(tmp_path) == {".out.lock", ".out.tmp"}
-        with pytest.raises(InputError, match="another conversion writes"):
+        with pytest.raises(InputError, match="another conversion is writing"):
             hf_folder.write(tmp_path / "out", given())
     assert names(tmp_path) == {"out"}
 

@@ -257,7 +257,7 @@ def test_watching_takes_each_step_once_as_it_appears_until_the_run_is_done(step_
         "step-00000100",
     ]
     for none in (tmp_path / "none", step_dir):
-        with pytest.raises(InputError, match="is no run"):
+        with pytest.raises(InputError, match="is not a run"):
             next(harness.watch(none, [], 1))
 
 
@@ -428,7 +428,7 @@ def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, t
         args = ("--tokenizer", tokenizer_file, "--perplexity", tmp_path / "none")
         code, out, err = script("evaluate_harness", copied, *args)
         assert (code, out, err.count("\n")) == (2, "", 1)
-        assert err.startswith(f"error: {file} is no table of scores (")
+        assert err.startswith(f"error: {file} is not a table of scores (")
         assert file.read_bytes() == content
 
 
@@ -459,7 +459,7 @@ def test_the_command_names_what_is_wrong(step_dir, tokenizer_file, script, tasks
         ((*common, "--perplexity", tmp_path / "one.txt"), f"{tmp_path / 'one.txt'}: not one document"),
         (
             (*common, "--perplexity", tmp_path, "--watch"),
-            f"{step_dir} is no run: give the out_dir of one that has begun",
+            f"{step_dir} is not a run: give the out_dir of one that has begun",
         ),
         ((*common, "--perplexity", tmp_path / "empty"), "empty"),
         ((tmp_path / "empty", "--tokenizer", tokenizer_file, "--tasks", "x"), "holds no complete checkpoint"),

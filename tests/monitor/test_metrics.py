@@ -142,7 +142,7 @@ def test_a_file_that_is_removed_stops_nobody_and_is_told(run: Run, capsys: pytes
     file = run.out_dir / "metrics.csv"
     assert told == [
         f"error: cannot write {file} (No such file or directory): it lacks the rows from step 1 on",
-        f"error: {file} lacks the rows from step 1 to 2, which are above",
+        f"error: {file} lacks the rows from step 1 to 2, which are printed above",
     ]
 
 
@@ -668,7 +668,7 @@ def test_what_was_skipped_is_told_and_may_stop_the_run(
     reason = {"step": 6, "samples": 48, "reason": "not finite on rank 1: step 6, samples 40 to 47"}
     assert json.loads((run.out_dir / "STOPPED").read_text()) == reason
     assert {key: events[2][key] for key in reason} == reason
-    assert said[2].startswith(f"stopped for good, see {run.out_dir / 'STOPPED'}: mend its cause and delete it")
+    assert said[2].startswith(f"stopped for good, see {run.out_dir / 'STOPPED'}: fix the cause and delete the file")
 
 
 def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

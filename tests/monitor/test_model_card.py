@@ -138,5 +138,5 @@ def test_what_is_not_known_is_left_out() -> None:
 
 @pytest.mark.parametrize("wrong", ["", "MIT License", "a\nb", "x" * 80])
 def test_a_licence_is_an_identifier(wrong: str) -> None:
-    with pytest.raises(InputError, match="is no identifier of the Hub"):
+    with pytest.raises(InputError, match="is not a license identifier of the Hub"):
         model_card(given(), "mine", "mine", wrong)

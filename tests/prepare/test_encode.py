@@ -363,7 +363,7 @@ def test_what_the_fast_one_does_otherwise_is_left_to_the_reference(tmp_path, nor
     spelled = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False).pre_tokenize_str
     expected = [[256] if piece == "cafe" else [letters[one] for one in spelled(piece)[0][0]] for piece in pieces]
     assert stream(encoder, [text.encode()]) == sum(expected, [])
-    with pytest.raises(InputError, match="gigatoken is not tried with"):
+    with pytest.raises(InputError, match="gigatoken is not used with"):
         Encoder(Tokenizer(tmp_path), "fast")
 
 

@@ -121,12 +121,12 @@ def test_millions_of_ids_and_endless_tokens_are_not_given_to_the_fast_one(librar
     model = tokenizers.models.BPE({"a": 0, "b": 1 << 22}, [])
     tokenizers.Tokenizer(model).save(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(Tokenizer(tmp_path), "auto")
-    assert encoder.fell_back == "gigatoken is not tried with 4,194,305 ids: use --encoder sentencepiece"
+    assert encoder.fell_back == "gigatoken is not used with 4,194,305 ids: use --encoder sentencepiece"
     whole = tokenizers.Tokenizer(tokenizers.models.BPE({"a": 0}, []))
     whole.add_tokens(["a" * 1001])
     whole.save(str(tmp_path / "tokenizer.json"))
     encoder = Encoder(Tokenizer(tmp_path), "auto")
-    assert encoder.fell_back.startswith("gigatoken is not tried with an added token of 1,001 characters: use")
+    assert encoder.fell_back.startswith("gigatoken is not used with an added token of 1,001 characters: use")
     assert made() == []
 
 
@@ -179,7 +179,7 @@ def test_a_normalizer_of_more_than_blanks_is_never_given_to_the_fast_one(library
     """Unicode's tables are of another version in it, and it looks for added tokens before it normalizes."""
     tokenizer = with_added(library, normalizer)
     encoder = Encoder(tokenizer, "auto")
-    said = f"gigatoken is not tried with the normalizer {name} of {tokenizer.path}: use --encoder sentencepiece"
+    said = f"gigatoken is not used with the normalizer {name} of {tokenizer.path}: use --encoder sentencepiece"
     assert (encoder.name, encoder.fell_back) == (f"tokenizers {tokenizer.encoder_version}", said)
     with pytest.raises(InputError) as refused:
         Encoder(tokenizer, "fast")
@@ -191,9 +191,9 @@ def test_a_normalizer_of_more_than_blanks_is_never_given_to_the_fast_one(library
 def test_an_added_token_that_looks_at_what_is_beside_it_is_never_given_to_the_fast_one(library, flag):
     tokenizer = with_added(library, None, **{flag: True})
     encoder = Encoder(tokenizer, "auto")
-    said = f"gigatoken is not tried with {flag} for the added token 'cafe' of {tokenizer.path}: use --encoder sentence"
+    said = f"gigatoken is not used with {flag} for the added token 'cafe' of {tokenizer.path}: use --encoder sentence"
     assert encoder.fell_back == f"{said}piece"
-    with pytest.raises(InputError, match=f"is not tried with {flag} for the added token 'cafe'"):
+    with pytest.raises(InputError, match=f"is not used with {flag} for the added token 'cafe'"):
         Encoder(tokenizer, "fast")
     assert made() == []
     control = Encoder(with_added(library, None, special=True, **{flag: True}), "auto")  # which no text becomes

@@ -150,7 +150,7 @@ def test_the_commit_is_that_of_the_start_for_all_tasks_and_restarts(hub, run, tm
         ),
         ("owner/corpus", ["--split", "nope"], "has the splits train: give one as --split"),
         ("owner/corpus/none", [], "no file ending in"),
-        ("owner/corpus/sample", ["--config_name", "sample"], "is no hf://datasets/OWNER/NAME: leave it out"),
+        ("owner/corpus/sample", ["--config_name", "sample"], "is not hf://datasets/OWNER/NAME: leave it out"),
         ("corpus", [], "cannot be listed ("),
     ],
 )

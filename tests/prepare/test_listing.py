@@ -143,7 +143,7 @@ def test_texts_that_are_about_the_corpus_are_named(tmp_path):
     found = find_inputs(touch(tmp_path, *about, *corpus), ENDINGS)
     assert names(found) == sorted(about + corpus, key=lambda name: name.replace("/", "--"))
     listed = ", ".join(name for name in names(found) if name in about)
-    assert found.notes == (f"read as text; remove what is no part of the corpus: {listed}",)
+    assert found.notes == (f"read as text; remove what is not part of the corpus: {listed}",)
     assert find_inputs(tmp_path / "README.txt".replace("README", "LICENSE"), ENDINGS).notes == ()  # named by the user
 
 
@@ -327,7 +327,7 @@ def test_the_summary_says_what_was_not_read(tmp_path, tokenizer_file, one_proces
     lines = summary.splitlines()
     assert lines[-4:-1] == [
         "not read: 1 .md",
-        "read as text; remove what is no part of the corpus: README.txt",
+        "read as text; remove what is not part of the corpus: README.txt",
         "files without a document: 2 (empty.txt, none.jsonl)",
     ]
     assert "4 shards (4 new), 2 documents" in lines[-1]

@@ -227,7 +227,7 @@ def test_an_input_that_changes_while_it_is_read_is_not_done(pack, source: Path, 
         patch.setattr(module, "_write", write)
         error = stack.enter_context(pytest.raises(InputError))
         pack()
-    said = f"{path}: has changed while it was read: run again when it is complete, what is done is kept"
+    said = f"{path}: changed while it was being read: run again when it is complete, what is done is kept"
     assert str(error.value) == said
     assert not (tmp_path / "out/c.parquet.json").exists()
     assert "4 shards (1 new)" in pack()

@@ -205,7 +205,7 @@ def test_two_columns_of_one_name(tmp_path, ending):
     table = pa.Table.from_arrays([pa.array(["a"]), pa.array(["b"])], names=["text", "text"])
     path = tmp_path / f"a{ending}"
     write_arrow(path, table.to_batches()) if ending == ".arrow" else pq.write_table(table, path)
-    with pytest.raises(InputError, match="has 2 columns called 'text': keep the one that is meant"):
+    with pytest.raises(InputError, match="has 2 columns called 'text': keep the one with the text"):
         list(DocumentReader(path, Fields()))
 
 
@@ -217,7 +217,7 @@ def test_an_arrow_stream_with_something_behind_it(tmp_path):
         with pytest.raises(InputError) as info:
             list(DocumentReader(path, Fields()))
         if more.endswith(whole[-8:]):
-            assert f"has {len(more)} bytes behind the end of its stream: write what it holds as one" in str(info.value)
+            assert f"has {len(more)} bytes after the end of its stream: write what it holds as one" in str(info.value)
 
 
 def test_arrow_files_that_are_no_stream(tmp_path):

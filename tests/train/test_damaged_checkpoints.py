@@ -44,7 +44,7 @@ def test_a_flipped_bit_is_passed_over_and_costs_no_more_than_the_steps_since(wor
     assert all(torch.equal(after[name], tensor) for name, tensor in expected.items())
     (aside,) = checkpoints.glob("*.broken-*")  # step 8 was, too, until step 12
     assert aside.name.startswith("step-00000012.broken-")
-    assert said.count(f"set aside: {aside} was no complete checkpoint; it takes 0.0") == 1
+    assert said.count(f"set aside: {aside} was not a complete checkpoint; it takes 0.0") == 1
     assert len(events(out, "set_aside")) == 2
 
 

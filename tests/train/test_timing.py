@@ -70,10 +70,10 @@ def test_a_trace_that_cannot_be_written_costs_nothing_else(world, config_file: P
 @pytest.mark.parametrize(
     ("steps", "problem"),
     [
-        ("[5, 3]", "log.profile [5, 3] is no range of steps: give the first and the last, counted from 1"),
-        ("[0, 3]", "log.profile [0, 3] is no range of steps"),
-        ("[3]", "log.profile [3] is no range of steps"),
-        ("[1, 21]", "log.profile [1, 21] is no range of steps"),
+        ("[5, 3]", "log.profile [5, 3] is not a range of steps: give the first and the last, counted from 1"),
+        ("[0, 3]", "log.profile [0, 3] is not a range of steps"),
+        ("[3]", "log.profile [3] is not a range of steps"),
+        ("[1, 21]", "log.profile [1, 21] is not a range of steps"),
         ("[40, 41]", "log.profile [40, 41] ends after the run's 40 steps: lower it"),
         ("[a, 3]", "log.profile cannot be 'a': expected int"),
         ("3", "log.profile cannot be '3': expected [int, ...]"),

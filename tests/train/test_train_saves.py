@@ -204,7 +204,7 @@ def test_an_incomplete_checkpoint_is_passed_over(world, straight, config_file: P
     shutil.copytree(straight / "checkpoints" / "step-00000040", broken / "checkpoints" / "step-00000050.tmp")
     said = world(1).train("--config", config_file, "--out_dir", broken)
     step = broken / "checkpoints" / "step-00000040"
-    assert said.count(f"passed over: {step} is no complete checkpoint (.metadata is missing)") == 1
+    assert said.count(f"passed over: {step} is not a complete checkpoint (.metadata is missing)") == 1
     assert "at step 20" in said
     assert column(broken, "loss") == column(straight, "loss")
 

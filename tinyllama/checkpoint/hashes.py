@@ -67,7 +67,7 @@ def unseal(payload: bytes) -> tuple[dict[str, Any], dict[str, str] | None]:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"its state.json is no JSON: {error}") from error
     if not isinstance(state, dict):
-        raise ValueError("its state.json is no object")
+        raise ValueError("its state.json is not an object")
     algorithm, hashes = state.pop("hash_algorithm", None), state.pop("hashes", None)
     if algorithm is None and hashes is None:
         return state, None

@@ -65,9 +65,9 @@ def file_sizes(payload: bytes) -> dict[str, int]:
     Raises ValueError, or what the wrong types in a damaged pickle make Python raise.
     """
     metadata: Any = read(payload)
-    _require(type(metadata) is Metadata, "it is no metadata")
+    _require(type(metadata) is Metadata, "it is not metadata")
     for name, tensor in metadata.state_dict_metadata.items():
-        _require(type(name) is str and type(tensor) is TensorStorageMetadata, f"{name!r} is no tensor")
+        _require(type(name) is str and type(tensor) is TensorStorageMetadata, f"{name!r} is not a tensor")
         _check_rows(name, tensor)
         for chunk in tensor.chunks:
             stored = metadata.storage_data[MetadataIndex(name, chunk.offsets)]

@@ -136,7 +136,7 @@ def newest(checkpoints: Path, before: Path | None = None) -> tuple[Path | None, 
         why = problem(path)
         if why is None:
             return path, passed_over
-        passed_over.append(f"{path} is no complete checkpoint ({why})")
+        passed_over.append(f"{path} is not a complete checkpoint ({why})")
     return None, passed_over
 
 
@@ -153,7 +153,7 @@ def resolve(path: str | Path) -> Path:
         there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
         raise InputError(f"{path} is not there; the steps of its run that are: {there}")
     if why := problem(path):
-        raise InputError(f"{path} is no complete checkpoint ({why}): give another step of its run")
+        raise InputError(f"{path} is not a complete checkpoint ({why}): give another step of its run")
     return path
 
 

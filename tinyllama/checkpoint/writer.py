@@ -186,7 +186,7 @@ class Checkpointer:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for path in aside[-1:]:
             num_bytes = sum(file.lstat().st_size for file in [path, *path.rglob("*")])
-            self.say(f"set aside: {path} was no complete checkpoint; it takes {num_bytes / 1e9:.3f} GB: remove it")
+            self.say(f"set aside: {path} was not a complete checkpoint; it takes {num_bytes / 1e9:.3f} GB: remove it")
 
     @contextlib.contextmanager
     def _all_or_nothing(self, final: Path) -> Iterator[None]:

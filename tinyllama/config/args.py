@@ -326,8 +326,8 @@ def check(args: PretrainArgs) -> ModelConfig:
         first, last = profile if len(profile) == 2 else (0, 0)
         if not 0 < first <= last < first + MOST_TRACED:
             errors.append(
-                f"log.profile {reprlib.repr(profile)} is no range of steps: give the first and the last, counted from "
-                f"1 and at most {MOST_TRACED} in all, as in [10, 12]"
+                f"log.profile {reprlib.repr(profile)} is not a range of steps: give the first and the last, counted "
+                f"from 1 and at most {MOST_TRACED} in all, as in [10, 12]"
             )
     if args.eval.samples and not (args.eval.tokenizer and args.data.validation):
         errors.append("eval.samples are made at validations: give data.validation and eval.tokenizer, too")

@@ -23,9 +23,9 @@ def open_average(path: str | Path, count: int) -> Weights:
     models, and upon reading for a value that is not finite.
     """
     if count < 1:
-        raise InputError(f"--average {count} is no number of steps: give 1 or more")
+        raise InputError(f"--average {count} is not a number of checkpoints: give 1 or more")
     if Path(path).is_file() or (Path(path) / "config.json").is_file():
-        raise InputError(f"{path} is no step of a run, of which --average takes several: leave the flag out")
+        raise InputError(f"{path} is not a checkpoint of a run, and --average needs several: leave the flag out")
     steps = [open_weights(step_dir) for step_dir in _last_steps(reader.resolve(path), count)]
     last = steps[-1]
     for step in steps:

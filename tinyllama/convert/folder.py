@@ -93,7 +93,7 @@ def _locked(output: Path) -> contextlib.AbstractContextManager[None]:
     """
 
     def busy() -> None:
-        raise InputError(f"another conversion writes {output}: wait until it has ended, or give another folder")
+        raise InputError(f"another conversion is writing {output}: wait until it has ended, or give another folder")
 
     return folder_lock.locked(output.with_name(f".{output.name}.lock"), busy, fcntl.flock)
 

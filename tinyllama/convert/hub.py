@@ -17,7 +17,7 @@ def check(repo: str) -> None:
     except HFValidationError:
         is_valid = False
     if not is_valid:
-        raise InputError(f"--push_to_hub {printable(repo, 100)} is no repository: give OWNER/NAME")
+        raise InputError(f"--push_to_hub {printable(repo, 100)} is not a repository: give OWNER/NAME")
     if get_token() is None:
         raise InputError("--push_to_hub needs a token of the Hub that may write: hf auth login, or set HF_TOKEN")
     try:
@@ -50,7 +50,7 @@ def _reason(error: Exception) -> str:
     """Say in a line what the Hub answered, or why it did not."""
     response = getattr(error, "response", None)
     if response is None:
-        return f"the Hub cannot be reached ({printable(error, 200) or type(error).__name__}): look at the network"
+        return f"the Hub cannot be reached ({printable(error, 200) or type(error).__name__}): check the network"
     said = printable(getattr(error, "server_message", None) or str(error).strip().splitlines()[-1], 300)
     hints = {
         401: "the token is not valid: hf auth login, or set HF_TOKEN",

@@ -48,7 +48,7 @@ def export(weights: Weights, file: Path) -> None:
     metadata |= {key: str(weights.metadata[key]) for key in keys if key in weights.metadata}
     try:
         if not file.name or (file.exists() and not file.is_file()):
-            raise InputError(f"{file} is no file but a folder or a device: give a file, such as model.safetensors")
+            raise InputError(f"{file} is a folder or a device, not a file: give a file, such as model.safetensors")
         file.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(file) as partial:
             write(partial, weights.load(), metadata)

@@ -189,7 +189,7 @@ def hf_tensors(path: Path) -> dict[str, Tensor]:
         if file.suffix == ".bin":
             content = _unpickle(file)
             if not (isinstance(content, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in content.items())):
-                raise InputError(f"{file} is no state dict: give a file of plain tensors by name")
+                raise InputError(f"{file} is not a state dict: give a file of plain tensors by name")
         else:
             try:
                 content = load_file(file)
@@ -233,7 +233,7 @@ def _unpickle(path: Path) -> Any:
         reason = printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
         if "Weights only load failed" in str(error):
             reason = "it holds more than tensors and plain values, and is not executed"
-        raise InputError(f"{path} cannot be loaded ({reason}): give a file of plain tensors, whole") from None
+        raise InputError(f"{path} cannot be loaded ({reason}): give a complete file of plain tensors") from None
 
 
 def _check(
@@ -268,7 +268,7 @@ def _json(path: Path) -> dict[str, Any]:
         content = json.loads(path.read_text(encoding="utf-8"))
         if isinstance(content, dict):
             return content
-        reason = "it is no object"
+        reason = "it is not an object"
     except (OSError, ValueError, RecursionError) as error:
         reason = printable(error, 200)
     raise InputError(f"{path} cannot be read as JSON ({reason}): fetch the folder again")

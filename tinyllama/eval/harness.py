@@ -178,7 +178,7 @@ def read_scores(path: Path) -> list[dict[str, str]]:
         lines = csv.reader(io.StringIO(path.read_text("utf-8") if path.exists() else ""))
         if next(lines, COLUMNS) == COLUMNS:
             for cells in filter(None, lines):
-                reason = f"its line {lines.line_num} is no row of {','.join(COLUMNS)}"
+                reason = f"its line {lines.line_num} is not a row of {','.join(COLUMNS)}"
                 row = dict(zip(COLUMNS, cells, strict=True))
                 float(row["value"]), int(row["step"] or 0), int(row["tokens"] or 0)
                 rows.append(row)
@@ -187,7 +187,7 @@ def read_scores(path: Path) -> list[dict[str, str]]:
         reason = str(error)
     except ValueError:  # invalid UTF-8, cells that are not numbers, or too many cells
         pass
-    raise InputError(f"{path} is no table of scores ({reason}): move it away")
+    raise InputError(f"{path} is not a table of scores ({reason}): move it away")
 
 
 def append(path: Path, scores: Sequence[Score]) -> None:
@@ -210,7 +210,7 @@ def watch(run: Path, names: Collection[str], seconds: float) -> Iterator[Path]:
     replace it. Raises InputError when there is no such run.
     """
     if not ((run / "checkpoints").is_dir() or (run / "events.jsonl").is_file()):
-        raise InputError(f"{run} is no run: give the out_dir of one that has begun")
+        raise InputError(f"{run} is not a run: give the out_dir of one that has begun")
     scored: dict[str, set[str]] = {}
     for row in read_scores(run / "eval.csv"):
         scored.setdefault(row["step"], set()).add(row["task"])

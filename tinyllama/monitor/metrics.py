@@ -225,7 +225,9 @@ class RunLog:
             resume.write_stopped(self._run.out_dir, details)
         file = resume.stopped_file(self._run.out_dir)
         self.event(
-            "stop", f"stopped for good, see {file}: mend its cause and delete it, and the command resumes", **details
+            "stop",
+            f"stopped for good, see {file}: fix the cause and delete the file, and the same command resumes",
+            **details,
         )
 
     def end(self, state: TrainState, stopped_by: str | None) -> None:
@@ -241,7 +243,7 @@ class RunLog:
         show_summary("stopped" if stopped_by else "done", summary)
         if not self._is_written:
             steps = f"from step {self._tail[0]['step']} to {self._tail[-1]['step']}"
-            self._console.line(f"error: {self._metrics} lacks the rows {steps}, which are above")
+            self._console.line(f"error: {self._metrics} lacks the rows {steps}, which are printed above")
         details = {"step": state.step, "seconds": self._seconds}
         if stopped_by:
             again = "unless Slurm requeues the job, sbatch of the same script" if batch_job() else "the same command"
@@ -254,7 +256,7 @@ class RunLog:
 
     def unsaved(self, step: int) -> None:
         """Log an end at ``step`` that could not be saved."""
-        hint = "make room, and the command resumes from the newest that is"
+        hint = "make room, and the same command resumes from the newest checkpoint"
         text = f"error: ended at step {step}, which is not saved: {hint}"
         self.event("stop", text, by=Preemption.NAMES[Preemption.FAILED_SAVE], step=step)
 

@@ -35,7 +35,7 @@ def model_card(weights: Weights, title: str, model: str, license_id: str | None 
     """
     if license_id is not None and not re.fullmatch(r"[a-z0-9][a-z0-9.-]{0,60}", license_id):
         raise InputError(
-            f"--license {printable(license_id, 80)} is no identifier of the Hub: give one such as apache-2.0"
+            f"--license {printable(license_id, 80)} is not a license identifier of the Hub: give one such as apache-2.0"
         )
     config, metadata = weights.config, weights.metadata
     run, settings, state = _run_of(weights)

@@ -249,15 +249,15 @@ def _fast(tokenizer: Tokenizer) -> tuple[Callable[[], Encode], Encode]:
         raise InputError("gigatoken is not installed: pip install gigatoken") from None
     other = "use --encoder sentencepiece"
     if tokenizer.vocab_size > _MAX_VOCAB:  # it takes memory for every id, whether there is such a piece or not
-        raise InputError(f"gigatoken is not tried with {tokenizer.vocab_size:,} ids: {other}")
+        raise InputError(f"gigatoken is not used with {tokenizer.vocab_size:,} ids: {other}")
     if (longest := max(map(len, tokenizer.whole_pieces()), default=0)) > _MAX_PIECE:  # it takes minutes to read them
-        raise InputError(f"gigatoken is not tried with an added token of {longest:,} characters: {other}")
+        raise InputError(f"gigatoken is not used with an added token of {longest:,} characters: {other}")
     try:
         payload = tokenizer.json_for_text()
     except InputError as error:
         raise InputError(f"gigatoken cannot read {tokenizer.path} ({error}): {other}") from None
     if reason := _refused(json.loads(payload)):
-        raise InputError(f"gigatoken is not tried with {reason} of {tokenizer.path}: {other}")
+        raise InputError(f"gigatoken is not used with {reason} of {tokenizer.path}: {other}")
 
     def make() -> Encode:
         return load_hf_json(payload).encode

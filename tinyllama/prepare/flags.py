@@ -169,5 +169,5 @@ def _task(text: str) -> tuple[int, int]:
     if not match or int(match[1]) >= int(match[2]):
         raise argparse.ArgumentTypeError(f"{text!r} is not I/N with I from 0 to N - 1: give 0/4 to 3/4 for four tasks")
     if int(match[2]) > _MOST_TASKS:
-        raise argparse.ArgumentTypeError(f"{text!r} is one of too many tasks: give an N up to {_MOST_TASKS:,}")
+        raise argparse.ArgumentTypeError(f"{text!r} asks for too many tasks: give an N up to {_MOST_TASKS:,}")
     return int(match[1]), int(match[2])

@@ -159,7 +159,7 @@ def find_inputs(
     if config_name is not None and hub.is_dataset(source):
         chosen, split = hub.data_files(source, config_name, split), None
     elif config_name:
-        raise InputError(f"--config_name {config_name}: {source} is no hf://datasets/OWNER/NAME: leave it out")
+        raise InputError(f"--config_name {config_name}: {source} is not hf://datasets/OWNER/NAME: leave it out")
     if split and is_folder(where := f"{source.rstrip('/')}/{split}"):
         source, split = where, None
     listing = list_files(source, folders)
@@ -267,7 +267,7 @@ def _notes(listing: Listing, dropped: Counter[str], names: Collection[str]) -> I
         links = [f"{name} ({path})" for name, path in sorted(listing.again.items())]
         yield f"read once, where the names in brackets are: {some(links)}"
     if notes := [name for name in names if _NO_CORPUS.fullmatch(name.rpartition("/")[2])]:
-        yield f"read as text; remove what is no part of the corpus: {some(notes, 10)}"
+        yield f"read as text; remove what is not part of the corpus: {some(notes, 10)}"
     alike: dict[str, list[str]] = defaultdict(list)
     for name in names:
         alike[_ANY_ENDING.sub("", name)].append(name)

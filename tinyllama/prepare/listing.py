@@ -199,13 +199,15 @@ def filesystem(url: str) -> tuple[Any, str]:
             f"{url}: cannot be reached ({reason(error)}): correct the address, install what it needs, or download it"
         ) from None
     except Exception as error:  # each filesystem has types of its own
-        raise InputError(f"{url}: cannot be reached ({reason(error)}): check the address and the rights") from None
+        raise InputError(
+            f"{url}: cannot be reached ({reason(error)}): check the address and your permissions"
+        ) from None
 
 
 def unreachable(source: str, error: Exception) -> InputError:
     """Return what to tell the user of a source that could not be listed."""
     rights = "; gated and private datasets need hf auth login" if "hf://" in source else ""
-    return InputError(f"{source}: cannot be listed ({reason(error)}): check the address and the rights{rights}")
+    return InputError(f"{source}: cannot be listed ({reason(error)}): check the address and your permissions{rights}")
 
 
 def reason(error: Exception) -> str:

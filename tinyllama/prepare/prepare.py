@@ -252,7 +252,7 @@ def _packer(recipe: _Recipe) -> Work:
                 after = status_of(one)
                 if before and after and (before.st_mtime_ns, before.st_size) != (after.st_mtime_ns, after.st_size):
                     hint = "run again when it is complete, what is done is kept"
-                    raise InputError(f"{one.path}: has changed while it was read: {hint}")
+                    raise InputError(f"{one.path}: changed while it was being read: {hint}")
                 info = writer.finish(
                     **recipe.policy,
                     **recipe.origin,

@@ -102,7 +102,7 @@ class DocumentReader(RawFile):
                 if head.startswith(_LFS_POINTER):
                     raise self.error("is a git-lfs pointer, not the data", "run git lfs pull in its folder")
                 if not head and suffix in COMPRESSED:
-                    raise self.error("has no bytes, which is no compressed file", "download it again")
+                    raise self.error("is empty, which a compressed file never is", "download it again")
                 if suffix in (".parquet", ".arrow"):
                     yield from self._rows()
                 else:

@@ -50,7 +50,7 @@ class Table(RawFile):
                 raise self.error("is cut short, it has no end mark", "download it again")
             self._check_arrow_batches()
         if (count := schema.names.count(text_key)) > 1:
-            raise self.error(f"has {count} columns called {text_key!r}", "keep the one that is meant")
+            raise self.error(f"has {count} columns called {text_key!r}", "keep the one with the text")
         kind = schema.field(text_key).type if text_key in schema.names else None
         if kind in (None, pyarrow.null()):  # as tables of no rows have it
             rows = table.metadata.num_rows if self.suffix == ".parquet" else sum(batch.num_rows for batch in stream)
@@ -104,7 +104,7 @@ class Table(RawFile):
         for number, message in enumerate(pyarrow.ipc.MessageReader.open_stream(source)):
             self._check_size(f"batch {number}", batch_size(message), _BATCH)
         if rest := source.size() - source.tell():  # pyarrow would leave it out without a word
-            raise self.error(f"has {rest:,} bytes behind the end of its stream", "write what it holds as one stream")
+            raise self.error(f"has {rest:,} bytes after the end of its stream", "write what it holds as one stream")
 
     def _check_size(self, what: str, size: int, times: int) -> None:
         if size > times * self.fields.longest:
