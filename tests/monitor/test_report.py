@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tinyllama import InputError
+from tinyllama import InputError, __version__
 from tinyllama.config.model import named_config
 from tinyllama.eval import harness
 from tinyllama.monitor import report
@@ -198,6 +198,23 @@ def test_no_run_is_said_in_a_line(tmp_path: Path, make_run: Callable[..., Path])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "events.jsonl", "thesis.tex"])
+def test_a_report_replaces_a_report_and_no_other_file(
+    name: str, tmp_path: Path, make_run: Callable[..., Path], script: Any
+) -> None:
+    run = make_run("one")
+    (run / "thesis.tex").write_text("the work of years")
+    before = (run / name).read_bytes()
+    said = f"error: {run / name} is there and is no report, and is left as it is: give another --output\n"
+    assert script("report", run, "--output", run / name) == (2, "", said)
+    assert (run / name).read_bytes() == before
+    page = tmp_path / "report.html"
+    page.touch()  # as mktemp does
+    for _ in range(2):
+        assert script("report", run, "--output", page)[0] == 0
+        assert page.stat().st_size > 10**6
+
+
 @pytest.mark.parametrize(
     "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n", b"step\n1\n"]
 )
@@ -321,7 +338,7 @@ def test_the_page_holds_the_numbers_of_the_files(make_run: Callable[..., Path], 
     report.write(runs[:1], tmp_path / "report.html")
     page = (tmp_path / "report.html").read_text()
     assert "<title>a&amp;b&lt;c · run report</title>" in page
-    assert f"Written by tinyllama {report.__version__} from" in page
+    assert f"Written by tinyllama {__version__} from" in page
     assert not any(f"@{mark}@" in page for mark in ("TITLE", "VERSION", "DATA", "PLOTLY"))
 
 

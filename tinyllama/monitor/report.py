@@ -4,17 +4,12 @@ Everything is read from ``out_dir``: metrics.csv, events.jsonl, config.yaml and,
 The page itself, with its drawing, is report_page.html; its data are read, smoothed and thinned out here.
 """
 
-import base64
 import contextlib
-import functools
-import gzip
-import html
 import importlib.resources
 import itertools
 import json
 import math
 import os
-import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -23,11 +18,12 @@ from typing import Any
 import numpy as np
 import yaml
 
-from tinyllama import InputError, __version__, atomic, printable
+from tinyllama import InputError, printable
 from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
+from tinyllama.monitor import page
 from tinyllama.monitor.console import WAITS, last_by_source, mean_speed
 from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics, read_samples
 from tinyllama.throughput import duration
@@ -48,7 +44,10 @@ Row = dict[str, Any]
 
 
 def write(out_dirs: list[Path], output: Path) -> None:
-    """Write the page of one run, or of several in comparison; raises InputError where there is no run."""
+    """Write the page of one run, or of several in comparison; raises InputError where there is no run.
+
+    An ``output`` that is there must be a report: a run's own files, and those of others, are not replaced.
+    """
     runs = [read_run(out_dir, len(out_dirs)) for out_dir in out_dirs]
     names = [run["name"] for run in runs]
     for run, out_dir in zip(runs, out_dirs, strict=True):
@@ -57,32 +56,8 @@ def write(out_dirs: list[Path], output: Path) -> None:
     for run, label in zip(runs, short([run["name"] for run in runs]), strict=True):
         run["label"] = label
     data = {"runs": runs, "published": _table(importlib.resources.files("tinyllama.eval") / "published_scores.csv")}
-    page = (importlib.resources.files("tinyllama.monitor") / "report_page.html").read_text("utf-8")
-    contents = {
-        "TITLE": html.escape(f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]),
-        "VERSION": __version__,
-        "DATA": compressed(json.dumps(data, allow_nan=False)),
-        "PLOTLY": plotly(),
-    }
-    page = re.sub("@([A-Z]+)@", lambda mark: contents[mark[1]], page)  # at once: a name may hold a mark
-    try:
-        atomic.write(output, page.encode(errors="replace"))
-    except OSError as error:
-        raise InputError(f"{output} cannot be written ({error.strerror}): give another --output") from error
-
-
-@functools.cache
-def plotly() -> str:
-    """Return plotly.js for the page."""
-    from plotly.offline import get_plotlyjs
-
-    return compressed(get_plotlyjs())
-
-
-def compressed(text: str) -> str:
-    """Return ``text`` gzipped and as base85 with a comma for ``<``, so that it cannot end a script element."""
-    payload = gzip.compress(text.encode(), mtime=0)
-    return base64.b85encode(payload).decode().replace("<", ",")
+    title = f"{len(runs)} runs" if len(runs) > 1 else runs[0]["name"]
+    page.write(output, title, data)
 
 
 def short(names: list[str], most: int = 24) -> list[str]:
