@@ -34,9 +34,11 @@ def main() -> None:
     config = check(args)
     if ours.gpu not in plan.GPUS:
         raise InputError(f"--gpu {ours.gpu} is not known; known: {', '.join(plan.GPUS)}")
-    for name in ("gpus", "gpus_per_node", "network_gbps"):
-        if getattr(ours, name) is not None and not getattr(ours, name) > 0:
-            raise InputError(f"--{name} {getattr(ours, name)} must be greater than 0")
+    for name, most in (("gpus", 10**6), ("gpus_per_node", 4096), ("network_gbps", 10**6)):
+        if getattr(ours, name) is not None and not 0 < getattr(ours, name) <= most:
+            raise InputError(f"--{name} {getattr(ours, name)} must be greater than 0, at most {most:,}")
+    if ours.network_gbps is not None and ours.network_gbps < 0.001:
+        raise InputError(f"--network_gbps {ours.network_gbps} must be at least 0.001")
     per_node = ours.gpus_per_node
     if ours.gpus > per_node and ours.gpus % per_node:
         full = ours.gpus // per_node * per_node

@@ -1,7 +1,9 @@
+import itertools
 import json
 import runpy
 import subprocess
 import sys
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -410,7 +412,7 @@ def test_sizes_of_clusters_and_batches() -> None:
     assert plan.total_tokens(settings(), CONFIG) == 3 * 10**12
     assert plan.total_tokens(PretrainArgs(train=TrainArgs(max_steps=10)), CONFIG) == 10 * 1024 * 2048
     assert plan.total_tokens(PretrainArgs(train=TrainArgs(max_epochs=1)), CONFIG) is None
-    with pytest.raises(InputError, match=r"--mfu 0 must be in \(0, 1\]"):
+    with pytest.raises(InputError, match=r"--mfu 0 must be in \[0.0001, 1\]"):
         plan.rate_of_one(CONFIG, gpu, 0, None)
     assert plan.rate_of_one(CONFIG, gpu, 1, None)[0] == 989.5e12 / flops_per_token(CONFIG)
     assert plan.rate_of_one(CONFIG, gpu, None, None)[1] == "an MFU of 59.0%"
@@ -560,7 +562,21 @@ def test_the_script() -> None:
     [
         (["--gpus", "16", "--gpu", "v100"], "error: --gpu v100 is not known; known: a100-40g"),
         (["--gpus", "0", "--gpu", "h200"], "error: --gpus 0 must be greater than 0"),
-        (["--gpus", "16", "--gpu", "h200", "--mfu", "55"], "error: --mfu 55.0 must be in (0, 1]"),
+        (["--gpus", "1" + "0" * 15, "--gpu", "h200"], "error: --gpus 1000000000000000 must be greater than 0, at most"),
+        (
+            ["--gpus", "16", "--gpu", "h200", "--gpus_per_node", "1" + "0" * 15],
+            "error: --gpus_per_node 1000000000000000 must be greater than 0, at most 4,096\n",
+        ),
+        (
+            ["--gpus", "16", "--gpu", "h200", "--network_gbps", "inf"],
+            "error: --network_gbps inf must be greater than 0, at most 1,000,000\n",
+        ),
+        (
+            ["--gpus", "16", "--gpu", "h200", "--network_gbps", "1e-300"],
+            "error: --network_gbps 1e-300 must be at least 0.001\n",
+        ),
+        (["--gpus", "16", "--gpu", "h200", "--mfu", "1e-300"], "error: --mfu 1e-300 must be in [0.0001, 1]\n"),
+        (["--gpus", "16", "--gpu", "h200", "--mfu", "55"], "error: --mfu 55.0 must be in [0.0001, 1]"),
         (["--gpus", "16", "--gpu", "h200", "--train.micro_batch", "4"], "error: unknown flag --train.micro_batch; did"),
         (
             ["--gpus", "256", "--gpu", "h200"],
@@ -584,3 +600,29 @@ def test_bad_input(flags: list[str], problem: str, monkeypatch: Any, capsys: Any
     said = capsys.readouterr()
     assert (stopped.value.code, said.out) == (2, "")
     assert said.err.startswith(problem)
+
+
+def test_a_batch_and_a_run_of_any_size_are_planned_at_once(script: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    huge = ("--train.global_batch_size", 10**15, "--train.micro_batch_size", 1, "--checkpoint.interval", 1)
+    started = time.process_time()
+    code, out, err = script("plan", *BIG, "--gpus", 16, "--gpu", "h200", *huge, "--train.max_tokens", 10**15)
+    assert (code, err) == (0, "")
+    assert time.process_time() - started < 10
+    assert "largest micro-batch that fits and divides the batch: 40, 1562500000000 of them a step" in out
+    steps = [{*range(interval, 41, interval), 40} for interval in range(1, 45)]
+    for interval, saved in enumerate(steps, 1):
+        for last, every in itertools.product((1, 2, 5, 50), (None, 1, 4, 6)):
+            for_ever = {step for step in saved if every and step % every == 0}
+            kept = len(for_ever | set(sorted(saved)[-last:]))
+            assert (
+                plan.checkpoints_kept(CheckpointArgs(interval=interval, keep_last=last, keep_every=every), 40) == kept
+            )
+        assert plan.checkpoints_kept(CheckpointArgs(interval=interval, keep_last=None), 40) == len(saved)
+
+
+@pytest.mark.parametrize("rate", ["Infinity", "NaN", "1e-300"])
+def test_a_benchmark_of_no_gpu_is_refused(rate: str, tmp_path: Path) -> None:
+    (tmp_path / "lines").write_text(f'{{"model": "tinyllama_1.1b", "tokens_per_second": {rate}}}')
+    with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
+        plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, tmp_path / "lines")

@@ -5,6 +5,7 @@ the optimizer's state, all activations and the gradients of earlier micro-batche
 """
 
 import json
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -143,11 +144,12 @@ def accumulation(args: PretrainArgs, gpus: int, micro_batch: int) -> int:
 def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluster) -> int:
     """Return the largest micro-batch that fits and divides the batch; 0 when not even 1 does."""
     samples_per_gpu = max(args.train.global_batch_size // cluster.gpus, 1)
-    shard = cluster.shard(args.parallel.shard)
-    for size in range(samples_per_gpu, 0, -1):
+    shard, room = cluster.shard(args.parallel.shard), USABLE * cluster.gpu.memory * GIB
+    most = int(room / (config.block_size * activations(args, config)))  # samples, if nothing else took memory
+    for size in range(min(samples_per_gpu, most), 0, -1):
         if samples_per_gpu % size == 0:
             parts = memory(args, config, shard, size, accumulation(args, cluster.gpus, size), cluster.nodes)
-            if sum(parts.values()) <= USABLE * cluster.gpu.memory * GIB:
+            if sum(parts.values()) <= room:
                 return size
     return 0
 
@@ -247,13 +249,15 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     overlaps = cluster.nodes > 1 or not gathered
     syncs = args.parallel.sync_every_micro_batch and not gathered
     communication_s = waiting_s = 0.0
-    for number in range(micro_batches):
+    last = micro_batches - 1
+    alike = {1: max(last - 1, 0), 0: 1, last: 1}  # those between the first and the last take as long as each other
+    for number, count in alike.items():
         gathers = reshards or number == 0
-        reduces = syncs or number == micro_batches - 1
+        reduces = syncs or number == last
         forward_s, backward_s = gather_s * gathers, gather_s * reshards + reduce_s * reduces
-        communication_s += forward_s + backward_s
+        communication_s += count * (forward_s + backward_s)
         forward_hides_s, backward_hides_s = micro_batch_s / 3 * overlaps, micro_batch_s * 2 / 3 * overlaps
-        waiting_s += max(forward_s - forward_hides_s, 0) + max(backward_s - backward_hides_s, 0)
+        waiting_s += count * (max(forward_s - forward_hides_s, 0) + max(backward_s - backward_hides_s, 0))
     compute_s = micro_batches * micro_batch_s
     tokens = cluster.gpus * micro_batches * micro * config.block_size
     update = muon(args, config, cluster, how)
@@ -266,7 +270,7 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
         try:
             lines = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines() if line.strip()]
             best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
-            if not best > 0:
+            if not 1 <= best <= 10**9:  # no GPU's
                 raise ValueError(best)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
@@ -274,8 +278,8 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
             ) from error
         return best, f"the best in {benchmark}"
     share = gpu.mfu if mfu is None else mfu
-    if not 0 < share <= 1:
-        raise InputError(f"--mfu {share} must be in (0, 1]")
+    if not 0.0001 <= share <= 1:
+        raise InputError(f"--mfu {share} must be in [0.0001, 1]")
     peak = peak_flops(gpu.device)
     assert peak is not None  # a test checks every GPU of the table
     return share * peak / flops_per_token(config), f"an MFU of {share:.1%}"
@@ -352,11 +356,10 @@ def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
 
 def checkpoints_kept(policy: CheckpointArgs, steps: int) -> int:
     """Return how many checkpoints a run of so many steps has kept when it is done."""
-    saved = {*range(policy.interval, steps + 1, policy.interval), steps}
-    if policy.keep_last is None:
-        return len(saved)
-    for_ever = {step for step in saved if policy.keep_every and step % policy.keep_every == 0}
-    return len(for_ever | set(sorted(saved)[-policy.keep_last :]))
+    saved = -(-steps // policy.interval)  # the run's end is one
+    last = min(policy.keep_last or saved, saved)
+    before = (saved - last) * policy.interval
+    return last + (before // math.lcm(policy.interval, policy.keep_every) if policy.keep_every else 0)
 
 
 def scaling(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: float) -> Iterator[str]:
