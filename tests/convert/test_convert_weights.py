@@ -239,6 +239,21 @@ def test_names_of_a_compiled_or_wrapped_model_are_those_of_the_model(wrap, kind,
             open_weights(WRITERS[kind](tmp_path / "twice", twice), CONFIG)
 
 
+@pytest.mark.parametrize("prefix", ["model.", "net.model."])
+def test_a_prefix_that_no_wrapper_of_ours_makes_is_named(prefix, tmp_path):
+    file = tmp_path / "lit_model.pth"
+    torch.save({"model": {prefix + name: tensor for name, tensor in weights().items()}}, file)
+    with pytest.raises(InputError) as error:
+        open_weights(file, CONFIG)
+    assert str(error.value) == (
+        f"{file} has '{prefix}' before its names, as in {prefix}transformer.wte.weight: save it again with names that "
+        "begin with transformer and lm_head"
+    )
+    torch.save({"epoch": 1, "state_dict": weights()}, file)
+    with pytest.raises(InputError, match=r"lit_model.pth has its tensors in 'state_dict', not in 'model': save that"):
+        open_weights(file, CONFIG)
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("kind", WRITERS)
 def test_a_tensor_that_was_read_may_be_changed(kind, tmp_path):

@@ -32,6 +32,8 @@ PLAIN_MLP = {".mlp.fc_1.": ".mlp.swiglu.w1.", ".mlp.fc_2.": ".mlp.swiglu.w2.", "
 # what compiling or wrapping a model puts into the names of its parameters
 WRAPPERS = ("_orig_mod", "_forward_module", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "module")
 
+EMBEDDING = "transformer.wte.weight"
+
 COUNTS = ("step", "tokens", "eos_id", "bos_id")
 
 
@@ -150,10 +152,22 @@ def _open_upstream(path: Path, config: ModelConfig) -> Weights:
     state = content.get("model", content) if isinstance(content, dict) else {}
     found = state.items() if isinstance(state, Mapping) else ()
     tensors = {}
-    for name, tensor in _unwrapped(path, {k: v for k, v in found if isinstance(k, str) and _is_plain(v)}).items():
+    stored = {k: v for k, v in found if isinstance(k, str) and _is_plain(v)}
+    nested = [key for key, value in found if isinstance(value, Mapping)]
+    if state is content and nested and not stored:
+        key = printable(repr(nested[0]), 80)
+        raise InputError(f"{path} has its tensors in {key}, not in 'model': save that entry alone")
+    for name, tensor in _unwrapped(path, stored).items():
         for plain, fused in PLAIN_MLP.items():
             name = name.replace(plain, fused)
         tensors[name] = tensor
+    before, embedding, _ = next((key for key in tensors if key.endswith(EMBEDDING)), "").partition(EMBEDDING)
+    if embedding and before:
+        prefix = printable(before, 80)
+        raise InputError(
+            f"{path} has '{prefix}' before its names, as in {prefix}{EMBEDDING}: save it again with names that begin "
+            "with transformer and lm_head"
+        )
     dtype = _check(path, config, _shapes_and_dtypes(tensors), layout.shapes)
     # upstream trained with Llama's tokenizer; its files lack the number of tokens
     metadata = _metadata({"step": content.get("step_count", 0), "eos_id": 2, "bos_id": 1})
