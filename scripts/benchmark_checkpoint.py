@@ -28,11 +28,15 @@ def main() -> None:
     """Parse the flags, measure and print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--model", default="tinyllama_120m", help="named size (default: tinyllama_120m)")
-    parser.add_argument("--rounds", type=int, default=3, help="measured saves of each kind (default: 3)")
-    parser.add_argument("--folder", help="folder on the disk to measure (default: the system's for temporary files)")
+    parser.add_argument("--rounds", type=cli.count, default=3, help="measured saves of each kind (default: 3)")
+    parser.add_argument(
+        "--folder", type=Path, help="folder on the disk to measure (default: the system's for temporary files)"
+    )
     args = parser.parse_args()
     config = named_config(args.model)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if args.folder is not None:
+        args.folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.folder) as folder:
         dist.init_process_group("gloo", store=dist.FileStore(f"{folder}/store", 1), rank=0, world_size=1)
         model = GPT(config).to(device)

@@ -272,8 +272,8 @@ def main() -> None:
     """Parse the flags, write the shards, run the rounds and print."""
     parser = cli.arguments(__doc__)
     parser.add_argument("--tokenizer", type=Path, required=True, help="sentencepiece .model")
-    parser.add_argument("--rounds", type=int, default=3, help="rounds, whose medians are printed (default: 3)")
-    parser.add_argument("--megabytes", type=int, default=55, help="megabytes of text in a shard (default: 55)")
+    parser.add_argument("--rounds", type=cli.count, default=3, help="rounds, whose medians are printed (default: 3)")
+    parser.add_argument("--megabytes", type=cli.count, default=55, help="megabytes of text in a shard (default: 55)")
     parser.add_argument("--texts", type=Path, help="folder whose .txt files are the prose (default: this Python's own)")
     parser.add_argument(
         "--work",

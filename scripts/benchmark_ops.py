@@ -114,7 +114,7 @@ def main() -> None:
     parser.add_argument(
         "--model", default="tinyllama_1.1b", help="named size that gives the shapes (default: tinyllama_1.1b)"
     )
-    parser.add_argument("--micro_batch_size", type=int, default=16, help="sequences per call (default: 16)")
+    parser.add_argument("--micro_batch_size", type=cli.count, default=16, help="sequences per call (default: 16)")
     parser.add_argument(
         "--operation", choices=OPERATIONS, action="append", help="measure only this operation; may be repeated"
     )

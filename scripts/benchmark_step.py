@@ -272,10 +272,12 @@ def main() -> int:
     parser.add_argument("--peers", default="", help="peers to measure, too, if they are installed: litgpt,hf")
     parser.add_argument("--run", action="append", default=[], help="NAME[:SETTING,...]; may be repeated")
     parser.add_argument(
-        "--micro_batch_size", type=int, default=16, help="micro-batch of runs that name none (default: 16)"
+        "--micro_batch_size", type=cli.count, default=16, help="micro-batch of runs that name none (default: 16)"
     )
-    parser.add_argument("--tokens", type=int, default=65536, help="tokens per optimizer step (default: 65,536)")
-    parser.add_argument("--steps", type=int, default=10, help="number of measured steps, in two rounds (default: 10)")
+    parser.add_argument("--tokens", type=cli.count, default=65536, help="tokens per optimizer step (default: 65,536)")
+    parser.add_argument(
+        "--steps", type=cli.count, default=10, help="number of measured steps, in two rounds (default: 10)"
+    )
     parser.add_argument(
         "--gpus", default="1", help="numbers of GPUs to measure each run on, such as 1,2,4 (default: 1)"
     )

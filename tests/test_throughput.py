@@ -114,3 +114,20 @@ def test_kernels_are_not_counted_without_a_gpu(script) -> None:
 def test_numbers_of_gpus(script, numbers) -> None:
     code, _, said = script("benchmark_step", f"--gpus={numbers}")
     assert (code, said) == (2, f"error: --gpus is {numbers!r}: give numbers, as in 1,2,4\n")
+
+
+@pytest.mark.parametrize(
+    ("name", "flag"),
+    [
+        ("benchmark_checkpoint", "rounds"),
+        *(("benchmark_data", flag) for flag in ("rounds", "megabytes")),
+        ("benchmark_ops", "micro_batch_size"),
+        *(("benchmark_step", flag) for flag in ("micro_batch_size", "tokens", "steps")),
+    ],
+)
+@pytest.mark.parametrize("value", ["0", "-3", "1.5", "1" + "0" * 16])
+def test_a_benchmark_refuses_what_is_no_count(name: str, flag: str, value: str, script) -> None:
+    code, said, error = script(name, f"--{flag}={value}")
+    assert (code, said) == (2, "")
+    assert error.startswith(f"error: argument --{flag}: '{value}' is no count: give a whole number from 1 to ")
+    assert error.count("\n") == 1

@@ -24,6 +24,7 @@ from typing import Any, NoReturn, TypeVar
 import yaml
 
 from tinyllama import InputError, printable
+from tinyllama.config.bounds import MOST
 from tinyllama.config.fields import field_doc
 
 Config = TypeVar("Config")
@@ -94,6 +95,14 @@ class _Parser(argparse.ArgumentParser):
 def arguments(doc: str | None) -> argparse.ArgumentParser:
     """Build a parser for a script whose docstring is ``doc``; a wrong command line raises InputError."""
     return _Parser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+
+def count(text: str) -> int:
+    """Return the number in ``text``, a flag's that counts something: 1 or more."""
+    with contextlib.suppress(ValueError):
+        if 0 < (number := int(text)) <= MOST:
+            return number
+    raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is no count: give a whole number from 1 to {MOST:,}")
 
 
 class _Given(argparse.Action):
