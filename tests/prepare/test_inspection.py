@@ -44,25 +44,25 @@ def test_figures(folder):
     assert figures == {
         "shards": 3,
         "tokens": 9,
-        "bytes of tokens": 18,
+        "bytes": 18,
         "dtype": "uint16",
         "documents": 3,
-        "mean document length, tokens": 3.0,
-        "longest document, tokens": 5,
-        "bytes of text": "unknown",
-        "bytes of text per token": "unknown",
+        "mean_document_length": 3.0,
+        "max_document_length": 5,
+        "bytes_of_text": "unknown",
+        "bytes_per_token": "unknown",
         "over 2,048 tokens": "0.00% of the documents, 0.00% of the tokens",
-        "vocabulary size": 100,
-        "largest token id": 10,
-        "tokenizer sha256": "ab" * 32,
+        "vocab_size": 100,
+        "max_token": 10,
+        "tokenizer_sha256": "ab" * 32,
         "bos": "none",
         "eos": "2 after each document",
-        "documents of 1 token": 1,
+        "documents of 1 to 1 tokens": 1,
         "documents of 2 to 3 tokens": 1,
         "documents of 4 to 7 tokens": 1,
-        "most frequent tokens": "2 (33.3%), 5 (11.1%), 6 (11.1%), 7 (11.1%), 8 (11.1%), 9 (11.1%), 10 (11.1%)",
-        "bos twice in a row": "0 in a sample of 9 tokens",
-        "eos twice in a row": "1 in a sample of 9 tokens",
+        "most_frequent": "2 33.3%, 5 11.1%, 6 11.1%, 7 11.1%, 8 11.1%, 9 11.1%, 10 11.1%",
+        "bos twice in a row": "0 times in a sample of 9 tokens",
+        "eos twice in a row": "1 times in a sample of 9 tokens",
     }
     assert inspect_packed(folder, verify=True).items() >= figures.items()
 
@@ -169,25 +169,25 @@ def test_lengths_are_counted_by_powers_of_two(tmp_path):
     folder = dataset(tmp_path / "x", {name: [[5] * length for length in of] for name, of in lengths.items()})
     figures = inspect_packed(folder)
     assert {key: value for key, value in figures.items() if key.startswith("documents of")} == {
-        "documents of 0 tokens": 2,
-        "documents of 1 token": 2,
+        "documents of 0 to 0 tokens": 2,
+        "documents of 1 to 1 tokens": 2,
         "documents of 2 to 3 tokens": 2,
         "documents of 4 to 7 tokens": 2,
         "documents of 8 to 15 tokens": 1,
         "documents of 512 to 1,023 tokens": 1,
         "documents of 1,024 to 2,047 tokens": 1,
     }
-    assert (figures["documents"], figures["longest document, tokens"]) == (11, 1024)
-    assert figures["mean document length, tokens"] == 188.5  # 2073 / 11 is 188.45...
-    assert (figures["tokens"], figures["bytes of tokens"]) == (2073, 4146)
+    assert (figures["documents"], figures["max_document_length"]) == (11, 1024)
+    assert figures["mean_document_length"] == 188.5  # 2073 / 11 is 188.45...
+    assert (figures["tokens"], figures["bytes"]) == (2073, 4146)
 
 
 def test_bos_and_eos_that_follow_one_another(tmp_path):
     documents = [[1, 1, 1, 5, 2], [1, 2, 2, 5, 2]]
     figures = inspect_packed(dataset(tmp_path / "x", {"a": documents}, bos=True))
     assert (figures["bos"], figures["eos"]) == ("1 before each document", "2 after each document")
-    assert figures["bos twice in a row"] == "2 in a sample of 10 tokens"
-    assert figures["eos twice in a row"] == "1 in a sample of 10 tokens"
+    assert figures["bos twice in a row"] == "2 times in a sample of 10 tokens"
+    assert figures["eos twice in a row"] == "1 times in a sample of 10 tokens"
     assert inspect_packed(dataset(tmp_path / "y", {"a": documents}, eos=False))["eos"] == "none"
 
 
@@ -197,7 +197,7 @@ def test_the_ten_most_frequent_tokens(tmp_path):
     total = sum(counts.values())
     expected = sorted(counts, key=lambda token: (-counts[token], token))[:10]
     figures = inspect_packed(dataset(tmp_path / "x", {"a": documents}))
-    assert figures["most frequent tokens"] == ", ".join(f"{token} ({counts[token] / total:.1%})" for token in expected)
+    assert figures["most_frequent"] == ", ".join(f"{token} {counts[token] / total:.1%}" for token in expected)
 
 
 def test_a_long_stream_is_sampled_from_its_first_token_to_its_last(tmp_path, monkeypatch):
@@ -211,8 +211,8 @@ def test_a_long_stream_is_sampled_from_its_first_token_to_its_last(tmp_path, mon
     documents = {"a": [stream[:1000].tolist()], "b": [stream[1000:9000].tolist()], "c": [stream[9000:].tolist()]}
     folder = dataset(tmp_path / "x", documents, vocab_size=10, eos_id=7)
     figures = inspect_packed(folder)
-    assert figures["most frequent tokens"] == "7 (100.0%), 8 (0.0%)"
-    assert figures["eos twice in a row"] == f"{3 * 4093:,} in a sample of {3 * 4096:,} tokens"
+    assert figures["most_frequent"] == "7 100.0%, 8 0.0%"
+    assert figures["eos twice in a row"] == f"{3 * 4093:,} times in a sample of {3 * 4096:,} tokens"
     for place, name, begin in ((0, "a", 0), (8192, "b", 1000), (size - 1, "c", 9000)):
         path = folder / f"{name}.bin"
         whole = path.read_bytes()
@@ -284,12 +284,12 @@ def test_shares_and_text(tokenizer_file, tmp_path):
     ids = {name: [*tokenizer.encode(text), 2] for name, text in texts.items()}
     stream = ids["c"] + ids["go"]
     for name, part in ids.items():
-        assert figures[f"{name}: share"] == f"{len(part) / len(stream):.2%} of the tokens"
-    assert figures["beginning"] == repr(tokenizer.decode(stream[:100]))
+        assert figures[f"share of {name}"] == f"{len(part) / len(stream):.2%} of the tokens"
+    assert figures["begins"] == repr(tokenizer.decode(stream[:100]))
     counts = {i: stream.count(i) for i in sorted(set(stream))}
     frequent = sorted(counts, key=lambda i: -counts[i])[:10]
-    assert figures["most frequent tokens"] == ", ".join(
-        f"{tokenizer.decode([i])!r} ({counts[i] / len(stream):.1%})" for i in frequent
+    assert figures["most_frequent"] == ", ".join(
+        f"{tokenizer.decode([i])!r} {counts[i] / len(stream):.1%}" for i in frequent
     )
     other = tmp_path / "other.model"
     other.write_bytes(tokenizer_file.read_bytes() + b"\x9a\x3f\x00")
@@ -320,21 +320,22 @@ def test_bytes_per_token_and_what_is_longer_than_the_context(tokenizer_file, tmp
     folder = prepared(tmp_path, tokenizer_file, rows)
     figures = inspect_packed(folder, block_size=10)
     assert figures["tokens"] == 73
-    assert (figures["bytes of text"], figures["bytes of text per token"]) == (59, round(59 / 73, 3))
+    assert (figures["bytes_of_text"], figures["bytes_per_token"]) == (59, round(59 / 73, 3))
     assert figures["over 10 tokens"] == f"{3 / 7:.2%} of the documents, {42 / 73:.2%} of the tokens"
-    assert figures["Book: bytes of text per token"] == round(33 / 41, 3)
-    assert figures["Book: over 10 tokens"] == f"25.00% of the documents, {20 / 41:.2%} of the tokens"
-    assert figures["Web: bytes of text per token"] == round(26 / 32, 3)
-    assert figures["Web: over 10 tokens"] == f"{2 / 3:.2%} of the documents, {22 / 32:.2%} of the tokens"
+    assert figures["bytes_per_token of Book"] == round(33 / 41, 3)
+    assert figures["over 10 tokens of Book"] == f"25.00% of the documents, {20 / 41:.2%} of the tokens"
+    assert figures["bytes_per_token of Web"] == round(26 / 32, 3)
+    assert figures["over 10 tokens of Web"] == f"{2 / 3:.2%} of the documents, {22 / 32:.2%} of the tokens"
     figures = inspect_packed(folder, block_size=9)
     assert figures["over 9 tokens"] == f"{5 / 7:.2%} of the documents, {62 / 73:.2%} of the tokens"
-    assert figures["Web: over 9 tokens"] == "not recorded"
+    assert figures["over 9 tokens of Web"] == "not recorded"
     assert (
-        inspect_packed(folder, block_size=1)["Web: over 1 tokens"] == "100.00% of the documents, 100.00% of the tokens"
+        inspect_packed(folder, block_size=1)["over 1 tokens of Web"]
+        == "100.00% of the documents, 100.00% of the tokens"
     )
 
     done = command(folder, "--block_size", 10)
-    assert re.search(r"^Book: over 10 tokens +25\.00% of the documents, 48\.78% of the tokens$", done.stdout, re.M)
+    assert re.search(r"^over 10 tokens of Book +25\.00% of the documents, 48\.78% of the tokens$", done.stdout, re.M)
     done = command(folder, "--block_size", 0)
     assert (done.returncode, done.stderr) == (2, "error: --block_size 0 is not a context length: give 1 or more\n")
 
@@ -349,10 +350,10 @@ def test_what_an_older_folder_does_not_record_is_unknown(tokenizer_file, tmp_pat
     change(folder / "manifest.json", subsets=manifest["subsets"])
     figures = inspect_packed(folder)
     assert figures["over 2,048 tokens"] == "0.00% of the documents, 0.00% of the tokens"
-    assert figures["Book: over 2,048 tokens"] == "0.00% of the documents, 0.00% of the tokens"
-    assert figures["Web: over 2,048 tokens"] == "not recorded"
-    assert (figures["bytes of text per token"], figures["Web: bytes of text per token"]) == ("unknown", "unknown")
-    assert figures["Book: bytes of text per token"] == round(1 / 3, 3)
+    assert figures["over 2,048 tokens of Book"] == "0.00% of the documents, 0.00% of the tokens"
+    assert figures["over 2,048 tokens of Web"] == "not recorded"
+    assert (figures["bytes_per_token"], figures["bytes_per_token of Web"]) == ("unknown", "unknown")
+    assert figures["bytes_per_token of Book"] == round(1 / 3, 3)
 
 
 @pytest.mark.usefixtures("one_process")
@@ -365,13 +366,9 @@ def test_figures_that_are_no_counts_are_not_shown(tokenizer_file, tmp_path, wron
     change(folder / "manifest.json", subsets=subsets)
     figures = inspect_packed(folder)
     if key == "bytes":
-        expected = {
-            "bytes of text": "unknown",
-            "bytes of text per token": "unknown",
-            "Web: bytes of text per token": "unknown",
-        }
+        expected = {"bytes_of_text": "unknown", "bytes_per_token": "unknown", "bytes_per_token of Web": "unknown"}
     else:
-        expected = {"bytes of text": 1, "Web: over 2,048 tokens": "not recorded"}
+        expected = {"bytes_of_text": 1, "over 2,048 tokens of Web": "not recorded"}
     assert figures.items() >= expected.items()
 
 
@@ -396,7 +393,7 @@ def test_command(folder):
     done = command(folder, "--verify")
     assert (done.returncode, done.stderr) == (0, "")
     assert re.search(r"^tokens +9$", done.stdout, re.M)
-    assert re.search(r"^tokenizer sha256 +(ab){32}$", done.stdout, re.M)
+    assert re.search(r"^tokenizer_sha256 +(ab){32}$", done.stdout, re.M)
     assert done.stdout.splitlines()[-1] == "verified: the 3 shards are what was written"
     (folder / "b.bin").write_bytes(bytes(10))
     done = command(folder, "--verify")
@@ -424,10 +421,10 @@ def test_the_command_shows_text_and_large_numbers(tokenizer_file, tmp_path, scri
     figures = dict(re.split("  +", line, maxsplit=1) for line in out.splitlines())
     tokens = 1000 * len(documents[0])
     assert (figures["shards"], figures["documents"], figures["tokens"]) == ("2", "1,000", f"{tokens:,}")
-    assert figures["mean document length, tokens"] == f"{len(documents[0])}.0"
-    assert figures["beginning"].startswith("'the llama the llama")
+    assert figures["mean_document_length"] == f"{len(documents[0])}.0"
+    assert figures["begins"].startswith("'the llama the llama")
     assert not any(line.startswith("verified") for line in out.splitlines())
     assert len({line.index(value) for line, value in zip(out.splitlines(), figures.values(), strict=True)}) == 1
     _, out, _ = script("inspect_packed", folder, "--verify")
     assert out.splitlines()[-1] == "verified: the 2 shards are what was written"
-    assert "beginning" not in out
+    assert "begins" not in out

@@ -35,7 +35,7 @@ def inspect_packed(
     figures: dict[str, Any] = {
         "shards": len(dataset.files),
         "tokens": dataset.tokens,
-        "bytes of tokens": dataset.tokens * dataset.dtype.itemsize,
+        "bytes": dataset.tokens * dataset.dtype.itemsize,
         "dtype": str(dataset.dtype),
         "fingerprint": dataset.fingerprint,
     }
@@ -52,27 +52,26 @@ def inspect_packed(
     longer, tokens_of_longer = sum(shard.longer for shard in checked), sum(shard.tokens_of_longer for shard in checked)
     figures |= {
         "documents": dataset.documents,
-        "mean document length, tokens": round(dataset.tokens / dataset.documents, 1),
-        "longest document, tokens": max(shard.longest for shard in checked),
-        "bytes of text": "unknown" if dataset.num_bytes is None else dataset.num_bytes,
-        "bytes of text per token": _bytes_per_token(dataset.num_bytes, dataset.tokens),
+        "mean_document_length": round(dataset.tokens / dataset.documents, 1),
+        "max_document_length": max(shard.longest for shard in checked),
+        "bytes_of_text": "unknown" if dataset.num_bytes is None else dataset.num_bytes,
+        "bytes_per_token": _bytes_per_token(dataset.num_bytes, dataset.tokens),
         f"over {block_size:,} tokens": _shares(longer, dataset.documents, tokens_of_longer, dataset.tokens),
-        "vocabulary size": dataset.vocab_size,
-        "largest token id": dataset.max_token,
-        "tokenizer sha256": dataset.tokenizer_sha256,
+        "vocab_size": dataset.vocab_size,
+        "max_token": dataset.max_token,
+        "tokenizer_sha256": dataset.tokenizer_sha256,
         "bos": f"{dataset.bos_id} before each document" if dataset.bos else "none",
         "eos": f"{dataset.eos_id} after each document" if dataset.eos else "none",
     }
     for power in np.flatnonzero(histogram).tolist():
         low, high = (0 if power == 0 else 1 << (power - 1)), (1 << power) - 1
-        length = f"{low:,} to {high:,} tokens" if low < high else "1 token" if low else "0 tokens"
-        figures[f"documents of {length}"] = int(histogram[power])
+        figures[f"documents of {low:,} to {high:,} tokens"] = int(histogram[power])
     for subset, count in manifest["subsets"].items() if list(manifest["subsets"]) != ["."] else ():
-        figures[f"{subset}: share"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
-        figures[f"{subset}: bytes of text per token"] = _bytes_per_token(count.get("bytes"), count["tokens"])
+        figures[f"share of {subset}"] = f"{count['tokens'] / dataset.tokens:.2%} of the tokens"
+        figures[f"bytes_per_token of {subset}"] = _bytes_per_token(count.get("bytes"), count["tokens"])
         keys = (f"documents_over_{block_size}", "documents", f"tokens_over_{block_size}", "tokens")
         recorded = [count.get(key) for key in keys]
-        figures[f"{subset}: over {block_size:,} tokens"] = (
+        figures[f"over {block_size:,} tokens of {subset}"] = (
             _shares(*recorded) if all(map(is_count, recorded)) else "not recorded"
         )
     return figures | _tokens(dataset, tokenizer)
@@ -96,14 +95,12 @@ def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, An
     order = np.argsort(-counts, kind="stable")[:10]
     names = [f"{tokenizer.decode([i])!r}" if tokenizer else str(i) for i in ids[order].tolist()]
     shares = counts[order] / counts.sum()
-    figures = {
-        "most frequent tokens": ", ".join(f"{name} ({share:.1%})" for name, share in zip(names, shares, strict=True))
-    }
+    figures = {"most_frequent": ", ".join(f"{name} {share:.1%}" for name, share in zip(names, shares, strict=True))}
     for name, token in (("bos", dataset.bos_id), ("eos", dataset.eos_id)):
         pairs = sum(int(((part[:-1] == token) & (part[1:] == token)).sum()) for part in parts)
-        figures[f"{name} twice in a row"] = f"{pairs:,} in a sample of {sum(map(len, parts)):,} tokens"
+        figures[f"{name} twice in a row"] = f"{pairs:,} times in a sample of {sum(map(len, parts)):,} tokens"
     if tokenizer:
-        figures["beginning"] = repr(tokenizer.decode(dataset.read(0, min(100, dataset.tokens)).tolist()))
+        figures["begins"] = repr(tokenizer.decode(dataset.read(0, min(100, dataset.tokens)).tolist()))
     return figures
 
 
