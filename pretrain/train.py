@@ -29,21 +29,21 @@ from tinyllama.model import GPT
 from tinyllama.monitor.console import Row, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
 from tinyllama.monitor.watchdog import Watchdog
-from tinyllama.ops import attention
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard
+from tinyllama.train.as_rank import as_rank
 from tinyllama.train.budget import gradient_accumulation
-from tinyllama.train.collectives import refuse_differences, set_timeout
+from tinyllama.train.collectives import rank_map, refuse_differences, set_timeout
 from tinyllama.train.garbage import collect_gc, freeze_gc
 from tinyllama.train.init_from import initial_weights, load_initial_weights, with_sizes
-from tinyllama.train.launch import as_rank, find_world, rank_map
+from tinyllama.train.launch import find_world
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption, was_asked_for
 from tinyllama.train.run import Run, choose_ops, mix
 from tinyllama.train.samples import open_samples
 from tinyllama.train.start import load_checkpoint, start_from
-from tinyllama.train.step import Losses, TrainStep
+from tinyllama.train.step import TrainStep, losses_of
 from tinyllama.train.step_clock import StepClock
 
 DONE, DEFECT, STOPPED = 0, 1, 75
@@ -160,7 +160,7 @@ class Training:
             say=lambda text: log.event("set_aside", text),
         )
         self.guard = Guard(args.train, self.optimizer, state, run.world.copies, fabric.device)
-        self.losses = losses_of(run, model)
+        self.losses = losses_of(model, args.data, run.sources[0].eos_id)
         log.watch_memory(gpt, self.optimizer)
         tokens = run.tokens_per_step
         self.train_step = TrainStep(args, fabric, gpt, self.losses, optimizer, self.guard, run.accumulation, tokens)
@@ -291,14 +291,6 @@ class Training:
             return DONE
         is_saved = self.run.resume is not None or self.state.step > 0  # not if it was stopped before its first step
         return STOPPED if is_saved and was_asked_for(stopped_by) else DEFECT
-
-
-def losses_of(run: Run, model: torch.nn.Module) -> Losses:
-    """Return the model as a function from input ids and targets, both (B, T), to their summed loss."""
-    data, eos_id = run.args.data, run.sources[0].eos_id
-    if not data.document_mask or eos_id is None:
-        return model
-    return lambda ids, targets: model(ids, targets, attention.documents(ids, eos_id), data.restart_positions)
 
 
 if __name__ == "__main__":

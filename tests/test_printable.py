@@ -79,7 +79,7 @@ def test_a_path_that_cannot_be_used_is_one_line(tmp_path: Path, capsys: pytest.C
 RANK = """
 from tinyllama import InputError
 from tinyllama.config import cli
-from tinyllama.train.launch import as_rank
+from tinyllama.train.as_rank import as_rank
 def fail():
     raise InputError("a\\x1b[2J\\nerror: b: mend it")
 cli.run(lambda: as_rank(fail))

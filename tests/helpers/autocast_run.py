@@ -5,19 +5,17 @@ Arguments are train.py's.
 
 import sys
 from pathlib import Path
-from typing import Any
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 
 from tinyllama.config import cli
-from tinyllama.config.args import PretrainArgs
+from tinyllama.config.args import DataArgs, PretrainArgs
+from tinyllama.train.step import Losses, losses_of
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
-
-losses_of = recipe.losses_of
 
 
 def known_linear(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor) -> torch.Tensor:
@@ -25,9 +23,9 @@ def known_linear(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor) -> tor
     return F.linear(x, weight)
 
 
-def autocast(run: Any, model: torch.nn.Module) -> recipe.Losses:
+def autocast(model: torch.nn.Module, data: DataArgs, eos_id: int | None) -> Losses:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16)(losses_of(run, model))
+    return torch.autocast(device, dtype=torch.bfloat16)(losses_of(model, data, eos_id))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import torch
 
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
-from tinyllama.train.launch import as_rank
+from tinyllama.train.as_rank import as_rank
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe

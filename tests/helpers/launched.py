@@ -13,7 +13,8 @@ import torch.distributed as dist
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.config.args import ParallelArgs, TrainArgs
-from tinyllama.train.launch import as_rank, find_world
+from tinyllama.train.as_rank import as_rank
+from tinyllama.train.launch import find_world
 from tinyllama.train.parallel import build_fabric
 
 

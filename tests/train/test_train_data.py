@@ -31,6 +31,7 @@ from tinyllama.data import mixture
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import start_summary
+from tinyllama.train.step import losses_of
 
 T = 16  # block_size
 
@@ -240,11 +241,11 @@ def test_documents_and_positions_go_to_the_model(recipe, settings, restart: bool
         return args
 
     run = recipe.setup(settings)
-    assert recipe.losses_of(run, model) is model
+    assert losses_of(model, run.args.data, run.sources[0].eos_id) is model
     run = recipe.setup(data(settings, document_mask=True, restart_positions=restart))
     ids = torch.tensor([[5, 2, 6, 1, 2, 2, 8], [2, 0, 0, 3, 3, 4, 2]])
     targets = ids + 1
-    given = recipe.losses_of(run, model)(ids, targets)
+    given = losses_of(model, run.args.data, run.sources[0].eos_id)(ids, targets)
     assert given[0] is ids
     assert given[1] is targets
     # an eos, 2, is its document's last token

@@ -44,6 +44,14 @@ def from_rank_zero(call: Callable[[], T]) -> T:
     return cast(T, found)
 
 
+def rank_map() -> list[str]:
+    """Collective. Return which ranks run where, a line for each host."""
+    hosts: list[str] = [""] * dist.get_world_size()
+    dist.all_gather_object(hosts, socket.gethostname())
+    numbers = {host: [str(rank) for rank, where in enumerate(hosts) if where == host] for host in hosts}
+    return [f"{host}: {'rank' if len(of) == 1 else 'ranks'} {' '.join(of)}" for host, of in numbers.items()]
+
+
 def refuse_differences(facts: Mapping[str, Any]) -> None:
     """Collective. Raise InputError on every rank, naming what differs, if any rank has other ``facts`` than rank 0.
 

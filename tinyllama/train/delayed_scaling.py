@@ -63,9 +63,10 @@ class DelayedScaling:
             self._known.copy_(~rejected)
 
     def exponents(self) -> list[int]:
-        """The factors, as powers of two, or [] before the first step: what a checkpoint holds. Waits for the device.
+        """Return the factors as a checkpoint holds them: as powers of two, [] before the first step.
 
-        Those of gradients are as if the loss was not scaled, which depends on the number of ranks and on the batch.
+        Those of gradients are as if the loss was not scaled, which depends on the number of ranks and on the batch. It
+        waits for the device.
         """
         if not self._known:
             return []

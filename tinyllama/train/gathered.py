@@ -134,15 +134,15 @@ class Gathered:
         return DTensor.from_local(local, self._mesh, placements, run_check=False, shape=shape, stride=stride)
 
     def _owned(self, rows: Tensor) -> Tensor:
-        """This rank's part of (rows, ...)."""
+        """Return this rank's part of ``rows``, (R, ...)."""
         return rows.chunk(self._shards)[self._shard]
 
     def _owned_in_turn(self, rows: Tensor, count: int) -> Tensor:
-        """The same of ``count`` weights whose rows alternate -> (rows of each, count, ...)."""
+        """Return the same of ``count`` weights whose rows alternate, as (rows of each, count, ...)."""
         return self._owned(rows).unflatten(0, (-1, count))
 
     def _reducing(self, forward: Callable[..., Any], rows: list[Rows]) -> Callable[..., Any]:
-        """A Block's ``forward``, with a reduction of its gradients as soon as its backward pass is done."""
+        """Return a Block's ``forward`` that also reduces its gradients, as soon as its backward pass is done."""
 
         def reduce() -> None:
             if self.reduces:

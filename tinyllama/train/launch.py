@@ -1,16 +1,8 @@
-"""Find out who started this process and how many ranks there are where, and let the ranks fail and end together."""
+"""Find out who started this process and how many ranks there are where, and tell Fabric."""
 
-import atexit
-import ctypes
 import os
-import signal
 import socket
-import sys
-import threading
-import time
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -22,7 +14,6 @@ from lightning.fabric.plugins.environments import (
 )
 
 from tinyllama import InputError
-from tinyllama.config import cli
 from tinyllama.config.args import ParallelArgs
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -30,10 +21,6 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 SHELL_JOB_NAMES = ("bash", "interactive")
 """names of interactive Slurm jobs, in whose single task plain ``python`` starts ranks of its own"""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-PATIENCE = 30.0
-"""seconds that a rank with an error waits for others that may have the same one"""
-PR_SET_PDEATHSIG = 1
-"""asks Linux for a signal when the parent ends (prctl(2))"""
 
 
 class LaunchError(InputError):
@@ -166,7 +153,7 @@ def _launch_by_variables(tasks: int) -> Launch:
             f"WORLD_SIZE {size} is not a multiple of the {local_size} ranks of this machine: set LOCAL_WORLD_SIZE to "
             "the ranks on each, the same on all"
         )
-    if _number("LOCAL_WORLD_SIZE", 0) == size and not _torchrun_serves():
+    if _number("LOCAL_WORLD_SIZE", 0) == size and not torchrun_serves():
         address = "127.0.0.1"
     rank, local_rank = _number("RANK", below=size), _number("LOCAL_RANK", 0, below=local_size)
     return Launch(launcher, rank, local_rank, size, local_size, address, _number("MASTER_PORT", below=2**16))
@@ -221,7 +208,7 @@ def cluster_environment() -> ClusterEnvironment:
         alone = launch.on_one_machine or _number("LOCAL_WORLD_SIZE", 0) == launch.size
         values = (launch.rank, launch.local_rank, launch.size, launch.address, launch.port)
         env.update({name: str(value) for name, value in zip(VARIABLES, values, strict=True)})
-        serves = launch.rank == 0 and launch.on_one_machine and not _torchrun_serves()
+        serves = launch.rank == 0 and launch.on_one_machine and not torchrun_serves()
     else:
         alone, serves = True, not environment.creates_processes_externally
         if serves:
@@ -252,94 +239,6 @@ def _loopback_interface() -> str:
     return next((name for _, name in socket.if_nameindex() if name in ("lo", "lo0")), "lo")
 
 
-def _torchrun_serves() -> bool:
+def torchrun_serves() -> bool:
+    """Return whether torchrun serves the ranks' store, which rank 0 does otherwise."""
     return os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
-
-
-def as_rank(main: Callable[[], int]) -> int:
-    """Run ``main`` as one of the ranks: an error that several ranks find is printed by one of them.
-
-    A rank whose launcher is gone ends: by SIGTERM, which saves a checkpoint.
-    """
-    try:
-        _end_with_launcher(find_launch())
-        return main()
-    except LaunchError:
-        ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-        if any(os.environ.get(name, "0") != "0" for name in ranks):
-            raise InputError from None  # the first process prints it
-        raise
-    except (InputError, OSError) as error:
-        lines = cli.input_errors(error)
-        if lines is None or not _print_once(lines):
-            raise
-        raise InputError from None  # which is printed
-
-
-def _print_once(errors: Sequence[str]) -> bool:
-    """Print the errors that no other rank prints, and wait until all are printed; False if ranks cannot meet."""
-    try:
-        if dist.is_initialized():
-            rank, size, patience = dist.get_rank(), dist.get_world_size(), 5.0
-        else:
-            environment = cluster_environment()  # it may serve the store
-            rank, size, patience = environment.global_rank(), environment.world_size(), PATIENCE
-        if size == 1:
-            return False
-        serves = rank == 0 and not _torchrun_serves()
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"],
-            int(os.environ["MASTER_PORT"]),
-            is_master=serves,
-            timeout=timedelta(seconds=patience),
-            wait_for_workers=False,
-            multi_tenant=True,
-        )
-        for error in errors:
-            if store.add(f"found/{error}", 1) == 1:
-                cli.print_error(error)
-                store.set(f"printed/{error}", "")
-        # the launcher may end the others as soon as one has ended
-        store.wait([f"printed/{error}" for error in errors])
-        store.add("failed", 1)
-    except (InputError, RuntimeError):  # the server is gone, or never came: better printed twice than never
-        return False
-    if serves:  # it must not end before the others have asked it
-        atexit.register(_await_others, store, size, time.monotonic() + patience)
-    return True
-
-
-def _await_others(store: dist.TCPStore, size: int, until: float) -> None:
-    while store.add("failed", 0) < size and time.monotonic() < until:
-        time.sleep(0.05)
-
-
-def _end_with_launcher(launch: Launch | None) -> None:
-    """Watch, in a thread, for the end of the process that started this rank, and send this rank a signal then.
-
-    A rank that rank 0 has started is ended by Linux itself: while CUDA waits for a dead rank it may hold the
-    interpreter's lock (torch 2.11 records events so), and no thread would run.
-
-    An unknown launcher is not watched: it may end by design, as a script does that starts ranks in the background.
-    """
-    child_of_rank_0 = launch is None and "LOCAL_RANK" in os.environ  # by Fabric; without rank 0 nothing can be saved
-    if child_of_rank_0 or (launch and launch.launcher != "a launcher") or "OMPI_COMM_WORLD_SIZE" in os.environ:
-        number, parent = signal.SIGKILL if child_of_rank_0 else signal.SIGTERM, os.getppid()
-        if child_of_rank_0 and sys.platform == "linux":
-            ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)
-
-        def watch() -> None:
-            while os.getppid() == parent:
-                time.sleep(1)
-            os.write(2, b"the launcher of this rank is gone: the rank ends\n")
-            os.kill(os.getpid(), number)
-
-        threading.Thread(target=watch, name="launcher", daemon=True).start()
-
-
-def rank_map() -> list[str]:
-    """Return which ranks run where, a line for each host. Collective."""
-    hosts: list[str] = [""] * dist.get_world_size()
-    dist.all_gather_object(hosts, socket.gethostname())
-    numbers = {host: [str(rank) for rank, where in enumerate(hosts) if where == host] for host in hosts}
-    return [f"{host}: {'rank' if len(of) == 1 else 'ranks'} {' '.join(of)}" for host, of in numbers.items()]

@@ -6,17 +6,25 @@ from dataclasses import dataclass
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
-from torch import Tensor
+from torch import Tensor, nn
 
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.config.args import PretrainArgs
+from tinyllama.config.args import DataArgs, PretrainArgs
 from tinyllama.model import GPT
+from tinyllama.ops import attention
 from tinyllama.train.anomaly import Guard
 from tinyllama.train.optim import clip, local_gradients, set_lr
 from tinyllama.train.parallel import finish_gradients, sync_gradients
 
 Losses = Callable[[Tensor, Tensor], Tensor]
 """Input ids and targets, (B, T) int64 each, to the loss summed over the tokens, ()"""
+
+
+def losses_of(model: nn.Module, data: DataArgs, eos_id: int | None) -> Losses:
+    """Return the loss of ``model``, which sees one document at a time if ``data.document_mask`` asks for that."""
+    if not data.document_mask or eos_id is None:
+        return model
+    return lambda ids, targets: model(ids, targets, attention.documents(ids, eos_id), data.restart_positions)
 
 
 @dataclass(frozen=True)
