@@ -15,7 +15,7 @@ from tinyllama.config.args import ParallelArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS, Linear
 from tinyllama.train.optim import local_gradients
-from tinyllama.train.parallel import check_dtypes, finish_gradients, mixed_precision, parallelize, recomputing
+from tinyllama.train.parallel import check_dtypes, finish_gradients, mixed_precision, parallelize, recomputing, saved
 
 
 @pytest.fixture
@@ -169,3 +169,19 @@ def test_without_checkpointing_a_forward_is_left_alone() -> None:
 
     assert recomputing(forward, "none") is forward
     assert recomputing(forward, "full") is not forward
+
+
+def test_selective_checkpointing_keeps_products_and_attention() -> None:
+    aten, ours = torch.ops.aten, torch.ops.tinyllama
+    assert set(saved()) == {
+        aten.mm.default,
+        aten._scaled_dot_product_cudnn_attention.default,
+        aten._scaled_dot_product_efficient_attention.default,
+        aten._scaled_dot_product_flash_attention.default,
+        aten._scaled_dot_product_flash_attention_for_cpu.default,
+        torch.ops.higher_order.flex_attention,
+        ours.flash_attn_4.default,
+        ours.swiglu_quack.default,
+        ours.float8_linear.default,
+        ours.float8_swiglu.default,
+    }
