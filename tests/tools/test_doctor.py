@@ -280,9 +280,17 @@ def test_the_disk_is_left_as_it_was(tmp_path: Path) -> None:
     assert f"{tmp_path}: " in findings[0].text
     assert list(tmp_path.iterdir()) == []
     assert next(doctor.disk(Path("/proc/1"))).state == "wrong"
+
+
+def test_no_folder_can_be_made_in_place_of_or_below_what_is_none(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    (finding,) = doctor.disk(tmp_path / "file")
-    assert finding.text == f"{tmp_path / 'file'} is a file"
+    (tmp_path / "link").symlink_to("nothing")
+    for name in ("file", "link"):
+        for out_dir in (tmp_path / name, tmp_path / name / "out" / "run"):
+            text = f"{tmp_path / name} is not a folder"
+            assert list(doctor.disk(out_dir)) == [doctor.Finding("wrong", "disk", text, "give another out_dir")]
+    (finding,) = doctor.disk(Path("/dev/null/x"))
+    assert (finding.state, finding.text) == ("wrong", "/dev/null is not a folder")
 
 
 def test_no_room_for_scratch_files(tmp_path: Path, small_disk: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -327,6 +335,56 @@ def test_float8_is_offered_where_it_can_run(
     found = {finding.name: finding for finding in doctor.operations()}
     assert found["train.precision"] == doctor.Finding(state, "train.precision", text)
     assert found["ops.swiglu"].text == f"reference (auto); can run here: {swiglu}"
+
+
+@pytest.mark.parametrize(
+    ("capability", "operation", "text", "hint"),
+    [
+        (
+            (8, 0),
+            "attention",
+            "flash_attn (auto) cannot run, as flash-attn does not work; can run here: reference, sdpa, sdpa_cudnn, "
+            "sdpa_flash, flex",
+            "see flash-attn above, or give --ops.attention another",
+        ),
+        (
+            (9, 0),
+            "rms_norm",
+            "quack (auto) cannot run, as quack-kernels does not work; can run here: reference, torch",
+            "see quack-kernels above, or give --ops.rms_norm another",
+        ),
+    ],
+)
+def test_a_kernel_library_that_is_broken_can_run_nowhere(
+    stub: Any,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capability: tuple[int, int],
+    operation: str,
+    text: str,
+    hint: str,
+) -> None:
+    for module in ("flash_attn", "quack"):
+        stub(module, "2.8", "raise ImportError('undefined symbol')")
+    stub("quack_kernels", "2.8")
+    # a GPU that does not answer, as the other layers of the examination find
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: capability)
+    kernels = [library for library in doctor.LIBRARIES if library.package in ("flash-attn", "quack-kernels")]
+    monkeypatch.setattr(doctor, "LIBRARIES", kernels)
+    found = {finding.name: finding for finding in doctor.examine(tmp_path, {})}
+    broken = "2.8 is installed and does not work: ImportError: undefined symbol"
+    assert [found[library.package].text for library in kernels] == [broken, broken]
+    assert found[f"ops.{operation}"] == doctor.Finding("wrong", f"ops.{operation}", text, hint)
+    assert found["ops.rope"].state == "ok"
+
+
+def test_float8_needs_a_triton_that_works(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(float8, "problem", lambda device, sizes: None)
+    found = {finding.name: finding for finding in doctor.operations({"triton"})}
+    assert found["train.precision"].text == "float8 cannot be used: triton does not work"
+    assert "float8" not in found["ops.swiglu"].text
 
 
 @pytest.mark.slow

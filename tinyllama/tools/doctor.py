@@ -13,7 +13,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -101,19 +101,23 @@ REASONS = {
 
 def examine(out_dir: Path, env: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Yield all findings, in the order of a machine's layers from the bottom up."""
+    broken: set[str] = set()
     layers: dict[str, Callable[[], Iterator[Finding]]] = {
         "machine": machine,
         "gpu": gpus,
         "speed": speed,
         "packages": packages,
         "libraries": libraries,
-        "ops": operations,
+        "ops": lambda: operations(broken),
         "slurm": lambda: slurm(env),
         "disk": lambda: disk(out_dir),
     }
     for name, look in layers.items():
         try:
-            yield from look()
+            for finding in look():
+                if finding.state == WRONG and name == "libraries":
+                    broken.add(finding.name)
+                yield finding
         except InputError as error:
             yield Finding(WRONG, name, "; ".join(map(str, error.args)), "see above")
         except Exception as error:
@@ -300,20 +304,29 @@ def _try(library: Library) -> Finding:
     return Finding(WRONG, package, text, f"pip uninstall {package}, or install it for this torch and CUDA")
 
 
-def operations() -> Iterator[Finding]:
-    """Report the backend that each operation resolves to here, and those it could use."""
+def operations(broken: Collection[str] = ()) -> Iterator[Finding]:
+    """Report the backend that each operation resolves to here, and those it could use.
+
+    No backend of a ``broken`` package can run, and ``auto`` does not fall back from it: it chooses what is installed.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     precision = "bf16" if device.type == "cuda" else "fp32"
     chosen = choice.resolve({}, named_config("tinyllama_1.1b"), device, precision=precision)
-    lack = float8.problem(device, {})
+    lack = float8.problem(device, {}) or ("triton does not work" if "triton" in broken else None)
     for operation, backends in choice.OPERATIONS.items():
         usable = [
             name
             for name, backend in backends.items()
-            if backend.problem(device) is None and not (lack and backend.call is float8.swiglu)
+            if backend.problem(device) is None
+            and not (lack and backend.call is float8.swiglu)
+            and backend.package not in broken
         ]
-        text = f"{chosen[operation]} (auto); can run here: {', '.join(usable)}"
-        yield Finding(OK, f"ops.{operation}", text)
+        auto, can_run = chosen[operation], f"can run here: {', '.join(usable)}"
+        if (package := backends[auto].package) in broken:
+            text = f"{auto} (auto) cannot run, as {package} does not work; {can_run}"
+            yield Finding(WRONG, f"ops.{operation}", text, f"see {package} above, or give --ops.{operation} another")
+        else:
+            yield Finding(OK, f"ops.{operation}", f"{auto} (auto); {can_run}")
     if lack is None:
         yield Finding(OK, "train.precision", "float8 can run here, too")
     else:
@@ -339,10 +352,10 @@ def slurm(env: Mapping[str, str]) -> Iterator[Finding]:
 def disk(out_dir: Path, megabytes: int = 64) -> Iterator[Finding]:
     """Check the free space where a run would write, and measure the speed of writing and syncing."""
     folder = out_dir.absolute()
-    if folder.is_file():
-        yield Finding(WRONG, "disk", f"{folder} is a file", "give another out_dir")
-        return
     while not folder.is_dir():
+        if os.path.lexists(folder):  # a file, a device or a link to nothing: no folder can be made of it or below it
+            yield Finding(WRONG, "disk", f"{folder} is not a folder", "give another out_dir")
+            return
         folder = folder.parent
     free = shutil.disk_usage(folder).free / 1e9
     payload = os.urandom(1 << 20)
