@@ -31,11 +31,13 @@ import pyarrow
 import zstandard
 from pyarrow import parquet
 
+from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.prepare.inputs import Fields, Input, Inputs, find_inputs
 from tinyllama.prepare.prepare import Options, _packer, _recipe, prepare
 from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import huge_pages
+from tinyllama.tokenizer import Tokenizer
 
 Work = Callable[[], int]
 
@@ -51,10 +53,14 @@ BLOCK = 2048
 def python_texts(endings: set[str]) -> Iterator[str]:
     """Yield each text of this Python's library and packages; with prose among the endings, only docstrings of code."""
     for root in (sysconfig.get_path("stdlib"), sysconfig.get_path("purelib")):
-        for path in sorted(Path(root).rglob("*")):
-            if path.suffix in endings and path.is_file():
-                text = path.read_bytes().decode(errors="ignore")
-                yield "\n\n".join(DOCSTRING.findall(text)) if path.suffix == ".py" and ".md" in endings else text
+        for path in files(Path(root), endings):
+            text = path.read_bytes().decode(errors="ignore")
+            yield "\n\n".join(DOCSTRING.findall(text)) if path.suffix == ".py" and ".md" in endings else text
+
+
+def files(folder: Path, endings: set[str]) -> list[Path]:
+    """Return the files in and below ``folder`` whose names end so, sorted."""
+    return sorted(path for path in folder.rglob("*") if path.suffix in endings and path.is_file())
 
 
 def different(texts: Iterator[str], size: int) -> Iterator[str]:
@@ -156,8 +162,6 @@ def datatrove(kind: str, shard: Path, tokenizer: Path, output: Path) -> Work:
     from datatrove.pipeline.filters import LambdaFilter
     from datatrove.pipeline.readers import JsonlReader, ParquetReader
     from datatrove.pipeline.tokens import DocumentTokenizer
-
-    from tinyllama.tokenizer import Tokenizer
 
     (output / "tokenizer.json").write_text(Tokenizer(tokenizer).json_for_text(), encoding="utf-8")
 
@@ -282,17 +286,24 @@ def main() -> None:
         help="folder for the shards (default: the system's for temporary files)",
     )
     args = parser.parse_args()
+    tokenizer = Tokenizer(args.tokenizer)
+    if tokenizer.encoder != "sentencepiece":
+        raise InputError(f"--tokenizer {args.tokenizer} is not a sentencepiece .model: give one")
+    prose = python_texts({".py", ".md", ".rst", ".txt"})
+    if args.texts is not None:
+        if not (given := files(args.texts, {".txt"})):
+            raise InputError(f"--texts {args.texts} has no .txt files: give a folder that has some")
+        prose = (path.read_bytes().decode(errors="ignore") for path in given)
     results: dict[str, list[tuple[float, ...]]] = {}
     args.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.work, prefix="benchmark-data-") as name:
         folder = Path(name)
-        given = (path.read_text(encoding="utf-8") for path in sorted(args.texts.rglob("*.txt"))) if args.texts else None
-        write_shards(folder, args.megabytes * 1_000_000, 8, given or python_texts({".py", ".md", ".rst", ".txt"}))
+        write_shards(folder, args.megabytes * 1_000_000, 8, prose)
         (folder / "output").mkdir()
         for _ in range(args.rounds):
             for packed in folder.glob("packed-*"):
                 shutil.rmtree(packed)
-            for variant, function, arguments in variants(folder, args.tokenizer):
+            for variant, function, arguments in variants(folder, tokenizer.path):
                 for result in alone(function, arguments):
                     results.setdefault(variant, []).append(result)
     for variant, rounds in results.items():

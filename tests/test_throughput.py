@@ -1,4 +1,6 @@
+import os
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -131,3 +133,24 @@ def test_a_benchmark_refuses_what_is_no_count(name: str, flag: str, value: str, 
     assert (code, said) == (2, "")
     assert error.startswith(f"error: argument --{flag}: '{value}' is no count: give a whole number from 1 to ")
     assert error.count("\n") == 1
+
+
+def test_the_benchmark_of_data_names_what_it_cannot_read_before_it_writes(
+    script, tokenizer_file: Path, tmp_path: Path
+) -> None:
+    work = tmp_path / "work"
+    (tmp_path / "empty").mkdir()
+    os.mkfifo(tmp_path / "empty" / "pipe.txt")
+    (tmp_path / "vocab.json").write_text("{}")
+    for texts in ("missing", "empty", "vocab.json"):
+        flags = ["--tokenizer", tokenizer_file, "--work", work, "--texts", tmp_path / texts]
+        problem = f"error: --texts {tmp_path / texts} has no .txt files: give a folder that has some\n"
+        assert script("benchmark_data", *flags) == (2, "", problem)
+    os.mkfifo(pipe := tmp_path / "pipe.model")
+    for tokenizer in (pipe, tmp_path / "missing.model", tmp_path / "vocab.json"):
+        code, said, error = script("benchmark_data", "--tokenizer", tokenizer, "--work", work)
+        assert (code, said) == (2, "")
+        assert error.startswith("error: ")
+        assert str(tokenizer) in error
+        assert error.count("\n") == 1
+    assert not work.exists()

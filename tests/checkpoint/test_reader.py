@@ -108,6 +108,20 @@ def test_a_step_that_is_not_there_names_those_that_are(saved: Path, tmp_path: Pa
         reader.resolve(tmp_path / "step-00000010")
 
 
+@pytest.mark.parametrize("kind", ["file", "pipe", "link"])
+def test_what_is_no_folder_holds_no_checkpoint_and_takes_no_run(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / kind
+    {"file": Path.touch, "pipe": os.mkfifo, "link": lambda path: path.symlink_to("nothing")}[kind](path)
+    hint = "give a step directory (step-00005000) or a run's out_dir"
+    with pytest.raises(InputError) as error:
+        reader.resolve(path)
+    assert str(error.value) == f"{path} is not a folder: {hint}"
+    for how in ("auto", "never", str(tmp_path)):
+        with pytest.raises(InputError) as error:
+            resume.to_resume(path, how)
+        assert str(error.value) == f"out_dir {path} is not a folder: give another"
+
+
 def test_damaged_tensors_are_one_line(saved: Path, tmp_path: Path) -> None:
     step_dir = copy(saved, tmp_path / "step-00000007", 7)
     file = step_dir / "__0_0.distcp"

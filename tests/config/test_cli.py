@@ -1,6 +1,7 @@
 import dataclasses
 import errno
 import os
+import socket
 import subprocess
 import sys
 from dataclasses import asdict, fields
@@ -246,6 +247,24 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     )
     missing.write_text("a: [")
     assert problems("--config", str(missing))[0].startswith(f"{missing} is not YAML: ")
+
+
+def test_a_config_may_be_a_pipe_and_one_that_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    reading, writing = os.pipe()
+    os.write(writing, b"optim: {lr: 0.5}")
+    os.close(writing)
+    try:
+        assert cli.parse(PretrainArgs, ["--config", f"/dev/fd/{reading}"]).optim.lr == 0.5  # a shell's <(...)
+    finally:
+        os.close(reading)
+    os.mkfifo(pipe := tmp_path / "pipe")
+    assert problems("--config", str(pipe)) == (f"{pipe}: it is not a group of keys but None; --help lists the keys",)
+    with socket.socket(socket.AF_UNIX) as bound:
+        bound.bind(str(tmp_path / "socket"))
+    (problem,) = problems("--config", str(tmp_path / "socket"))
+    hint = "No such device or address; give --config a YAML file"
+    assert problem == f"cannot read the config {tmp_path / 'socket'}: {hint}"
+    assert problems("--config", "/dev/zero")[0].startswith("/dev/zero is not YAML: ")  # though it has no end
 
 
 def test_every_field_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:

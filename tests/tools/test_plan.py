@@ -1,5 +1,6 @@
 import itertools
 import json
+import os
 import runpy
 import subprocess
 import sys
@@ -626,3 +627,9 @@ def test_a_benchmark_of_no_gpu_is_refused(rate: str, tmp_path: Path) -> None:
     (tmp_path / "lines").write_text(f'{{"model": "tinyllama_1.1b", "tokens_per_second": {rate}}}')
     with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
         plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, tmp_path / "lines")
+
+
+def test_a_benchmark_that_is_a_pipe_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
+    os.mkfifo(pipe := tmp_path / "pipe")
+    with pytest.raises(InputError, match="pipe has no line of benchmark_step.py for tinyllama_1.1b"):
+        plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, pipe)

@@ -10,6 +10,7 @@ Nothing in a step is trusted: not that it is whole, not what its names, sizes an
 
 import dataclasses
 import functools
+import os
 import stat
 import sys
 import warnings
@@ -144,9 +145,11 @@ def resolve(path: str | Path) -> Path:
     """Return the step directory at ``path``, or the newest complete one of the run there; raises InputError if none."""
     path = Path(path)
     if names.step_of(path) is None:
+        hint = "give a step directory (step-00005000) or a run's out_dir"
+        if os.path.lexists(path) and not path.is_dir():
+            raise InputError(f"{path} is not a folder: {hint}")
         step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if step_dir is None:
-            hint = "give a step directory (step-00005000) or a run's out_dir"
             raise InputError(f"{path} holds no complete checkpoint: {hint}")
         return step_dir
     if not path.is_dir():

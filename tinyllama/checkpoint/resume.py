@@ -1,6 +1,7 @@
 """Resume policy: which step a run resumes from, and which settings may differ from the checkpoint's."""
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -30,6 +31,8 @@ def to_resume(out_dir: Path, how: str, say: Callable[[str], None] = print) -> Pa
     from there, whether or not that checkpoint still is. ``say`` gets a line for each damaged step that is passed over.
     Raises InputError when what is in ``out_dir`` allows neither.
     """
+    if os.path.lexists(out_dir) and not out_dir.is_dir():
+        raise InputError(f"out_dir {out_dir} is not a folder: give another")
     stopped = stopped_file(out_dir)
     if stopped.exists():
         why = stopped.read_text(encoding="utf-8", errors="replace").strip()

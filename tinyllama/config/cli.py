@@ -222,9 +222,19 @@ class _Loader(yaml.BaseLoader):
         return super().construct_mapping(node, deep)
 
 
+def read_text(file: str | Path) -> str:
+    """Return the text of a small file that a flag names, which may be a pipe: a shell's ``<(...)`` is one.
+
+    One that nobody writes to is empty, instead of being waited for, and of a device that has no end the rest is left.
+    """
+    with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as opened:
+        os.set_blocking(opened.fileno(), True)
+        return opened.read(2**20)
+
+
 def _load(file: str) -> Any:
     try:
-        return _parsed(Path(file).read_text(encoding="utf-8"), file)
+        return _parsed(read_text(file), file)
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not text"
         raise InputError(f"cannot read the config {file}: {reason}; give --config a YAML file") from error

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tinyllama import InputError
+from tinyllama.config import cli
 from tinyllama.config.args import CheckpointArgs, PretrainArgs
 from tinyllama.config.model import LOGITS_CHUNK, ModelConfig
 from tinyllama.data.packed import open_all
@@ -268,7 +269,7 @@ def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Pat
     """Return the tokens per second of one GPU, and the source of that figure."""
     if benchmark is not None:
         try:
-            lines = [json.loads(line) for line in benchmark.read_text(encoding="utf-8").splitlines() if line.strip()]
+            lines = [json.loads(line) for line in cli.read_text(benchmark).splitlines() if line.strip()]
             best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
             if not 1 <= best <= 10**9:  # no GPU's
                 raise ValueError(best)

@@ -58,7 +58,7 @@ class RunLock:
         except OSError as error:
             self._remove_made()
             full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-            hint = "make room there" if full else "give an out_dir that can be"
+            hint = "make room there" if full else "give an out_dir that can be written"
             raise InputError(f"cannot write {self._path}: {error.strerror}: {hint}") from None
         if before is not None:
             print(printable(f"took over {self._path.parent} from {before}"), flush=True)
