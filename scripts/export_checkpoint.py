@@ -17,7 +17,7 @@ def main() -> None:
     parser = cli.arguments(__doc__)
     parser.add_argument("checkpoint", help="a step directory, or a run's out_dir for its newest step")
     parser.add_argument(
-        "file", type=Path, help="the file to write, such as model.safetensors; an existing one is replaced"
+        "file", type=Path, help="the file to write, such as model.safetensors; an earlier export there is replaced"
     )
     parser.add_argument("--average", type=int, metavar="N", help="average the last N checkpoints up to it, in float32")
     args = parser.parse_args()

@@ -34,8 +34,9 @@ def main() -> None:
     if not kept:
         model = train_tokenizer.train(args.source, args.vocab_size, args.split, args.config_name)
         try:
-            args.output.parent.mkdir(parents=True, exist_ok=True)
-            atomic.write(args.output, model)
+            target = Path(os.path.realpath(args.output))  # of a link, which stays
+            target.parent.mkdir(parents=True, exist_ok=True)
+            atomic.write(target, model)
         except OSError as error:
             raise InputError(f"{args.output} cannot be written ({error.strerror}): give another --output") from error
     found = Tokenizer(args.output)

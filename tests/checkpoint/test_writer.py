@@ -157,12 +157,13 @@ def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> Non
 
 def test_an_export_that_fails_leaves_what_was_there(steps: Path, tmp_path: Path, monkeypatch) -> None:
     file = tmp_path / "model.safetensors"
-    file.write_text("before")
+    tensor_file.export(open_weights(steps / "step-00000005"), file)
+    before = file.read_bytes()
     monkeypatch.setattr(atomic, "sync", lambda path: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         tensor_file.export(open_weights(steps / "step-00000006"), file)
     assert names(tmp_path) == ["model.safetensors"]
-    assert file.read_text() == "before"
+    assert file.read_bytes() == before
 
 
 FAILURES = {

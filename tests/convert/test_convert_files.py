@@ -296,7 +296,8 @@ def test_the_earlier_export_is_removed_when_the_new_one_is_safe(tmp_path, monkey
 
 def test_a_file_of_weights_has_reached_the_disk_before_it_appears(disk, tmp_path):
     file = tmp_path / "model.safetensors"
-    file.write_bytes(b"an older one")
+    tensor_file.export(given(), file)  # an older one
+    disk.clear()
     tensor_file.export(given(), file)
     (first, unfinished, size, _), renamed, (last, folder, *_) = disk
     assert (first, size) == ("sync", file.stat().st_size)
@@ -305,6 +306,35 @@ def test_a_file_of_weights_has_reached_the_disk_before_it_appears(disk, tmp_path
     assert unfinished.parent == tmp_path
     assert unfinished.suffix == ".tmp"
     assert [path.name for path in tmp_path.iterdir()] == ["model.safetensors"]
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "short", "hf/model.safetensors", "hf/export.json"])
+def test_an_export_replaces_an_export_and_no_other_file(name, tmp_path, script, step_dir):
+    hf_folder.write(tmp_path / "hf", given())
+    (tmp_path / "thesis.tex").write_text("the work of years")
+    (tmp_path / "short").write_text("7")
+    before = (tmp_path / name).read_bytes()
+    said = f"error: {tmp_path / name} is there and is not an export, and is left as it is: give another file\n"
+    assert script("export_checkpoint", step_dir, tmp_path / name) == (2, "", said)
+    assert (tmp_path / name).read_bytes() == before
+    file = tmp_path / "model.safetensors"
+    file.touch()  # as mktemp does
+    for _ in range(2):
+        assert script("export_checkpoint", step_dir, file)[0] == 0
+        assert load_file(file).keys() == weights().keys()
+
+
+@pytest.mark.parametrize("is_there", [False, True])
+def test_an_export_through_a_link_keeps_the_link(is_there, tmp_path):
+    (tmp_path / "disk").mkdir()
+    link, file = tmp_path / "link", tmp_path / "disk" / "model.safetensors"
+    link.symlink_to("disk/model.safetensors")
+    if is_there:
+        file.touch()
+    tensor_file.export(given(), link)
+    assert link.is_symlink()
+    assert load_file(file).keys() == weights().keys()
+    assert [path.name for path in file.parent.iterdir()] == [file.name]
 
 
 def broken(error=ValueError):

@@ -215,6 +215,17 @@ def test_a_report_replaces_a_report_and_no_other_file(
         assert page.stat().st_size > 10**6
 
 
+def test_a_report_through_a_link_keeps_the_link(tmp_path: Path, make_run: Callable[..., Path]) -> None:
+    run, link = make_run("one"), tmp_path / "link.html"
+    (tmp_path / "web").mkdir()
+    link.symlink_to("web/report.html")
+    for _ in range(2):  # the link is to nothing, and then to a report
+        report.write([run], link)
+        assert link.is_symlink()
+        assert b" run report</title>" in (tmp_path / "web" / "report.html").read_bytes()
+        assert [path.name for path in (tmp_path / "web").iterdir()] == ["report.html"]
+
+
 @pytest.mark.parametrize(
     "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n", b"step\n1\n"]
 )

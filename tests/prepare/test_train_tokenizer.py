@@ -235,6 +235,14 @@ def test_a_tokenizer_that_is_there_is_left_alone(raw, trained):
     assert (trained.read_bytes(), trained.stat().st_mtime_ns) == before
 
 
+def test_a_tokenizer_is_written_through_a_link_to_a_file_to_come(raw, trained, tmp_path, script):
+    link = tmp_path / "tokenizer.model"
+    link.symlink_to("shared/llama.model")
+    assert script("train_tokenizer", "--source", *raw, "--output", link, "--vocab_size", 380)[0] == 0
+    assert link.is_symlink()
+    assert (tmp_path / "shared" / "llama.model").read_bytes() == trained.read_bytes()
+
+
 def test_an_output_that_cannot_be_written_is_an_error(raw, trained):
     done = run(raw, trained / "tokenizer.model", 380)
     assert done.returncode == 2

@@ -5,12 +5,14 @@ full disk in one of its own.
 """
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from tinyllama import InputError, __version__, atomic
@@ -36,10 +38,10 @@ def write(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 
 
 def export(weights: Weights, file: Path) -> None:
-    """Write all ``weights`` by our names into ``file``, completely or not at all; it replaces an existing file.
+    """Write all ``weights`` by our names into ``file``, completely or not at all; it replaces an earlier export.
 
     Its metadata has step, tokens, the steps of a mean, our version and the model's sizes as JSON. Raises InputError for
-    a ``file`` that cannot be written or belongs to the weights.
+    a ``file`` that cannot be written, belongs to the weights, or has content that no export wrote.
     """
     if weights.path.resolve() in (file.resolve(), *file.resolve().parents):
         raise InputError(f"{file} is part of {weights.path}, which is to be exported: give another file")
@@ -49,10 +51,24 @@ def export(weights: Weights, file: Path) -> None:
     try:
         if not file.name or (file.exists() and not file.is_file()):
             raise InputError(f"{file} is a folder or a device, not a file: give a file, such as model.safetensors")
-        file.parent.mkdir(parents=True, exist_ok=True)
-        with atomic.replacing(file) as partial:
+        if _is_foreign(file):
+            raise InputError(f"{file} is there and is not an export, and is left as it is: give another file")
+        target = Path(os.path.realpath(file))  # of a link, which stays
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with atomic.replacing(target) as partial:
             write(partial, weights.load(), metadata)
     except OSError as error:
         raise InputError(
             f"cannot write {file} ({folder.why(error)}): give a file in a folder that can be written"
         ) from None
+
+
+def _is_foreign(file: Path) -> bool:
+    """Return whether ``file`` has content that ``export`` did not write."""
+    if not file.is_file() or not file.stat().st_size:
+        return False
+    try:
+        with safe_open(file, "pt") as opened:
+            return "tinyllama" not in (opened.metadata() or {})
+    except SafetensorError:
+        return True
