@@ -5,6 +5,7 @@ python scripts/export_checkpoint.py CHECKPOINT FILE [--average 5]
 
 from pathlib import Path
 
+from tinyllama import byte_size
 from tinyllama.checkpoint import reader
 from tinyllama.config import cli
 from tinyllama.convert import tensor_file
@@ -24,7 +25,7 @@ def main() -> None:
     step_dir = reader.resolve(args.checkpoint)
     weights = open_weights(step_dir) if args.average is None else open_average(step_dir, args.average)
     tensor_file.export(weights, args.file)
-    print(f"{source(weights)} -> {args.file}: {args.file.stat().st_size / 1e9:.3f} GB")
+    print(f"{source(weights)} -> {args.file}: {byte_size(args.file.stat().st_size)}")
 
 
 if __name__ == "__main__":

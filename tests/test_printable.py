@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from packed import change
 from processes import Process
 
-from tinyllama import InputError, printable
+from tinyllama import InputError, byte_size, printable
 from tinyllama.checkpoint import resume
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
@@ -151,3 +151,15 @@ def test_names_of_subsets_are_a_line_each(packed_folder, script) -> None:
     assert (code, err) == (0, "")
     assert all(line.isprintable() and len(line) < 200 for line in out.splitlines())
     assert len(out.splitlines()) == before + 3 * len(subsets)
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [
+        *((0, "0 bytes"), (999, "999 bytes"), (1000, "1.00 kB"), (15_749_000, "15.7 MB"), (99_940_000, "99.9 MB")),
+        *((99_960_000, "100 MB"), (999_400_000, "999 MB"), (999_600_000, "1.00 GB"), (9_996_000_000, "10.0 GB")),
+        *((13_200_580_608, "13.2 GB"), (409e9, "409 GB"), (6e12, "6.00 TB"), (1234e12, "1,234 TB")),
+    ],
+)
+def test_a_number_of_bytes_has_three_digits(count: float, text: str) -> None:
+    assert byte_size(count) == text

@@ -24,3 +24,12 @@ def printable(text: object, most: int = 2000) -> str:
     if len(line) > most:
         line = f"{line[: most * 3 // 4]} ... {len(line) - most:,} characters ... {line[-(most // 4) :]}"
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in line)
+
+
+def byte_size(count: float) -> str:
+    """Return a number of bytes with three digits, in the unit in which it has one to three before the point."""
+    for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
+        if count >= 0.9995 * scale:
+            number = count / scale
+            return f"{number:,.{0 if number >= 99.95 else 1 if number >= 9.995 else 2}f} {unit}"
+    return f"{count:.0f} bytes"

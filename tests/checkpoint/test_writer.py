@@ -142,7 +142,7 @@ def test_the_weights_can_be_had_in_one_piece(steps: Path, tmp_path: Path) -> Non
     script = Path(__file__).parents[2] / "scripts" / "export_checkpoint.py"
     done = subprocess.run([sys.executable, script, steps, file], capture_output=True, text=True)
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == f"{steps}/step-00000006 -> {file}: 0.000 GB\n"
+    assert done.stdout == f"{steps}/step-00000006 -> {file}: 54.6 kB\n"
     assert names(file.parent) == ["model.safetensors"]
     with safe_open(file, "pt") as exported:
         assert sorted(exported.keys()) == sorted(weights)

@@ -94,7 +94,7 @@ def test_the_command_exports_the_mean_and_says_of_what(run: Path, script: Any, t
     file = tmp_path / "model.safetensors"
     code, out, err = script("export_checkpoint", run, file, "--average", 3)
     assert (code, err) == (0, "")
-    assert out == f"mean of steps 20, 30, 40 in {run}/checkpoints -> {file}: 0.000 GB\n"
+    assert out == f"mean of steps 20, 30, 40 in {run}/checkpoints -> {file}: 462 kB\n"
     found, expected = load_file(file), open_average(run, 3).load()
     assert found.keys() == expected.keys()
     assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())

@@ -83,7 +83,7 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
         (
             "saves",
             "every 5,000 steps, on a signal and at the end, in the background; the newest 3 and every 50,000th step "
-            f"kept; 13.2 GB each, 5,000 GB free in {run.args.out_dir}",
+            f"kept; 13.2 GB each, 5.00 TB free in {run.args.out_dir}",
         ),
     ]
 

@@ -462,9 +462,9 @@ def test_the_summary_line_by_line() -> None:
     hours = 1e9 / 20_000 / 3600  # 13.9
     assert lines[12] == f"time       {hours:.1f} hours, {2 * hours:.0f} GPU-hours for 1,000,000,000 tokens"
     assert lines[12].startswith("time       13.9 hours, 28 GPU-hours")
-    assert lines[13] == "energy     0.01 MWh of the GPUs at 500 W"  # 28 hours x 500 W = 13.9 kWh
-    assert lines[14] == "data       0.002 TB read, 0.0 MB/s"
-    assert lines[15] == "checkpoint 13.20 GB each; at 2 GB/s 6.6 s to write, in the background"
+    assert lines[13] == "energy     14 kWh of the GPUs at 500 W"  # 28 hours x 500 W
+    assert lines[14] == "data       2.00 GB read, 40.0 kB/s"
+    assert lines[15] == "checkpoint 13.2 GB each; at 2 GB/s 6.60 s to write, in the background"
     # every 5,000 of 30,518 steps and the last: the newest 3
     assert lines[16] == "           39.6 GB for the 3 that the run keeps, and one more while it writes"
     assert len(lines) == 17
@@ -478,9 +478,9 @@ def test_the_summary_line_by_line() -> None:
     hours = 3e12 / 20_000 / 3600
     assert lines[13] == f"energy     {hours * 2 * 500 / 1e6:,.2f} MWh of the GPUs at 500 W"
     assert lines[13].startswith("energy     41.67 MWh")
-    assert lines[14] == "data       6.000 TB read, 0.0 MB/s"
+    assert lines[14] == "data       6.00 TB read, 40.0 kB/s"
     lines = list(plan.summary(settings(), CONFIG, plan.Cluster(gpu, 2, 2, 100), 1e6, "measured"))
-    assert lines[14].endswith(f"{2 * float(lines[10].split()[1].replace(',', '')) / 1e6:.1f} MB/s")
+    assert lines[14].endswith(f" read, {2 * float(lines[10].split()[1].replace(',', '')) / 1e6:.2f} MB/s")
 
 
 @pytest.mark.parametrize(
@@ -516,7 +516,36 @@ def test_a_small_run_is_in_hours_minutes_or_seconds_and_its_energy_in_kwh(packed
     assert table[1].split()[:3] == ["GPUs", "tokens/s", "min"]
     args = replace(args, train=TrainArgs(max_tokens=25_000))
     lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
-    assert "time       2.5 s, 0.00069 GPU-hours for 25,000 tokens" in lines
+    assert "time       2.50 s, 2.5 GPU-seconds for 25,000 tokens" in lines
+    assert "energy     0.49 Wh of the GPUs at 700 W" in lines
+
+
+def test_figures_of_a_model_of_any_size_have_two_digits_or_more() -> None:
+    gpu = plan.GPUS["h100"]
+    tiny = replace(CONFIG, name="1M", n_layer=4, n_embd=128, intermediate_size=344, vocab_size=2000, block_size=256)
+    large = replace(CONFIG, name="7B", n_layer=32, n_head=32, n_query_groups=32, n_embd=4096, intermediate_size=11008)
+    found = {}
+    for config, rate in ((tiny, 5e6), (large, 1e4)):
+        args = replace(settings(), train=TrainArgs(max_tokens=10**7, global_batch_size=64, micro_batch_size=8))
+        lines = list(plan.summary(args, config, plan.Cluster(gpu, 8, 8, 400), rate, "measured"))
+        found[config.name] = {line[:11].strip(): line[11:] for line in lines[8:] if line[:11].strip()}
+        found[config.name]["parameters"] = lines[2]
+    n, figures = tiny.num_params(), found["1M"]
+    assert 1e6 < n < 2e6
+    saved = f"{12 * n / 1e6:.1f} MB each; at 2 GB/s {12 * n / 2e6:.2f} ms to write, in the background"
+    assert figures["checkpoint"] == saved
+    assert figures["parameters"] == f"memory     {4 * n / 8 / 2**20:8.2f} MiB  parameters (fp32)"
+    compute = f"{64 * 256 / 8 / 5e6 * 1000:.2f} ms"
+    assert figures["step"].startswith(f"{compute}: compute {compute}; communication 0.338 ms, of which 0.00 s are ")
+    assert figures["data"] == "20.0 MB read, 80.0 MB/s"
+    n, figures = large.num_params(), found["7B"]
+    assert 6e9 < n < 8e9
+    saved = f"{12 * n / 1e9:.1f} GB each; at 2 GB/s {6 * n / 1e9:.2f} s to write, in the background"
+    assert figures["checkpoint"] == saved
+    assert figures["parameters"] == f"memory     {4 * n / 8 / 2**30:8.2f} GiB  parameters (fp32)"
+    compute = f"{64 * 2048 / 8 / 1e4:.2f} s"
+    assert figures["step"].startswith(f"{compute}: compute {compute}; communication 0.1")
+    assert figures["data"] == "20.0 MB read, 160 kB/s"
 
 
 def test_the_table_of_scaling() -> None:
@@ -551,8 +580,8 @@ def test_the_script() -> None:
     done = run_script(*BIG, "--gpus", "16", "--gpu", "a100-40g")
     assert done.returncode == 0, done.stderr
     assert "time       90.4 days, 34,7" in done.stdout
-    assert "checkpoint 13.20 GB each" in done.stdout
-    assert "409.2 GB for the 31 that the run keeps" in done.stdout
+    assert "checkpoint 13.2 GB each" in done.stdout
+    assert "409 GB for the 31 that the run keeps" in done.stdout
     table = done.stdout.split("\n\n")[1].splitlines()
     assert [line.split()[0] for line in table[2:12]] == [str(2**power) for power in range(3, 13)]
     assert "Above 1,024 GPUs the batch grows, to a sample a GPU." in done.stdout

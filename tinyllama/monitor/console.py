@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama import printable
+from tinyllama import byte_size, printable
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
@@ -272,16 +272,16 @@ def _length(run: Run, steps: int, samples: int) -> str:
 
 def _checkpoint_policy(run: Run) -> str:
     policy = run.args.checkpoint
-    gigabytes = run.args.optim.checkpoint_bytes(run.config) / 1e9
+    size = byte_size(run.args.optim.checkpoint_bytes(run.config))
     kept = "all" if policy.keep_last is None else f"the newest {policy.keep_last}"
     if policy.keep_last is not None and policy.keep_every is not None:
         kept += f" and every {policy.keep_every:,}th step"
     out_dir = run.out_dir.absolute()
-    free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free / 1e9
+    free = shutil.disk_usage(next(folder for folder in (out_dir, *out_dir.parents) if folder.exists())).free
     how = "in the background" if policy.asynchronous else "while training waits"
     return (
-        f"every {policy.interval:,} steps, on a signal and at the end, {how}; {kept} kept; {gigabytes:,.3g} GB each, "
-        f"{free:,.0f} GB free in {run.args.out_dir}"
+        f"every {policy.interval:,} steps, on a signal and at the end, {how}; {kept} kept; {size} each, "
+        f"{byte_size(free)} free in {run.args.out_dir}"
     )
 
 

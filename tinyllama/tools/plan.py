@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
-from tinyllama import InputError
+from tinyllama import InputError, byte_size
 from tinyllama.config import cli
 from tinyllama.config.args import CheckpointArgs, PretrainArgs
 from tinyllama.config.model import LOGITS_CHUNK, ModelConfig
@@ -294,11 +294,12 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
     yield f"cluster    {gpus} x {gpu.device}, {where}, {cluster.network:g} Gbit/s a GPU"
     each_step = accumulation(args, gpus, micro)
     parts = memory(args, config, cluster.shard(args.parallel.shard), micro, each_step, cluster.nodes)
+    total, room = sum(parts.values()), USABLE * gpu.memory
+    scale, unit = (GIB, "GiB") if total >= GIB else (2**20, "MiB")
     for name, size in parts.items():
-        yield f"memory     {size / GIB:8.2f} GiB  {name}"
-    total, room = sum(parts.values()) / GIB, USABLE * gpu.memory
-    fits = "fits" if total <= room else "DOES NOT FIT"
-    yield f"memory     {total:8.2f} GiB  in all at train.micro_batch_size {micro}: {fits} in {room:.1f} GiB"
+        yield f"memory     {size / scale:8.2f} {unit}  {name}"
+    fits = "fits" if total / GIB <= room else "DOES NOT FIT"
+    yield f"memory     {total / scale:8.2f} {unit}  in all at train.micro_batch_size {micro}: {fits} in {room:.1f} GiB"
     if largest := largest_micro_batch(args, config, cluster):
         each_step = accumulation(args, gpus, largest)
         yield f"           largest micro-batch that fits and divides the batch: {largest}, {each_step} of them a step"
@@ -308,27 +309,34 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
     tokens_per_s, update_s = step.tokens_per_second, sum(step.muon)
     yield f"speed      {tokens_per_s:,.0f} tokens/s, {tokens_per_s / gpus:,.0f} a GPU ({source})"
     yield (
-        f"step       {step.compute + step.waiting + update_s:.2f} s: compute {step.compute:.2f} s; communication "
-        f"{step.communication:.2f} s, of which {step.waiting:.2f} s are waited for"
+        f"step       {seconds(step.compute + step.waiting + update_s)}: compute {seconds(step.compute)}; communication "
+        f"{seconds(step.communication)}, of which {seconds(step.waiting)} are waited for"
     )
     if update_s:
-        iterations_ms, exchange_ms = (1000 * seconds for seconds in step.muon)
+        iterations_ms, exchange_ms = (1000 * part for part in step.muon)
         yield f"           and Muon {update_s:.3f} s: iterations {iterations_ms:.1f} ms, exchange {exchange_ms:.1f} ms"
     if tokens := total_tokens(args, config):
         hours = tokens / tokens_per_s / 3600
         unit, unit_hours = time_unit(hours)
         gpu_hours, kwh = hours * gpus, hours * gpus * gpu.watts / 1000
+        time = f"{hours / unit_hours:,.1f} {unit}" if hours >= 1 / 60 else seconds(3600 * hours)
         spent = f"{gpu_hours:,.0f}" if gpu_hours >= 10 else f"{gpu_hours:.2g}"
-        yield f"time       {hours / unit_hours:,.1f} {unit}, {spent} GPU-hours for {tokens:,} tokens"
-        energy = f"{kwh / 1000:,.2f} MWh" if kwh >= 10 else f"{kwh:.2g} kWh"
+        spent = f"{spent} GPU-hours" if gpu_hours >= 0.1 else f"{3600 * gpu_hours:.3g} GPU-seconds"
+        yield f"time       {time}, {spent} for {tokens:,} tokens"
+        energy = f"{kwh:.0f} kWh" if kwh >= 10 else f"{kwh:.2g} kWh" if kwh >= 0.1 else f"{1000 * kwh:.2g} Wh"
+        energy = f"{kwh / 1000:,.2f} MWh" if kwh >= 1000 else energy
         yield f"energy     {energy} of the GPUs at {gpu.watts:.0f} W"
-        read = f"{2 * tokens / 1e12:,.3f} TB" if tokens >= 5e8 else f"{2 * tokens / 1e6:,.1f} MB"
-        yield f"data       {read} read, {2 * tokens_per_s / 1e6:,.1f} MB/s"
-    gigabytes = args.optim.checkpoint_bytes(config) / 1e9
-    yield f"checkpoint {gigabytes:,.2f} GB each; at 2 GB/s {gigabytes / 2:,.1f} s to write, in the background"
+        yield f"data       {byte_size(2 * tokens)} read, {byte_size(2 * tokens_per_s)}/s"
+    saved = args.optim.checkpoint_bytes(config)
+    yield f"checkpoint {byte_size(saved)} each; at 2 GB/s {seconds(saved / 2e9)} to write, in the background"
     if tokens:
         kept = checkpoints_kept(args.checkpoint, -(-tokens // (args.train.global_batch_size * config.block_size)))
-        yield f"           {kept * gigabytes:,.4g} GB for the {kept} that the run keeps, and one more while it writes"
+        yield f"           {byte_size(kept * saved)} for the {kept} that the run keeps, and one more while it writes"
+
+
+def seconds(time_s: float) -> str:
+    """Return so many seconds, in ms where there is a small part of one."""
+    return f"{time_s:,.2f} s" if time_s >= 0.1 or not time_s else f"{1000 * time_s:.3g} ms"
 
 
 def time_unit(hours: float) -> tuple[str, float]:
