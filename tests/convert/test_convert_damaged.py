@@ -6,6 +6,7 @@ import random
 import pytest
 import torch
 from models import CONFIG, given, to_hf, weights
+from safetensors.torch import load_file
 
 from tinyllama import InputError
 from tinyllama.convert import hf_folder
@@ -149,6 +150,33 @@ def test_safetensors_that_are_none_or_claim_too_much(content, tmp_path):
     hf_folder.write(tmp_path / "hf", given())
     (tmp_path / "hf/model.safetensors").write_bytes(content)
     assert is_damaged(tmp_path / "hf")
+
+
+def test_a_tensor_that_a_header_names_twice_is_refused(tmp_path):
+    hf_folder.write(tmp_path / "hf", given())
+    file = tmp_path / "hf/model.safetensors"
+    content = file.read_bytes()
+    end = 8 + int.from_bytes(content[:8], "little")
+    header = json.loads(content[8:end])
+    norm, other = "model.norm.weight", "model.layers.0.input_layernorm.weight"
+    assert header[norm]["shape"] == header[other]["shape"]
+    first = json.dumps({norm: header[other]})[:-1]  # the reader of safetensors takes the last one, and says nothing
+    file.write_bytes(safetensors(f"{first}, {json.dumps(header)[1:]}", content[end:]))
+    assert torch.equal(load_file(file)[norm], WEIGHTS["transformer.ln_f.weight"])
+    said = rf"^{file} cannot be read \(the key {norm} is there twice\): fetch it whole \(git lfs pull\)$"
+    with pytest.raises(InputError, match=said):
+        open_weights(tmp_path / "hf")
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors.index.json"])
+def test_a_key_that_is_twice_in_a_json_is_refused(name, folder):
+    file = folder / name
+    text = file.read_text()
+    key, value = next((key, value) for key, value in json.loads(text).items())
+    file.write_text(f"{{{json.dumps(key)}: {json.dumps(value)},{text.lstrip()[1:]}")
+    assert json.loads(file.read_text()) == json.loads(text)
+    with pytest.raises(InputError, match=rf"^{file} cannot be read as JSON \(the key {key} is there twice\): "):
+        open_weights(folder)
 
 
 def test_any_byte_of_the_header_of_safetensors(tmp_path):

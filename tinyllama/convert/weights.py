@@ -5,6 +5,7 @@ import json
 import os
 import re
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -207,12 +208,20 @@ def hf_tensors(path: Path) -> dict[str, Tensor]:
         else:
             try:
                 content = load_file(file)
-            except (SafetensorError, OSError) as error:
+                _check_header(file)
+            except (SafetensorError, OSError, ValueError) as error:
                 raise InputError(
                     f"{file} cannot be read ({printable(error, 200)}): fetch it whole (git lfs pull)"
                 ) from None
         tensors |= _unwrapped(file, content)
     return tensors
+
+
+def _check_header(file: Path) -> None:
+    """Raise ValueError if the header of a safetensors file names a tensor twice: its reader hides the first."""
+    with file.open("rb") as opened:
+        size = int.from_bytes(opened.read(8), "little")
+        json.loads(opened.read(size), object_pairs_hook=_unique)
 
 
 def _unwrapped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -279,10 +288,19 @@ def _check(
 
 def _json(path: Path) -> dict[str, Any]:
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
         if isinstance(content, dict):
             return content
         reason = "it is not an object"
     except (OSError, ValueError, RecursionError) as error:
         reason = printable(error, 200)
     raise InputError(f"{path} cannot be read as JSON ({reason}): fetch the folder again")
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """Return the object of ``pairs``; raises ValueError for a key that is there twice, of which JSON keeps the last."""
+    content = dict(pairs)
+    if len(content) < len(pairs):
+        key, _ = Counter(key for key, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the key {key} is there twice")
+    return content
