@@ -264,7 +264,10 @@ def test_a_config_may_be_a_pipe_and_one_that_nobody_writes_to_is_not_waited_for(
     (problem,) = problems("--config", str(tmp_path / "socket"))
     hint = "No such device or address; give --config a YAML file"
     assert problem == f"cannot read the config {tmp_path / 'socket'}: {hint}"
-    assert problems("--config", "/dev/zero")[0].startswith("/dev/zero is not YAML: ")  # though it has no end
+    hint = "has more than 1,000,000 characters: give the file that is meant"
+    assert problems("--config", "/dev/zero") == (f"/dev/zero {hint}",)  # it has no end
+    (large := tmp_path / "large.yaml").write_text("optim: {lr: 0.5}" + " " * 10**6)
+    assert problems("--config", str(large)) == (f"{large} {hint}",)  # not cut
 
 
 def test_every_field_says_what_it_is(capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,8 @@ from tinyllama.config.fields import field_doc
 
 Config = TypeVar("Config")
 
-
+MOST_CHARACTERS = 1_000_000
+"""of a small file that a flag names"""
 # errors the user can fix: a bad path, a full disk, missing permission
 UNUSABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),
@@ -225,11 +226,15 @@ class _Loader(yaml.BaseLoader):
 def read_text(file: str | Path) -> str:
     """Return the text of a small file that a flag names, which may be a pipe: a shell's ``<(...)`` is one.
 
-    One that nobody writes to is empty, instead of being waited for, and of a device that has no end the rest is left.
+    A pipe that nobody writes to is empty, instead of being waited for. Raises InputError for a file that is not small,
+    such as a device that has no end.
     """
     with open(os.open(file, os.O_RDONLY | os.O_NONBLOCK), encoding="utf-8") as opened:
         os.set_blocking(opened.fileno(), True)
-        return opened.read(2**20)
+        text = opened.read(MOST_CHARACTERS + 1)
+    if len(text) > MOST_CHARACTERS:
+        raise InputError(f"{file} has more than {MOST_CHARACTERS:,} characters: give the file that is meant")
+    return text
 
 
 def _load(file: str) -> Any:
