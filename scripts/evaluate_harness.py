@@ -33,6 +33,8 @@ def main() -> None:
     tasks, left_out = harness.resolve([name for name in args.tasks.split(",") if name], args.allow_code_execution)
     if not tasks and args.perplexity is None:
         raise InputError("nothing to evaluate: give --tasks (commonsense, say) or --perplexity DIR")
+    if args.include_path is not None and not args.include_path.is_dir():
+        raise InputError(f"--include_path {args.include_path} is not a folder: give the one with your tasks' YAML")
     for name in left_out:
         print(f"left out: {name}, which runs code that the model writes (--allow_code_execution)")
 

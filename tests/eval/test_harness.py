@@ -3,6 +3,7 @@
 import csv
 import json
 import math
+import os
 import shutil
 import sys
 import tempfile
@@ -430,6 +431,16 @@ def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, t
         assert (code, out, err.count("\n")) == (2, "", 1)
         assert err.startswith(f"error: {file} is not a table of scores (")
         assert file.read_bytes() == content
+    file.unlink()
+    os.mkfifo(file)  # is not waited for
+    said = f"error: {file} is not a table of scores (it is not a file): move it away\n"
+    assert script("evaluate_harness", copied, *args) == (2, "", said)
+
+
+def test_a_folder_of_tasks_that_is_not_there_is_named(step_dir, tokenizer_file, script, tmp_path):
+    args = (step_dir, "--tokenizer", tokenizer_file, "--tasks", "commonsense", "--include_path", tmp_path / "none")
+    said = f"error: --include_path {tmp_path / 'none'} is not a folder: give the one with your tasks' YAML\n"
+    assert script("evaluate_harness", *args) == (2, "", said)
 
 
 def test_a_tag_or_pattern_gives_the_scores_of_each_of_its_tasks():

@@ -251,6 +251,14 @@ def test_a_config_that_is_none(make_run: Callable[..., Path], content: bytes) ->
         report.read_run(run)
 
 
+def test_a_config_that_is_a_pipe_is_not_waited_for(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    (run / "config.yaml").unlink()
+    os.mkfifo(run / "config.yaml")
+    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
+        report.read_run(run)
+
+
 def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callable[..., Path]) -> None:
     run = make_run("one")
     before = report.read_run(run)

@@ -173,6 +173,8 @@ def csv_of(weights: Weights) -> Path:
 def read_scores(path: Path) -> list[dict[str, str]]:
     """Read the rows of an eval.csv; [] when it does not exist. Raises InputError for a file of another kind."""
     rows = []
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path} is not a table of scores (it is not a file): move it away")
     reason = f"its first line is not {','.join(COLUMNS)}"
     try:
         lines = csv.reader(io.StringIO(path.read_text("utf-8") if path.exists() else ""))

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import yaml
 
 from tinyllama import InputError, printable
+from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
@@ -80,12 +80,12 @@ def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
-        config = _read_config(out_dir)
+        config = reader.read_settings(out_dir)
         tokens_per_step = int(config["train"]["global_batch_size"]) * int(config["model"]["block_size"])
         model = ModelConfig(**config["model"])
         if not (0 < tokens_per_step < 2**63 and isinstance(model.name, str)):
             raise ValueError("not the settings of a run")
-    except (OSError, yaml.YAMLError, LookupError, TypeError, ValueError, ArithmeticError, *TOO_LARGE) as error:
+    except (OSError, LookupError, TypeError, ValueError, ArithmeticError, *TOO_LARGE) as error:
         text = f"{out_dir / 'config.yaml'} is not what a run writes there: take that of its newest checkpoint"
         raise InputError(text) from error
     # the batch may have changed during the run: tokens are those of the rows, and today's batch counts after the last
@@ -130,11 +130,11 @@ def branched_from(out_dir: Path) -> Path | None:
         try:
             if event["event"] == "start":
                 if "resumed_from" not in event:  # of a version that did not record it
-                    event |= {"resumed_from": _read_config(out_dir)["train"]["resume"]}
+                    event |= {"resumed_from": reader.read_settings(out_dir)["train"]["resume"]}
                 step_dir = Path(event["resumed_from"])
                 is_own = run_dir(step_dir).resolve() == out_dir.resolve()  # of a run whose first events are gone
                 return None if is_own or step_of(step_dir) != event["step"] else step_dir
-        except (ValueError, KeyError, TypeError, OSError, yaml.YAMLError, *TOO_LARGE):
+        except (ValueError, KeyError, TypeError, OSError, *TOO_LARGE):
             continue  # it was damaged
     return None
 
@@ -342,10 +342,6 @@ def _seconds(row: Row, column: str) -> float:
 def _setting(value: Any) -> str:
     """Return a setting's value as YAML has it."""
     return printable(value if isinstance(value, str) else json.dumps(value, default=str), 200)
-
-
-def _read_config(out_dir: Path) -> Any:
-    return yaml.safe_load((out_dir / "config.yaml").read_text("utf-8"))
 
 
 def _loss(loss: float, digits: int = 4) -> str:
