@@ -277,7 +277,8 @@ def test_runs_that_cannot_be_compared_are_refused_in_a_line(make_run: MakeRun, t
     assert refused(script, one) == f"{one} alone cannot be compared: give the out_dir of another run, too"
     assert refused(script, one, one / ".") == f"{one} is given twice: give each run once"
     nowhere = one.parent / "nowhere"
-    assert refused(script, one, nowhere).startswith(f"{nowhere / 'config.yaml'} is not what a run writes there")
+    begun = f"{nowhere / 'metrics.csv'} is not there: give the out_dir of a run that has begun"
+    assert refused(script, one, nowhere) == begun
     unseen = make_run("unseen", {}, {10: 1.0})
     assert refused(script, one, unseen) == (
         f"{unseen / 'metrics.csv'} has no held-out loss (val_loss): compare runs with data.validation, after a "

@@ -89,6 +89,8 @@ def read_curve(out_dir: Path) -> Curve:
 
     Raises InputError for a run without a held-out loss, a damaged metrics.csv, and settings of no run.
     """
+    if not (out_dir / "metrics.csv").is_file():  # before its settings, which then are not there either
+        raise InputError(f"{out_dir / 'metrics.csv'} is not there: give the out_dir of a run that has begun")
     rows, is_whole = history(out_dir, validation_of(out_dir))
     tokens, losses = validations(rows, VAL_LOSS)
     if not losses:
@@ -138,8 +140,6 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
 
 def read_rows(file: Path) -> list[Row]:
     """Read metrics.csv as read_metrics does, but raise InputError for a damaged line, which could hide a loss."""
-    if not file.is_file():
-        raise InputError(f"{file} is not there: give the out_dir of a run that has begun")
     text = file.read_text(encoding="utf-8", errors="replace")
     header, *lines = text[: text.rfind("\n") + 1].splitlines() or [""]  # the last line may be being written
     rows: list[Row] = []
