@@ -9,10 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from limits import files_up_to
 from models import CONFIG, given, weights
 
 from tinyllama.checkpoint import reader
 from tinyllama.convert import hf_folder
+from tinyllama.tokenizer import Tokenizer
 
 
 class Evil:
@@ -281,6 +283,29 @@ def test_a_disk_that_fills_up_leaves_nothing(small_disk, tmp_path, script, step_
     code, out, err = script("export_checkpoint", step_dir, small_disk / "out.safetensors")
     assert (code, out, err.count("\n")) == (2, "", 1), err
     assert [path.name for path in small_disk.iterdir()] == ["ballast"]
+
+
+def test_a_disk_that_fills_up_at_any_file_leaves_the_earlier_conversion(tmp_path, script, step_dir, tokenizer_file):
+    hf_folder.write(tmp_path / "hf", given(), Tokenizer(tokenizer_file))
+    commands = [
+        ("convert_lit_checkpoint", step_dir, tmp_path / "to_hf", "--tokenizer", tokenizer_file, "--no-verify"),
+        ("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "to_ours", "--no-verify"),
+    ]
+
+    def files():
+        return {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+    for command in commands:
+        assert script(*command)[0] == 0
+        before = files()
+        sizes = {path.name: len(content) for path, content in before.items() if command[2] in path.parents}
+        for size in sorted(set(sizes.values())):
+            with files_up_to(size - 1):
+                code, out, err = script(*command)
+            assert (code, out) == (2, ""), sizes
+            assert err == f"error: cannot write {command[2]}: File too large: make room, or give another folder\n"
+            assert files() == before
+    assert {"tokenizer.json", "tokenizer.model", "model.safetensors", "export.json"} <= {path.name for path in before}
 
 
 def test_tensors_that_are_damaged_are_refused_in_one_line(tmp_path, script, step_dir):

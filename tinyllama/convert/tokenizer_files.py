@@ -80,7 +80,8 @@ def write_tokenizer(output: Path, tokenizer: Tokenizer, max_length: int, bos: bo
             raise _inexact(tokenizer, f"{text[:60]!r} is encoded otherwise")
     if is_model:
         shutil.copyfile(tokenizer.path, output / "tokenizer.model")
-    fast.save(str(output / "tokenizer.json"))
+    # not by save, whose error of a full disk is no OSError
+    (output / "tokenizer.json").write_text(fast.to_str(pretty=True), encoding="utf-8")
     ids = (separator(bos, tokenizer.bos_id, tokenizer.eos_id), tokenizer.eos_id, pad_id(tokenizer))
     bos_token, eos_token, pad_token = (None if i is None else fast.id_to_token(i) for i in ids)
     settings = {
