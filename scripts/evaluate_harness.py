@@ -53,8 +53,10 @@ def main() -> None:
             )
         if args.perplexity is not None:
             scores += perplexity.perplexity(weights, args.perplexity, tokenizer, args.batch_size)
-        print(f"{weights.path}\n{harness.table(scores)}", flush=True)
-        harness.append(file, scores)
+        try:
+            print(f"{weights.path}\n{harness.table(scores)}", flush=True)
+        finally:  # of hours of work, also where nobody reads what it prints, or its disk is full
+            harness.append(file, scores)
         print(f"-> {file}", flush=True)
 
     if not args.watch:

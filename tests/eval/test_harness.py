@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from limits import full_disk
 from models import CONFIG, METADATA, given, weights
 from processes import Process
 
@@ -410,6 +411,20 @@ def test_the_table_shows_the_published_scores_beside():
     assert harness.table([harness.Score(1, 2, "own", "acc", 0.25, 0)]).split() == ["own", "acc", "0.2500"]
     hostile = harness.table([harness.Score(1, 2, "own\x1b[2J\n", "acc", 0.25, 0)])
     assert hostile.split() == [r"own\x1b[2J\n", "acc", "0.2500"]
+
+
+def test_scores_are_kept_where_they_cannot_be_printed(
+    step_dir, packed_folder, tokenizer_file, tmp_path, script, monkeypatch
+):
+    shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
+    folder = packed_folder([[list(range(3, 250)) * 3]], tokenizer_sha256=Tokenizer(tokenizer_file).sha256)
+    with full_disk() as file:
+        monkeypatch.setattr("sys.stdout", file)
+        code, _, err = script(
+            "evaluate_harness", tmp_path / "run", "--tokenizer", tokenizer_file, "--perplexity", folder
+        )
+    assert (code, err[:7]) == (2, "error: ")
+    assert [row["metric"] for row in rows_of(tmp_path / "run/eval.csv")] == ["loss", "perplexity", "bits_per_byte"]
 
 
 def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, tmp_path, script, tokenizer_file):
