@@ -1,3 +1,4 @@
+import errno
 import json
 import os
 import re
@@ -6,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from limits import files_up_to
 from packed import add
 
 from tinyllama import atomic
@@ -78,6 +80,25 @@ def test_what_cannot_be_written_leaves_what_was_there(tmp_path, monkeypatch, fai
         atomic.write(tmp_path / "a.json", b"two")
     assert len(os.listdir("/proc/self/fd")) == open_files
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == {"a.json": b"one"}
+
+
+@pytest.mark.parametrize("where", ["write", "sync"])
+def test_an_error_names_the_file_and_not_the_temporary_one(tmp_path, monkeypatch, where):
+    atomic.write(path := tmp_path / "a.json", b"old")
+
+    def fail(handle):
+        raise OSError(errno.ENOSPC, "No space left on device")  # as with NFS, which writes then
+
+    if where == "sync":
+        monkeypatch.setattr(os, "fsync", fail)
+    with files_up_to(3 if where == "write" else 1000), pytest.raises(OSError, match=str(path)) as caught:
+        atomic.write(path, b"newer")
+    number = errno.EFBIG if where == "write" else errno.ENOSPC
+    assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    with pytest.raises(FileNotFoundError) as missing:
+        atomic.write(tmp_path / "none" / "a.json", b"new")
+    assert missing.value.filename == str(tmp_path / "none" / "a.json")
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == [("a.json", b"old")]
 
 
 def test_what_is_no_file_is_not_replaced(tmp_path):

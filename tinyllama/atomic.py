@@ -24,6 +24,10 @@ def replacing(path: Path) -> Iterator[Path]:
         sync(partial)
         partial.replace(path)
         sync(path.parent)
+    except OSError as error:
+        if error.filename in (None, str(partial)):  # writing does not name the file, and nobody knows the temporary one
+            error.filename = str(path)
+        raise
     finally:
         partial.unlink(missing_ok=True)
 
