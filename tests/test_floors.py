@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 # a room is a folder or a file of the package; it imports from lower floors only
 FLOORS = [
-    {"sentencepiece_bpe", "tokenizer_trial"},
+    {"sentencepiece_bpe", "stdio", "tokenizer_trial"},
     {"atomic", "config", "folder_lock", "tokenizer"},
     {"checkpoint", "ops", "throughput"},
     {"data", "model"},
@@ -27,6 +27,7 @@ WITHOUT_TORCH = {
     "config",
     "folder_lock",
     "sentencepiece_bpe",
+    "stdio",
     "tokenizer",
     "tokenizer_trial",
     "throughput",

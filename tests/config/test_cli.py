@@ -1,15 +1,17 @@
 import dataclasses
 import errno
 import os
+import signal
 import socket
 import subprocess
 import sys
 from dataclasses import asdict, fields
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from tinyllama import InputError
+from tinyllama import InputError, stdio
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs, Source
 
@@ -342,6 +344,54 @@ def test_a_letter_that_stdout_cannot_show_is_printed_as_its_number(encoding: str
     env = os.environ | {"PYTHONIOENCODING": encoding}
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=env, capture_output=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, seen, b"")
+
+
+IN_A_FILE = """
+import os, signal, sys
+from pathlib import Path
+from tinyllama import atomic
+from tinyllama.config import cli
+def main():
+    with atomic.replacing(Path("weights")) as partial:
+        partial.write_text("new")
+        os.kill(os.getpid(), getattr(signal, sys.argv[1]))
+cli.run(main)
+"""
+
+
+@pytest.mark.parametrize(("name", "code"), [("SIGTERM", 143), ("SIGHUP", 129)])
+def test_a_signal_removes_what_is_half_written_and_leaves_what_was_there(name: str, code: int, tmp_path: Path) -> None:
+    (tmp_path / "weights").write_text("old")
+    how: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    done = subprocess.run([sys.executable, "-c", IN_A_FILE, name], capture_output=True, **how)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", f"ended by {name}\n")
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("weights", "old")]
+
+
+def test_nohup_and_what_leaves_the_signals_alone_have_their_way(tmp_path: Path) -> None:
+    how: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}}
+    nohup = ["sh", "-c", 'trap "" HUP && exec "$@"', "sh", sys.executable, "-c", IN_A_FILE, "SIGHUP"]
+    assert subprocess.run(nohup, **how).returncode == 0
+    assert (tmp_path / "weights").read_text() == "new"
+    code = "import os, signal; from tinyllama.config import cli\ndef main():\n    cli.leave_signals()\n    "
+    code += "os.kill(os.getpid(), signal.SIGTERM)\ncli.run(main)"
+    assert subprocess.run([sys.executable, "-c", code], **how).returncode == -signal.SIGTERM
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_what_a_full_disk_may_cost() -> None:
+    """A result is missed, a line of a log is not, and neither are the last words of a process."""
+    for body, expected in (
+        ("print('a result')", 2),
+        ("\n    with stdio.best_effort(): print('a line', flush=True)\n    stdio.drop_unprinted(); return 75", 75),
+        ("stdio.write_stderr(b'all lost'); return 1", 1),
+    ):
+        code = f"from tinyllama import stdio\nfrom tinyllama.config import cli\ndef main(): {body}\ncli.run(main)"
+        with open("/dev/full", "w") as full:
+            done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, stdout=full, stderr=full)
+        assert done.returncode == expected, body
+    with pytest.raises(BrokenPipeError), stdio.best_effort():
+        raise BrokenPipeError
 
 
 def test_ctrl_c_is_a_line_and_what_shells_expect() -> None:

@@ -1,5 +1,6 @@
 """What a person is shown of a run, word by word."""
 
+import os
 import shlex
 import shutil
 from dataclasses import replace
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import full_disk
 
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import (
@@ -25,6 +27,7 @@ from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import (
     FORMATS,
+    Console,
     by_source,
     changes_in_words,
     end_summary,
@@ -273,3 +276,17 @@ def test_commands_of_the_end_summary_can_be_pasted_whatever_the_folder_is_called
         ["python", "scripts/generate.py", folder, "--tokenizer", "TOKENIZER", "--prompt", "TEXT"],
         ["python", "scripts/report.py", folder],
     ]
+
+
+def test_a_log_on_a_full_disk_does_not_end_its_run(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    log = tmp_path / "log"
+    with full_disk() as file, log.open("w") as other:
+        monkeypatch.setattr("sys.stdout", file)
+        console = Console(10, 0)
+        console.start()
+        console.metrics({"step": 1, "tokens": 32, "loss": 7.0}, None)
+        show_summary("done", [("loss", "7.0")])
+        console.stop()
+        os.dup2(other.fileno(), file.fileno())  # there is room again
+        console.line("the next")
+    assert log.read_text().splitlines() == ["step  1/10  loss 7.0000", "loss     7.0", "the next"]

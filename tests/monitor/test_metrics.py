@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import torch
+from limits import files_up_to
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
@@ -592,13 +593,8 @@ def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixtu
 @contextlib.contextmanager
 def room_until(size: int) -> Iterator[io.StringIO]:
     """Let no file of this process grow beyond ``size`` bytes; gives what is printed meanwhile."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
-    try:
-        with contextlib.redirect_stdout(io.StringIO()) as printed:  # which pytest has in a file
-            yield printed
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with files_up_to(size), contextlib.redirect_stdout(io.StringIO()) as printed:  # which pytest has in a file
+        yield printed
 
 
 def test_a_full_disk_delays_rows_and_leaves_no_half_of_one(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

@@ -312,6 +312,8 @@ if os.fork():
     os.wait()
 else:
     del sys.argv[0]
+    if os.environ.get("LOG"):
+        os.dup2(os.open(os.environ["LOG"], os.O_WRONLY), 2)
     runpy.run_path(sys.argv[0], run_name="__main__")
 """
 
@@ -321,6 +323,7 @@ else:
     [
         ({"TORCHELASTIC_RUN_ID": "none"}, (), "launcher", "SIGTERM\n", GONE),
         ({"OMPI_COMM_WORLD_SIZE": "2"}, (), "launcher", "SIGTERM\n", GONE),
+        ({"TORCHELASTIC_RUN_ID": "none", "LOG": "/dev/full"}, (), "launcher", "SIGTERM\n", ""),
         ({"RANK": ""}, ("in C",), "launcher", "", ""),  # started by rank 0, without which nothing can be saved
         ({}, (), "", "told\n", ""),  # a script may start ranks in the background, and end
     ],

@@ -23,7 +23,7 @@ from typing import Any, NoReturn, TypeVar
 
 import yaml
 
-from tinyllama import InputError, printable
+from tinyllama import InputError, printable, stdio
 from tinyllama.config.bounds import MOST
 from tinyllama.config.fields import field_doc
 
@@ -37,18 +37,24 @@ UNUSABLE = {
     *(errno.ENOTDIR, errno.EISDIR, errno.EEXIST),
 }
 
+_ENDING = (signal.SIGTERM, signal.SIGHUP)
+
 
 def run(main: Callable[[], int | None]) -> NoReturn:
     """Call ``main`` and exit with what it returns (None is 0).
 
     An InputError prints its errors and exits with 2, and so does a path that cannot be used. Ctrl-C prints a line and
-    exits with 130; a closed stdout exits with 141, as in shells. Letters that stdout's encoding lacks are escaped.
+    exits with 130, SIGTERM with 143 and SIGHUP with 129; a closed stdout exits with 141: all as in shells. Letters that
+    stdout's encoding lacks are escaped.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by a daemon: the next file would have its number
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for good)
     if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")
+    for number in _ENDING:
+        if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
+            signal.signal(number, _end)
     try:
         code = main()
         sys.stdout.flush()
@@ -61,8 +67,7 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         poll.register(sys.stdout.fileno(), 0)
         if not any(events & select.POLLERR for _, events in poll.poll(0)):
             raise
-        # it was stdout, which `head` has closed, and what is left in its buffer would fail at exit
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        stdio.drop_stdout()  # it was stdout, which `head` has closed
         sys.exit(128 + signal.SIGPIPE)
     except (InputError, OSError) as error:
         lines = input_errors(error)
@@ -71,11 +76,28 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         for line in lines:
             print_error(line)
         sys.exit(2)
+    finally:
+        leave_signals()
+
+
+def _end(number: int, frame: object) -> NoReturn:
+    """End by an exception, which removes temporary files: a copy of the weights may take gigabytes."""
+    leave_signals()  # a second one does not wait for that
+    stdio.write_stderr(f"ended by {signal.Signals(number).name}\n".encode())
+    sys.exit(128 + number)
+
+
+def leave_signals() -> None:
+    """From here on, the signals that ``run`` catches end the process at once, as Python calls no handler in long C."""
+    for number in _ENDING:
+        if signal.getsignal(number) is _end:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def print_error(error: str) -> None:
     """Print one error of the input, in one line whatever it quotes."""
-    print(f"error: {printable(error)}", file=sys.stderr, flush=True)
+    with stdio.best_effort():  # the exit code is not
+        print(f"error: {printable(error)}", file=sys.stderr, flush=True)
 
 
 def input_errors(error: InputError | OSError) -> Sequence[str] | None:

@@ -19,7 +19,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from tinyllama import byte_size, printable
+from tinyllama import byte_size, printable, stdio
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
@@ -74,16 +74,19 @@ class Console:
         if in_terminal():
             self._live = Live(get_renderable=self._render, refresh_per_second=4, console=Terminal(highlight=False))
 
+    @stdio.best_effort()
     def start(self) -> None:
         """Show the bar, if there is one."""
         if self._live:
             self._live.start()
 
+    @stdio.best_effort()
     def stop(self) -> None:
         """Leave the bar as it is now."""
         if self._live:
             self._live.stop()
 
+    @stdio.best_effort()
     def line(self, text: str, kind: str = "") -> None:
         """Print a line that stays; errors and a stop that nobody asked for are alarms."""
         text = printable(text)
@@ -133,6 +136,7 @@ def in_terminal() -> bool:
     return sys.stdout.isatty() and not Terminal().is_dumb_terminal
 
 
+@stdio.best_effort()
 def show_summary(title: str, summary: Summary) -> None:
     """Print a summary: framed in a terminal, but for what is there to copy, else lines of at most WIDTH columns."""
     if not in_terminal():

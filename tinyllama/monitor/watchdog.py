@@ -28,12 +28,12 @@ from typing import Literal, Self
 import torch
 import torch.distributed as dist
 
-from tinyllama import InputError, printable
+from tinyllama import InputError, printable, stdio
 from tinyllama.train.lock import end_if_lost
 
 Phase = Literal["start", "step", "validation", "checkpoint", "end"]
 
-STDERR = 2  # the descriptor: a thread that is stuck in a print holds the lock of sys.stderr
+STDERR = 2  # the descriptor, which is there when sys.stderr is closed
 DIAGNOSIS = "verdict.txt"
 
 
@@ -165,7 +165,7 @@ class Watchdog:
             faulthandler.dump_traceback_later(4 * self._grace, exit=True, file=STDERR)  # should what follows hang
             stacks = _stacks()
             said = f"watchdog: rank {self._rank}: no progress for {limit:g} s, {where}\n".encode()
-            os.write(STDERR, said + stacks)
+            stdio.write_stderr(said + stacks)
             self._stalled_at, self._waiting = _place(sys._current_frames().get(threading.main_thread().ident or 0))
             with contextlib.suppress(OSError):
                 (self._folder / f"{self._name}.stacks.txt").write_bytes(stacks)
@@ -179,7 +179,7 @@ class Watchdog:
             self._name_once(f"{reason}\n".encode())
             self.on_stall(reason)
         except BaseException:
-            os.write(STDERR, traceback.format_exc().encode())
+            stdio.write_stderr(traceback.format_exc().encode())
         finally:
             os._exit(1)  # sys.exit would end this thread only
 
@@ -193,7 +193,7 @@ class Watchdog:
             return
         except OSError:
             pass  # no file can be written, and two that speak are better than none
-        os.write(STDERR, b"watchdog: " + line)
+        stdio.write_stderr(b"watchdog: " + line)
 
 
 def read(folder: Path, world_size: int) -> list[Heartbeat]:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Collection, Sequence
 from typing import Any
 
-from tinyllama import printable
+from tinyllama import printable, stdio
 from tinyllama.prepare.inputs import Input
 from tinyllama.throughput import duration
 
@@ -38,6 +38,7 @@ class Progress:
 
             self._bar = tqdm(total=self._bytes, unit="B", unit_scale=True, dynamic_ncols=True)
 
+    @stdio.best_effort()
     def add(self, one: Input, outcome: Info | Exception) -> None:
         """Count ``one`` as ended and show the progress."""
         self._done += 1

@@ -8,6 +8,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 
 from tinyllama import InputError
+from tinyllama.config import cli
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
 from tinyllama.prepare.readers import DocumentReader
 
@@ -30,6 +31,7 @@ def train(sources: list[str], vocab_size: int, split: str | None = None, config_
     if long["lines"]:
         print(f"{long['lines']:,} lines of more than {MAX_BYTES:,} bytes were cut for sentencepiece", file=sys.stderr)
     model = io.BytesIO()
+    cli.leave_signals()  # it takes minutes in C++, and nothing has been written yet
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(text),

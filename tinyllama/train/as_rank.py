@@ -12,7 +12,7 @@ from datetime import timedelta
 
 import torch.distributed as dist
 
-from tinyllama import InputError
+from tinyllama import InputError, stdio
 from tinyllama.config import cli
 from tinyllama.train.launch import Launch, LaunchError, cluster_environment, find_launch, torchrun_serves
 
@@ -27,9 +27,12 @@ def as_rank(main: Callable[[], int]) -> int:
 
     A rank whose launcher is gone ends: by SIGTERM, which saves a checkpoint.
     """
+    cli.leave_signals()  # a rank may wait for others in C, where it would not hear them; Preemption takes them later
     try:
         _end_with_launcher(find_launch())
-        return main()
+        code = main()
+        stdio.drop_unprinted()
+        return code
     except LaunchError:
         ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
         if any(os.environ.get(name, "0") != "0" for name in ranks):
@@ -97,7 +100,7 @@ def _end_with_launcher(launch: Launch | None) -> None:
         def watch() -> None:
             while os.getppid() == parent:
                 time.sleep(1)
-            os.write(2, b"the launcher of this rank is gone: the rank ends\n")
+            stdio.write_stderr(b"the launcher of this rank is gone: the rank ends\n")
             os.kill(os.getpid(), number)
 
         threading.Thread(target=watch, name="launcher", daemon=True).start()

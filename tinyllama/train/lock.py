@@ -18,7 +18,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple, NoReturn
 
-from tinyllama import InputError, atomic, printable
+from tinyllama import InputError, atomic, printable, stdio
 from tinyllama.train.collectives import from_rank_zero
 
 BEAT = 10.0  # seconds between heartbeats
@@ -177,8 +177,7 @@ def end_if_lost(folder: Path, then: os.stat_result, file: Path) -> None:
 
 def end_process(reason: str) -> NoReturn:
     """End this process at once, from any thread: what it would still write would do harm."""
-    # not by print: a thread that is stuck in one holds the lock of sys.stderr
-    os.write(2, f"error: {printable(reason)}\n".encode())
+    stdio.write_stderr(f"error: {printable(reason)}\n".encode())
     os._exit(1)
 
 

@@ -1,12 +1,13 @@
 """Preemption: a signal to any rank, or the end of its time, stops every rank at the same step."""
 
-import os
 import signal
 import time
 from types import FrameType
 
 import torch
 import torch.distributed as dist
+
+from tinyllama import stdio
 
 
 def was_asked_for(by: object) -> bool:
@@ -42,7 +43,7 @@ class Preemption:
             if self._interrupted is None:
                 self._interrupted = time.monotonic()
                 if self._is_rank_zero:
-                    os.write(2, b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
+                    stdio.write_stderr(b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
             elif time.monotonic() > self._interrupted + self.ONE_PRESS:
                 raise KeyboardInterrupt
         self._asked = number
