@@ -27,7 +27,7 @@ def printable(text: object, most: int = 2000) -> str:
 
 
 def byte_size(count: float) -> str:
-    """Return a number of bytes with three digits, in the unit in which it has one to three before the point."""
+    """Return a number of bytes with three digits and the unit that fits it: 15.7 MB."""
     for scale, unit in ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB")):
         if count >= 0.9995 * scale:
             number = count / scale
