@@ -164,13 +164,15 @@ def test_a_run_of_the_budget_alone_is_the_one_it_was(world, first: Path, tmp_pat
 
 
 @pytest.mark.parametrize(("ranks", "batch"), [(1, 16), (2, 4)])
-def test_a_decay_under_way_goes_on_by_the_sample(world, resumed, tmp_path: Path, ranks: int, batch: int) -> None:
-    """Of 160 samples the last 15 steps of 8 are wsd's decay, to its end at the last step of today's batch."""
-    wsd = ["--optim.schedule", "wsd", "--optim.decay_steps", 15]
+def test_a_decay_under_way_goes_on_by_the_sample(world, first: Path, tmp_path: Path, ranks: int, batch: int) -> None:
+    """Of 160 samples the last 14 steps of 8 are wsd's decay, to its end at the last step of today's batch."""
+    out = tmp_path / "run"
+    resumed = ["--config", first.with_name("data") / "run.yaml", "--out_dir", out]
+    wsd = ["--optim.schedule", "wsd", "--optim.decay_steps", 14]
+    world(1)("train_signalled", "10", 0, *resumed, *TOKENS, *wsd)
     world(ranks).train(*resumed, *TOKENS, *wsd, "--train.global_batch_size", batch, "--checkpoint.interval", 3)
     seen = range(80, 160, batch)  # before each step
-    expected = [1e-3 + 9e-3 * (160 - batch - samples) / 120 for samples in seen]
-    out = tmp_path / "run"
+    expected = [1e-3 + 9e-3 * (160 - batch - samples) / 112 for samples in seen]
     assert column(out, "lr")[10:] == pytest.approx(expected)
     assert reader.read_state(step_dir(out / "checkpoints", 10 + len(seen)))["decay_batch"] == 8
     again = branch(out, 10 + len(seen) - 3)

@@ -186,6 +186,26 @@ def test_a_decay_that_would_have_begun_at_todays_batch_begins_now(make_run, batc
         assert [resumed.lr_at(step) for step in range(20, run.max_steps)] == rates
 
 
+def test_a_schedule_without_a_decay_leaves_none_under_way(make_run) -> None:
+    trunk = make_run(max_tokens=320 * T)
+    assert after(trunk, 20).decay_batch == -1
+    # 160 samples are left, which are fewer than 30 steps of the trunk's batch, and more than 30 of today's
+    run = make_run(after(trunk, 20), max_tokens=320 * T, decay_steps=30, global_batch_size=4)
+    assert list(curve(run).values()) == pytest.approx([1.0] * 9 + [1 - 0.9 * i / 30 for i in range(31)])
+
+
+def test_no_decay_is_under_way_before_the_warm_up_ends(make_run) -> None:
+    trunk = make_run(max_tokens=320 * T, decay_steps=9)
+    # 144 samples are left, which are fewer than 24 steps of the trunk's batch, and more than 24 of today's
+    run = make_run(after(trunk, 2), max_tokens=160 * T, decay_steps=24, global_batch_size=4)
+    assert [run.lr_at(step) for step in range(2, 5)] == pytest.approx([0.6, 0.8, 1.0])
+    rates = [run.lr_at(step) for step in range(5, 38)]
+    assert rates == pytest.approx([1.0] * 8 + [1 - 0.9 * i / 24 for i in range(25)])
+    for later in range(3, run.steps_left + 1):
+        resumed = replace(run, done=after(run, later))
+        assert [resumed.lr_at(step) for step in range(5, resumed.max_steps)] == rates
+
+
 def test_a_decay_of_a_budget_in_steps_is_in_steps(make_run) -> None:
     straight = make_run(max_steps=40, decay_steps=16)
     run = make_run(after(straight, 30), max_steps=40, decay_steps=16, global_batch_size=32)

@@ -31,7 +31,8 @@ class TrainState:
     warmup_samples: int = -1
     """samples seen when the warm-up ended; -1 before that, and in checkpoints from before it was recorded"""
     decay_batch: float = -1
-    """samples of each of the steps that optim.decay_steps counts; -1 in checkpoints from before it was recorded"""
+    """samples of each of the steps that optim.decay_steps counts; -1 without it, and in checkpoints from before it was
+    recorded"""
     float8_exponents: list[int] = field(default_factory=list)
     """scales of the next step's casts to float8, as powers of two (train/delayed_scaling.py); [] if there are none"""
 

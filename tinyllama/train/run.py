@@ -120,19 +120,22 @@ class Run:
         """Samples of each of the steps that optim.decay_steps counts.
 
         They are today's, unless a budget in tokens or epochs is resumed at another batch: a decay that is under way
-        stays as long as it was, and one that would have begun at today's batch begins now.
+        stays as long as it was, and one that would have begun at today's batch begins now. None is before the warm-up
+        ends.
         """
-        batch, decay_steps = self.args.train.global_batch_size, self.args.optim.decay_steps
-        if decay_steps is None or self.args.train.max_steps is not None or self.done.decay_batch <= 0:
+        batch, optim, done = self.args.train.global_batch_size, self.args.optim, self.done
+        decay_steps, has_budget_in_steps = optim.decay_steps, self.args.train.max_steps is not None
+        if decay_steps is None or has_budget_in_steps or done.decay_batch <= 0 or done.step < optim.warmup_steps:
             return batch
         left = max(self.steps_left - 1, 1)  # from the next step to the last
-        is_under_way = decay_steps * self.done.decay_batch > left * batch
-        return self.done.decay_batch if is_under_way else min(batch, left * batch / decay_steps)
+        is_under_way = decay_steps * done.decay_batch > left * batch
+        return done.decay_batch if is_under_way else min(batch, left * batch / decay_steps)
 
     def settled(self, state: TrainState) -> TrainState:
         """Return ``state`` with what fixes the schedule, so that a later resume has it and does not find it anew."""
         ended = samples_of_warmup(self.args, self.done)
-        return replace(state, warmup_samples=ended, decay_batch=self.decay_batch)
+        decay_batch = -1 if self.args.optim.decay_steps is None else self.decay_batch
+        return replace(state, warmup_samples=ended, decay_batch=decay_batch)
 
     def resolved(self) -> dict[str, Any]:
         """Return the settings with the model's sizes written out: what config.yaml holds."""
