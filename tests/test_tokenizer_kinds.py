@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import sentencepiece
 import tokenizers
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 from tinyllama import InputError
 from tinyllama.tokenizer import Tokenizer
@@ -65,6 +65,32 @@ def test_added_tokens_behind_a_control_token_keep_their_ids(tmp_path):
     tokenizer = saved(whole, tmp_path, added_tokens=content["added_tokens"])
     assert tokenizer.encode("abb<x>cc<y>") == [*spelled("a"), 257, *spelled("<x>"), 259, *spelled("<y>")]
     assert [token["id"] for token in json.loads(tokenizer.json_for_text())["added_tokens"]] == [256, 257, 258, 259]
+
+
+def test_added_tokens_that_are_one_text_once_normalized_are_refused(tmp_path):
+    """The library finds the one or the other, as it happens, in each process that loads the file."""
+    whole = byte_level()
+    whole.normalizer = normalizers.Lowercase()
+    whole.add_tokens([AddedToken("[B]", normalized=False), "[b]", "[A]", "[a]"])
+    with pytest.raises(InputError, match=r"tokenizer.json: the added tokens '\[A\]' and '\[a\]' are the same once"):
+        saved(whole, tmp_path)
+    whole = byte_level()
+    whole.normalizer = normalizers.Lowercase()
+    whole.add_tokens([AddedToken("[B]", normalized=False), "[b]"])  # found one before the other
+    assert saved(whole, tmp_path).encode("[b][B]") == [257, 256]
+    # a control token is no text, whatever it becomes
+    whole.add_special_tokens([AddedToken("[C]", normalized=True)])
+    whole.add_tokens(["[c]"])
+    assert saved(whole, tmp_path).encode("[c][C]") == [259, 259]
+
+
+def test_an_added_token_that_is_nothing_once_normalized_is_refused(tmp_path):
+    """The library finds it everywhere, and panics or takes all memory."""
+    whole = byte_level()
+    whole.normalizer = normalizers.Strip()
+    whole.add_tokens(["    "])
+    with pytest.raises(InputError, match=r"tokenizer.json: the added token '    ' is nothing once normalized: remove"):
+        saved(whole, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["single_word", "lstrip", "rstrip", "normalized"])

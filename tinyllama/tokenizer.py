@@ -224,6 +224,7 @@ class Tokenizer:
         self._text_json = _without(content, taken_for_text, self.sha256)
         self.added_tokens = sum(token["content"] not in taken_for_text for token in content["added_tokens"])
         bare = tokenizers.Tokenizer.from_str(json.dumps(self._text_json))
+        self._check_added(self._text_json["added_tokens"], bare.normalizer)
         self._encode, self._decode = lambda text: bare.encode(text).ids, whole.decode
 
     def _check_ids(self, vocab: dict[str, int]) -> None:
@@ -236,6 +237,22 @@ class Tokenizer:
                 raise self._unreadable("a tokenizer.json", f"{same} have the id {number}")
         last = max(pieces)
         raise self._unreadable("a tokenizer.json", f"{printable(repr(pieces[last]), 50)} has the id {last}")
+
+    def _check_added(self, added: list[dict[str, Any]], normalizer: Any) -> None:
+        """Refuse added tokens that the library confuses once they are normalized.
+
+        Of two that are the same it finds the one or the other, as it happens, each time it loads the file; one that is
+        nothing it finds everywhere, until it panics or has taken all memory.
+        """
+        found: dict[str, str] = {}
+        for token in (token["content"] for token in added if token["normalized"] and normalizer):
+            text = self._guard(normalizer.normalize_str, token)
+            shown = printable(repr(token), 50)
+            if not text:
+                raise InputError(f"{self.path}: the added token {shown} is nothing once normalized: remove it")
+            if (other := found.setdefault(text, token)) != token:
+                both = f"{printable(repr(other), 50)} and {shown}"
+                raise InputError(f"{self.path}: the added tokens {both} are the same once normalized: remove one")
 
     def _special_token(self, key: str, usual: tuple[str, ...], vocab: dict[str, int]) -> str | None:
         config = self.path.with_name("tokenizer_config.json")
