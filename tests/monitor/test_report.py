@@ -259,6 +259,14 @@ def test_a_config_that_is_a_pipe_is_not_waited_for(make_run: Callable[..., Path]
         report.read_run(run)
 
 
+def test_a_config_that_stands_for_a_tree_without_end(make_run: Callable[..., Path]) -> None:
+    run = make_run("one")
+    with (run / "config.yaml").open("a") as file:
+        file.write("log: &a [*a]\n")
+    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
+        report.read_run(run)
+
+
 def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callable[..., Path]) -> None:
     run = make_run("one")
     before = report.read_run(run)

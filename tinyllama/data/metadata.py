@@ -152,7 +152,8 @@ def _read_json(path: Path, kind: dict[str, Any], hint: str, **absent: Any) -> di
     except OSError as error:
         raise InputError(f"{path} is damaged ({error.strerror}): {hint}") from None
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise InputError(f"{path} is damaged ({error!r}): {hint}") from None
+        reason = printable(f"{type(error).__name__}: {error}", 200)  # the repr of some has all of the file
+        raise InputError(f"{path} is damaged ({reason}): {hint}") from None
     if type(version) is not int or version != FORMAT_VERSION or str(dtype) not in DTYPES:
         found = f"format version {printable(version, 40)} with {printable(dtype, 40)} tokens"
         raise InputError(f"{path}: {found} is not known here: use the TinyLlama that wrote it")
