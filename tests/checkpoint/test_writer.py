@@ -1,5 +1,6 @@
 """Saving: on two ranks that share one group, in processes that are killed, and alone."""
 
+import errno
 import json
 import math
 import os
@@ -252,6 +253,25 @@ def test_one_broken_step_is_kept_and_its_size_said(alone: Run, tmp_path: Path) -
     make(tmp_path)
     aside = [name for name in names(tmp_path) if "broken" in name]
     assert aside == ["step-00000007.broken-00c0ffee", "step-00000007.broken-mine"]
+
+
+def test_what_cannot_be_removed_does_not_make_a_saved_step_a_failure(
+    one_step: Path, alone: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remove = shutil.rmtree
+
+    def busy(path: Path, **how: Any) -> None:
+        if "broken" in path.name:
+            raise OSError(errno.EBUSY, "Device or resource busy", str(path))  # as NFS, of a file that is open elsewhere
+        remove(path, **how)
+
+    monkeypatch.setattr(shutil, "rmtree", busy)
+    copy(one_step, step_dir(tmp_path, 1), 1)
+    (tmp_path / "step-00000002.broken-00c0ffee").mkdir()
+    (tmp_path / "step-00000002").mkdir()
+    assert alone.save(make(tmp_path, keep_last=1), 2) == tmp_path / "step-00000002"
+    assert holds(tmp_path / "step-00000002", 2)
+    assert [name.partition(".broken")[0] for name in names(tmp_path)] == ["step-00000002"] * 3
 
 
 def test_what_was_passed_over_as_damaged_costs_no_good_step(one_step: Path, alone: Run, tmp_path: Path) -> None:

@@ -30,7 +30,7 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future as TorchFuture
 
-from tinyllama import __version__, atomic
+from tinyllama import InputError, __version__, atomic
 from tinyllama.checkpoint import hashes, metadata, names, reader
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.tensors import materialize_optimizer_state, named_tensors
@@ -173,10 +173,11 @@ class Checkpointer:
             final.rename(final.with_name(f"{final.name}.broken-{secrets.token_hex(4)}"))
         unfinished.rename(final)
         atomic.sync(self.folder)
-        if is_in_the_way:
-            self._keep_one_aside()
-        if self.keep_last is not None:
-            prune(self.folder, self.keep_last, self.keep_every, upto=state["step"])
+        with contextlib.suppress(OSError, InputError):  # the step is saved, and the next save tries this again
+            if self.keep_last is not None:
+                prune(self.folder, self.keep_last, self.keep_every, upto=state["step"])
+            if is_in_the_way:
+                self._keep_one_aside()
 
     def _keep_one_aside(self) -> None:
         """Remove all broken steps that were set aside but the last one, and say what that takes."""
