@@ -197,7 +197,7 @@ def test_any_byte_of_the_header_of_safetensors(tmp_path):
 @pytest.mark.parametrize("legacy", [False, True])
 @pytest.mark.parametrize("kind", ["bin", "upstream"])
 def test_any_byte_of_a_pickle_and_any_cut(kind, legacy, tmp_path):
-    """The numbers of a tensor have no hash there: that the weights are the same cannot be asked."""
+    """The numbers of a tensor have no hash in the older format: that the weights are the same cannot be asked."""
     state = weights() if kind == "upstream" else to_hf(weights(), CONFIG)
     file = tmp_path / ("lit_model.pth" if kind == "upstream" else "pytorch_model.bin")
     path = file
@@ -218,6 +218,36 @@ def test_any_byte_of_a_pickle_and_any_cut(kind, legacy, tmp_path):
             tried += 1
             refused += is_refused(lambda: open_weights(path, CONFIG).load())
     assert refused > tried // 2
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "lit_model.pth"])
+def test_any_bit_of_the_numbers_in_a_pickle(name, tmp_path):
+    """Each file in the archive that torch.save makes has a checksum, which torch.load does not look at."""
+    hf_folder.write(tmp_path / "hf", given())
+    (tmp_path / "hf/model.safetensors").unlink()
+    file = tmp_path / "hf" / name
+    path = file if name == "lit_model.pth" else tmp_path / "hf"
+    torch.save(weights() if name == "lit_model.pth" else to_hf(weights(), CONFIG), file)
+    content = file.read_bytes()
+
+    def read():
+        for key, tensor in open_weights(path, CONFIG).load().items():
+            assert torch.equal(tensor, WEIGHTS[key]), key
+
+    assert not is_refused(read)
+    generator, refused = random.Random(3), 0
+    for place in generator.sample(range(10_000, len(content) - 20_000), 40):
+        damaged = bytearray(content)
+        damaged[place] ^= 1 << generator.randrange(8)
+        file.write_bytes(damaged)
+        refused += is_refused(read)
+    assert refused > 30  # the others are between the numbers
+    place = content.index(weights()["transformer.ln_f.weight"].numpy().tobytes())
+    file.write_bytes(content[:place] + b"\0\0\0\0" + content[place + 4 :])
+    with pytest.raises(
+        InputError, match=rf"{name} cannot be loaded \(.* does not match its checksum\): give a complete"
+    ):
+        open_weights(path, CONFIG)
 
 
 @pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer.model"])

@@ -250,13 +250,22 @@ def _hf_files(path: Path) -> list[Path]:
 def _unpickle(path: Path) -> Any:
     """Load a file that torch.save wrote, without executing anything in it."""
     try:
+        if is_zip := zipfile.is_zipfile(path):
+            _check_archive(path)
         with torch.sparse.check_sparse_tensor_invariants():  # without it, torch 2.11 warns that it does not check
-            return torch.load(path, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(path))
+            return torch.load(path, map_location="cpu", weights_only=True, mmap=is_zip)
     except Exception as error:  # a damaged or hostile pickle makes torch raise whatever there is
         reason = printable((str(error).strip() or type(error).__name__).splitlines()[0], 200)
         if "Weights only load failed" in str(error):
             reason = "it holds more than tensors and plain values, and is not executed"
         raise InputError(f"{path} cannot be loaded ({reason}): give a complete file of plain tensors") from None
+
+
+def _check_archive(path: Path) -> None:
+    """Raise ValueError if a file in the archive does not have the checksum that torch.save gave it."""
+    with zipfile.ZipFile(path) as archive:
+        if name := archive.testzip():  # torch.load compares none
+            raise ValueError(f"{name} in it does not match its checksum")
 
 
 def _check(
