@@ -1,53 +1,29 @@
+"""The rows of metrics.csv: each step once, across restarts, damage and full disks."""
+
 import contextlib
 import csv
 import dataclasses
-import importlib.metadata
 import io
 import json
-import os
-import pty
 import re
-import resource
-import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 from limits import files_up_to
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config import cli
-from tinyllama.config.args import DataArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs
-from tinyllama.config.model import ModelConfig
+from tinyllama.config.args import DataArgs, OptimArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.model import GPT
-from tinyllama.monitor.console import console_line, end_summary, mean_speed, show_summary, start_summary
-from tinyllama.monitor.metrics import RunLog, max_memory_gb, source_columns
+from tinyllama.monitor.metrics import RunLog, source_columns
 from tinyllama.monitor.run_files import COLUMNS, read_metrics, read_samples
-from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
-
-
-@pytest.fixture
-def run(packed_folder: Any, tmp_path: Path) -> Run:
-    folder = packed_folder([[list(range(100))]])
-    args = PretrainArgs(
-        out_dir=str(tmp_path / "out"),
-        model=ModelArgs(block_size=32),
-        data=DataArgs(sources=[Source(str(folder))]),
-        optim=OptimArgs(warmup_steps=0),
-        train=TrainArgs(max_steps=9),
-    )
-    dataset = open_packed(folder)
-    return Run(args, args.model.resolve(), World(1, 1, 1), [dataset], [], Mixture([1], [1.0], 0, ["x"]), 1, {}, None)
 
 
 def rows(run: Run) -> list[dict[str, str]]:
@@ -234,67 +210,6 @@ def test_what_is_in_the_place_of_samples_jsonl_is_named(run: Run) -> None:
     assert [row["loss"] for row in read_metrics(run.out_dir / "metrics.csv")] == [7.0]
 
 
-def test_events_are_kept_and_other_ranks_are_silent(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    RunLog(run, None, is_rank_zero=True).event("start", "here we go", step=0)
-    RunLog(run, 5, is_rank_zero=True).stop(step=7, reason="a spike")
-    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["step"]) for event in events] == [("start", 0), ("stop", 7)]
-    assert json.loads((run.out_dir / "STOPPED").read_text()) == {"step": 7, "reason": "a spike"}
-    said = capsys.readouterr().out
-    assert said.startswith("here we go\n")
-    silent = RunLog(run, 5, is_rank_zero=False)
-    silent.row({"step": 6, "tokens": 1})
-    silent.event("start", "nobody hears this")
-    silent.stop(step=1)
-    assert capsys.readouterr().out == ""
-    assert len((run.out_dir / "events.jsonl").read_text().splitlines()) == 2
-
-
-def test_a_start_records_what_the_run_was_started_by_and_on(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--out_dir", "a b"])
-    RunLog(run, None, is_rank_zero=True).start(3)
-    RunLog(run, None, is_rank_zero=False).start(4)
-    assert capsys.readouterr().out == "start    a new run at step 3\n"
-    (event,) = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert (event["event"], event["step"], event["max_steps"], event["nodes"]) == ("start", 3, 9, 1)
-    assert event["command"] == "python pretrain/train.py --out_dir 'a b'"
-    assert event["versions"]["torch"] == importlib.metadata.version("torch")  # without a local part, as "+cpu"
-    assert event.keys() >= {"device", "commit"}
-
-
-def test_a_start_after_failed_saves_says_so(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    full = "checkpoints/step-00000004 is not saved: No space left on device"
-    failed = ("checkpoint_failed", {"error": full, "step": 4})
-    gave_up = ("stop", {"by": "checkpoint.on_failure", "step": 4})
-    for events, is_told in (
-        ([failed, gave_up], True),
-        ([failed], True),  # and killed
-        ([("checkpoint", {"step": 4}), failed, gave_up, ("metrics_damaged", {})], True),
-        ([failed, ("checkpoint", {"step": 8})], False),
-        ([failed, gave_up, ("start", {"step": 0}), ("stop", {"by": "SIGTERM", "step": 3})], False),
-        ([("stop", {"reason": "a spike"})], False),
-        ([], False),
-    ):
-        log = RunLog(run, None, is_rank_zero=True)
-        (run.out_dir / "events.jsonl").unlink(missing_ok=True)
-        for name, details in events:
-            log.event(name, **details)
-        RunLog(run, None, is_rank_zero=True).start(3)
-        hint = f"check that {run.out_dir} has room"
-        before = [f"before   the last save failed ({full}): {hint}"] if is_told else []
-        assert capsys.readouterr().out.splitlines() == ["start    a new run at step 3", *before], events
-
-
-def test_a_console_line() -> None:
-    row: dict[str, float | None] = {"step": 10, "loss": 2.34567, "lr": 4e-4, "grad_norm": 1.25, "mfu": None}
-    row |= {"tokens_per_second": 24000.4, "max_memory_gb": 37.123, "skipped": 0}
-    line = "loss 2.3457  lr 4.000e-04  grad_norm 1.250  24,000 tokens/s  memory 37.12 GB  1d 02h left"
-    assert console_line(row, 1430512, 93784.0) == f"step      10/1430512  {line}"
-    assert console_line({"step": 10, "mfu": 0.561, "skipped": 3}, 20, None) == "step 10/20  mfu 56.1%  skipped 3"
-
-
 def test_tokens_of_each_source_are_counted(packed_folder: Any, tmp_path: Path) -> None:
     folders = [packed_folder([[list(range(100))]], name=name) for name in ("slim", "star")]
     sources = [Source(str(folder), weight) for folder, weight in zip(folders, (0.75, 0.25), strict=True)]
@@ -380,120 +295,6 @@ def test_a_renamed_source_keeps_its_counts_of_earlier_rows(run: Run) -> None:
     assert list(found[0]) == [*COLUMNS, "tokens_renamed", "tokens_packed"]
     assert [row["tokens_packed"] for row in found] == [tokens, None, None]
     assert [row["tokens_renamed"] for row in found] == [None, 2 * tokens, 3 * tokens]
-
-
-def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    two_ranks = dataclasses.replace(run, world=World(nodes=1, local_ranks=2, shard=2))
-    show_summary("pretrain", start_summary(two_ranks, "master float32", ["here: ranks 0 1"]))
-    said = capsys.readouterr().out
-    assert "model    tinyllama_1.1b: 1,100,048,384 parameters, context 32\n" in said
-    assert "saves    every 5,000 steps, on a signal and at the end, in the background; the newest 3 and" in said
-    assert " 13.2 GB each, " in said  # 12 bytes a parameter
-    with RunLog(run, None, is_rank_zero=True) as log:
-        log.row({"step": 1, "tokens": 100, "loss": 3.0, "tokens_per_second": 10.0})
-        log.row({"step": 2, "tokens": 200, "loss": 2.5, "tokens_per_second": 40.0})
-        for val_loss in (2.75, 2.25, 2.5):
-            with log.clock("validation", 2):
-                log.row({"step": 2, "tokens": 200, "val_loss": val_loss})
-        with log.clock("checkpoints", 2):
-            pass
-        (run.out_dir / "checkpoints" / "step-00000009").mkdir(parents=True)
-        log.end(TrainState(step=9, tokens=900), None)
-    said = capsys.readouterr().out
-    assert "val_loss 2.2500  the best so far\nstep 2/9  val_loss 2.5000  best 2.2500\n" in said
-    assert "checkpoint of step 2 is on disk: training waited 0.0 s for it\n" in said
-    assert "val_loss 2.5000 at step 2, best 2.5000 at step 2\n" in said  # metrics.csv has one value a step
-    assert "tokens   900 in all; 16 tokens/s on average\n" in said  # 10 s and 2.5 s
-    assert f"saved    {run.out_dir}/checkpoints/step-00000009\n" in said
-    convert = f"python scripts/convert_lit_checkpoint.py {run.out_dir} {run.out_dir / 'hf'} --tokenizer TOKENIZER\n"
-    assert f"next     {convert}" in said  # verified by default: no flag for it
-    assert said.endswith(f"done: 9 steps, 900 tokens, in {run.out_dir}\n")
-    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert [(event["event"], event["step"]) for event in events] == [("checkpoint", 2), ("done", 9)]
-    assert set(events[1]["seconds"]) == {"training", "validation", "checkpoints"}
-
-
-def in_terminal(columns: int, write: Callable[[], None]) -> bytes:
-    """Return what ``write`` writes to stdout if that is a terminal of ``columns`` columns."""
-    reader, writer = pty.openpty()
-    with (
-        os.fdopen(writer, "w", encoding="utf-8") as terminal,
-        contextlib.redirect_stdout(terminal),
-        pytest.MonkeyPatch.context() as env,
-    ):
-        env.setenv("TERM", "xterm-256color")
-        env.setenv("COLUMNS", str(columns))
-        env.delenv("NO_COLOR", raising=False)
-        write()
-    said = b""
-    with contextlib.suppress(OSError):  # a terminal that nobody writes to any more
-        while chunk := os.read(reader, 65536):
-            said += chunk
-    os.close(reader)
-    return said
-
-
-def test_a_terminal_gets_a_bar_and_the_lines_that_count(run: Run) -> None:
-    """The same through a pseudo-terminal."""
-
-    def write() -> None:
-        show_summary("pretrain", start_summary(run, "master float32", ["here: rank 0"]))
-        with RunLog(run, None, is_rank_zero=True) as log:
-            log.row({"step": 3, "tokens": 100, "loss": 3.25}, seconds_left=61)
-            log.event("skip", "skipped step 4")
-
-    said = in_terminal(60, write)  # as narrow as a phone's
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode())
-    assert "─ pretrain ─" in plain
-    assert all(len(line) <= 60 for line in plain.replace("\r", "\n").split("\n"))
-    assert "step 3/9  33.3%  1m 01s left" in plain
-    assert "loss 3.2500" in plain
-    assert b"\x1b[36m\xe2\x94\x81" in said  # the bar is cyan: red is for alarms
-    assert "skipped step 4\r\n" in plain
-    assert said.rstrip().endswith(b"\x1b[?25h")  # the cursor is back
-
-
-@pytest.mark.parametrize("columns", [40, 100])
-def test_what_a_person_copies_stands_below_the_frame_as_it_is(
-    run: Run, columns: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("sys.argv", ["pretrain/train.py", "--config", "configs/of_a_rather_long_name.yaml"])
-    saved = run.out_dir / "checkpoints/step-00000002"
-    saved.mkdir(parents=True)
-    rows = [{"step": 2, "tokens": 64, "val_loss": 2.5} | {f"val_loss/{name}": 2.5 for name in ("web", "code")}]
-    summary = end_summary(run, rows, {"training": 1.0}, TrainState(step=2, tokens=64))
-    said = in_terminal(columns, lambda: show_summary("stopped", summary))
-    plain = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", said.decode()).splitlines()
-    frame = next(number for number, line in enumerate(plain) if line.startswith("╰"))
-    assert any("web 2.5000, code 2.5000" in line for line in plain[:frame])  # to be read
-    assert plain[frame + 1 :] == [
-        f"saved    {saved}",
-        "next     python pretrain/train.py --config configs/of_a_rather_long_name.yaml    # resumes from there",
-        f"         python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT",
-        f"         python scripts/report.py {run.out_dir}",
-    ]
-
-
-@pytest.mark.parametrize(
-    ("name", "details", "text", "is_alarm"),
-    [
-        *[("stop", {"by": by}, "stopped", False) for by in ("SIGTERM", "SIGUSR1", "SIGINT", "train.max_time")],
-        ("stop", {"by": "checkpoint.on_failure"}, "stopped", True),
-        ("stop", {"reason": "a spike"}, "stopped for good", True),
-        ("checkpoint_failed", {}, "error: no space left", True),
-        ("checkpoint", {}, "checkpoint of step 3", False),
-    ],
-)
-def test_red_in_a_terminal_is_for_errors_and_stops_that_nobody_asked_for(
-    run: Run, name: str, details: dict[str, Any], text: str, is_alarm: bool
-) -> None:
-    def write() -> None:
-        with RunLog(run, None, is_rank_zero=True) as log:
-            log.event(name, text, step=3, **details)
-
-    said = in_terminal(100, write)
-    assert text.encode() in said
-    assert (b"\x1b[1;31m" + text.encode() in said) is is_alarm
 
 
 def full_row(step: int, **changes: Any) -> dict[str, Any]:
@@ -635,186 +436,3 @@ def test_a_full_disk_costs_no_row_that_was_written(run: Run) -> None:
     log.row({"step": 3, "tokens": 96, "loss": 5.0})
     found = [(row["step"], row.get("loss"), row.get("val_loss")) for row in rows(run)]
     assert found == [("1", "7.0", "7.5"), ("2", "6.0", None), ("3", "5.0", None)]
-
-
-@pytest.mark.parametrize("fatal", [False, True])
-def test_what_was_skipped_is_told_and_may_stop_the_run(
-    run: Run, fatal: bool, capsys: pytest.CaptureFixture[str]
-) -> None:
-    fine = StepResult(4, (24, 31), 2.5, 1.0, finite=True, skipped=False, fatal=False, ranks=[])
-    spike = StepResult(5, (32, 39), 9.5, 80.0, finite=True, skipped=True, fatal=False, ranks=[])
-    broken = StepResult(6, (40, 47), float("inf"), 1.0, finite=False, skipped=True, fatal=fatal, ranks=[1])
-    after = StepResult(7, (48, 55), 9.5, 80.0, finite=True, skipped=True, fatal=False, ranks=[])
-    with RunLog(run, None, is_rank_zero=True) as log:
-        assert log.record_skips([fine, spike]) is False
-        assert log.record_skips([broken, after]) is fatal
-        assert RunLog(run, None, is_rank_zero=False).record_skips([broken]) is fatal
-    said = capsys.readouterr().out.splitlines()
-    assert said[0] == "skipped step 5, samples 32 to 39: loss 9.5000, grad_norm 80.000: a spike"
-    assert said[1] == "skipped step 6, samples 40 to 47: loss inf, grad_norm 1.000: not finite on rank 1"
-    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert [event["event"] for event in events] == ["skip", "skip", "stop" if fatal else "skip"]
-    assert {key: value for key, value in events[0].items() if key != "time"} == {
-        **{"event": "skip", "step": 5, "samples": [32, 39], "loss": 9.5, "grad_norm": 80.0},
-        **{"finite": True, "skipped": True, "fatal": False, "ranks": []},
-    }
-    if not fatal:
-        assert not (run.out_dir / "STOPPED").exists()
-        return
-    reason = {"step": 6, "samples": 48, "reason": "not finite on rank 1: step 6, samples 40 to 47"}
-    assert json.loads((run.out_dir / "STOPPED").read_text()) == reason
-    assert {key: events[2][key] for key in reason} == reason
-    assert said[2].startswith(f"stopped for good, see {run.out_dir / 'STOPPED'}: fix the cause and delete the file")
-
-
-def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    with RunLog(run, None, is_rank_zero=True) as log:
-        for what, step, seconds in (("validation", 2, 3.0), ("checkpoints", 2, 1.23456), ("checkpoints", 4, 2.0)):
-            with log.clock(what, step):
-                now[0] += seconds
-            now[0] += 10.0
-        log.end(TrainState(step=4, tokens=128), "SIGTERM")
-    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    saves = [(event["event"], event["step"], event["seconds"]) for event in events[:2]]
-    assert saves == [("checkpoint", 2, 1.235), ("checkpoint", 4, 2.0)]
-    assert (events[2]["event"], events[2]["by"], events[2]["step"]) == ("stop", "SIGTERM", 4)
-    assert events[2]["seconds"] == pytest.approx({"training": 30.0, "validation": 3.0, "checkpoints": 3.23456})
-    assert abs(events[0]["time"] - time.time()) < 600
-
-
-def done(step: int) -> StepResult:
-    return StepResult(step, (0, 0), 3.0, 1.0, finite=True, skipped=False, fatal=False, ranks=[])
-
-
-def test_the_time_left_does_not_count_the_first_step(
-    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-
-    def steps(log: RunLog, *results: tuple[float, list[int]]) -> None:
-        for seconds, steps in results:
-            now[0] += seconds
-            log.record_skips([done(step) for step in steps])
-
-    with RunLog(run, None, is_rank_zero=True) as log:
-        steps(log, (60.0, []), (2.0, [1]), (2.0, [2]), (2.0, [3, 4]))
-        log.row({"step": 4, "tokens": 32, "loss": 3.0}, seconds_left=82.5)  # by a meter that counts the first step
-        steps(log, (2.0, []), (2.0, [5, 6]))
-        log.row({"step": 6, "tokens": 48, "loss": 2.5}, seconds_left=6.0)
-    expected = ["step 4/9  loss 3.0000  10s left", "step 6/9  loss 2.5000  6s left"]
-    assert capsys.readouterr().out.splitlines() == expected
-    (run.out_dir / "metrics.csv").unlink()
-    with RunLog(run, None, is_rank_zero=True) as log:
-        steps(log, (60.0, [1]))
-        log.row({"step": 1, "tokens": 8, "loss": 3.0}, seconds_left=480.0)
-        steps(log, (2.0, [2]))
-        log.row({"step": 2, "tokens": 16, "loss": 2.5}, seconds_left=14.0)
-    assert capsys.readouterr().out.splitlines() == ["step 1/9  loss 3.0000", "step 2/9  loss 2.5000  14s left"]
-
-    def write() -> None:
-        with RunLog(run, None, is_rank_zero=True) as log:
-            steps(log, (60.0, [1]), (2.0, [2]), (2.0, [3]))  # and no row yet
-
-    assert "step 3/9  33.3%  12s left" in re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", in_terminal(60, write).decode())
-
-
-def test_the_waits_are_those_since_the_row_before(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    now = [100.0]
-    monkeypatch.setattr(time, "perf_counter", lambda: now[0])
-    with RunLog(run, None, is_rank_zero=True) as log:
-        for saves, validations in ((3.0, 5.0), (0.0, 0.0), (1.5, 0.0)):
-            for what, seconds in (("checkpoints", saves), ("validation", validations)):
-                with log.clock(what, 2):
-                    now[0] += seconds
-            assert log.waits() == {"save_seconds": saves, "validation_seconds": validations}
-
-
-def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    (run.out_dir / "checkpoints/step-00000004").mkdir(parents=True)
-    with RunLog(run, None, is_rank_zero=True) as log:
-        log.end(TrainState(step=4, tokens=128), "SIGTERM")
-    said = capsys.readouterr().out
-    assert said.endswith("stopped by SIGTERM at step 4; the same command resumes from there\n")
-    assert "# resumes from there" in said
-    assert not (run.out_dir / "STOPPED").exists()
-
-
-@pytest.mark.parametrize("by", ["SIGTERM", "SIGUSR1", "train.max_time"])
-def test_in_a_batch_job_the_job_is_what_resumes(
-    run: Run, by: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    for name, value in {"SLURM_JOB_ID": "1234", "ENVIRONMENT": "BATCH"}.items():  # as sbatch sets them
-        monkeypatch.setenv(name, value)
-    (run.out_dir / "checkpoints/step-00000004").mkdir(parents=True)
-    with RunLog(run, None, is_rank_zero=True) as log:
-        log.end(TrainState(step=4, tokens=128), by)
-    said = capsys.readouterr().out
-    again = "unless Slurm requeues the job, sbatch of the same script resumes from there"
-    assert said.endswith(f"stopped by {by} at step 4; {again}\n")
-    assert "next     sbatch ...    # the script of job 1234, unless Slurm requeues it: resumes from there\n" in said
-    monkeypatch.delenv("ENVIRONMENT")  # in a shell of salloc's or srun's
-    with RunLog(run, None, is_rank_zero=True) as log:
-        log.end(TrainState(step=4, tokens=128), by)
-    assert "sbatch" not in capsys.readouterr().out
-
-
-def test_what_is_shown_of_an_event_is_a_line_each(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(run, None, is_rank_zero=True)
-    log.event("start", "start\x1b[2J of\nall", "changed \u202ex", step=0, run="\x1b\n\udcff")
-    log.event("checkpoint_failed", f"error: {'x' * 10**7}: make room", step=1)
-    first, second, third = capsys.readouterr().out.splitlines()
-    assert (first, second) == ("start\\x1b[2J of\\nall", "changed \\u202ex")
-    assert third.startswith("error: xxx")
-    assert third.endswith("x: make room")
-    assert len(third) < 2100
-    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert events[0]["run"] == "\x1b\n\udcff"
-
-
-def test_events_that_cannot_be_written_are_shown(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    log = RunLog(run, None, is_rank_zero=True)
-    (run.out_dir / "events.jsonl").mkdir()
-    log.event("start", "here we go", step=0)
-    assert capsys.readouterr().out == "here we go\n"
-
-
-def test_memory_is_told_in_units_of_a_thousand_million_bytes(monkeypatch: pytest.MonkeyPatch) -> None:
-    peaks = {resource.RUSAGE_SELF: 2_000_000, resource.RUSAGE_CHILDREN: 7_000_000}
-    monkeypatch.setattr(resource, "getrusage", lambda who: SimpleNamespace(ru_maxrss=peaks[who]))
-    for system, peak in (("linux", 2.048), ("darwin", 0.002)):  # the one counts in KiB, the other in bytes
-        monkeypatch.setattr(sys, "platform", system)
-        assert max_memory_gb(torch.device("cpu")) == peak, system
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {3: 5e9}[device.index])
-    assert max_memory_gb(torch.device("cuda", 3)) == 5.0
-
-
-def test_the_mean_speed_weighs_rows_by_their_tokens() -> None:
-    spoken = [{"tokens": 100, "tokens_per_second": 10.0}, {"tokens": 200, "tokens_per_second": 40.0}]
-    assert mean_speed(spoken) == 200 / 12.5
-    silent = [{"tokens": 300, "tokens_per_second": None}, {"tokens": 400, "tokens_per_second": 50.0}]
-    assert mean_speed([*spoken, *silent]) == 300 / 14.5  # of the tokens from 200 to 300 nobody knows the time
-    assert mean_speed(silent[:1]) == 0
-    assert mean_speed([]) == 0
-
-
-def test_a_gpu_that_has_no_more_memory_is_explained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    frames = [{"filename": "/repo/tinyllama/ops/swiglu.py", "line": 40, "name": "reference"}]
-    block = {"address": 0, "size": 7 * 10**9, "state": "active_allocated", "frames": frames}
-    snapshot = {"segments": [{"total_size": 8 * 10**9, "blocks": [block]}], "device_traces": []}
-    monkeypatch.setattr(torch.cuda.memory, "_snapshot", lambda: snapshot)
-    model = GPT(ModelConfig("tiny", block_size=2, vocab_size=8, n_layer=1, n_head=2, n_embd=4, n_query_groups=1))
-    log = RunLog(run, None, is_rank_zero=True)
-    log.watch_memory(model, torch.optim.AdamW(model.parameters()))
-    with pytest.raises(torch.OutOfMemoryError) as caught, log:
-        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    (note,) = caught.value.__notes__
-    assert note.startswith(
-        "error: rank 0 is out of GPU memory, with 7.00 of 8.00 GB in use: 7.00 GB activations of ops/swiglu.py:40 "
-        "reference: lower train.micro_batch_size"
-    )
-    assert (run.out_dir / "memory" / "rank-00000.pickle").exists()
-    (event,) = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
-    assert (event["event"], event["text"]) == ("out_of_memory", note.removeprefix("error: "))

@@ -1,65 +1,24 @@
-import base64
+"""What a report says of a run and of several, from their files."""
+
 import csv
-import gzip
 import json
 import math
 import os
-import re
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from reports import TOKENS, data_of, six_digits
 
-from tinyllama import InputError, __version__
+from tinyllama import __version__
 from tinyllama.config.model import named_config
 from tinyllama.eval import harness
 from tinyllama.monitor import report
-from tinyllama.monitor.run_files import COLUMNS, read_metrics
+from tinyllama.monitor.run_files import COLUMNS
 from tinyllama.throughput import duration
-
-STEPS = 40
-TOKENS = 16 * 256  # a step
-
-
-@pytest.fixture
-def make_run(tmp_path: Path) -> Callable[..., Path]:
-    """A function that writes what a run of STEPS steps leaves behind, interrupted three times."""
-
-    def make(name: str, height: float = 4.0, steps: int = STEPS) -> Path:
-        out_dir = tmp_path / name
-        out_dir.mkdir()
-        with (out_dir / "metrics.csv").open("w", newline="") as file:
-            writer = csv.DictWriter(file, [*COLUMNS, "tokens_prose", "tokens_code"])
-            writer.writeheader()
-            for step in range(steps + 1):
-                row: dict[str, Any] = {"step": step, "tokens": step * TOKENS}
-                if step:
-                    row |= {"loss": height + math.exp(-step / 9) + 0.01 * (step % 3), "lr": 1e-3 / step, "skipped": 0}
-                    row |= {"grad_norm": 1 + 1 / step, "tokens_per_second": 1000 + step, "mfu": 0.5 + step / 1000}
-                    row |= {"step_seconds": 0.75, "data_seconds": 0.25}
-                    row |= {"max_memory_gb": 2 + step / 100, "tokens_prose": step * 3072, "tokens_code": step * 1024}
-                if step % 10 == 0:
-                    row["val_loss"] = height + 1 / (step + 1)
-                    row["val_bpb"] = row["val_loss"] / 3
-                writer.writerow(row)
-        events = [{"time": 0, "event": "start", "step": 0, "world_size": 2}]
-        for n, step in enumerate((10, 20, 30)):
-            events += [{"time": 60 * step, "event": "checkpoint", "step": step, "seconds": 0.5}]
-            events += [{"time": 60 * step + n, "event": "start", "step": step, "world_size": 2}]
-        events.insert(4, {"time": 900, "event": "skip", "step": 15, "loss": 9.5, "finite": True})
-        events.append({"time": 7000, "event": "checkpoint_failed", "step": None, "reason": "disk full"})
-        lines = [json.dumps(event) + "\n" for event in [*events, {"time": 7260, "event": "done", "step": steps}]]
-        (out_dir / "events.jsonl").write_text("".join(lines) + '{"time": 99, "eve')  # and one half written
-        config = {"model": vars(named_config("quickstart")), "train": {"global_batch_size": 16}}
-        (out_dir / "config.yaml").write_text(yaml.safe_dump(config))
-        scores = [f"{step},{step * TOKENS},hellaswag,acc_norm,{0.25 + step / 1000}\n" for step in (10, 20)]
-        (out_dir / "eval.csv").write_text("step,tokens,task,metric,value\n" + "".join(scores))
-        return out_dir
-
-    return make
 
 
 def test_what_the_page_is_told(make_run: Callable[..., Path]) -> None:
@@ -142,13 +101,6 @@ def test_rows_without_times_have_no_place_in_them() -> None:
     assert all(0 <= share <= 1 for row in report.where_time_goes(rows) for share in list(row.values())[2:])
 
 
-def test_losses_that_are_no_numbers_are_not_smoothed() -> None:
-    rows: list[dict[str, Any]] = [{"step": i, "loss": loss} for i, loss in enumerate([4.0, math.inf, 2.0, 3.0])]
-    assert report.smooth([{"step": 0, "val_loss": 9.0}, *rows]) == round(5 * 3 / 2)
-    assert [row.get("smooth") for row in rows] == pytest.approx([4.0, None, 3.0, 3.0])
-    assert report.smooth([{"step": 3, "val_loss": 9.0}]) == 5
-
-
 def test_a_long_curve_keeps_its_extremes_and_its_validations() -> None:
     rows: list[dict[str, Any]] = [{"step": i, "loss": 3 + math.sin(i), "val_loss": None} for i in range(50_001)]
     rows[31_234]["loss"] = 77.0
@@ -169,52 +121,6 @@ def test_many_validations_keep_the_best_and_the_worst() -> None:
     assert {row["step"] for row in kept} >= {0, 1234, 4321, 5999}
 
 
-def test_the_picture_in_the_terminal() -> None:
-    falling: list[dict[str, Any]] = [{"tokens": i, "loss": 10 - i} for i in range(11)]
-    lines = report.picture(falling, width=10, height=4)
-    assert lines == [
-        "  10.000 │⠙⢦⡀⠀⠀⠀⠀⠀⠀⠀",
-        "         │⠀⠀⠈⠳⣄⠀⠀⠀⠀⠀",
-        "    loss │⠀⠀⠀⠀⠀⠙⢦⡀⠀⠀",
-        "   0.000 │⠀⠀⠀⠀⠀⠀⠀⠈⠳⣄",
-        "         └──────────",
-        "          010 tokens",
-    ]
-    assert report.picture([]) == []
-
-
-def test_no_run_is_said_in_a_line(tmp_path: Path, make_run: Callable[..., Path]) -> None:
-    with pytest.raises(InputError, match="nowhere has no metrics.csv with a row in it"):
-        report.write([tmp_path / "nowhere"], tmp_path / "report.html")
-    run = make_run("one")
-    with pytest.raises(InputError, match=r"nowhere/x.html cannot be written \(No such file or directory\)"):
-        report.write([run], tmp_path / "nowhere" / "x.html")
-    with pytest.raises(
-        InputError, match=r"one cannot be written \(it is there and is not a file\): give another --out"
-    ):
-        report.write([run], run)
-    with pytest.raises(InputError, match=r"^\. cannot be written \(.*\): give another --output"):
-        report.write([run], Path(""))
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["one"]
-
-
-@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml", "events.jsonl", "thesis.tex"])
-def test_a_report_replaces_a_report_and_no_other_file(
-    name: str, tmp_path: Path, make_run: Callable[..., Path], script: Any
-) -> None:
-    run = make_run("one")
-    (run / "thesis.tex").write_text("the work of years")
-    before = (run / name).read_bytes()
-    said = f"error: {run / name} is there and is no report, and is left as it is: give another --output\n"
-    assert script("report", run, "--output", run / name) == (2, "", said)
-    assert (run / name).read_bytes() == before
-    page = tmp_path / "report.html"
-    page.touch()  # as mktemp does
-    for _ in range(2):
-        assert script("report", run, "--output", page)[0] == 0
-        assert page.stat().st_size > 10**6
-
-
 def test_a_report_through_a_link_keeps_the_link(tmp_path: Path, make_run: Callable[..., Path]) -> None:
     run, link = make_run("one"), tmp_path / "link.html"
     (tmp_path / "web").mkdir()
@@ -224,72 +130,6 @@ def test_a_report_through_a_link_keeps_the_link(tmp_path: Path, make_run: Callab
         assert link.is_symlink()
         assert b" run report</title>" in (tmp_path / "web" / "report.html").read_bytes()
         assert [path.name for path in (tmp_path / "web").iterdir()] == ["report.html"]
-
-
-@pytest.mark.parametrize(
-    "content", [b"a,b\n1,2\n", b"", b"step,tokens\n1", b"\xff\0,\n\x81\n", b"step,tokens\n\xc2\xb2,1\n", b"step\n1\n"]
-)
-def test_metrics_that_are_none(make_run: Callable[..., Path], content: bytes) -> None:
-    run = make_run("one")
-    (run / "metrics.csv").write_bytes(content)
-    with pytest.raises(InputError, match="one has no metrics.csv with a row in it"):
-        report.read_run(run)
-
-
-@pytest.mark.parametrize(
-    "content",
-    [
-        *[b"model: 3", b"", b"train: [1", b"\xff\xfe\0", b"{n_layr}", b"{x: 1, train: {}}", b"[" * 3000],
-        b"{train: {global_batch_size: .inf}, model: {block_size: 3}}",
-    ],
-)
-def test_a_config_that_is_none(make_run: Callable[..., Path], content: bytes) -> None:
-    run = make_run("one")
-    config = (run / "config.yaml").read_bytes()
-    (run / "config.yaml").write_bytes(config.replace(b"n_layer", b"n_layr") if b"n_layr" in content else content)
-    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
-        report.read_run(run)
-
-
-def test_a_config_that_is_a_pipe_is_not_waited_for(make_run: Callable[..., Path]) -> None:
-    run = make_run("one")
-    (run / "config.yaml").unlink()
-    os.mkfifo(run / "config.yaml")
-    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
-        report.read_run(run)
-
-
-def test_a_config_that_stands_for_a_tree_without_end(make_run: Callable[..., Path]) -> None:
-    run = make_run("one")
-    with (run / "config.yaml").open("a") as file:
-        file.write("log: &a [*a]\n")
-    with pytest.raises(InputError, match="config.yaml is not what a run writes there: take that of its newest check"):
-        report.read_run(run)
-
-
-def test_lines_that_are_no_events_and_no_scores_are_passed_over(make_run: Callable[..., Path]) -> None:
-    run = make_run("one")
-    before = report.read_run(run)
-    with (run / "events.jsonl").open("ab") as file:
-        file.write(b'\n[1]\n"x"\n{"event": 3, "time": "x"}\n{"event": "start", "time": 1, "step": "x"}\n\xff\xfe\n')
-        for time, step in (("NaN", "1"), ("1e400", "1"), ("1", "Infinity"), ("1", "9" * 4000), ("1", "-1")):
-            file.write(f'{{"event": "done", "time": {time}, "step": {step}}}\n'.encode())
-        file.write(b"[" * 100_000 + b"\n")
-    with (run / "eval.csv").open("ab") as file:
-        file.write(b'\xff\n7,8\n7,8,a,acc,nan\n7,1e400,a,acc,1\n7,8,"' + b"a" * 200_000 + b'",acc,1\n7,8,a,acc,1,2\n')
-    assert report.read_run(run) == before
-    (run / "events.jsonl").unlink()
-    (run / "events.jsonl").mkdir()
-    assert report.read_run(run)["events"] == []
-
-
-def test_nothing_in_the_data_ends_the_script(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = make_run("<b>one")
-    (run / "eval.csv").write_text("step,tokens,task,metric,value\n1,2,</script><script>alert(1)</script>,acc,0.5\n")
-    report.write([run], tmp_path / "report.html")
-    page = (tmp_path / "report.html").read_text()
-    assert "<script>alert" not in page
-    assert "<b>one" not in page.split("<script")[0]
 
 
 def test_long_names_are_told_apart_in_legends() -> None:
@@ -333,17 +173,6 @@ def test_whether_a_run_has_ended(tmp_path: Path, last: str | None, state: str) -
     assert report.state(events, metrics).startswith(state)
 
 
-def six_digits(number: float) -> float:
-    """The number as a page has it, whose points no screen tells apart by more digits."""
-    return float(f"{number:.6g}")
-
-
-def data_of(page: Path) -> dict[str, Any]:
-    """What the page's script reads."""
-    packed = page.read_text().partition('<script id="data" type="text/plain">')[2].partition("</script>")[0]
-    return json.loads(gzip.decompress(base64.b85decode(packed.replace(",", "<"))))
-
-
 def test_the_page_holds_the_numbers_of_the_files(make_run: Callable[..., Path], tmp_path: Path) -> None:
     runs = [make_run("a&b<c"), make_run("two", height=3.0, steps=12)]
     report.write(runs, tmp_path / "report.html")
@@ -374,20 +203,6 @@ def test_runs_of_one_name_are_told_by_their_paths(make_run: Callable[..., Path],
     shutil.copytree(one, other)
     report.write([one, other, make_run("two")], tmp_path / "report.html")
     assert [run["name"] for run in data_of(tmp_path / "report.html")["runs"]] == [str(one), str(other), "two"]
-
-
-def test_numbers_that_json_has_none_for_are_gaps(make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run = make_run("one", steps=3)
-    lines = (run / "metrics.csv").read_text().splitlines()
-    cells = lines[2].split(",")
-    cells[COLUMNS.index("loss")], cells[COLUMNS.index("grad_norm")] = "inf", "nan"
-    (run / "metrics.csv").write_text("\n".join([*lines[:2], ",".join(cells), *lines[3:]]) + "\n")
-    report.write([run], tmp_path / "report.html")
-    columns = data_of(tmp_path / "report.html")["runs"][0]["columns"]
-    for name in ("loss", "grad_norm"):
-        assert columns[name][:2] == [None, None]
-        assert None not in columns[name][2:]
-    assert columns["lr"][1] == 1e-3
 
 
 def test_the_summary_says_best_and_last_and_means_over_the_run() -> None:
@@ -560,346 +375,3 @@ def test_the_page_has_the_settings(make_run: Callable[..., Path]) -> None:
         "train.lr": "0.0004",
         "train.max_time": "null",
     }
-
-
-def test_the_picture_shows_validations_apart_and_leaves_out_what_is_infinite() -> None:
-    rows: list[dict[str, Any]] = [{"tokens": 0, "val_loss": 10.0}, {"tokens": 10, "loss": None, "val_loss": 0.0}]
-    rows += [{"tokens": 5, "loss": math.inf}]
-    assert report.picture(rows, width=4, height=2) == [
-        "  10.000 │⠁⠀⠀⠀",
-        "    loss │⠀⠀⠀⢀",  # two points, no line between them
-        "         └────",
-        "          010 tokens",
-    ]
-
-
-def test_the_command_draws_and_says_where_the_page_is(
-    make_run: Callable[..., Path], tmp_path: Path, script: Any
-) -> None:
-    runs = [make_run("one"), make_run("two", height=3.0)]
-    code, out, err = script("report", *runs)
-    assert (code, err) == (0, "")
-    drawn = report.picture(read_metrics(runs[0] / "metrics.csv"))
-    assert out.splitlines() == [*drawn, f"report   {runs[0] / 'report.html'}"]
-    assert [run["name"] for run in data_of(runs[0] / "report.html")["runs"]] == ["one", "two"]
-    code, out, err = script("report", runs[1], "--output", tmp_path / "page.html")
-    assert out.splitlines()[-1] == f"report   {tmp_path / 'page.html'}"
-    assert not (runs[1] / "report.html").exists()
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    chromium, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not chromium or not driver:
-        pytest.skip("needs Debian's chromium and chromium-driver: apt install chromium chromium-driver")
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    options.binary_location = chromium
-    for flag in ("headless", "no-sandbox", "disable-gpu", "no-first-run", "disable-background-networking"):
-        options.add_argument(f"--{flag}")
-    for flag in ("disable-component-update", "disable-sync", f"user-data-dir={tmp_path_factory.mktemp('chromium')}"):
-        options.add_argument(f"--{flag}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    started = webdriver.Chrome(options=options, service=Service(driver))
-    yield started
-    started.quit()
-
-
-def show(browser: Any, page: Path) -> None:
-    """Open the page, and return once it has drawn everything."""
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    browser.get(page.as_uri())
-    WebDriverWait(browser, 60).until(
-        lambda _: browser.execute_script("return 'drawn' in document.documentElement.dataset")
-    )
-
-
-def shown(browser: Any, plot: str) -> list[dict[str, Any]]:
-    """The curves of a plot as plotly.js holds them."""
-    script = "return JSON.stringify(document.getElementById(arguments[0]).data.map(({name, x, y}) => ({name, x, y})))"
-    return json.loads(browser.execute_script(script, f"plot-{plot}"))
-
-
-def curve(run: Path, x: str, y: str) -> tuple[list[float], list[float]]:
-    rows = [row for row in read_metrics(run / "metrics.csv") if row[y] is not None]
-    return [row[x] for row in rows], [six_digits(row[y]) for row in rows]
-
-
-@pytest.mark.browser
-def test_each_plot_has_the_values_of_metrics_csv(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
-    run, page = make_run("one"), tmp_path / "report.html"
-    report.write([run], page)
-    assert page.stat().st_size < 2e6
-    show(browser, page)
-    for plot, name, column in [
-        ("loss", "training, as logged", "loss"),
-        ("loss", "validation", "val_loss"),
-        ("val_bpb", "val_bpb", "val_bpb"),
-        *((name, name, name) for name in ("lr", "grad_norm", "tokens_per_second", "mfu", "max_memory_gb")),
-    ]:
-        (found,) = [one for one in shown(browser, plot) if one["name"] == name]
-        assert (found["x"], found["y"]) == curve(run, "tokens", column), column
-    assert [one["name"] for one in shown(browser, "sources")] == ["prose", "code"]
-    assert [set(one["y"]) for one in shown(browser, "sources")] == [{0.75}, {0.25}]
-    assert shown(browser, "time") == [
-        {
-            "name": "data",
-            "x": [step * TOKENS for step in range(STEPS + 1)],
-            "y": [pytest.approx(1 / 3)] * (STEPS + 1),
-        }
-    ]
-    marks = {one["name"]: one["x"] for one in shown(browser, "timeline")}
-    assert marks["restart"] == [10 * TOKENS, 20 * TOKENS, 30 * TOKENS]
-    assert marks["skip"] == [15 * TOKENS]
-    assert marks["checkpoint_failed"] == [30 * TOKENS]
-    scores = shown(browser, "eval-hellaswag-acc_norm")[0]
-    assert (scores["x"], scores["y"]) == ([10 * TOKENS, 20 * TOKENS], [0.26, 0.27])
-    browser.find_element("xpath", "//div[@id='x-axis']/button[text()='step']").click()
-    assert shown(browser, "lr")[0]["x"] == curve(run, "step", "lr")[0]
-    assert browser.get_log("browser") == []
-
-
-@pytest.mark.browser
-def test_each_validation_source_is_a_line(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
-    runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
-    for run in runs:
-        with (run / "metrics.csv").open(newline="") as file:
-            header, *rows = list(csv.reader(file))
-        at = header.index("val_loss")
-        halves = [[row[at] and str(float(row[at]) * share) for share in (0.5, 2.0)] for row in rows]
-        with (run / "metrics.csv").open("w", newline="") as file:
-            writer = csv.writer(file)
-            writer.writerow([*header, "val_loss/web", "val_loss/<b>code, 7"])
-            writer.writerows([row + extra for row, extra in zip(rows, halves, strict=True)])
-    report.write(runs[:1], page)
-    show(browser, page)
-    tokens, losses = curve(runs[0], "tokens", "val_loss")
-    assert shown(browser, "by-source") == [
-        {"name": "web", "x": tokens, "y": pytest.approx([loss / 2 for loss in losses], rel=1e-5)},
-        {"name": "&lt;b&gt;code, 7", "x": tokens, "y": pytest.approx([loss * 2 for loss in losses], rel=1e-5)},
-    ]
-    assert "web 2.0122, <b>code, 7 8.0488" in browser.find_element("id", "summary").text
-    assert not browser.find_element("id", "card-bits-by-source").is_displayed()  # nobody knows its bytes
-    report.write(runs, page)
-    show(browser, page)
-    names = [one["name"] for one in shown(browser, "by-source")]
-    assert names == [f"{run} · {source}" for run in ("one", "two") for source in ("web", "&lt;b&gt;code, 7")]
-    assert browser.get_log("browser") == []
-
-
-@pytest.mark.browser
-def test_a_plot_is_saved_as_a_picture(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
-    from selenium.webdriver.support.wait import WebDriverWait
-
-    run, page, downloads = make_run("one"), tmp_path / "report.html", tmp_path / "downloads"
-    report.write([run], page)
-    behavior = {"behavior": "allow", "downloadPath": str(downloads)}
-    browser.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
-    show(browser, page)
-    browser.find_element("xpath", "//article[@id='card-loss']//button[text()='save']").click()
-    picture = downloads / "one loss.png"
-    WebDriverWait(browser, 60).until(lambda _: picture.is_file())
-    assert picture.read_bytes()[:8] == b"\x89PNG\r\n\x1a\n"
-    width, height = (int.from_bytes(picture.read_bytes()[at : at + 4]) for at in (16, 20))
-    size = browser.execute_script("const box = document.getElementById('plot-loss'); return [box.clientWidth, 400]")
-    assert [width, height] == [2 * length for length in size]
-    assert browser.get_log("browser") == []
-
-
-@pytest.mark.browser
-def test_settings_and_scale_as_the_page_opens(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
-    runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
-    for run, lr, timeout in zip(runs, (1e-3, 2e-3), (300, 300.0), strict=True):
-        settings = yaml.safe_load((run / "config.yaml").read_text())
-        settings |= {"out_dir": str(run), "optim": {"lr": lr, "name": "<b>adamw"}, "log": {"timeout": timeout}}
-        sample = {"step": 1000, "tokens": 9, "prompt": "<b>Once", "text": " upon\n  a <i>time" + "\n" * 99}
-        (run / "samples.jsonl").write_text(json.dumps(sample))
-        (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    report.write(runs, page)
-    show(browser, page)
-    cells = "return [...document.querySelectorAll(arguments[0])].map(cell => cell.textContent)"
-    assert browser.execute_script(cells, "#differing :is(th, td)") == ["", "one", "two", "optim.lr", "0.001", "0.002"]
-    texts = [f"{name} · step 1,000| upon\n  a <i>time" + "\n" * 99 for name in ("one", "two")]
-    assert "|".join(browser.execute_script(cells, "#samples td")) == "|".join(texts)
-    tallest = "return Math.max(...[...document.querySelectorAll('#samples tr')].map(row => row.clientHeight))"
-    assert browser.execute_script(tallest) < 200  # a text of blank lines scrolls
-    assert browser.execute_script(cells, "#samples summary") == ["Samples of “<b>Once”"]
-    everything = browser.execute_script(cells, "#settings td")
-    at = everything.index("optim.name")
-    assert everything[at : at + 3] == ["optim.name", "<b>adamw", "<b>adamw"]
-    assert "model.n_layer" in everything
-    shown_now = "return [...document.querySelectorAll('table')].map(table => table.checkVisibility())"
-    assert browser.execute_script(shown_now) == [True, True, False]  # all of them when asked for
-    axis = "return document.getElementById('plot-loss').layout.yaxis.type"
-    assert browser.execute_script(axis) == "linear"
-    report.write(runs[:1], page)
-    show(browser, page)
-    assert browser.execute_script(cells, "#differing td") == []
-    assert browser.get_log("browser") == []
-
-
-HOSTILE = ["<b>x</b>", "a<br>b", "<img src=x onerror=alert(1)>", "&lt;&amp;", "$x_1$", "%{y}", "<extra>e</extra>"]
-HOSTILE += [
-    "__proto__",
-    "constructor",
-    "toString",
-    "@DATA@",
-    "@PLOTLY@ @TITLE@",
-    "</script>",
-    "学习",
-    "\u202eabc",
-    "a\nb\x1b",
-]
-SIZES = [1e-30, 1e300, 1.7e308, 5e-324, 0.0, -1e300, -1.7e308, 2.5, math.inf, -math.inf, math.nan]
-
-
-def hostile_run(run: Path) -> Path:
-    """Put names and texts of every kind, and losses of every size, wherever a file of ``run`` may hold them."""
-    columns = [*COLUMNS, *(f"tokens_{name}" for name in HOSTILE if name.isprintable())]
-    with (run / "metrics.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, columns)
-        writer.writeheader()
-        for step, size in enumerate(SIZES, 1):
-            row = dict.fromkeys(columns, size) | {"step": step, "tokens": step * TOKENS}
-            writer.writerow(row | {name: step * TOKENS for name in columns if name not in COLUMNS})
-    with (run / "events.jsonl").open("w") as file:
-        for step, text in enumerate([*HOSTILE, "x" * 10**7, "start", "start"], 1):
-            file.write(json.dumps({"event": text, "time": 60 * step, "step": step, text: text, "more": [text]}) + "\n")
-    with (run / "eval.csv").open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(["step", "tokens", "task", "metric", "value"])
-        for text in HOSTILE:
-            writer.writerow([1, TOKENS, text.replace("\n", ""), text.replace("\n", ""), 0.5])
-            writer.writerow([2, 2 * TOKENS, text.replace("\n", ""), "acc", 1e300])
-    return run
-
-
-def test_any_name_text_and_loss_makes_a_page(make_run: Callable[..., Path], tmp_path: Path, script: Any) -> None:
-    for name in ("<img src=x onerror=alert(1)>", "@PLOTLY@ @DATA@", "__proto__", "\u202ea\nb\x1b"):
-        run = hostile_run(make_run(name))
-        page = tmp_path / "report.html"
-        code, out, err = script("report", run, "--output", page)
-        assert (code, err) == (0, "")
-        assert all(len(line) <= 79 for line in out.splitlines()[:-1])
-        (shown,) = data_of(page)["runs"]
-        assert shown["name"] == run.name
-        assert shown["columns"]["loss"] == [size if math.isfinite(size) else None for size in SIZES]
-        assert all(math.isfinite(value) for value in shown["columns"]["smooth"] if value is not None)
-        assert all(event["kind"].isprintable() and event["details"].isprintable() for event in shown["events"])
-        assert len(shown["events"]) == len(HOSTILE) + 3
-        assert page.read_text().count("Plotly.react(") == page.read_text().count("function draw(plot)") == 1
-        assert page.stat().st_size < 2e6
-        shutil.rmtree(run)
-    page_of_bytes = make_run("one").rename(tmp_path / "of\udcffbytes")
-    report.write([page_of_bytes], tmp_path / "report.html")
-    assert "<title>of?bytes ·" in (tmp_path / "report.html").read_text()
-
-
-@pytest.mark.parametrize(
-    ("low", "high", "labels"),
-    [
-        (1e-30, 2e-30, ["2.0e-30", "1.0e-30"]),
-        (2.5, 1e300, ["1.0e+300", "2.500"]),
-        (-1.7e308, 1.7e308, ["1.7e+308", "-1.7e+308"]),
-        (5e-324, 5e-324, ["4.9e-324", "4.9e-324"]),
-        (0.0, 0.0, ["0.000", "0.000"]),
-        (-3.0, 12345.0, ["1.2e+04", "-3.000"]),
-    ],
-)
-def test_the_picture_has_losses_of_any_size(low: float, high: float, labels: list[str]) -> None:
-    rows: list[dict[str, Any]] = [{"tokens": 0, "loss": high}, {"tokens": 2**62, "loss": low, "val_loss": low}]
-    top, *middle, bottom, axis, _ = report.picture(rows)
-    assert [line.partition("│")[0].strip() for line in (top, bottom)] == labels
-    assert (top[-1] != "⠀") is (low == high)  # from the upper left to the lower right, or all the way along the top
-    assert axis.strip() == "└" + "─" * 68
-
-
-@pytest.mark.parametrize(
-    ("group", "name", "value"),
-    [
-        *[("train", "global_batch_size", int("9" * 4000)), ("train", "global_batch_size", -1)],
-        *[
-            ("model", "n_layer", size)
-            for size in (int("9" * 4000), 0, -1, 10**20, "x", "x" * 4000, [1], None, math.nan)
-        ],
-        *[("model", "n_embd", size) for size in ("x", "%s", {}, math.inf)],
-        *[("model", "name", name) for name in (["x"], None, 3)],
-    ],
-)
-def test_settings_of_no_run_are_said_in_a_line(
-    make_run: Callable[..., Path], group: str, name: str, value: Any
-) -> None:
-    run = make_run("one")
-    settings = yaml.safe_load((run / "config.yaml").read_text())
-    settings[group][name] = value
-    (run / "config.yaml").write_text(yaml.safe_dump(settings))
-    with pytest.raises(InputError, match="config.yaml is not what a run writes there"):
-        report.read_run(run)
-
-
-@pytest.mark.browser
-def test_any_name_and_text_is_drawn_as_it_is(browser: Any, make_run: Callable[..., Path], tmp_path: Path) -> None:
-    page = tmp_path / "report.html"
-    names = ["<b>x<b>", "a<br>b & $y$ %{x}"]
-    report.write([hostile_run(make_run(name)) for name in names], page)
-    show(browser, page)
-    texts = "return [...document.querySelectorAll(arguments[0])].map(text => text.textContent)"
-    assert browser.execute_script("return document.querySelectorAll('b, img, main i, a[href]').length") == 0
-    assert browser.execute_script(texts, "#summary h2") == names
-    legend = browser.execute_script(texts, "#plot-loss .legendtext")
-    assert [text.replace("\xa0", " ") for text in legend] == [
-        f"{name} · {what}" for name in names for what in ("training, mean of 5 steps", "validation")
-    ]
-    kinds = {event["kind"] for event in data_of(page)["runs"][0]["events"]}
-    assert {text.replace("\xa0", " ") for text in browser.execute_script(texts, "#plot-timeline .ytick text")} == kinds
-    tasks = {text.replace("\n", "") for text in HOSTILE}
-    shown_tasks = browser.execute_script(texts, "#plots h2")
-    assert {text for title in shown_tasks for text in tasks if title in (text + "acc", 2 * text)} == tasks
-    ids = browser.execute_script("return [...document.querySelectorAll('.plot')].map(plot => plot.id)")
-    assert len(set(ids)) == len(ids)
-    numbers = "return [...document.querySelectorAll('.plot path')].map(path => path.getAttribute('d') || '').join()"
-    for _ in range(2):  # linear, then logarithmic
-        assert [one["y"] for one in shown(browser, "loss") if one["name"].endswith("as logged")][0] == SIZES[:8]
-        assert not re.search("NaN|Infinity", browser.execute_script(numbers))
-        browser.find_element("xpath", "//article[@id='card-loss']//button[text()='log']").click()
-    assert browser.get_log("browser") == []
-
-
-@pytest.mark.browser
-def test_two_runs_on_a_phone_in_the_dark_and_in_print(
-    browser: Any, make_run: Callable[..., Path], tmp_path: Path
-) -> None:
-    runs, page = [make_run("one"), make_run("two", height=3.0)], tmp_path / "report.html"
-    report.write(runs, page)
-    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
-    show(browser, page)
-    assert browser.execute_script("return document.documentElement.scrollWidth") == 390  # nothing sticks out
-    assert [one["name"] for one in shown(browser, "lr")] == ["one", "two"]
-    validations = [one for one in shown(browser, "loss") if one["name"].endswith("validation")]
-    assert [one["name"] for one in shown(browser, "time")] == ["one · data", "two · data"]
-    assert [one["y"] for one in validations] == [curve(run, "tokens", "val_loss")[1] for run in runs]
-    browser.find_element("xpath", "//section[@id='summary']//h2[contains(., 'one')]").click()
-    assert [one["name"] for one in shown(browser, "lr")] == ["two"]
-    ink = "return document.getElementById('plot-loss').layout.font.color"
-    light = browser.execute_script(ink)
-    browser.find_element("xpath", "//div[@id='theme']/button[text()='dark']").click()
-    dark = browser.execute_script(ink)
-    assert light != dark
-    sizes = (
-        "return [...document.querySelectorAll('.card:not([hidden]) .plot')].map(plot => [plot.clientWidth, "
-        "plot.clientHeight, plot.querySelector('svg').clientWidth, plot.querySelector('svg').clientHeight])"
-    )
-    browser.execute_script("dispatchEvent(new Event('beforeprint'))")
-    assert browser.execute_script(ink) == light
-    drawn = browser.execute_script(sizes)
-    assert all(plot[:2] == plot[2:] for plot in drawn)
-    assert all(300 < width < 340 or 600 < width < 700 for width, *_ in drawn)  # of a sheet, not of the phone
-    browser.execute_script("dispatchEvent(new Event('afterprint'))")
-    assert browser.execute_script(ink) == dark
-    assert browser.execute_script("return document.documentElement.scrollWidth") == 390
-    assert all(plot[0] == plot[2] < 390 for plot in browser.execute_script(sizes))
-    assert browser.get_log("browser") == []
