@@ -25,7 +25,8 @@ def replacing(path: Path) -> Iterator[Path]:
         partial.replace(path)
         sync(path.parent)
     except OSError as error:
-        if error.filename in (None, str(partial)):  # writing does not name the file, and nobody knows the temporary one
+        # writing does not name the file, and nobody knows the temporary one
+        if error.errno is not None and error.filename in (None, str(partial)):
             error.filename = str(path)
         raise
     finally:

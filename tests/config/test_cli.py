@@ -363,6 +363,7 @@ cli.run(main)
 def test_a_signal_removes_what_is_half_written_and_leaves_what_was_there(name: str, code: int, tmp_path: Path) -> None:
     (tmp_path / "weights").write_text("old")
     how: dict[str, Any] = {"cwd": tmp_path, "env": os.environ | {"PYTHONPATH": str(ROOT)}, "text": True}
+    how["preexec_fn"] = lambda: signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may run under nohup
     done = subprocess.run([sys.executable, "-c", IN_A_FILE, name], capture_output=True, **how)
     assert (done.returncode, done.stdout, done.stderr) == (code, "", f"ended by {name}\n")
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("weights", "old")]
