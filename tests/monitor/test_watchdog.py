@@ -147,8 +147,10 @@ with watch(timeout=2) as watchdog:
     stopped, held, _ = world.pids
     assert {world.line(), world.line()} == {"gone 1\n", "gone 2\n"}
     os.kill(stopped, signal.SIGCONT)  # a rank that wakes up when the others are gone goes too
-    codes, said = world.end()
-    assert codes == [1, 1, 1]
+    (woken, *codes), said = world.end()
+    assert codes == [1, 1]
+    # its timer in C, long over, prints the stacks at once, of threads that run again: Python 3.11 may crash at that
+    assert woken in (1, -signal.SIGSEGV)
     (line,) = diagnoses(said)
     assert line.startswith(f"watchdog: dead, stopped or stuck in C code: rank 0 ({HOST}, pid {stopped}; step after")
     assert f", rank 1 ({HOST}, pid {held}; step after step 2), silent for " in line

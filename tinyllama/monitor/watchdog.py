@@ -73,7 +73,8 @@ class Watchdog:
     The main thread may hang in a collective, and the file system may hang as well, so there are two more: one only
     writes heartbeats, the other only looks at the clock. Neither runs while C code holds the interpreter's lock, so
     the second keeps resetting faulthandler's timer, a thread in C that needs no lock to print the stacks and exit. It
-    prints to stderr, as writing a file could hang too; the other ranks notice that its heartbeat has stopped.
+    prints to stderr, as writing a file could hang too; the other ranks notice that its heartbeat has stopped. Should it
+    crash over frames that change meanwhile, the process has ended all the same.
     """
 
     def __init__(self, out_dir: Path, *, rank: int, world_size: int, first_timeout: float, timeout: float) -> None:
