@@ -34,7 +34,7 @@ def main() -> None:
     if not kept:
         model = train_tokenizer.train(args.source, args.vocab_size, args.split, args.config_name)
         try:
-            target = Path(os.path.realpath(args.output))  # of a link, which stays
+            target = atomic.behind_link(args.output)
             target.parent.mkdir(parents=True, exist_ok=True)
             atomic.write(target, model)
         except OSError as error:

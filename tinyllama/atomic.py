@@ -13,6 +13,11 @@ def temporary(path: Path) -> Path:
     return path.with_name(f"{path.name}.{secrets.token_hex(4)}.tmp")
 
 
+def behind_link(path: Path) -> Path:
+    """Return the file that the link ``path`` leads to, which may not be there yet; ``path`` itself if it is no link."""
+    return Path(os.path.realpath(path))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``: the file that the block writes there replaces ``path`` if it succeeds."""

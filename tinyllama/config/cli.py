@@ -31,6 +31,7 @@ Config = TypeVar("Config")
 
 MOST_CHARACTERS = 1_000_000
 """of a small file that a flag names"""
+
 # errors the user can fix: a bad path, a full disk, missing permission
 UNUSABLE = {
     *(errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.ENAMETOOLONG, errno.ELOOP),

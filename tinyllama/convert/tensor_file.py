@@ -5,7 +5,6 @@ full disk in one of its own.
 """
 
 import json
-import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -53,7 +52,7 @@ def export(weights: Weights, file: Path) -> None:
             raise InputError(f"{file} is a folder or a device, not a file: give a file, such as model.safetensors")
         if _is_foreign(file):
             raise InputError(f"{file} is there and is not an export, and is left as it is: give another file")
-        target = Path(os.path.realpath(file))  # of a link, which stays
+        target = atomic.behind_link(file)
         target.parent.mkdir(parents=True, exist_ok=True)
         with atomic.replacing(target) as partial:
             write(partial, weights.load(), metadata)

@@ -6,7 +6,6 @@ import gzip
 import html
 import importlib.resources
 import json
-import os
 import re
 from pathlib import Path
 from typing import Any
@@ -32,7 +31,7 @@ def write(output: Path, title: str, data: dict[str, Any]) -> None:
     try:
         if _is_foreign(output):
             raise InputError(f"{output} is there and is no report, and is left as it is: give another --output")
-        atomic.write(Path(os.path.realpath(output)), page.encode(errors="replace"))  # of a link, which stays
+        atomic.write(atomic.behind_link(output), page.encode(errors="replace"))
     except OSError as error:
         raise InputError(f"{output} cannot be written ({error.strerror}): give another --output") from error
 
