@@ -35,6 +35,7 @@ from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs
 from tinyllama.ops import float8
 from tinyllama.train import collectives, garbage, step, step_clock
+from tinyllama.train import run as run_module
 from tinyllama.train.adamw import local
 from tinyllama.train.parallel import finish_gradients
 
@@ -51,6 +52,14 @@ def train_with_flags_of_one_rank(argv: list[str]) -> int:
     """The recipe; the rank ``argv[0]`` alone has the flags of the JSON list ``argv[1]``, too."""
     number, flags, *argv = argv
     return train([*argv, *json.loads(flags) * (os.environ["RANK"] == number)])
+
+
+def train_with_code_of_one_rank(argv: list[str]) -> int:
+    """The recipe; the rank ``argv[0]`` alone finds the package's files in the folder ``argv[1]``."""
+    number, package, *argv = argv
+    its_package = Path(package) if os.environ["RANK"] == number else run_module.PACKAGE
+    with mock.patch.object(run_module, "PACKAGE", its_package):
+        return train(argv)
 
 
 def train_float8(argv: list[str]) -> int:

@@ -1,6 +1,7 @@
 """Ranks that found other settings, packed data or backends than rank 0: the run is refused, and says what differs."""
 
 import json
+import re
 import shutil
 import socket
 from collections.abc import Callable
@@ -9,6 +10,8 @@ from typing import Any
 
 import pytest
 from runs import World
+
+from tinyllama.train.run import PACKAGE
 
 HOST = socket.gethostname()
 
@@ -36,8 +39,26 @@ def start(world: Callable[..., World], config_file: Path, tmp_path: Path) -> Cal
 )
 def test_what_differs_is_named_and_nothing_is_written(start, tmp_path, rank, flags, difference):
     problem = f"rank 0 ({HOST}) and rank {rank} ({HOST}) differ: {difference}: "
-    problem += "start every rank with the same command, packed data and packages"
+    problem += "start every rank with the same command, code, packed data and packages"
     assert [answer["problems"] for answer in start(rank, *flags)] == [[problem]] * 3
+    assert not (tmp_path / "run").exists()
+
+
+def test_code_may_lie_elsewhere_and_not_be_other(world, config_file, tmp_path):
+    copy = shutil.copytree(PACKAGE, tmp_path / "tinyllama")
+    flags = ["--config", config_file, "--out_dir", tmp_path / "run", "--train.global_batch_size", 12]
+    flags += ["--train.max_steps", 2, "--optim.warmup_steps", 0]
+    of_one = ("train_with_code_of_one_rank", 1, copy, *flags)
+    assert [answer.get("result") for answer in world(3)(*of_one)] == [0] * 3
+    shutil.rmtree(tmp_path / "run")
+    with (copy / "train" / "schedule.py").open("a") as file:
+        file.write("# edited on one node only\n")
+    for answer in world(3)(*of_one):
+        (problem,) = answer["problems"]
+        assert problem.startswith(f"rank 0 ({HOST}) and rank 1 ({HOST}) differ: code is ")
+        assert problem.endswith(": start every rank with the same command, code, packed data and packages")
+        shown = re.findall("[0-9a-f]{64}", problem)
+        assert len(set(shown)) == 2
     assert not (tmp_path / "run").exists()
 
 

@@ -55,7 +55,7 @@ def rank_map() -> list[str]:
 def refuse_differences(facts: Mapping[str, Any]) -> None:
     """Collective. Raise InputError on every rank, naming what differs, if any rank has other ``facts`` than rank 0.
 
-    Another node may have other settings, packed data or packages: the run would hang, or be wrong silently.
+    Another node may have other settings, code, packed data or packages: the run would hang, or be wrong silently.
     """
     of_ranks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(of_ranks, (socket.gethostname(), dict(facts)))
@@ -66,7 +66,7 @@ def refuse_differences(facts: Mapping[str, Any]) -> None:
             values = (f"{key} is {first.get(key, 'absent')} and {other.get(key, 'absent')}" for key in keys)
             raise InputError(
                 f"rank 0 ({first_host}) and rank {rank} ({host}) differ: {'; '.join(values)}: "
-                "start every rank with the same command, packed data and packages"
+                "start every rank with the same command, code, packed data and packages"
             )
 
 

@@ -1,5 +1,7 @@
 """Resolve a run: what its settings and its data come to is known before the first rank starts."""
 
+import hashlib
+import sys
 from dataclasses import asdict, dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
@@ -23,6 +25,7 @@ from tinyllama.train.schedule import lr_at
 
 MOST_RAMP = 2**31
 """Samples over which the shares of the sources may change: their table takes 10 us for a thousand, so 20 s."""
+PACKAGE = Path(__file__).parents[1]
 
 
 @dataclass(frozen=True)
@@ -157,11 +160,24 @@ class Run:
         """Return what all ranks must have found alike, by dotted key; each node may have its packed data elsewhere."""
         settings = self.resolved()
         settings["data"] |= self.data_metadata()["data"] | {"validation": [one.fingerprint for one in self.validation]}
-        return leaves(settings | {"ops": self.ops, "torch": torch.__version__})
+        return leaves(settings | {"ops": self.ops, "torch": torch.__version__, "code": code_sha256()})
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """Return what a converter has to know of the tokenizer."""
         return {key: getattr(self.sources[0], key) for key in ("tokenizer_sha256", "bos", "bos_id", "eos_id")}
+
+
+def code_sha256() -> str:
+    """Return the SHA-256 of the package's Python files and of the script that runs, in hexadecimal.
+
+    A commit would not do: it does not say what was edited, and an installed package has none.
+    """
+    script = getattr(sys.modules["__main__"], "__file__", None)
+    files = {str(file.relative_to(PACKAGE)): file for file in PACKAGE.rglob("*.py")}
+    if script is not None and (file := Path(script)).is_file():
+        files["script"] = file
+    content = (f"{name} {hashlib.sha256(file.read_bytes()).hexdigest()}\n" for name, file in sorted(files.items()))
+    return hashlib.sha256("".join(content).encode()).hexdigest()
 
 
 def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int, accumulation: int) -> Mixture:
