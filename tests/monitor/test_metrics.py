@@ -184,12 +184,28 @@ def test_rows_that_are_not_done_again_are_set_aside(run: Run, case: str) -> None
         run = dataclasses.replace(run, sources=[dataclasses.replace(run.sources[0], fingerprint="other")])
     elif case in ("no settings", "no events"):
         (run.out_dir / {"no settings": "config.yaml", "no events": "events.jsonl"}[case]).unlink()
-    before = {name: (run.out_dir / name).read_bytes() for name in ("metrics.csv", "samples.jsonl")}
+    names = ["metrics.csv", "samples.jsonl", *(["config.yaml"] if case == "other settings" else [])]
+    before = {name: (run.out_dir / name).read_bytes() for name in names}
     for _ in range(2):  # of the second there is nothing to keep
         start(run)
         copies = {copy.stem: copy.read_bytes() for copy in run.out_dir.glob("*.aside-*")}
         assert copies == before
-    assert len([*run.out_dir.glob("*.aside-*")]) == 2
+    assert len([*run.out_dir.glob("*.aside-*")]) == len(names)
+
+
+def test_a_config_written_by_hand_into_the_folder_of_the_run_is_set_aside(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run.out_dir.mkdir()
+    config = run.out_dir / "config.yaml"
+    config.write_bytes(by_hand := b"# the rate of the sweep's best run\noptim: {lr: 4.0e-4}\n")
+    start(run)
+    (copy,) = run.out_dir.glob("*.aside-*")
+    assert copy.read_bytes() == by_hand
+    said = f"set aside: {copy} is what {config} was before this run, which starts anew"
+    assert said in capsys.readouterr().out.splitlines()
+    start(run)  # the file is the run's own now
+    assert [*run.out_dir.glob("*.aside-*")] == [copy]
 
 
 def test_what_is_in_the_place_of_metrics_csv_is_named(run: Run) -> None:

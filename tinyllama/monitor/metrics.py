@@ -91,8 +91,11 @@ class RunLog:
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
         self._sources = source_columns([source.path for source in run.args.data.sources])
         samples, aside = run.out_dir / "samples.jsonl", []
-        is_again = is_begun_again(run.out_dir, cli.dump(run.resolved()), run.data_metadata()["data"])
-        is_other = step is None and not is_again
+        config, settings = run.out_dir / "config.yaml", cli.dump(run.resolved())
+        is_other = step is None and not is_begun_again(run.out_dir, settings, run.data_metadata()["data"])
+        with _rewriting(config):  # which the recipe writes next; it may have been written by hand
+            if is_other and config.is_file() and config.read_bytes() != settings.encode():
+                aside += set_aside(config)
         with _rewriting(self._metrics):
             run.out_dir.mkdir(parents=True, exist_ok=True)
             aside += set_aside(self._metrics) if is_other else []

@@ -52,7 +52,7 @@ def is_begun_again(out_dir: Path, settings: str, data: dict[str, Any]) -> bool:
 
 
 def set_aside(file: Path) -> list[str]:
-    """Copy a metrics.csv or samples.jsonl that has more than a header; return what to say of the copy, if there is one.
+    """Copy a file of the run that holds more than the header of metrics.csv; return what to say of the copy, if any.
 
     Each copy has a name of its own: that of a run of weeks survives a start that ends after a few rows.
     """
