@@ -123,6 +123,21 @@ BAD: dict[str, tuple[dict[str, str], int | None, int, str]] = {
     "a rank that is none": (FIVE | {"RANK": "8"}, None, 4, "RANK is '8': it must be a whole number from 0 to 7"),
     "a word for a rank": (FIVE | {"RANK": "one"}, None, 4, "the environment variable RANK is 'one': it must be a"),
     "a port that is none": (FIVE | {"MASTER_PORT": "tcp"}, None, 4, "MASTER_PORT is 'tcp': it must be a whole number"),
+    "no nodes": (
+        SRUN | {"SLURM_STEP_NUM_NODES": "0"},
+        None,
+        0,
+        "SLURM_STEP_NUM_NODES is '0': it must be a whole number",
+    ),
+    "no nodes in a job": (SHELL | JOB | {"SLURM_NNODES": "0"}, None, 0, "SLURM_NNODES is '0': it must be a whole"),
+    "no tasks": (SRUN | {"SLURM_STEP_NUM_TASKS": "0"}, None, 0, "SLURM_STEP_NUM_TASKS is '0': it must be a whole"),
+    "a task that is none": (
+        SRUN | {"SLURM_PROCID": "16"},
+        None,
+        0,
+        "SLURM_PROCID is '16': it must be a whole number from",
+    ),
+    "a port of srun's that is none": (SRUN | {"MASTER_PORT": "65536"}, None, 0, "MASTER_PORT is '65536': it must be a"),
     "nobody's rank": (FIVE | {"LOCAL_WORLD_SIZE": "3"}, None, 4, "WORLD_SIZE 8 is not a multiple of the 3 ranks of "),
 }
 
@@ -284,7 +299,7 @@ def test_on_one_machine_no_rank_listens_to_others(start: Callable[..., Process],
 INTERFACES: dict[str, tuple[dict[str, str], str | None]] = {
     "python": ({}, "lo"),
     "python with an interface": ({"NCCL_SOCKET_IFNAME": "eth1", "GLOO_SOCKET_IFNAME": "eth1"}, "eth1"),
-    "srun on one node": (SRUN | STEP_OF_ONE | {"SLURM_STEP_NODELIST": "b", "SLURM_PROCID": "1"}, "lo"),
+    "srun on one node": (SRUN | STEP_OF_ONE | {"SLURM_STEP_NODELIST": "b"}, "lo"),
     "srun": (SRUN | {"SLURM_STEP_NODELIST": "a,b", "SLURM_PROCID": "1"}, None),
     "torchrun on one node": (TORCHRUN | {"LOCAL_WORLD_SIZE": "8", "TORCHELASTIC_USE_AGENT_STORE": "True"}, "lo"),
     "torchrun": (TORCHRUN, None),
@@ -301,8 +316,45 @@ def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: py
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names} | env)
     monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
     launch.cluster_environment()
     assert [os.environ.get(name) for name in names] == [expected, expected]
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [
+        *(("GLOO_SOCKET_IFNAME", value) for value in ("ib0", "lo,ib0", "l", "=lo", "^ib0")),
+        *(("NCCL_SOCKET_IFNAME", value) for value in ("ib0", "=e", "=ib", "ib,eth2")),
+    ],
+)
+def test_an_interface_that_is_not_here_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
+    monkeypatch.setattr(os, "environ", os.environ | {variable: value})
+    with pytest.raises(InputError) as error:
+        launch.cluster_environment()
+    (problem,) = error.value.args
+    said = f"the environment variable {variable} is {value!r}, and the network interfaces of {socket.gethostname()} are"
+    assert problem == f"{said} lo, eth1: name one of these, or unset it"
+
+
+@pytest.mark.parametrize("value", ["eth1", "eth", "=eth1", "^docker,lo", "ib,eth", "=ib0,eth1"])
+def test_interfaces_as_nccl_takes_them(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
+    monkeypatch.setattr(os, "environ", os.environ | {"NCCL_SOCKET_IFNAME": value})
+    launch.cluster_environment()
+    assert os.environ["NCCL_SOCKET_IFNAME"] == value
+
+
+@pytest.mark.parametrize("port", ["tcp", "65536", "-1"])
+def test_a_port_that_is_none_is_named_without_a_launcher(port: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("MASTER_PORT", port)
+    with pytest.raises(InputError, match=f"MASTER_PORT is '{port}': it must be a whole number from 0 to 65535"):
+        launch.cluster_environment()
 
 
 GONE = "the launcher of this rank is gone: the rank ends\n"

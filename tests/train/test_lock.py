@@ -85,6 +85,13 @@ def test_the_file_says_how_often_the_job_was_requeued(restarts: int, tmp_path: P
         assert json.loads((tmp_path / "OWNER.json").read_text())["restarts"] == restarts
 
 
+def test_a_number_of_requeues_that_is_none_is_named(tmp_path: Path, monkeypatch) -> None:
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "once")
+    with pytest.raises(InputError, match="SLURM_RESTART_COUNT is 'once': it must be a whole number from 0"):
+        RunLock(tmp_path / "run", "5")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_requeues_say_nothing_of_runs_outside_slurm(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setenv("SLURM_RESTART_COUNT", "1")
     path = leave(tmp_path, job_id=None)

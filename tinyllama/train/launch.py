@@ -20,6 +20,8 @@ VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """what a launcher sets for each process, be it torchrun, Kubernetes or a script"""
 SHELL_JOB_NAMES = ("bash", "interactive")
 """names of interactive Slurm jobs, in whose single task plain ``python`` starts ranks of its own"""
+INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
+"""variables that name the network interfaces of gloo and of NCCL"""
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
@@ -105,7 +107,7 @@ def find_launch() -> Launch | None:
     incomplete set, and for launchers under which every process would train alone.
     """
     env = os.environ
-    tasks = _number("SLURM_STEP_NUM_TASKS", _number("SLURM_NTASKS", 1))
+    tasks = env_number("SLURM_STEP_NUM_TASKS", env_number("SLURM_NTASKS", 1, least=1), least=1)
     if "RANK" in env:
         return _launch_by_variables(tasks)
     if (processes := _mpi_processes(tasks)) != "1":
@@ -115,7 +117,7 @@ def find_launch() -> Launch | None:
         )
     if "SLURM_STEP_ID" in env and (tasks > 1 or env.get("SLURM_JOB_NAME") not in SHELL_JOB_NAMES):
         return _launch_by_srun(tasks)
-    if (in_job := _number("SLURM_NTASKS", 1)) > 1:
+    if (in_job := env_number("SLURM_NTASKS", 1)) > 1:
         raise LaunchError(f"the job has {in_job} tasks and this is none of them: start it with srun python ...")
     return None
 
@@ -135,33 +137,33 @@ def _launch_by_variables(tasks: int) -> Launch:
             f"RANK is set without LOCAL_RANK, which means one process on each machine, and this one has {gpus} GPUs: "
             "start it with torchrun, or unset RANK to train on this machine alone"
         )
-    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    nodes = env_number("SLURM_STEP_NUM_NODES", env_number("SLURM_NNODES", 1, least=1), least=1)
     if launcher == "torchrun" and "SLURM_STEP_ID" in env and tasks > nodes:
         raise LaunchError(
             f"srun starts torchrun {tasks} times on {nodes} nodes: give srun --ntasks-per-node 1, or leave torchrun out"
         )
-    size, address = _number("WORLD_SIZE", least=1), env["MASTER_ADDR"]
+    size, address = env_number("WORLD_SIZE", least=1), env["MASTER_ADDR"]
     if one_a_node:
         local_size = 1
     elif address in LOOPBACK:
         local_size = size
     else:
         local_size = min(gpus or size, size)
-    local_size = _number("LOCAL_WORLD_SIZE", _number("OMPI_COMM_WORLD_LOCAL_SIZE", local_size, least=1), least=1)
+    local_size = env_number("LOCAL_WORLD_SIZE", env_number("OMPI_COMM_WORLD_LOCAL_SIZE", local_size, least=1), least=1)
     if size % local_size:
         raise InputError(
             f"WORLD_SIZE {size} is not a multiple of the {local_size} ranks of this machine: set LOCAL_WORLD_SIZE to "
             "the ranks on each, the same on all"
         )
-    if _number("LOCAL_WORLD_SIZE", 0) == size and not torchrun_serves():
+    if env_number("LOCAL_WORLD_SIZE", 0) == size and not torchrun_serves():
         address = "127.0.0.1"
-    rank, local_rank = _number("RANK", below=size), _number("LOCAL_RANK", 0, below=local_size)
-    return Launch(launcher, rank, local_rank, size, local_size, address, _number("MASTER_PORT", below=2**16))
+    rank, local_rank = env_number("RANK", below=size), env_number("LOCAL_RANK", 0, below=local_size)
+    return Launch(launcher, rank, local_rank, size, local_size, address, env_number("MASTER_PORT", below=2**16))
 
 
 def _launch_by_srun(tasks: int) -> Launch:
     env = os.environ
-    nodes = _number("SLURM_STEP_NUM_NODES", _number("SLURM_NNODES", 1))
+    nodes = env_number("SLURM_STEP_NUM_NODES", env_number("SLURM_NNODES", 1, least=1), least=1)
     if tasks % nodes or "," in env.get("SLURM_STEP_TASKS_PER_NODE", ""):
         raise LaunchError(
             f"srun spreads its {tasks} tasks unevenly over {nodes} nodes: give --nodes and --ntasks-per-node"
@@ -170,9 +172,11 @@ def _launch_by_srun(tasks: int) -> Launch:
     host_of_rank_0 = env.get("MASTER_ADDR", SLURMEnvironment.resolve_root_node_address(hosts))
     address = host_of_rank_0 if nodes > 1 else "127.0.0.1"
     # another port for each job, and for each step of a job, that may share a node
-    port = 15000 + (_number("SLURM_JOB_ID", 0) + 1000 * _number("SLURM_STEP_ID", 0)) % 10000
-    rank, local_rank = _number("SLURM_PROCID", 0), _number("SLURM_LOCALID", 0)
-    return Launch("srun", rank, local_rank, tasks, tasks // nodes, address, _number("MASTER_PORT", port))
+    port = 15000 + (env_number("SLURM_JOB_ID", 0) + 1000 * env_number("SLURM_STEP_ID", 0)) % 10000
+    rank = env_number("SLURM_PROCID", 0, below=tasks)
+    local_rank = env_number("SLURM_LOCALID", 0, below=tasks // nodes)
+    port = env_number("MASTER_PORT", port, below=2**16)
+    return Launch("srun", rank, local_rank, tasks, tasks // nodes, address, port)
 
 
 def _mpi_processes(tasks: int) -> str:
@@ -185,7 +189,7 @@ def _mpi_processes(tasks: int) -> str:
     return env.get("PMI_SIZE", "several" if "PMIX_RANK" in env else "1")
 
 
-def _number(name: str, default: int | None = None, *, least: int = 0, below: int | None = None) -> int:
+def env_number(name: str, default: int | None = None, *, least: int = 0, below: int | None = None) -> int:
     """Return the environment variable ``name``; raises InputError if it is no number from ``least`` to ``below``."""
     value = os.environ.get(name)
     if value is None and default is not None:
@@ -205,17 +209,18 @@ def cluster_environment() -> ClusterEnvironment:
     env, launch = os.environ, find_launch()
     environment = LightningEnvironment() if launch is None else TorchElasticEnvironment()
     if launch is not None:
-        alone = launch.on_one_machine or _number("LOCAL_WORLD_SIZE", 0) == launch.size
+        alone = launch.on_one_machine or env_number("LOCAL_WORLD_SIZE", 0) == launch.size
         values = (launch.rank, launch.local_rank, launch.size, launch.address, launch.port)
         env.update({name: str(value) for name, value in zip(VARIABLES, values, strict=True)})
         serves = launch.rank == 0 and launch.on_one_machine and not torchrun_serves()
     else:
         alone, serves = True, not environment.creates_processes_externally
         if serves:
-            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=env.get("MASTER_PORT", "0"))
+            env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(env_number("MASTER_PORT", 0, below=2**16)))
     if alone:  # gloo and NCCL else listen where every machine can reach them
-        for name in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+        for name in INTERFACES:
             env.setdefault(name, _loopback_interface())
+    _check_interfaces()
     if serves and not dist.is_initialized():
         # the process group's own store shares the server of this one, for as long as this one is there
         environment.store = _loopback_store(int(env["MASTER_PORT"]))  # type: ignore[union-attr]
@@ -233,6 +238,34 @@ def _loopback_store(port: int) -> dist.TCPStore:
     return dist.TCPStore(
         "127.0.0.1", port, None, True, wait_for_workers=False, multi_tenant=True, master_listen_fd=listener.detach()
     )
+
+
+def _check_interfaces() -> None:
+    """Raise InputError if a variable of INTERFACES names none of this machine, which gloo and NCCL end with in C++.
+
+    gloo takes whole names, and NCCL beginnings of names, whole ones after ``=``, and after ``^`` those to leave out.
+    """
+    gloo, nccl = (os.environ.get(name, "") for name in INTERFACES)
+    here = [name for _, name in socket.if_nameindex()]
+    absent = {}
+    if any(name and name not in here for name in gloo.split(",")):
+        absent[INTERFACES[0]] = gloo
+    fits = str.__eq__ if nccl.startswith("=") else str.startswith
+    names = nccl.removeprefix("=").split(",")
+    if (
+        torch.cuda.is_available()
+        and nccl[:1] not in ("", "^")
+        and not any(fits(one, name) for one in here for name in names)
+    ):
+        absent[INTERFACES[1]] = nccl
+    if absent:
+        raise InputError(
+            *(
+                f"the environment variable {variable} is {value!r}, and the network interfaces of "
+                f"{socket.gethostname()} are {', '.join(here)}: name one of these, or unset it"
+                for variable, value in absent.items()
+            )
+        )
 
 
 def _loopback_interface() -> str:

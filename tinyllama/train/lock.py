@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, NoReturn
 
 from tinyllama import InputError, atomic, printable, stdio
 from tinyllama.train.collectives import from_rank_zero
+from tinyllama.train.launch import env_number
 
 BEAT = 10.0  # seconds between heartbeats
 STALE = 60.0  # a holder that was silent for as many seconds is gone
@@ -41,7 +42,7 @@ class RunLock:
             "host": socket.gethostname(),
             "pid": os.getpid(),
             "job_id": job_id,
-            "restarts": int(os.environ.get("SLURM_RESTART_COUNT", 0)),
+            "restarts": env_number("SLURM_RESTART_COUNT", 0),
             "token": secrets.token_hex(8),
         }
         self._me["blake2b"] = _hash(self._me)
