@@ -216,6 +216,7 @@ def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:
     rows += [{"tokens": 550, "tokens_per_second": 40}, {"tokens": 650, "tokens_per_second": 0}]
     assert mean_speed(rows) == 500 / 20  # 10 s for the first 100 tokens, 10 s for 400
     assert mean_speed(rows[1:2]) == 0.0
+    assert mean_speed(rows, tokens_before=60) == 440 / 14  # of a branch: 4 s for the first 40 tokens
 
 
 def test_the_same_command_names_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

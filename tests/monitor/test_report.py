@@ -1,6 +1,7 @@
 """What a report says of a run and of several, from their files."""
 
 import csv
+import itertools
 import json
 import math
 import os
@@ -17,7 +18,7 @@ from tinyllama import __version__
 from tinyllama.config.model import named_config
 from tinyllama.eval import harness
 from tinyllama.monitor import report
-from tinyllama.monitor.run_files import COLUMNS
+from tinyllama.monitor.run_files import COLUMNS, read_metrics
 from tinyllama.throughput import duration
 
 
@@ -280,6 +281,30 @@ def test_how_far_a_run_is_and_what_it_has_taken() -> None:
     published = [{"step": 1_430_512, "tokens": 3 * 10**12, "tokens_per_second": 384_243.0}]
     found = report.progress(published, [start_of(0, 16)], 2_097_152)
     assert found["GPU-hours"] == "34,700 in steps"
+
+
+def test_hours_count_every_token_once_where_validations_come_between_and_a_branch_only_its_own() -> None:
+    rows = [{"step": step, "tokens": 3600 * step, "tokens_per_second": 1.0} for step in (12, 14, 16)]
+    validations = [{"step": step, "tokens": 3600 * step, "val_loss": 3.0} for step in (13, 15, 17)]
+    mixed = sorted(rows + validations, key=lambda row: row["step"])
+    for found in (rows, mixed):
+        hours = {begin: report.progress(found, [start_of(*begin)], 3600)["GPU-hours"] for begin in ((10, 2), (0, 2))}
+        assert hours == {(10, 2): "32 in steps", (0, 2): "32 in steps"}  # earlier versions said no tokens at a start
+        branch = [start_of(10, 2, tokens=36_000), start_of(14, 4, tokens=50_400)]
+        assert report.progress(found, branch, 3600)["GPU-hours"] == "16 in steps"  # (4 steps on 2 and 2 on 4) x 1 h
+
+
+def test_the_speed_of_a_branch_is_that_of_its_own_rows(make_run: Callable[..., Path]) -> None:
+    out_dir = make_run("branch")
+    rows = read_metrics(out_dir / "metrics.csv")
+    first, *later = [row for row in rows if row["tokens_per_second"]]
+    begin = first["tokens"] - 1  # one token in the first row: it hardly counts
+    (out_dir / "events.jsonl").write_text(json.dumps(start_of(0, 1, tokens=begin)) + "\n")
+    seconds = 1 / first["tokens_per_second"]
+    for before, row in itertools.pairwise([first, *later]):
+        seconds += (row["tokens"] - before["tokens"]) / row["tokens_per_second"]
+    expected = (later[-1]["tokens"] - begin) / seconds
+    assert report.read_run(out_dir)["summary"]["speed"].startswith(f"{expected:,.0f} tokens/s")
 
 
 def test_a_run_is_as_far_as_its_last_event(make_run: Callable[..., Path]) -> None:

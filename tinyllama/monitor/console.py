@@ -290,11 +290,16 @@ def _checkpoint_policy(run: Run) -> str:
 
 
 def end_summary(
-    run: Run, rows: list[dict[str, Any]], seconds: dict[str, float], state: TrainState, problems: Sequence[str] = ()
+    run: Run,
+    rows: list[dict[str, Any]],
+    seconds: dict[str, float],
+    state: TrainState,
+    problems: Sequence[str] = (),
+    tokens_before: int = 0,
 ) -> Summary:
     """Summarize the run from ``rows`` of metrics.csv: its losses, where the time went, and what to do next.
 
-    ``problems`` are what the start of a long log may have hidden.
+    ``problems`` are what the start of a long log may have hidden; ``tokens_before`` were done before the first row.
     """
     losses = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
     if losses:
@@ -306,7 +311,7 @@ def end_summary(
         yield "sources", ", ".join(parts)
     if trained := [row for row in rows if row.get("loss") is not None]:
         yield "loss", f"{trained[-1]['loss']:.4f} at step {trained[-1]['step']:,}"
-        yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained):,.0f} tokens/s on average"
+        yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained, tokens_before):,.0f} tokens/s on average"
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
     if traces := sorted(run.profile_dir.glob("steps-*.json.gz")):
         yield "traces", f"{len(traces)} in {run.profile_dir}, for {VIEWER}"
@@ -340,9 +345,12 @@ def same_command(launcher: str | None) -> str:
     return f"{started.get(launcher, 'the same command of your launcher, for python')} {shlex.join(sys.argv)}"
 
 
-def mean_speed(rows: list[dict[str, Any]]) -> float:
-    """Return the tokens per second of all ``rows`` that have a speed, each weighed by its tokens."""
-    tokens = seconds = before = 0.0
+def mean_speed(rows: list[dict[str, Any]], tokens_before: int = 0) -> float:
+    """Return the tokens per second of all ``rows`` that have a speed, each weighed by its tokens.
+
+    ``tokens_before`` were done before the first of them.
+    """
+    tokens, seconds, before = 0.0, 0.0, float(tokens_before)
     for row in rows:
         if (speed := row.get("tokens_per_second") or 0) > 0:
             tokens += row["tokens"] - before

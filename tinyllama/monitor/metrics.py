@@ -44,8 +44,10 @@ from tinyllama.monitor.run_files import (
     is_begun_again,
     read_metrics,
     read_samples,
+    read_starts,
     read_until,
     set_aside,
+    tokens_before,
 )
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
@@ -220,7 +222,7 @@ class RunLog:
         if error := failed_save(self._events):
             lines.append(f"before   the last save failed ({error}): check that {run.out_dir} has room")
         data = run.data_metadata()["data"]
-        self.event("start", *lines, step=step, changed=changed, data=data, **environment(run))
+        self.event("start", *lines, step=step, tokens=run.done.tokens, changed=changed, data=data, **environment(run))
 
     def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""
@@ -242,7 +244,9 @@ class RunLog:
         self._console.stop()
         self._seconds["training"] = time.perf_counter() - self._began - sum(self._seconds.values())
         problems = [self._tracker.problem] if self._tracker and self._tracker.problem else []
-        summary = end_summary(self._run, read_metrics(self._metrics), self._seconds, state, problems)
+        rows = read_metrics(self._metrics)
+        before = tokens_before(rows, read_starts(self._run.out_dir))
+        summary = end_summary(self._run, rows, self._seconds, state, problems, before)
         show_summary("stopped" if stopped_by else "done", summary)
         if not self._is_written:
             steps = f"from step {self._tail[0]['step']} to {self._tail[-1]['step']}"

@@ -25,7 +25,14 @@ from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor import page
 from tinyllama.monitor.console import WAITS, last_by_source, mean_speed
-from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics, read_samples
+from tinyllama.monitor.run_files import (
+    complete_rows,
+    read_json_lines,
+    read_metrics,
+    read_samples,
+    read_starts,
+    tokens_before,
+)
 from tinyllama.throughput import duration
 from tinyllama.train.preemption import was_asked_for
 
@@ -35,7 +42,7 @@ which the runs of a page share."""
 STRETCHES = 60
 """At most as many stretches of a run, again shared by the runs of a page, have their time divided among its uses."""
 
-ENVIRONMENT = {"command", "commit", "device", "nodes", "versions", "max_steps"}
+ENVIRONMENT = {"command", "commit", "device", "nodes", "tokens", "versions", "max_steps"}
 """Keys of a start event that the cards at the top of the page show, so that the timeline need not."""
 TOO_LARGE = RecursionError, MemoryError
 """What reading a file raises that is nested too deep or declares too much."""
@@ -96,8 +103,9 @@ def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
     window = smooth(rows)
     thinned = thin(rows, BUCKETS // num_runs)
     branch = {"branched from": printable(origin)} if (origin := branched_from(out_dir)) else {}
-    starts = [event for event in read_json_lines(out_dir / "events.jsonl") if is_start(event)]
-    found = progress(rows, starts, tokens_per_step, events) | summary(rows, events, model) | surroundings(starts)
+    starts = read_starts(out_dir)
+    found = progress(rows, starts, tokens_per_step, events) | summary(rows, events, model, starts)
+    found |= surroundings(starts)
     return {
         "name": out_dir.resolve().name,
         "summary": {"state": state(events, out_dir / "metrics.csv")} | branch | found,
@@ -110,11 +118,6 @@ def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
         "samples": thin_samples(read_samples(out_dir / "samples.jsonl")),
         "evaluations": _table(out_dir / "eval.csv"),
     }
-
-
-def is_start(event: Row) -> bool:
-    """Return whether ``event`` is a start that says at which step and on how many ranks."""
-    return event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size"))
 
 
 def thin_samples(samples: list[Row], most: int = 12) -> list[Row]:
@@ -149,7 +152,7 @@ def state(events: list[Row], metrics: Path) -> str:
     return f"not ended; last row {time.strftime('%Y-%m-%d %H:%M UTC', time.gmtime(metrics.stat().st_mtime))}"
 
 
-def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str, str]:
+def summary(rows: list[Row], events: list[Row], model: ModelConfig, starts: Sequence[Row] = ()) -> dict[str, str]:
     """Summarize the run in one phrase for each quantity that its files have."""
     found = {"model": f"{printable(model.name)}, {model.num_params():,} parameters"}
     if validated := [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]:
@@ -163,7 +166,7 @@ def summary(rows: list[Row], events: list[Row], model: ModelConfig) -> dict[str,
         found["by source"] = ", ".join(parts)
     if trained := [row for row in rows if row.get("loss") is not None]:
         found["training loss"] = _loss(trained[-1]["loss"])
-        found["speed"] = f"{mean_speed(trained):,.0f} tokens/s"
+        found["speed"] = f"{mean_speed(trained, tokens_before(rows, starts)):,.0f} tokens/s"
         if mfu := [row["mfu"] for row in trained if row.get("mfu") is not None]:
             found["speed"] += f", MFU {sum(mfu) / len(mfu):.1%}"
         found["peak memory"] = f"{max(row.get('max_memory_gb') or 0 for row in trained):.2f} GB"
@@ -186,12 +189,12 @@ def progress(rows: list[Row], starts: list[Row], tokens_per_step: int, events: S
         if speed > 0 and step < max_steps:
             seconds = (max_steps - step) * tokens_per_step / speed
             found["time left"] = f"{duration(seconds)}, without validations and saves"
-    hours = before = 0.0
+    hours, before = 0.0, tokens_before(rows, starts)
     for row in rows:  # the ranks of a step are those of the last start before it
         ranks = next((s["world_size"] for s in starts[::-1] if s["step"] < row["step"]), 0)
-        if (speed := row.get("tokens_per_second") or 0) > 0:
+        if (speed := row.get("tokens_per_second") or 0) > 0:  # and not of a validation between two of these
             hours += ranks * (row["tokens"] - before) / speed / 3600
-        before = row["tokens"]
+            before = row["tokens"]
     if hours:
         what = "CPU" if str(known.get("device", "")).startswith("CPU") else "GPU"
         found[f"{what}-hours"] = (f"{hours:,.0f}" if hours >= 100 else f"{hours:.3g}") + " in steps"

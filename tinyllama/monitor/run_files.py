@@ -4,7 +4,7 @@ import contextlib
 import csv
 import json
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -111,6 +111,25 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
             content = json.loads(line)
             if isinstance(content, dict):
                 yield content
+
+
+def read_starts(out_dir: Path) -> list[dict[str, Any]]:
+    """Return the events of the run's starts that say at which step and on how many ranks."""
+    events = read_json_lines(out_dir / "events.jsonl")
+    return [
+        event
+        for event in events
+        if event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size"))
+    ]
+
+
+def tokens_before(rows: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> int:
+    """Return the tokens that were done before the first of ``rows``, which a branch did not do itself.
+
+    They are those of the run's first start; earlier versions recorded none.
+    """
+    found: Any = next((start.get("tokens") for start in starts if rows and start["step"] <= rows[0]["step"]), 0)
+    return int(found) if is_count(found) else 0
 
 
 def failed_save(file: Path) -> str | None:
