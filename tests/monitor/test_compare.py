@@ -342,6 +342,32 @@ def test_the_report_says_what_was_branched_from_what(make_run: MakeRun) -> None:
     assert "branched from" not in report.read_run(own)["summary"]  # its first events are gone
 
 
+@pytest.mark.parametrize("origin", [None, "trunk"])
+def test_a_run_whose_folder_was_renamed_is_no_branch_of_the_old_one(make_run: MakeRun, origin: str | None) -> None:
+    """Not even if another run has the old name now."""
+    make_run("trunk", {0: 9.0, 10: 5.0}, {10: 10.0})
+    old = make_run("old", {0: 1.0, 10: 1.0, 20: 1.0}, {10: 10.0})
+    renamed = make_run("renamed", {20: 3.0, 30: 2.0} if origin else {0: 8.0, 20: 3.0, 30: 2.0}, {10: 10.0})
+    first = str(old.parent / origin / "checkpoints" / "step-00000010") if origin else None
+    starts = [(first, 10 if origin else 0), *((str(old / "checkpoints" / f"step-{n:08d}"), n) for n in (20, 30))]
+    with (renamed / "events.jsonl").open("w") as file:
+        for step_dir, step in starts:
+            events = [{"event": "start", "resumed_from": step_dir, "step": step}, {"event": "checkpoint"}]
+            events[1]["step"] = step + 10 if step else 20
+            file.write("".join(json.dumps({"time": 1} | event) + "\n" for event in events))
+    assert report.branched_from(renamed) == (Path(first) if first else None)
+    assert read_curve(renamed).losses == ([9.0, 5.0, 3.0, 2.0] if origin else [8.0, 3.0, 2.0])
+
+
+def test_a_branch_into_the_folder_of_a_run_that_was_never_saved_is_one(make_run: MakeRun) -> None:
+    trunk = make_run("trunk", {0: 9.0, 10: 5.0}, {10: 10.0})
+    origin = trunk / "checkpoints" / "step-00000010"
+    branch = make_run("branch", {20: 3.0}, {20: 10.0}, origin=origin)
+    begun = json.dumps({"time": 0, "event": "start", "resumed_from": None, "step": 0})
+    (branch / "events.jsonl").write_text(begun + "\n" + (branch / "events.jsonl").read_text())
+    assert report.branched_from(branch) == origin
+
+
 def test_an_earlier_version_recorded_the_origin_in_the_settings_only(make_run: MakeRun) -> None:
     trunk = make_run("trunk", {0: 9.0, 10: 5.0}, {10: 10.0})
     origin = trunk / "checkpoints" / "step-00000010"

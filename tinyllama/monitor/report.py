@@ -128,18 +128,30 @@ def thin_samples(samples: list[Row], most: int = 12) -> list[Row]:
 
 
 def branched_from(out_dir: Path) -> Path | None:
-    """Return the step directory of another run that the run in ``out_dir`` continues, as the path it was given by."""
+    """Return the step directory of another run that the run in ``out_dir`` continues, as the path it was given by.
+
+    A step that this run has saved is its own, whatever its folder was called then.
+    """
+    origin: Path | None = None
+    saved: set[int] = set()
     for event in read_json_lines(out_dir / "events.jsonl"):
         try:
-            if event["event"] == "start":
+            if event["event"] == "checkpoint":
+                saved.add(event["step"])
+            elif event["event"] == "start":
                 if "resumed_from" not in event:  # of a version that did not record it
                     event |= {"resumed_from": reader.read_settings(out_dir)["train"]["resume"]}
+                if event["resumed_from"] is None:
+                    origin, saved = None, set()
+                    continue
                 step_dir = Path(event["resumed_from"])
-                is_own = run_dir(step_dir).resolve() == out_dir.resolve()  # of a run whose first events are gone
-                return None if is_own or step_of(step_dir) != event["step"] else step_dir
+                # the latter of a run whose first events are gone
+                is_own = event["step"] in saved or run_dir(step_dir).resolve() == out_dir.resolve()
+                if not is_own and step_of(step_dir) == event["step"]:
+                    origin = step_dir
         except (ValueError, KeyError, TypeError, OSError, *TOO_LARGE):
             continue  # it was damaged
-    return None
+    return origin
 
 
 def state(events: list[Row], metrics: Path) -> str:
