@@ -324,6 +324,54 @@ def test_a_damaged_line_is_named(make_run: MakeRun, three: list[Path], script: A
     assert refused(script, three[0], run) == f"{file} is damaged in line {line}: restore the file, or delete that line"
 
 
+def record_validation(out_dir: Path, *starts: tuple[int, list[str]]) -> None:
+    """Give ``out_dir`` the events of these starts: a step, and the fingerprints of the validation data."""
+    events = [{"event": "start", "step": step, "resumed_from": None, "world_size": 1} for step, _ in starts]
+    for event, (_, fingerprints) in zip(events, starts, strict=True):
+        event |= {"time": 1, "data": {"validation": fingerprints}}
+    (out_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+
+
+def test_held_out_losses_of_one_folder_that_held_other_data_are_refused(make_run: MakeRun) -> None:
+    runs = [make_run(name, {0: 8.0, 10: 4.0}, {10: 10.0}) for name in ("one", "two")]
+    for run, fingerprint in zip(runs, "ab", strict=True):
+        record_validation(run, (0, [fingerprint]))
+    with pytest.raises(InputError) as error:
+        read_curves(runs)
+    assert str(error.value) == (
+        f"{runs[1]} and {runs[0]} have held-out losses of another fingerprint of data.validation (['b'], ['a']): "
+        "compare runs that were validated alike"
+    )
+    record_validation(runs[1], (0, ["a"]))
+    assert len(read_curves(runs)) == 2
+
+
+def test_one_validation_set_may_lie_in_two_folders_that_are_gone(make_run: MakeRun) -> None:
+    there = [{"path": f"data/{name}"} for name in "ab"]
+    runs = [make_run(one["path"][-1], {0: 8.0, 10: 4.0}, {10: 10.0}, data__validation=[one]) for one in there]
+    with pytest.raises(InputError, match="another data.validation"):
+        read_curves(runs)  # of earlier versions, which recorded no fingerprints
+    for run in runs:
+        record_validation(run, (0, ["same"]))
+    assert len(read_curves(runs)) == 2
+
+
+def test_document_masks_make_other_losses(make_run: MakeRun) -> None:
+    runs = [make_run(str(mask), {0: 8.0, 10: 4.0}, {10: 10.0}, data__document_mask=mask) for mask in (False, True)]
+    with pytest.raises(InputError, match="another data.document_mask"):
+        read_curves(runs)
+
+
+def test_losses_on_validation_data_that_were_replaced_during_the_run_do_not_count(make_run: MakeRun) -> None:
+    run = make_run("run", {0: 8.0, 10: 1.0, 20: 1.5, 30: 3.0, 40: 2.0}, {40: 10.0}, sources=("web",))
+    record_validation(run, (0, ["a"]), (20, ["b"]))
+    curve = read_curve(run)
+    assert (curve.tokens, curve.losses) == ([300, 400], [3.0, 2.0])
+    assert curve.by_source == {"web": ([300, 400], [3.0, 2.0])}
+    record_validation(run, (0, ["b"]), (20, ["b"]))
+    assert read_curve(run).losses == [8.0, 1.0, 1.5, 3.0, 2.0]
+
+
 def test_a_line_that_is_being_written_is_no_damage(make_run: MakeRun) -> None:
     run = make_run("run", {0: 8.0, 10: 4.0}, {10: 10.0})
     with (run / "metrics.csv").open("a") as file:

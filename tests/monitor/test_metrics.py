@@ -193,6 +193,23 @@ def test_rows_that_are_not_done_again_are_set_aside(run: Run, case: str) -> None
     assert len([*run.out_dir.glob("*.aside-*")]) == len(names)
 
 
+def test_validation_data_that_were_replaced_are_told_once_and_their_losses_are_no_rivals(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    said = "before   data.validation was other data: do not compare earlier held-out losses with those to come"
+    starts = [("a", 2.0, "the best so far"), ("a", 3.0, "best 2.0000")]
+    starts += [("b", 5.0, "the best so far"), ("b", 6.0, "best 5.0000"), ("b", 4.0, "the best so far")]
+    for step, (fingerprint, loss, rank) in enumerate(starts):
+        run = dataclasses.replace(run, validation=[dataclasses.replace(run.sources[0], fingerprint=fingerprint)])
+        with RunLog(run, step or None, is_rank_zero=True) as log:
+            log.start(step)
+            assert (said in capsys.readouterr().out) is (step == 2)
+            log.row({"step": step + 1, "tokens": 8 * (step + 1), "val_loss": loss})
+            assert rank in capsys.readouterr().out
+    events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
+    assert [event["data"]["validation"] for event in events] == [[one] for one, _, _ in starts]
+
+
 def test_a_config_written_by_hand_into_the_folder_of_the_run_is_set_aside(
     run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

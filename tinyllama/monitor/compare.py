@@ -14,11 +14,13 @@ from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.report import branched_from, read_events
-from tinyllama.monitor.run_files import parse_metrics
+from tinyllama.monitor.run_files import is_on_other_data, last_validation, parse_metrics, read_starts
 from tinyllama.throughput import duration
 
 WIDTH = 100
 """columns of a printed line"""
+FINGERPRINTS = "fingerprint of data.validation"
+"""the key of what the run recorded of its validation data, as its folders may hold other data today"""
 POINTS = 10
 """The losses are printed at no more token counts than this, those of validations."""
 VAL_LOSS = "val_loss"
@@ -121,9 +123,14 @@ def validations(rows: list[Row], column: str) -> tuple[list[int], list[float]]:
 def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple[list[Row], bool]:
     """Return the rows of a run since its first step, and whether all are there: what it was branched from may be gone.
 
-    Rows of a run with another ``validation`` come without its loss.
+    Rows of a run with another ``validation`` come without its loss, and so do those of this run from before its
+    validation data were replaced.
     """
     rows, origin = read_rows(out_dir / "metrics.csv"), branched_from(out_dir)
+    starts = read_starts(out_dir)
+    for row in rows:
+        if is_on_other_data(row, starts, last_validation(starts)):
+            _forget_losses(row)
     if origin is None:
         return rows, True
     begins, given, seen = step_of(origin) or 0, run_dir(origin), [*later, out_dir.resolve()]
@@ -134,8 +141,13 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
         return rows, False
     earlier, is_whole = history(found[0], validation, seen)
     if different(validation_of(found[0]), validation):
-        earlier = [{name: cell for name, cell in row.items() if not name.startswith(VAL_LOSS)} for row in earlier]
+        for row in earlier:
+            _forget_losses(row)
     return [row for row in earlier if row["step"] <= begins] + rows, is_whole
+
+
+def _forget_losses(row: Row) -> None:
+    row.update({name: None for name in row if name.startswith(VAL_LOSS)})
 
 
 def read_rows(file: Path) -> list[Row]:
@@ -166,6 +178,8 @@ def validation_of(out_dir: Path) -> Row:
     try:
         return {
             "data.validation": [str(source["path"]) for source in settings["data"]["validation"]],
+            FINGERPRINTS: last_validation(read_starts(out_dir)),
+            "data.document_mask": settings["data"].get("document_mask", False),
             "eval.max_samples": settings["eval"]["max_samples"],
             "model.block_size": settings["model"]["block_size"],
         }
@@ -175,9 +189,17 @@ def validation_of(out_dir: Path) -> Row:
 
 def different(one: Row, other: Row) -> str | None:
     """Return the first setting of two validations that differs; data of one fingerprint may be in two folders."""
+    recorded = [validation[FINGERPRINTS] for validation in (one, other)]
     for key, value in one.items():
-        is_data = key == "data.validation"
-        if value != other[key] and not (is_data and _fingerprints(value) == _fingerprints(other[key])):
+        if key == FINGERPRINTS:
+            is_same = None in recorded or recorded[0] == recorded[1]
+        elif key == "data.validation" and None not in recorded:
+            is_same = True  # the fingerprints tell
+        elif key == "data.validation":
+            is_same = value == other[key] or _fingerprints(value) == _fingerprints(other[key])
+        else:
+            is_same = value == other[key]
+        if not is_same:
             return key
     return None
 

@@ -42,6 +42,8 @@ from tinyllama.monitor.run_files import (
     COLUMNS,
     failed_save,
     is_begun_again,
+    is_on_other_data,
+    last_validation,
     read_metrics,
     read_samples,
     read_starts,
@@ -94,7 +96,8 @@ class RunLog:
         self._sources = source_columns([source.path for source in run.args.data.sources])
         samples, aside = run.out_dir / "samples.jsonl", []
         config, settings = run.out_dir / "config.yaml", cli.dump(run.resolved())
-        is_other = step is None and not is_begun_again(run.out_dir, settings, run.data_metadata()["data"])
+        self._data = run.data_metadata()["data"] | {"validation": [one.fingerprint for one in run.validation]}
+        is_other = step is None and not is_begun_again(run.out_dir, settings, self._data)
         with _rewriting(config):  # which the recipe writes next; it may have been written by hand
             if is_other and config.is_file() and config.read_bytes() != settings.encode():
                 aside += set_aside(config)
@@ -115,7 +118,10 @@ class RunLog:
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
         self._tail_at = table.rfind(b"\n", 0, -1) + 1 if rows else len(table)
         self._is_written = True
-        self._best = min((row["val_loss"] for row in rows if row.get("val_loss") is not None), default=float("inf"))
+        starts, now = read_starts(run.out_dir), self._data["validation"]
+        self._validates_other_data = bool(rows and now) and last_validation(starts) not in (None, now)
+        losses = [row.get("val_loss") for row in rows if not is_on_other_data(row, starts, now)]
+        self._best = min((loss for loss in losses if loss is not None), default=float("inf"))
         if run.args.log.on_event is not None:
             self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
         for text in aside:
@@ -221,8 +227,12 @@ class RunLog:
         lines += [f"changed  {changes_in_words(changed)}"] if changed else []
         if error := failed_save(self._events):
             lines.append(f"before   the last save failed ({error}): check that {run.out_dir} has room")
-        data = run.data_metadata()["data"]
-        self.event("start", *lines, step=step, tokens=run.done.tokens, changed=changed, data=data, **environment(run))
+        if self._validates_other_data:
+            lines.append(
+                "before   data.validation was other data: do not compare earlier held-out losses with those to come"
+            )
+        recorded = {"tokens": run.done.tokens, "changed": changed, "data": self._data}
+        self.event("start", *lines, step=step, **recorded, **environment(run))
 
     def stop(self, **details: Any) -> None:
         """Write STOPPED, which keeps the run from resuming until a person has read and deleted it."""

@@ -123,6 +123,22 @@ def read_starts(out_dir: Path) -> list[dict[str, Any]]:
     ]
 
 
+def last_validation(starts: Sequence[dict[str, Any]]) -> list[str] | None:
+    """Return the fingerprints of the validation data at the last start; None if an earlier version recorded none."""
+    data = starts[-1].get("data") if starts else None
+    found = data.get("validation") if isinstance(data, dict) else None
+    return found if isinstance(found, list) else None
+
+
+def is_on_other_data(row: dict[str, Any], starts: Sequence[dict[str, Any]], validation: list[str] | None) -> bool:
+    """Return whether the losses of ``row`` are on other validation data than those with these fingerprints.
+
+    None, which earlier versions recorded, is other than nothing.
+    """
+    began = [start for start in starts if start["step"] < max(row["step"], 1)]
+    return None not in (then := last_validation(began), validation) and then != validation
+
+
 def tokens_before(rows: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> int:
     """Return the tokens that were done before the first of ``rows``, which a branch did not do itself.
 
