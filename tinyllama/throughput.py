@@ -117,3 +117,17 @@ def duration(seconds: float) -> str:
     if hours:
         return f"{h}h {m:02d}m"
     return f"{m}m {s:02d}s" if minutes else f"{s}s"
+
+
+def seconds(time_s: float) -> str:
+    """Return so many seconds, in ms where there is a small part of one."""
+    return f"{time_s:,.2f} s" if time_s >= 0.1 or not time_s else f"{1000 * time_s:.3g} ms"
+
+
+def time_unit(hours: float) -> tuple[str, float]:
+    """Return the unit in which to state so many hours, and the hours that it has."""
+    if hours >= 48:
+        return "days", 24
+    if hours >= 1:
+        return "hours", 1
+    return ("min", 1 / 60) if hours >= 1 / 60 else ("s", 1 / 3600)

@@ -500,8 +500,13 @@ def test_checkpoints_kept(policy: dict[str, Any], steps: int, kept: int) -> None
 def test_a_small_run_is_in_hours_minutes_or_seconds_and_its_energy_in_kwh(packed_folder: Any) -> None:
     folder = packed_folder([[[3] * 2049 * 10]], eos=False)
     gpu = replace(plan.GPUS["h100"], watts=700.0)
-    args = PretrainArgs(data=DataArgs(sources=[Source(str(folder))]), train=TrainArgs(max_epochs=4))
+    args = PretrainArgs(
+        data=DataArgs(sources=[Source(str(folder))]), train=TrainArgs(max_epochs=4, global_batch_size=8)
+    )
     assert plan.total_tokens(args, CONFIG) == 40 * 2048
+    for epochs, batch, samples in ((4, 16, 32), (0.7, 7, 7), (1.1, 11, 11), (0.3, 4, 0)):  # whole steps, as train.py
+        fewer = replace(args, train=TrainArgs(max_epochs=epochs, global_batch_size=batch))
+        assert plan.total_tokens(fewer, CONFIG) == (samples * 2048 or None)
     assert plan.total_tokens(replace(args, data=DataArgs(sources=[Source("absent")])), CONFIG) is None
     args = replace(args, train=TrainArgs(max_tokens=36_000_000))
     lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
@@ -509,6 +514,9 @@ def test_a_small_run_is_in_hours_minutes_or_seconds_and_its_energy_in_kwh(packed
     assert "time       1.0 hours, 1 GPU-hours for 36,000,000 tokens" in lines
     assert "energy     0.7 kWh of the GPUs at 700 W" in lines
     assert any(line.startswith("data       72.0 MB read") for line in lines)
+    large = replace(CONFIG, vocab_size=65_536)  # tokens of four bytes
+    lines = list(plan.summary(args, large, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
+    assert any(line.startswith("data       144 MB read") for line in lines)
     args = replace(args, train=TrainArgs(max_tokens=6_000_000, global_batch_size=8))
     lines = list(plan.summary(args, CONFIG, plan.Cluster(gpu, 1, 8, 400), 10_000, "measured"))
     assert "time       10.0 min, 0.17 GPU-hours for 6,000,000 tokens" in lines

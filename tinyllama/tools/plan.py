@@ -8,6 +8,7 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,8 +16,9 @@ from tinyllama import InputError, byte_size
 from tinyllama.config import cli
 from tinyllama.config.args import CheckpointArgs, PretrainArgs
 from tinyllama.config.model import LOGITS_CHUNK, ModelConfig
+from tinyllama.data.metadata import DTYPES, dtype_of
 from tinyllama.data.packed import open_all
-from tinyllama.throughput import flops_per_token, newton_schulz_flops, peak_flops
+from tinyllama.throughput import flops_per_token, newton_schulz_flops, peak_flops, seconds, time_unit
 
 GIB = 2**30
 USABLE = 0.95
@@ -323,29 +325,16 @@ def summary(args: PretrainArgs, config: ModelConfig, cluster: Cluster, rate: flo
         spent = f"{gpu_hours:,.0f}" if gpu_hours >= 10 else f"{gpu_hours:.2g}"
         spent = f"{spent} GPU-hours" if gpu_hours >= 0.1 else f"{3600 * gpu_hours:.3g} GPU-seconds"
         yield f"time       {time}, {spent} for {tokens:,} tokens"
-        energy = f"{kwh:.0f} kWh" if kwh >= 10 else f"{kwh:.2g} kWh" if kwh >= 0.1 else f"{1000 * kwh:.2g} Wh"
-        energy = f"{kwh / 1000:,.2f} MWh" if kwh >= 1000 else energy
+        small = f"{kwh:.2g} kWh" if kwh >= 0.1 else f"{1000 * kwh:.2g} Wh"
+        energy = f"{kwh / 1000:,.2f} MWh" if kwh >= 1000 else f"{kwh:.0f} kWh" if kwh >= 10 else small
         yield f"energy     {energy} of the GPUs at {gpu.watts:.0f} W"
-        yield f"data       {byte_size(2 * tokens)} read, {byte_size(2 * tokens_per_s)}/s"
+        size = DTYPES[dtype_of(config.vocab_size)].itemsize
+        yield f"data       {byte_size(size * tokens)} read, {byte_size(size * tokens_per_s)}/s"
     saved = args.optim.checkpoint_bytes(config)
     yield f"checkpoint {byte_size(saved)} each; at 2 GB/s {seconds(saved / 2e9)} to write, in the background"
     if tokens:
         kept = checkpoints_kept(args.checkpoint, -(-tokens // (args.train.global_batch_size * config.block_size)))
         yield f"           {byte_size(kept * saved)} for the {kept} that the run keeps, and one more while it writes"
-
-
-def seconds(time_s: float) -> str:
-    """Return so many seconds, in ms where there is a small part of one."""
-    return f"{time_s:,.2f} s" if time_s >= 0.1 or not time_s else f"{1000 * time_s:.3g} ms"
-
-
-def time_unit(hours: float) -> tuple[str, float]:
-    """Return the unit in which to state so many hours, and the hours that it has."""
-    if hours >= 48:
-        return "days", 24
-    if hours >= 1:
-        return "hours", 1
-    return ("min", 1 / 60) if hours >= 1 / 60 else ("s", 1 / 3600)
 
 
 def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
@@ -359,8 +348,9 @@ def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
         (sources,) = open_all([source.path for source in args.data.sources])
     except InputError:
         return None
-    samples = int(args.train.max_epochs * sum(source.num_blocks(config.block_size) for source in sources))
-    return samples * config.block_size or None
+    samples = int(Fraction(repr(args.train.max_epochs)) * sum(one.num_blocks(config.block_size) for one in sources))
+    steps = samples // args.train.global_batch_size
+    return steps * args.train.global_batch_size * config.block_size or None
 
 
 def checkpoints_kept(policy: CheckpointArgs, steps: int) -> int:
