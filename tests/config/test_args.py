@@ -7,7 +7,17 @@ from typing import Any
 import pytest
 
 from tinyllama import InputError
-from tinyllama.config.args import DataArgs, LogArgs, ModelArgs, OptimArgs, PretrainArgs, Source, TrainArgs, check
+from tinyllama.config.args import (
+    DataArgs,
+    LogArgs,
+    ModelArgs,
+    OptimArgs,
+    PretrainArgs,
+    Source,
+    TrainArgs,
+    ValidationSource,
+    check,
+)
 from tinyllama.config.bounds import bounds
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.train.budget import gradient_accumulation, total_steps
@@ -217,7 +227,7 @@ def test_every_default() -> None:
 GROUPS = [name for name, value in DEFAULTS.items() if isinstance(value, dict)]
 BOUNDED = (
     *("train.max_steps", "train.max_tokens", "train.max_epochs", "train.global_batch_size", "train.micro_batch_size"),
-    *("train.skip_spikes", "train.max_skips", "train.max_time", "train.start_timeout", "train.timeout"),
+    *("train.skip_spikes", "train.max_skips", "train.max_time", "train.timeout"),
     *("optim.lr", "optim.max_norm", "parallel.devices", "parallel.shard", "eval.interval", "eval.max_samples"),
     *("checkpoint.interval", "checkpoint.keep_last", "checkpoint.keep_every", "log.interval", "data.ramp_tokens"),
     "optim.decay_steps",
@@ -251,11 +261,19 @@ def test_every_number_has_a_bound(cls: type) -> None:
 
 @pytest.mark.parametrize("key", BOUNDED)
 def test_numbers_that_must_be_greater_than_0(key: str) -> None:
-    most = 10**9 if key in ("train.max_time", "train.start_timeout", "train.timeout") else 10**15
+    most = 10**9 if key in ("train.max_time", "train.timeout") else 10**15
     for good in (1, most):
         assert problems(with_value(key, good)) == (), good
     for bad in (0, -1, math.nan, most + 1):
         assert f"{key} is {bad}: it must be greater than 0, at most {most:,}" in problems(with_value(key, bad))
+
+
+def test_ranks_have_a_second_to_meet() -> None:
+    for good in (1, 10**9):
+        assert problems(with_value("train.start_timeout", good)) == ()
+    for bad in (0.999, 0, -1, 1e-300, math.nan, 10**9 + 1):
+        said = f"train.start_timeout is {bad}: it must be at least 1, at most 1,000,000,000"
+        assert said in problems(with_value("train.start_timeout", bad))
 
 
 @pytest.mark.parametrize("key", ["checkpoint.keep_last", "checkpoint.keep_every", "eval.max_samples", "train.max_time"])
@@ -344,6 +362,9 @@ def test_sources_and_what_belongs_together() -> None:
     for other in ("a", "a/", "./a", "b/../a"):
         (fault,) = data(sources=[Source("a"), Source("b"), Source(other)])
         assert fault == f"data.sources: {other} and a are one folder: give it once, with both weights' sum"
+        validation = [ValidationSource("a"), ValidationSource("b"), ValidationSource(other)]
+        (fault,) = data(sources=[Source("a")], validation=validation)
+        assert fault == f"data.validation: {other} and a are one folder: give it once"
     assert data(sources=[Source("a")], document_mask=True, restart_positions=True) == ()
     assert data(sources=[Source("a")], document_mask=True) == ()
     (problem,) = data(sources=[Source("a")], restart_positions=True)

@@ -1,4 +1,5 @@
 import os
+import resource
 import struct
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import strategies as st
 from packed import change, write_dataset, write_shard
 
 from tinyllama import InputError
-from tinyllama.data.packed import OPEN_FILES, check_datasets, open_packed, write_manifest
+from tinyllama.data.packed import OPEN_FILES, check_datasets, open_all, open_packed, write_manifest
 
 SHARD = {"name": "a", "tokens": 3, "documents": 1, "max_token": 3, "blake2b": "0" * 64}
 
@@ -77,6 +78,21 @@ def test_thousands_of_shards_hold_few_handles(tmp_path, no_fsync):
     handles = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
     assert sum(handle.startswith(str(tmp_path)) for handle in handles) == OPEN_FILES
     assert str(tmp_path) not in Path("/proc/self/maps").read_text()  # what is mapped counts as this process's memory
+
+
+@pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="counts open files in Linux's /proc")
+@pytest.mark.parametrize(("limit", "each"), [(60, 10), (7, 1), (1024, 20)])
+def test_many_datasets_share_the_files_that_may_be_open(tmp_path, no_fsync, monkeypatch, limit, each):
+    folders = [tmp_path / name for name in "abc"]
+    for n, folder in enumerate(folders):
+        folder.mkdir()
+        write_dataset(folder, {f"{i:05}": [[i, n]] for i in range(20)})
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (limit, 4096))
+    ((a, b), (c,)) = open_all([str(folder) for folder in folders[:2]], [str(folders[2])])
+    for n, dataset in enumerate((a, b, c)):
+        assert dataset.read(0, 40).tolist() == [token for i in range(20) for token in (i, n)]
+    handles = [os.path.realpath(f"/proc/self/fd/{name}") for name in os.listdir("/proc/self/fd")]
+    assert [sum(handle.startswith(str(folder)) for handle in handles) for folder in folders] == [each] * 3
 
 
 @pytest.mark.parametrize("size", [0, 5, 6])

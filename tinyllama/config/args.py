@@ -15,6 +15,7 @@ from tinyllama.config.bounds import (
     Positive,
     Seconds,
     Seed,
+    StartTimeout,
     Weight,
     bound_errors,
 )
@@ -139,7 +140,7 @@ class TrainArgs:
     """number of consecutive steps that may be skipped; one more stops the run"""
     max_time: Seconds | None = None
     """seconds after which the run saves a checkpoint and exits with 75, as on a signal"""
-    start_timeout: Seconds = 1800
+    start_timeout: StartTimeout = 1800
     """seconds that a rank may be silent before the first step is done, and in validations and checkpoints"""
     timeout: Seconds = 300
     """seconds that a rank may be silent between steps; then the run names the rank and where it hangs, and ends"""
@@ -291,13 +292,15 @@ def check(args: PretrainArgs) -> ModelConfig:
         if any(bound_errors(source, "")) or max(source.weight, last) == 0:
             rule = "both must be finite, none negative and one above 0"
             errors.append(f"data.sources: {source.path} has weight {source.weight}, at last {last}: {rule}")
-    folders: dict[str, str] = {}
-    for path in (source.path for source in args.data.sources):
-        if (real := os.path.realpath(path)) in folders:
-            errors.append(
-                f"data.sources: {path} and {folders[real]} are one folder: give it once, with both weights' sum"
-            )
-        folders.setdefault(real, path)
+    for key, given_once, paths in (
+        ("data.sources", "give it once, with both weights' sum", [source.path for source in args.data.sources]),
+        ("data.validation", "give it once", [source.path for source in args.data.validation]),
+    ):
+        folders: dict[str, str] = {}
+        for path in paths:
+            if (real := os.path.realpath(path)) in folders:
+                errors.append(f"{key}: {path} and {folders[real]} are one folder: {given_once}")
+            folders.setdefault(real, path)
     if (args.data.ramp_tokens is None) != all(source.final_weight is None for source in args.data.sources):
         errors.append("data.ramp_tokens and a final_weight of a source belong together: give both or neither")
     if args.train.init_from is not None and args.train.resume not in ("auto", "never"):

@@ -30,6 +30,8 @@ CountOrZero = Annotated[int, _NOT_NEGATIVE]
 Positive = Annotated[float, _POSITIVE]
 NotNegative = Annotated[float, _NOT_NEGATIVE]
 Seconds = Annotated[float, _above_0(10**9)]
+# torch counts in milliseconds, and ends with a traceback before ranks could have met
+StartTimeout = Annotated[float, Bound(f"be at least 1, at most {10**9:,}", lambda x: 1 <= x <= 10**9)]
 Decay = Annotated[float, Bound("be in [0, 1)", lambda x: 0 <= x < 1)]
 Weight = Annotated[float, Bound("be finite and not negative", lambda x: 0 <= x < math.inf)]
 Seed = Annotated[int, Bound("fit into 64 bits", lambda x: -(2**63) <= x < 2**64)]

@@ -10,6 +10,7 @@ import functools
 import hashlib
 import io
 import os
+import resource
 from array import array
 from bisect import bisect_right
 from collections.abc import Sequence
@@ -38,7 +39,7 @@ from tinyllama.data.metadata import (
     to_json,
 )
 
-OPEN_FILES = 32  # at a time, however many shards there are
+OPEN_FILES = 32  # of a dataset at a time, however many shards there are
 # shards that differ in one of these must not be read as one stream
 _AGREED = ("dtype", "vocab_size", "tokenizer_sha256", "encoder", "bos", "eos", "bos_id", "eos_id")
 
@@ -175,7 +176,11 @@ class PackedDataset:
     num_bytes: int | None = None  # of the documents' text, without bos and eos; None: not recorded
 
     def __post_init__(self) -> None:
-        self._file = functools.lru_cache(maxsize=OPEN_FILES)(self._open)
+        self.keep_open(OPEN_FILES)
+
+    def keep_open(self, files: int) -> None:
+        """Keep at most so many ``files`` open at a time."""
+        self._file = functools.lru_cache(maxsize=files)(self._open)
 
     @property
     def tokens(self) -> int:
@@ -252,6 +257,10 @@ def open_all(*groups: Sequence[str]) -> list[list[PackedDataset]]:
                 errors += [text for text in error.args if text not in errors]
     if errors:
         raise InputError(*errors)
+    every = [dataset for datasets in opened for dataset in datasets]
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)  # of which half is left for checkpoints and connections
+    for dataset in every:
+        dataset.keep_open(max(min(OPEN_FILES, soft // 2 // len(every)), 1))
     return opened
 
 
