@@ -3,7 +3,8 @@
 python scripts/plan.py --config F --gpus 16 --gpu a100-40g [--gpus_per_node 8] [--network_gbps 200] [--mfu 0.5]
 python scripts/plan.py --config F --gpus 64 --gpu h200 --benchmark FILE [--train.micro_batch_size 16 ...]
 
-FILE holds the output of benchmark_step.py. The assumed figures are at the top of tinyllama/tools/plan.py.
+F is a run's YAML, and its settings can be given as flags, too, as for pretrain/train.py. FILE holds the output of
+benchmark_step.py. The assumed figures are at the top of tinyllama/tools/plan.py.
 """
 
 from pathlib import Path
@@ -18,7 +19,6 @@ from tinyllama.train.budget import gradient_accumulation
 def main() -> None:
     """Parse the flags, estimate and print."""
     parser = cli.arguments(__doc__)
-    parser.add_argument("--config", required=True, help="a run's YAML; its settings can be given as flags, too")
     parser.add_argument("--gpus", type=int, required=True, help="total number of GPUs")
     parser.add_argument("--gpu", required=True, help=f"one of {', '.join(plan.GPUS)}")
     parser.add_argument("--gpus_per_node", type=int, default=8, help="GPUs per node (default: 8)")
@@ -29,8 +29,10 @@ def main() -> None:
         "--mfu", type=float, help="share of the dense peak FLOP/s that one GPU reaches (default: usual for --gpu)"
     )
     parser.add_argument("--benchmark", type=Path, help="output of benchmark_step.py, instead of --mfu")
-    ours, settings = parser.parse_known_args()
-    args = cli.parse(PretrainArgs, ["--config", ours.config, *settings])
+    ours, settings = parser.parse_known_args()  # which leaves --config to train.py's rules, too: the later one wins
+    if not any(word.partition("=")[0] == "--config" for word in settings):
+        parser.error("the following arguments are required: --config")
+    args = cli.parse(PretrainArgs, settings)
     config = check(args)
     if ours.gpu not in plan.GPUS:
         raise InputError(f"--gpu {ours.gpu} is not known; known: {', '.join(plan.GPUS)}")

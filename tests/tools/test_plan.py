@@ -595,6 +595,25 @@ def test_the_script() -> None:
     assert "Above 1,024 GPUs the batch grows, to a sample a GPU." in done.stdout
 
 
+def test_a_later_setting_wins_as_in_training(script: Any, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.chdir(ROOT)
+    half = tmp_path / "half.yaml"
+    half.write_text("train: {max_tokens: 1_500_000_000_000}")
+    on = ("--gpus", 16, "--gpu", "a100-40g")
+    for flags, tokens in (
+        ((*BIG, "--train.max_tokens", 7 * 10**9), 7 * 10**9),
+        (("--train.max_tokens", 7 * 10**9, *BIG), 3 * 10**12),
+        ((*BIG, f"--config={half}"), 1_500_000_000_000),
+        (("--config", half, *BIG), 3 * 10**12),
+    ):
+        code, out, err = script("plan", *on, *flags)
+        assert (code, err) == (0, "")
+        assert f"for {tokens:,} tokens\n" in out
+    code, out, err = script("plan", *on)
+    assert (code, out) == (2, "")
+    assert err.startswith("error: the following arguments are required: --config; plan.py --help ")
+
+
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
