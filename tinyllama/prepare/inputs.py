@@ -181,7 +181,7 @@ def find_inputs(
             dropped["of other splits"] += 1
         else:
             found.append(Input(path, name, size))
-    found = _of_saved_splits(source, found, names, split)
+    _check_one_split(source, found, names)
     for folder in folders:
         if folder not in listing.again and not any(Path(one.name).is_relative_to(folder) for one in found):
             raise _nothing(source, folder, listing, endings, split)
@@ -233,13 +233,12 @@ def _is_of_split(name: str, split: str | None) -> bool:
     return split in folders or bool(re.search(rf"(?<![a-z0-9]){re.escape(split)}(?![a-z0-9])", base, re.IGNORECASE))
 
 
-def _of_saved_splits(source: str, found: list[Input], names: set[str], split: str | None) -> list[Input]:
-    """Of datasets that were saved with several splits, the files of the one that is chosen."""
+def _check_one_split(source: str, found: list[Input], names: set[str]) -> None:
+    """Raise InputError if ``found`` has files of several splits of a dataset that ``datasets`` has saved."""
     for top in sorted(name.removesuffix(_SPLITS) for name in names if re.search(f"(^|/){_SPLITS}$", name)):
         splits = {one.name.removeprefix(top).partition("/")[0] for one in found if one.name.startswith(top)}
         if len(splits) > 1:
             raise InputError(f"{source}: {top or 'it'} has the splits {', '.join(sorted(splits))}: give one as --split")
-    return found
 
 
 def _nothing(source: str, folder: str, listing: Listing, endings: tuple[str, ...], split: str | None) -> InputError:
