@@ -1,10 +1,11 @@
-"""What an output folder of prepared shards holds: which of them are done, and what a killed run has left.
+"""Find which shards of an output folder are done, and what a killed run has left.
 
-A shard is done when its NAME.json names the input with the bytes and the blake2b that it has. No input is read for that
-unless it may have changed: NAME.json bears, as the time of its own last modification, the ``ctime`` that the input had
-before it was read. Nobody can set a file's ``ctime`` back, as ``cp -p`` and ``rsync -t`` do with the time of its
-modification; that it also changes with a name, a mode or an owner costs a reading, once. As the time is in no file, the
-bytes of the output stay the same, and a copy of it, which has other times, costs a reading, too.
+A shard is done if its NAME.json names the input, with its size and hash. An input is only hashed again if it may have
+changed: when a shard is finished, the modification time of its NAME.json is set to the ``ctime`` that the input had
+before it was read. A program can set a modification time back, as ``cp -p`` and ``rsync -t`` do, but not a ``ctime``.
+Renaming an input or changing its mode or owner changes its ``ctime``, too, and costs one more reading. Because the time
+is not part of any file's content, the output stays reproducible; a copy of the output folder, which has other times,
+costs one more reading of every input.
 """
 
 import contextlib
@@ -39,7 +40,9 @@ METADATA = {  # of NAME.json, besides those of every shard
 }
 
 
-def done(inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: Info, threads: int) -> dict[str, Info]:
+def find_done(
+    inputs: Sequence[Input], mine: Sequence[Input], output: Path, facts: Info, threads: int
+) -> dict[str, Info]:
     """Return the metadata of those shards of ``mine`` that are done.
 
     ``facts`` is the metadata that every shard of the dataset shares. ``threads`` read the inputs that may have changed.

@@ -1,15 +1,16 @@
-"""Text to token ids at speed: exactly those of the tokenizer's own library, which stays the reference while it runs.
+"""Encode text fast, with exactly the ids of the tokenizer's own library, which is the reference.
 
-gigatoken is ten times as fast and young. So it is not taken for tokenizers with what it is known to do otherwise, it is
-tried on ``guards`` of the tokenizer before anything is written, and one document in ``SAMPLED`` is encoded by both, of
-each shard the first, but not much more than a hundredth of the text.
-The tokens being the same, a dataset does not say which one made them; its shards do.
+gigatoken is about ten times as fast, but young. It is not used for tokenizers that it is known to handle differently;
+it must reproduce the ids of ``guards`` before anything is written; and the first of every ``SAMPLED`` documents of a
+shard is encoded by both, up to about a hundredth of the text. Since the ids are the same, a dataset does not depend on
+the encoder; each shard records which one made it.
 
-Memory is bounded for every document: one of more than ``CUT`` bytes is encoded in parts, by both alike. It is cut where
-that changes no id: with Llama's tokenizer at a blank, a line end, a digit, or between letters that no piece has side by
-side; with others, and where there is no such place, where the text around the cut has the same ids with and without it.
-Only where few places in ``WINDOW`` bytes promise that and none keeps it, as amid one letter or digits without end,
-are the ids from the cut to the end of such a run others than those of the whole.
+Memory is bounded: a document of more than ``CUT`` bytes is encoded in parts, by both encoders alike. It is cut where
+that changes no id. With Llama's tokenizer such places are before a blank, a line end or a digit, and between letters
+that are adjacent in no piece. With other tokenizers, and where there is no such place, it is cut where the text around
+the cut has the same ids with and without it. If none of the places tried in ``WINDOW`` bytes qualifies, as in an
+endless run of one letter or of digits, the ids from the cut to the end of that run may differ from those of the whole
+document.
 """
 
 import contextlib

@@ -1,4 +1,4 @@
-"""The flags that all prepare commands share."""
+"""Define the flags that all prepare commands share."""
 
 import argparse
 import math

@@ -1,4 +1,4 @@
-"""Datasets on the Hugging Face Hub: the commit that a branch stands for, and the files of a configuration."""
+"""Find the commit of a branch and the files of a configuration of a dataset on the Hugging Face Hub."""
 
 import contextlib
 import re

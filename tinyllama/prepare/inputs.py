@@ -1,4 +1,4 @@
-"""The input files of a dataset: where they are, what their shards are called, and which of their documents are wanted.
+"""Find the input files of a dataset, name their shards, and say which of their documents are wanted.
 
 A source is a folder or a file, local or at any URL that fsspec knows (``s3://``, ``gs://``, ``hf://`` ...).
 """

@@ -1,4 +1,4 @@
-"""What a packed folder holds, in figures, and whether its files are still what was written."""
+"""Summarize a packed folder in figures, and check whether its files are still what was written."""
 
 import hashlib
 from bisect import bisect_right

@@ -1,4 +1,4 @@
-"""What files there are at a source: a local file or folder, an archive, or a URL that fsspec knows."""
+"""List the files at a source: a local file or folder, an archive, or a URL that fsspec knows."""
 
 import heapq
 import os

@@ -1,4 +1,4 @@
-"""How much the parts of parquet and Arrow files decompress to, read before any of it is decompressed.
+"""Read how many bytes the parts of parquet and Arrow files decompress to, before decompressing any of them.
 
 pyarrow decompresses a page of a parquet column, or a batch of an Arrow stream, as a whole, and does not say before how
 large it is.

@@ -1,4 +1,4 @@
-"""Raw files to packed shards, one each, over worker processes; what a killed run had finished is not done again.
+"""Pack raw files into shards, one for each file, with worker processes; a rerun keeps what a killed run had finished.
 
 The bytes in the output folder depend on the inputs, the tokenizer and the settings alone: not on the number of workers,
 on the order in which they finish, or on how often the run was killed and started again. ``.bin``, ``.idx.npy`` and the
@@ -24,7 +24,17 @@ from tinyllama import InputError, atomic, folder_lock
 from tinyllama.data import packed
 from tinyllama.data.metadata import MANIFEST
 from tinyllama.prepare import progress
-from tinyllama.prepare.done import BAD, INDEX, check_ours, done, is_marker, reason, remove_stale, set_time, status_of
+from tinyllama.prepare.done import (
+    BAD,
+    INDEX,
+    check_ours,
+    find_done,
+    is_marker,
+    reason,
+    remove_stale,
+    set_time,
+    status_of,
+)
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
 from tinyllama.prepare.inputs import IN_TMPDIR, Fields, Input, Inputs, some
 from tinyllama.prepare.progress import Info
@@ -87,16 +97,21 @@ class _Recipe:
 def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     """Pack every input that is not packed yet, write the manifest, and return a summary.
 
-    The token stream is each document's tokens, with bos before and eos after them if so chosen. A shard is done when
-    its NAME.json agrees with its input, which is packed again when a byte of it has changed (see ``done``). Of an input
-    at a URL, which is not fetched for that, the name and the size are compared; one on the Hub has its commit.
+    The token stream is each document's tokens, with bos before and eos after them if so chosen. A shard is done if its
+    NAME.json agrees with its input; an input of which a byte has changed is packed again (see done.py). An input at a
+    URL is not fetched for that: its name and size are compared, and the commit of one on the Hub.
 
-    Raises InputError when the output folder holds shards of other settings or inputs, or a file of another program that
-    would be replaced, when there is no document at all,
-    with ``finish`` when a shard is missing, when the tokenizer changes meanwhile, and, after all other inputs are
-    packed, with one error for each bad input when there are more of them than may be skipped; where the first ten are
-    all bad, the others are not tried. Raises RuntimeError, after all others are packed too, naming each input whose
-    worker died twice or whose ids the fast encoder got wrong.
+    Raises InputError
+    - if the output folder has shards of other settings or inputs, or a file of another program in the way, or cannot be
+      written;
+    - with ``finish``, if a shard is missing;
+    - if the tokenizer changes meanwhile, or if there is no document at all;
+    - once all other inputs are packed, with one error for each bad input, if more are bad than may be skipped. If the
+      first ten are all bad, the others are not tried.
+
+    Raises RuntimeError, once all others are packed, naming each input that could not be fetched, whose worker died
+    twice, or for which the fast encoder returned wrong ids. If the first three end by failed fetches or dead workers,
+    the others are not tried.
     """
     started = time.monotonic()
     recipe = _recipe(fields, options, inputs.origin)
@@ -128,7 +143,7 @@ def _locked(output: Path, task: tuple[int, int] | None) -> contextlib.AbstractCo
 def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) -> str:
     output, task = options.output, options.task
     mine = inputs if task is None else inputs[task[0] :: task[1]]
-    infos = done(inputs, mine, output, recipe.facts, options.workers)
+    infos = find_done(inputs, mine, output, recipe.facts, options.workers)
     todo = [one for one in mine if one.shard not in infos]
     check_ours(output, [] if options.finish else todo)
     made: dict[str, Info] = {}

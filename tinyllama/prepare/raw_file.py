@@ -1,4 +1,4 @@
-"""A raw file, and how errors in it are told: with the file, what is wrong, and the hint."""
+"""Describe what is wrong with a raw file: which file, what, and what to do about it."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -27,16 +27,16 @@ class RawFile:
         return self.path.suffix.lower()
 
     def error(self, what: str, hint: str = "repair or remove it") -> InputError:
-        """What is wrong with the file."""
+        """Return the error ``what`` about the file, with a ``hint``."""
         return InputError(f"{self.path}: {what}: {hint}")
 
     def too_long(self, where: str) -> InputError:
-        """A document that is longer than ``fields.longest``."""
+        """Return the error for a document at ``where`` that is longer than ``fields.longest``."""
         hint = "remove or split it, or raise --longest_document of the prepare command"
         return self.error(f"{where} longer than {self.fields.longest:,} bytes", hint)
 
     def no_text(self, what: str, names: Iterable[str]) -> InputError:
-        """Keys or columns, of which none is ``fields.text_key``."""
+        """Return the error for a file whose keys or columns, ``names``, do not include ``fields.text_key``."""
         names = list(names)
         hints = [hint for name, hint in _WITHOUT_TEXT.items() if name in names]
         return self.error(f"{what} {self.fields.text_key!r}, only {names[:10]}", *hints[:1] or [NAME_THE_KEY])

@@ -1,4 +1,4 @@
-"""Readers of raw text: one input file in, its documents out one at a time, in memory that does not grow with the file.
+"""Read the documents of a raw file one at a time, in memory that does not grow with the file.
 
 The name's ending says how a file is read: ``.jsonl``, ``.ndjson``, ``.json``, compressed or not (one JSON object
 a line), ``.parquet``, ``.arrow`` (one row a document; ``.arrow`` is what ``datasets`` saves), ``.txt`` (one document,

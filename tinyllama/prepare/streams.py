@@ -1,4 +1,4 @@
-"""Bytes of a raw file: hashed on their way in, and decompressed."""
+"""Hash the bytes of a raw file as they are read, and decompress them."""
 
 import bz2
 import gzip

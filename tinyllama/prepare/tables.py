@@ -1,4 +1,4 @@
-"""The texts of a table: a column of a parquet file or of an Arrow stream, some rows at a time.
+"""Read the text column of a parquet file or an Arrow stream, some rows at a time.
 
 What is decoded at once is bounded in bytes, whatever the file says of itself.
 """

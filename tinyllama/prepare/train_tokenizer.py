@@ -1,4 +1,4 @@
-"""A sentencepiece BPE vocabulary trained on raw text, with Llama 2's settings."""
+"""Train a sentencepiece BPE vocabulary on raw text, with Llama 2's settings."""
 
 import io
 import os

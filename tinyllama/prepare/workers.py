@@ -1,6 +1,6 @@
-"""Inputs over worker processes, each with a pipe of its own: who died, and over what, is known at once.
+"""Spread inputs over worker processes, and know which worker died on which input: each has a pipe of its own.
 
-A pool's shared queue would lose both, and wait for ever for what the dead one had taken.
+The shared queue of a pool would lose both, and wait forever for the result of a dead worker.
 """
 
 import contextlib
@@ -23,22 +23,22 @@ _MAX_LOST = 3  # inputs lost while none is done: then the inputs are not the cau
 
 
 class WorkerDied(RuntimeError):
-    """Killed, out of memory or defective, twice over the same input."""
+    """A worker was killed, ran out of memory or crashed, twice on the same input."""
 
 
 class NotSetUp(InputError):
-    """What every worker needs has changed or is gone: no input is to blame."""
+    """No worker can be set up, because something that all of them need has changed or is gone; no input is to blame."""
 
 
 def over_workers(
     todo: Sequence[Input], setup: Callable[[Any], Work], recipe: Any, workers: int
 ) -> Iterator[tuple[Input, Any]]:
-    """Each input with what ``setup(recipe)`` makes of it, or with its InputError, Mismatch, NotFetched or WorkerDied.
+    """Yield each input with its result, or with its InputError, Mismatch, NotFetched or WorkerDied.
 
-    They come as they end. ``setup`` runs once in each process. The largest input comes first, so that none is left
-    running alone at the end. One whose worker died is given to a new worker once. Raises WorkerDied or NotFetched when
-    nothing else comes of it, and the first OSError of a worker, which the others would meet too, or InputError of its
-    ``setup``, as NotSetUp.
+    ``setup(recipe)``, called once in each process, returns the function that computes an input's result. Results come
+    as they are ready. The largest input is started first, so that none is left running alone at the end. An input whose
+    worker died is given to a new worker once. Raises the first OSError of a worker, which the others would meet, too;
+    NotSetUp if ``setup`` raises InputError; and WorkerDied or NotFetched if the first ``_MAX_LOST`` outcomes are such.
     """
     queue = sorted(todo, key=lambda one: one.size)
     idle: dict[Any, SpawnProcess] = {}  # by our end of the pipe
