@@ -24,7 +24,7 @@ _LOCATED = 16  # reads whose samples are located at once, 1,024 as a rule: well 
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank, as it was packed; ``on_device`` makes input ids and targets of it."""
+    """One micro-batch of one rank in its packed dtype; ``on_device`` turns it into input ids and targets."""
 
     tokens: torch.Tensor
     """(B, T + 1) of the datasets' dtype; in pinned memory where there is a GPU to copy it to"""
@@ -111,7 +111,7 @@ class Loader:
 
     def _reads(self) -> Iterator[Iterator[Batch]]:
         size = self._micro_batch_size * max(1, _READ // self._micro_batch_size)
-        for first in itertools.count(0, _LOCATED * size):  # in the row of this rank's samples, a share of every step
+        for first in itertools.count(0, _LOCATED * size):  # first numbers this rank's own samples
             step, place = np.divmod(np.arange(first, first + _LOCATED * size), self._share)
             samples = self._first_sample + step * self._global_batch_size + place
             source, _, block = self._mixture.locate(samples)
@@ -133,7 +133,7 @@ def validation_batches(
     world_size: int,
     max_samples: int | None,
 ) -> Iterator[Batch]:
-    """One pass of this rank over a fixed set of blocks: all, or ``max_samples`` spread evenly over the datasets.
+    """Yield one pass of this rank over a fixed set of blocks: all, or ``max_samples`` spread evenly over the datasets.
 
     The datasets come one after another, and no batch holds rows of two. Sample i of the set belongs to rank
     i % world_size. Every rank gets the same number of batches of the same shape, as collectives need; rows beyond the
@@ -160,7 +160,7 @@ def validation_batches(
 def _read(
     datasets: Sequence[PackedDataset], source: np.ndarray, block: np.ndarray, block_size: int, vocab_size: int
 ) -> np.ndarray:
-    """The blocks (B,) of the sources (B,), as (B, T + 1) of a dtype that holds the tokens of all datasets."""
+    """Read the blocks (B,) of the sources (B,) -> (B, T + 1), in a dtype that holds the tokens of all datasets."""
     tokens = np.empty((len(block), block_size + 1), np.result_type(*(dataset.dtype for dataset in datasets)))
     for k in np.unique(source):
         rows = np.flatnonzero(source == k)
@@ -178,13 +178,13 @@ def _read(
 
 
 def _tensor(tokens: np.ndarray) -> torch.Tensor:
-    """Pinned when there is a GPU, so that it can be copied while that computes."""
+    """Return a tensor, in pinned memory if there is a GPU, so that it can be copied while the GPU computes."""
     tensor = torch.from_numpy(tokens)
     return tensor.pin_memory() if torch.cuda.is_available() else tensor
 
 
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
-    """Of each batch the input ids and their targets, the token after each: (B, T) int64 both, on ``device``.
+    """Yield input ids and targets (the next tokens) of each batch, (B, T) int64 each, on ``device``.
 
     Tokens travel as they are packed, two bytes each, and are widened there. To a GPU they are copied on a stream of
     their own, while the batch before is used. Rows that only fill a batch up have targets IGNORE_INDEX throughout.

@@ -31,7 +31,7 @@ _GOLDEN = 0x9E3779B97F4A7C15  # 2^64 / golden ratio, splitmix64's step
 
 
 class Mixture:
-    """Which block every global sample is, for sources mixed by weight; immutable, thread-safe.
+    """The order of the samples: the block of each global sample, for sources mixed by weight; immutable, thread-safe.
 
     ``num_blocks`` (blocks an epoch, at least 1: see check_datasets), ``weights`` (shares of the samples; need not sum
     to 1) and ``fingerprints`` (of the token streams) have one entry a source. With a ``ramp`` the shares go linearly
@@ -67,7 +67,7 @@ class Mixture:
         self._weights = _integers(final) if ramp else self._weights
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Source, epoch of that source and block of it, each (n,) int64, of global sample numbers (n,) in any order."""
+        """Return source, epoch of the source and block, (n,) int64 each, of global sample numbers (n,) in any order."""
         source, draw = np.empty((2, len(samples)), dtype=np.int64)
         windows, row = np.unique(samples // WINDOW, return_inverse=True)
         for first in range(0, len(windows), _WINDOWS_AT_ONCE):
@@ -82,14 +82,14 @@ class Mixture:
         return source, epoch, permute(index, self._num_blocks[source], keys)
 
     def drawn(self, sample: int) -> list[int]:
-        """How many samples each source has given before global sample number ``sample``."""
+        """Return how many samples come from each source before global sample number ``sample``."""
         window, place = divmod(sample, WINDOW)
         sources, _ = self._deal(np.array([window]))
         inside = np.bincount(sources[0, :place], minlength=len(self._weights))
         return (self._starts(np.array([window]))[0] + inside).tolist()
 
     def _starts(self, windows: np.ndarray) -> np.ndarray:
-        """Draws of each source (n, K) before the window numbers (n,).
+        """Return the draws of each source, (n, K), before the windows with the numbers (n,).
 
         The first source has had floor(samples * share), the second its floor of what is left, and so on: exact (Python
         integers never overflow), never falling, and together all samples, so that the differences are the quotas. On a
@@ -105,7 +105,7 @@ class Mixture:
         return starts
 
     def _deal(self, windows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Source, and number of the draw from it, of every place of the window numbers (n,): two (n, WINDOW) int64."""
+        """Return the source of every place in windows (n,), and the number of its draw: two (n, WINDOW) int64."""
         starts = self._starts(windows)
         quotas = self._starts(windows + 1) - starts  # (n, K)
         n, num_sources = quotas.shape
@@ -128,7 +128,7 @@ class Mixture:
 
 
 def _ramp_starts(weights: list[int], final: list[int], ramp: int) -> np.ndarray:
-    """Draws of each source before every window that the ramp touches, and before the one after: (n, K), from zeros.
+    """Return the draws of each source before every window that the ramp touches, and the one after: (n, K), from zeros.
 
     A window's quotas are the shares' exact integrals over it, each rounded down, and one more for those sources that
     are furthest behind their integral from sample 0: off by less than one sample in every window, without drifting.
@@ -162,7 +162,7 @@ def _ramp_starts(weights: list[int], final: list[int], ramp: int) -> np.ndarray:
 
 
 def _integers(weights: Sequence[float]) -> list[int]:
-    """The decimal numbers as written, made integers of the same ratio."""
+    """Return integers in the ratio of the weights, taken as the decimal numbers that were written."""
     shares = [Fraction(repr(float(weight))) for weight in weights]
     unit = math.lcm(*(share.denominator for share in shares))
     integers = [int(share * unit) for share in shares]
@@ -170,7 +170,7 @@ def _integers(weights: Sequence[float]) -> list[int]:
 
 
 def permute(index: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """Where ``keys`` (uint64) puts ``index`` in a permutation of range(size): elementwise, (n,) int64 each.
+    """Return where ``keys`` (uint64) put ``index`` in a permutation of range(size), elementwise: (n,) int64 each.
 
     A Feistel network over range(a * b), a and b about sqrt(size) and a * b >= size, that is applied again to a result
     outside range(size) until it is inside (Black and Rogaway 2002, "Ciphers with arbitrary finite domains", section 5).

@@ -188,11 +188,11 @@ class PackedDataset:
         return self.ends[-1]
 
     def num_blocks(self, block_size: int) -> int:
-        """Whole blocks in the stream; less than one block at its end is left over."""
+        """Return the number of complete blocks in the stream; what is left at its end is not used."""
         return self.tokens // (block_size + 1)
 
     def read(self, start: int, count: int) -> np.ndarray:
-        """Tokens [start, start + count) of the stream, shape (count,); raises IndexError outside of it."""
+        """Return the tokens [start, start + count) of the stream, (count,); raises IndexError outside of it."""
         if not 0 <= start <= start + count <= self.tokens:
             raise IndexError(f"tokens [{start}, {start + count}) of {self.tokens} in {self.path}")
         out = np.empty(count, self.dtype)
@@ -200,7 +200,10 @@ class PackedDataset:
         return out
 
     def blocks(self, indices: np.ndarray, block_size: int) -> np.ndarray:
-        """Blocks by number, shape (len(indices), block_size + 1): block i is tokens [i, i + 1) * (block_size + 1)."""
+        """Return the blocks with the numbers ``indices`` (n,) -> (n, block_size + 1).
+
+        Block i is the tokens [i * (block_size + 1), (i + 1) * (block_size + 1)).
+        """
         indices = np.asarray(indices, dtype=np.int64)
         if indices.min(initial=0) < 0 or indices.max(initial=-1) >= self.num_blocks(block_size):
             raise IndexError(f"a block outside the {self.num_blocks(block_size)} of {self.path}")
