@@ -91,21 +91,21 @@ def test_shares_hold_over_any_ten_thousand_samples(weights, start):
 @settings(max_examples=40)
 def test_quotas_of_a_window_are_exact(weights, window):
     mix = mixture([10**9] * len(weights), weights)
-    drawn = np.array(mix.drawn(window * WINDOW), dtype=object)
+    drawn = np.array(mix.samples_by_source(window * WINDOW), dtype=object)
     shares = [Fraction(repr(weight)) for weight in weights]  # the decimals: a float's error is samples far on
     behind = [share / sum(shares) * window * WINDOW - count for share, count in zip(shares, drawn, strict=True)]
     assert drawn.sum() == window * WINDOW
     # a source is less than a sample behind, and ahead by what the floors before it have left over, less than one each
     assert max(behind) < 1
     assert all(late >= -k for k, late in enumerate(behind))
-    quotas = np.array(mix.drawn((window + 1) * WINDOW), dtype=object) - drawn
+    quotas = np.array(mix.samples_by_source((window + 1) * WINDOW), dtype=object) - drawn
     source, _, _ = mix.locate(np.arange(window * WINDOW, (window + 1) * WINDOW))
     assert np.bincount(source, minlength=len(weights)).tolist() == quotas.tolist()
 
 
 def test_shares_of_the_published_mixture():
     mix = mixture([321_868_032, 142_131_968], PUBLISHED)
-    assert mix.drawn(WINDOW * 10**6) == [710_230_016, 313_769_984]
+    assert mix.samples_by_source(WINDOW * 10**6) == [710_230_016, 313_769_984]
     source, _, _ = mix.locate(np.arange(10 * WINDOW))
     counts = [np.sum(window == 0) for window in source.reshape(10, WINDOW)]
     assert set(counts) == {710, 711}  # 710.23 of 1,024
@@ -119,8 +119,8 @@ def test_one_source_and_tiny_weights():
     assert source.tolist() == [0] * 6
     assert epoch.tolist() == [0, 0, 0, 1, 1, 1]
     assert sorted(block[:3]) == sorted(block[3:]) == [0, 1, 2]
-    assert mixture([3, 3], [1e-300, 1]).drawn(2**40) == [0, 2**40]
-    assert mixture([5, 5], [1, 1e-6]).drawn(10**9 + 1000)[1] in (1000, 1001)
+    assert mixture([3, 3], [1e-300, 1]).samples_by_source(2**40) == [0, 2**40]
+    assert mixture([5, 5], [1, 1e-6]).samples_by_source(10**9 + 1000)[1] in (1000, 1001)
 
 
 @given(weights=weights, queries=samples, data=st.data())
@@ -149,10 +149,10 @@ def test_locate_of_nothing_is_empty():
 
 @given(weights=weights, end=st.integers(0, 5000))
 @settings(max_examples=30)
-def test_drawn_counts_what_locate_gave(weights, end):
+def test_samples_by_source_counts_what_locate_gave(weights, end):
     mix = mixture([7] * len(weights), weights)
     source, _, _ = mix.locate(np.arange(end))
-    assert mix.drawn(end) == np.bincount(source, minlength=len(weights)).tolist()
+    assert mix.samples_by_source(end) == np.bincount(source, minlength=len(weights)).tolist()
 
 
 def test_epochs_sources_and_seeds_have_orders_of_their_own():
@@ -199,7 +199,7 @@ def test_the_order_never_changes():
     assert source.tolist() == [2, 0, 1, 2, 1, 1, 0, 1, 2, 2, 0]
     assert epoch.tolist() == [0, 0, 0, 0, 0, 0, 102, 0, 0, 0, 109951162777]
     assert block.tolist() == [7652740355, 4, 556, 7840185630, 985, 854, 4, 769, 7015412224, 5579277198, 2]
-    assert mix.drawn(2_000_000) == [1_000_003, 600_002, 399_995]
+    assert mix.samples_by_source(2_000_000) == [1_000_003, 600_002, 399_995]
 
 
 @pytest.mark.parametrize("weight", [0, -1.0, float("nan"), float("inf")])
@@ -239,7 +239,7 @@ def test_shares_of_a_ramp_follow_it_in_every_window_and_on_the_whole(pairs, ramp
     end = -(-ramp // WINDOW) * WINDOW
     before = [0] * len(pairs)
     for sample in range(WINDOW, end + 4 * WINDOW, WINDOW):
-        drawn = order.drawn(sample)
+        drawn = order.samples_by_source(sample)
         assert sum(drawn) == sample
         for k, (a, b) in enumerate(zip(first, last, strict=True)):
             wanted = integral(a, b, ramp, sample) - integral(a, b, ramp, sample - WINDOW)
@@ -279,22 +279,22 @@ def quotas_of_a_ramp(first, last, ramp):
 def test_quotas_on_a_ramp_are_those_furthest_behind(first, last, ramp):
     order = Mixture([97] * len(first), first, 5, list("abcde"[: len(first)]), last, ramp)
     expected = quotas_of_a_ramp(first, last, ramp)
-    assert [order.drawn(window * WINDOW) for window in range(len(expected))] == expected
+    assert [order.samples_by_source(window * WINDOW) for window in range(len(expected))] == expected
     # behind the ramp each is given the floor of its share of what is left, and the last one the rest
     end, total = (len(expected) - 1) * WINDOW, sum(last)
     left, counts = 10**6 * WINDOW, []
     for weight in last:
         counts.append(left * weight // total)
         left, total = left - counts[-1], total - weight
-    assert order.drawn(end + 10**6 * WINDOW) == [a + b for a, b in zip(expected[-1], counts, strict=True)]
+    assert order.samples_by_source(end + 10**6 * WINDOW) == [a + b for a, b in zip(expected[-1], counts, strict=True)]
 
 
 @settings(max_examples=30)
 @given(ramps, st.integers(1, 9_000), st.integers(0, 12_000))
-def test_drawn_counts_what_locate_gave_on_a_ramp_and_after_it(pairs, ramp, end):
+def test_samples_by_source_counts_what_locate_gave_on_a_ramp_and_after_it(pairs, ramp, end):
     order = Mixture([50] * len(pairs), [a for a, _ in pairs], 5, ["x"] * len(pairs), [b for _, b in pairs], ramp)
     source, epoch, block = order.locate(np.arange(end))
-    assert np.bincount(source, minlength=len(pairs)).tolist() == order.drawn(end)
+    assert np.bincount(source, minlength=len(pairs)).tolist() == order.samples_by_source(end)
     for k in range(len(pairs)):  # each source's blocks, all of an epoch before the next
         mine = source == k
         whole = np.flatnonzero(mine)[: mine.sum() // 50 * 50]
@@ -306,12 +306,12 @@ def test_the_ramp_of_the_second_version():
     # SlimPajama 100 -> 75, StarCoder 0 -> 15, Proof Pile 0 -> 10 over 6B tokens of blocks of 2048
     ramp = -(-6_000_000_000 // 2048)
     order = Mixture([1000] * 3, [75, 0, 0], 3407, ["s", "c", "p"], [75, 15, 10], ramp)
-    assert order.drawn(WINDOW) == [1024, 0, 0]
+    assert order.samples_by_source(WINDOW) == [1024, 0, 0]
     end = ramp // WINDOW * WINDOW + WINDOW  # of the window that the ramp ends in
     after = (end - ramp) * np.array([0.75, 0.15, 0.1])
-    drawn = np.array(order.drawn(end))
+    drawn = np.array(order.samples_by_source(end))
     assert np.abs(drawn - after - ramp * np.array([0.875, 0.075, 0.05])).max() < 2
-    later = np.array(order.drawn(end + 1_024_000))
+    later = np.array(order.samples_by_source(end + 1_024_000))
     assert (later - drawn).tolist() == pytest.approx([768_000, 153_600, 102_400], abs=2)
 
 
@@ -319,7 +319,7 @@ def test_a_run_of_3t_tokens_has_no_longer_table_than_its_ramp():
     ramp = -(-6_000_000_000 // 2048)
     order = Mixture([321_868_032, 142_131_968], [1, 0], 3407, ["s", "c"], PUBLISHED, ramp)
     last = 1_430_512 * WINDOW
-    drawn, source = order.drawn(last), order.locate(np.arange(last, last + WINDOW))[0]
+    drawn, source = order.samples_by_source(last), order.locate(np.arange(last, last + WINDOW))[0]
     prose = ramp * (1 + PUBLISHED[0]) / 2 + (last - ramp) * PUBLISHED[0]
     assert drawn == pytest.approx([prose, last - prose], abs=3)
     assert sum(drawn) == last
@@ -338,7 +338,7 @@ def test_a_ramp_changes_the_order_and_none_changes_nothing():
 
 
 def test_a_source_may_come_or_go_but_must_be_there_once():
-    assert Mixture([10, 10], [1, 0], 0, ["x", "y"], [0, 1], 3000).drawn(10_000)[0] < 2000
+    assert Mixture([10, 10], [1, 0], 0, ["x", "y"], [0, 1], 3000).samples_by_source(10_000)[0] < 2000
     with pytest.raises(InputError, match=r"data.sources\[1\].weight is 0"):
         Mixture([10, 10], [1, 0], 0, ["x", "y"], [1, 0], 3000)
     with pytest.raises(InputError, match=r"data.sources\[0\].weight"):

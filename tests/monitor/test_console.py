@@ -67,7 +67,7 @@ def test_the_start_summary_line_by_line(run: Run, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(0, 0, 5 * 10**12))
     up, down = (source.path for source in run.sources)
     tokens = [source.tokens for source in run.sources]
-    drawn = run.mixture.drawn(40)
+    drawn = run.mixture.samples_by_source(40)
     summary = list(start_summary(run, "all fp32", ["here: ranks 0 1", "there: ranks 2 3"]))
     assert summary == [
         ("model", "tinyllama_1.1b: 1,100,048,384 parameters, context 8"),
@@ -164,7 +164,7 @@ def test_the_start_summary_of_a_resumed_run_says_what_is_done_and_what_is_left(r
     said = dict(start_summary(resumed, "all fp32", []))
     marks = {"now": 6, "end": 12}
     assert said["lr"] == "  ".join(f"{name} (step {step}) {resumed.lr_at(step):.3e}" for name, step in marks.items())
-    down, drawn = run.sources[1], run.mixture.drawn(40)[1]
+    down, drawn = run.sources[1], run.mixture.samples_by_source(40)[1]
     assert said["data"] == (
         f"{down.path}: {down.tokens:,} tokens, {drawn / 40:.2%} of the samples, {drawn / 4:.2f} epochs"
     )

@@ -100,7 +100,7 @@ def test_a_ramp_in_tokens_is_one_in_samples(recipe, settings) -> None:
         expected = Mixture([60, 40], [0.7, 0.3], 3407, prints, [0.2, 0.8], samples)
         assert order_of(run.mixture) == order_of(expected)
         # the second one's share rises from 0.3 to 0.8, and stays
-        assert run.mixture.drawn(4096)[1] == pytest.approx(0.55 * samples + 0.8 * (4096 - samples), abs=2)
+        assert run.mixture.samples_by_source(4096)[1] == pytest.approx(0.55 * samples + 0.8 * (4096 - samples), abs=2)
     run = recipe.setup(ramped(settings, 3073 * T, (None, 0.8)))  # the first one's weight stays 0.7
     expected = Mixture([60, 40], [0.7, 0.3], 3407, prints, [0.7, 0.8], 3073)
     assert order_of(run.mixture) == order_of(expected)

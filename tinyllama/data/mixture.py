@@ -58,13 +58,13 @@ class Mixture:
         if errors:
             raise InputError(*errors)
 
-        self._weights = _integers(weights)
+        first_weights, last_weights = _integers(weights), _integers(final)
         self._num_blocks = np.array(num_blocks, dtype=np.int64)
         self._window_key = _digest("window", seed)
         self._source_keys = np.array([_digest("source", seed, name) for name in fingerprints], dtype=np.uint64)
         # draws before each window of the ramp and before the first after it, where the shares are the last ones
-        self._ramp_starts = _ramp_starts(self._weights, _integers(final), ramp)
-        self._weights = _integers(final) if ramp else self._weights
+        self._ramp_starts = _ramp_starts(first_weights, last_weights, ramp)
+        self._weights = last_weights if ramp else first_weights  # after the ramp
 
     def locate(self, samples: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return source, epoch of the source and block, (n,) int64 each, of global sample numbers (n,) in any order."""
@@ -81,7 +81,7 @@ class Mixture:
         keys = _splitmix64(self._source_keys[source] + epoch.astype(np.uint64) * np.uint64(_GOLDEN))
         return source, epoch, permute(index, self._num_blocks[source], keys)
 
-    def drawn(self, sample: int) -> list[int]:
+    def samples_by_source(self, sample: int) -> list[int]:
         """Return how many samples come from each source before global sample number ``sample``."""
         window, place = divmod(sample, WINDOW)
         sources, _ = self._deal(np.array([window]))

@@ -226,7 +226,7 @@ def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     if run.resume:
         yield "done", _length(run, done.step, done.samples)
         yield "left", _length(run, run.steps_left, run.samples_left)
-    for dataset, drawn in zip(run.sources, run.mixture.drawn(samples), strict=True):
+    for dataset, drawn in zip(run.sources, run.mixture.samples_by_source(samples), strict=True):
         epochs = drawn / dataset.num_blocks(run.config.block_size)
         share = drawn / samples
         yield "data", f"{dataset.path}: {dataset.tokens:,} tokens, {share:.2%} of the samples, {epochs:.2f} epochs"

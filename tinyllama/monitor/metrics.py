@@ -175,7 +175,7 @@ class RunLog:
         if not self._is_rank_zero:
             return
         block_size = self._run.config.block_size
-        drawn = self._run.mixture.drawn(int(row["tokens"] or 0) // block_size)
+        drawn = self._run.mixture.samples_by_source(int(row["tokens"] or 0) // block_size)
         self._append(row | {name: n * block_size for name, n in zip(self._sources, drawn, strict=True)})
         val_loss = row.get("val_loss")
         if val_loss is None:
