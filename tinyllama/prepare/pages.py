@@ -2,6 +2,10 @@
 
 pyarrow decompresses a page of a parquet column, or a batch of an Arrow stream, as a whole, and does not say before how
 large it is.
+
+The formats: Thrift's compact protocol (github.com/apache/thrift, doc/specs/thrift-compact-protocol.md), PageHeader of
+parquet.thrift (github.com/apache/parquet-format), and Message, RecordBatch and DictionaryBatch of Message.fbs
+(github.com/apache/arrow, format/Message.fbs).
 """
 
 import struct
@@ -10,6 +14,15 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 _HEADER = 1 << 12, 1 << 20  # bytes that hold the header of a page, nearly always and always
+
+_UNCOMPRESSED_SIZE, _COMPRESSED_SIZE = 2, 3  # fields of PageHeader
+# types of Thrift's compact protocol, by number; a boolean in a structure has no other value than its type
+_TRUE, _FALSE, _BYTE, _I16, _I32, _I64, _DOUBLE, _BINARY, _LIST, _SET = range(1, 11)
+_STRUCT = 12
+_HEADER_TYPE, _MESSAGE_HEADER = 1, 2  # fields of Message
+_DICTIONARY_BATCH, _RECORD_BATCH = 2, 3  # what _HEADER_TYPE says
+_DATA = 1  # field of DictionaryBatch: its RecordBatch
+_BUFFERS, _COMPRESSION = 2, 3  # fields of RecordBatch
 
 
 def is_signed(path: Path, metadata_size: int) -> bool:
@@ -38,7 +51,7 @@ def page_sizes(file: BinaryIO, column: Any) -> Iterator[int]:
                 continue
         else:
             raise OSError("the header of a page is damaged")
-        uncompressed, compressed = fields.get(2, -1), fields.get(3, -1)
+        uncompressed, compressed = fields.get(_UNCOMPRESSED_SIZE, -1), fields.get(_COMPRESSED_SIZE, -1)
         if min(uncompressed, compressed) < 0:
             raise OSError("the header of a page is damaged")
         yield uncompressed
@@ -59,29 +72,29 @@ class _Thrift:
         while byte := self._byte():
             number = number + (byte >> 4) if byte >> 4 else self._integer()
             kind = byte & 15
-            if kind in (4, 5, 6):
+            if kind in (_I16, _I32, _I64):
                 found[number] = self._integer()
             else:
                 self._skip(kind)
         return found
 
     def _skip(self, kind: int) -> None:
-        if kind == 3:
+        if kind == _BYTE:
             self._byte()
-        elif kind in (4, 5, 6):
+        elif kind in (_I16, _I32, _I64):
             self._varint()
-        elif kind == 7:
+        elif kind == _DOUBLE:
             self.at += 8
-        elif kind == 8:
+        elif kind == _BINARY:
             size = self._varint()
             self.at += size
-        elif kind in (9, 10):
-            byte = self._byte()
+        elif kind in (_LIST, _SET):
+            byte = self._byte()  # how many elements, and their type
             for _ in range(self._varint() if byte >> 4 == 15 else byte >> 4):
-                self._skip(3 if byte & 15 in (1, 2) else byte & 15)
-        elif kind == 12:
+                self._skip(_BYTE if byte & 15 in (_TRUE, _FALSE) else byte & 15)
+        elif kind == _STRUCT:
             self.struct()
-        elif kind not in (1, 2):
+        elif kind not in (_TRUE, _FALSE):
             raise OSError("the header of a page is damaged")
 
     def _byte(self) -> int:
@@ -103,13 +116,15 @@ class _Thrift:
 def batch_size(message: Any) -> int:
     """Return the bytes that a message of an Arrow stream decompresses to; 0 if it is not compressed."""
     table = _Flatbuffer(message.metadata)
-    kind = table.field(1)
-    if kind is None or table.content[kind] not in (2, 3):  # a batch of a dictionary, or of records
+    place = table.field(_HEADER_TYPE)
+    kind = None if place is None else table.content[place]
+    if kind not in (_DICTIONARY_BATCH, _RECORD_BATCH):
         return 0
-    batch = table.table(2) if table.content[kind] == 3 else table.table(2).table(1)
-    if batch.field(3) is None:
+    header = table.table(_MESSAGE_HEADER)
+    batch = header if kind == _RECORD_BATCH else header.table(_DATA)
+    if batch.field(_COMPRESSION) is None:
         return 0
-    start = batch.follow(2)
+    start = batch.follow(_BUFFERS)
     body, total = memoryview(message.body), 0
     for number in range(*struct.unpack_from("<I", batch.content, start)):
         offset, length = struct.unpack_from("<qq", batch.content, start + 4 + 16 * number)

@@ -253,7 +253,7 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     syncs = args.parallel.sync_every_micro_batch and not gathered
     communication_s = waiting_s = 0.0
     last = micro_batches - 1
-    alike = {1: max(last - 1, 0), 0: 1, last: 1}  # those between the first and the last take as long as each other
+    alike = {1: max(last - 1, 0), 0: 1, last: 1}  # 1: all between 0 and last; where keys are equal, the later counts
     for number, count in alike.items():
         gathers = reshards or number == 0
         reduces = syncs or number == last
