@@ -12,8 +12,8 @@ ROOT = Path(__file__).parents[1]
 
 # a room is a folder or a file of the package; it imports from lower floors only
 FLOORS = [
-    {"sentencepiece_bpe", "stdio", "tokenizer_trial"},
-    {"atomic", "config", "folder_lock", "tokenizer"},
+    {"atomic", "sentencepiece_bpe", "stdio", "tokenizer_trial"},
+    {"config", "folder_lock", "tokenizer"},
     {"checkpoint", "ops", "throughput"},
     {"data", "model"},
     {"prepare", "convert", "tools"},

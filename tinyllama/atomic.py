@@ -18,11 +18,19 @@ def behind_link(path: Path) -> Path:
     return Path(os.path.realpath(path))
 
 
+def check_is_file(path: Path) -> None:
+    """Raise FileExistsError if something other than a file is there.
+
+    Opening a pipe would block, and as root one would replace a device.
+    """
+    if path.exists() and not path.is_file():
+        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
+
+
 @contextlib.contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary name beside ``path``: the file that the block writes there replaces ``path`` if it succeeds."""
-    if path.exists() and not path.is_file():  # as root, replace() would overwrite a device
-        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
+    check_is_file(path)
     partial = temporary(path)
     try:
         yield partial

@@ -4,12 +4,13 @@ A run of days that other hosts must recognize as dead has another kind of lock: 
 """
 
 import contextlib
-import errno
 import fcntl
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO
+
+from tinyllama.atomic import check_is_file
 
 
 @contextlib.contextmanager
@@ -21,8 +22,7 @@ def locked(path: Path, busy: Callable[[], None], lock: Callable[..., object], *p
     is called; if that returns, they are waited for. Where there are no locks, none is held. Raises OSError where the
     file cannot be made.
     """
-    if path.exists() and not path.is_file():  # open would wait for the other end of a pipe
-        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
+    check_is_file(path)
     with open(path, "ab") as file:  # for writing, without which NFS has no exclusive locks
         try:
             lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB, *place)

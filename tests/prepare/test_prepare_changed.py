@@ -13,11 +13,11 @@ from packed import change
 from pyarrow import parquet
 
 from tinyllama import InputError
+from tinyllama.data.metadata import hash_file
 from tinyllama.data.packed import open_packed
 from tinyllama.prepare import done
 from tinyllama.prepare.inputs import ENDINGS, Fields, find_inputs
 from tinyllama.prepare.prepare import Options, prepare
-from tinyllama.prepare.streams import blake2b
 from tinyllama.tokenizer import Tokenizer
 
 pytestmark = pytest.mark.usefixtures("one_process")
@@ -66,9 +66,9 @@ def read(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     def watched(path: Path) -> str:
         names.append(path.name)
-        return blake2b(path)
+        return hash_file(path)
 
-    monkeypatch.setattr(done, "blake2b", watched)
+    monkeypatch.setattr(done, "hash_file", watched)
     return names
 
 

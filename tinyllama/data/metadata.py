@@ -123,6 +123,12 @@ def fingerprint(dtype: str, shards: list[dict[str, Any]]) -> str:
     return _blake2b({"dtype": dtype, "shards": [[shard["tokens"], shard["blake2b"]] for shard in shards]})
 
 
+def hash_file(path: Path) -> str:
+    """Return the hash of a file's bytes, in hexadecimal; raises OSError if it cannot be read."""
+    with open_regular(path) as file:
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
+
+
 def seal(value: dict[str, Any]) -> dict[str, Any]:
     """Return ``value`` with the hash of its content added."""
     return value | {_OWN_HASH: _blake2b(value)}

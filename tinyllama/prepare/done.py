@@ -9,7 +9,6 @@ costs one more reading of every input.
 """
 
 import contextlib
-import errno
 import os
 import re
 import sys
@@ -18,13 +17,13 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from tinyllama import InputError
+from tinyllama.atomic import check_is_file
 from tinyllama.checkpoint.state import is_count
 from tinyllama.data.files import open_regular
-from tinyllama.data.metadata import MANIFEST, is_text, read_shard_info
+from tinyllama.data.metadata import MANIFEST, hash_file, is_text, read_shard_info
 from tinyllama.prepare.inputs import ENDINGS, Input, some
 from tinyllama.prepare.listing import is_url
 from tinyllama.prepare.progress import Info
-from tinyllama.prepare.streams import blake2b
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 INDEX = ".idx.npy"
@@ -99,23 +98,18 @@ def check_ours(output: Path, todo: Sequence[Input]) -> None:
     of ours: it may be of a damaged shard whose NAME.json was deleted.
     """
     manifest = output / MANIFEST
-    _check_is_file(manifest)
+    check_is_file(manifest)
     if manifest.exists() and not _is_our_json(manifest):
         raise _of_another(manifest)
     begun = manifest.exists() or any(output.glob(f"*{INDEX}"))
     for one in todo:
         tokens, _, bad = paths = [output / f"{one.shard}{ending}" for ending in (".bin", INDEX, BAD)]
         for path in paths:
-            _check_is_file(path)
+            check_is_file(path)
         if tokens.exists() and not begun:
             raise _of_another(tokens)
         if bad.exists() and bad.stat().st_size and not is_marker(bad):
             raise _of_another(bad)
-
-
-def _check_is_file(path: Path) -> None:
-    if path.exists() and not path.is_file():
-        raise FileExistsError(errno.EEXIST, "it is there and is not a file", str(path))
 
 
 def _of_another(path: Path) -> InputError:
@@ -168,7 +162,7 @@ def _is_same(one: Input, output: Path, info: Info) -> bool:
     """Whether an input has the bytes that its shard was made of; if so, it is not read the next time."""
     status = status_of(one)
     try:
-        is_same = blake2b(Path(one.path)) == info["source"].get("blake2b")
+        is_same = hash_file(Path(one.path)) == info["source"].get("blake2b")
     except OSError:  # which its reader reports
         return False
     if is_same:

@@ -33,7 +33,6 @@ ENDINGS = (*RECORDS, ".txt")
 SUBSET_KEY = "redpajama_set_name"  # SlimPajama's: in meta, or beside it in some copies
 _ANY_ENDING = re.compile(f"({'|'.join(map(re.escape, ENDINGS))})$", re.IGNORECASE)
 _FETCHED = "tinyllama-fetched-"  # folders in $TMPDIR, one for each process that has fetched a file
-IN_TMPDIR = " ($TMPDIR)"  # what the file name of an OSError ends with, if not the output but that is full
 _REFUSED = (401, 403, 404, 410)  # a server's answers that are the same the next time
 # of an archive: its bytes are wrong, or compressed in a way that Python does not know
 _DAMAGED = (zipfile.BadZipFile, tarfile.TarError, zlib.error, lzma.LZMAError, EOFError, NotImplementedError)
@@ -109,7 +108,7 @@ class Input:
                 raise
             except Exception as error:  # each filesystem has types of its own
                 if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-                    raise OSError(error.errno, error.strerror, f"{folder}{IN_TMPDIR}") from None
+                    raise TmpdirError(error.errno, error.strerror, f"{folder} ($TMPDIR)") from None
                 what = f"{self.path}: cannot be fetched ({reason(error)})"
                 if isinstance(error, _DAMAGED) or "encrypted" in str(error):  # zipfile says so in a RuntimeError
                     hint = "it is damaged or encrypted: download it again, or unpack it and give the files"
@@ -126,6 +125,10 @@ class Input:
 
 class NotFetched(RuntimeError):
     """The network's error, not the input's: the same input may be had later."""
+
+
+class TmpdirError(OSError):
+    """``$TMPDIR``, to which an input is being fetched, is full."""
 
 
 class Inputs(list[Input]):

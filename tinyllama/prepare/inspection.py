@@ -1,6 +1,5 @@
 """Summarize a packed folder in figures, and check whether its files are still what was written."""
 
-import hashlib
 from bisect import bisect_right
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -10,8 +9,8 @@ import numpy as np
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import is_count
-from tinyllama.data.files import open_regular, read_index
-from tinyllama.data.metadata import DIGEST_SIZE, HINT, read_manifest, read_shard_info
+from tinyllama.data.files import read_index
+from tinyllama.data.metadata import HINT, hash_file, read_manifest, read_shard_info
 from tinyllama.data.packed import PackedDataset, first_outside, open_packed, vocabulary_error
 from tinyllama.prepare.workers import cores
 from tinyllama.tokenizer import Tokenizer
@@ -113,11 +112,6 @@ def _shares(longer: int, documents: int, tokens_of_longer: int, tokens: int) -> 
     return f"{of_documents:.2%} of the documents, {of_tokens:.2%} of the tokens"
 
 
-def _hash(path: Path) -> str:
-    with open_regular(path) as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=DIGEST_SIZE)).hexdigest()
-
-
 class _Shard(NamedTuple):
     """What the index of a shard says."""
 
@@ -136,7 +130,7 @@ def _check(folder: Path, shard: dict[str, Any], verify: bool, block_size: int) -
     ends = read_index(folder / f"{shard['name']}.idx.npy", shard["documents"], shard["tokens"])
     if ends is None:
         errors.append(".idx.npy is missing or does not fit its .bin")
-    if verify and _hash(folder / f"{shard['name']}.bin") != shard["blake2b"]:
+    if verify and hash_file(folder / f"{shard['name']}.bin") != shard["blake2b"]:
         errors.append(".bin is not what was written, its hash differs")
     lengths = np.diff(ends if ends is not None else [], prepend=0)
     powers = np.frexp(lengths.astype(np.float64))[1]  # exact: a power of two is the first of its class
@@ -147,7 +141,7 @@ def _check(folder: Path, shard: dict[str, Any], verify: bool, block_size: int) -
         try:
             info = read_shard_info(folder, shard["name"]) or {}
             recorded = info.get("index_blake2b")  # None: written before there was one
-            if recorded is not None and recorded != _hash(index):
+            if recorded is not None and recorded != hash_file(index):
                 errors.append(f"{index} is not what was written, its hash differs: {hint}")
         except InputError as error:
             errors.append(str(error))

@@ -36,7 +36,7 @@ from tinyllama.prepare.done import (
     status_of,
 )
 from tinyllama.prepare.encode import Choice, Encoder, TokenChunk
-from tinyllama.prepare.inputs import IN_TMPDIR, Fields, Input, Inputs, some
+from tinyllama.prepare.inputs import Fields, Input, Inputs, TmpdirError, some
 from tinyllama.prepare.progress import Info
 from tinyllama.prepare.readers import DocumentReader
 from tinyllama.prepare.workers import Work, cores, over_workers
@@ -126,7 +126,7 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     except OSError as error:  # the output's: those of the inputs and of the tokenizer are reported as InputErrors
         where = error.filename2 or error.filename or options.output
         room = "make room (what is done is kept) or " if error.errno in _NO_ROOM else ""
-        other = "set another $TMPDIR" if str(where).endswith(IN_TMPDIR) else "give another --output"
+        other = "set another $TMPDIR" if isinstance(error, TmpdirError) else "give another --output"
         raise InputError(f"cannot write {where} ({error.strerror}): {room}{other}") from None
 
 

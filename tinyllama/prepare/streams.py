@@ -8,6 +8,8 @@ import lzma
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from tinyllama.data.metadata import DIGEST_SIZE
+
 BUFFER = 1 << 20  # bytes at a time
 _XZ_MEMORY = 1 << 27  # that xz may take: its highest level takes half of it
 
@@ -17,27 +19,18 @@ class NeedsDictionary(OSError):
 
 
 class Hashed(io.FileIO):
-    """A file whose bytes are hashed as a BufferedReader reads them."""
+    """A file whose bytes are hashed as a BufferedReader reads them: at its end, what ``hash_file`` returns."""
 
     def __init__(self, path: Path) -> None:
         super().__init__(path)
         self.size = 0
-        self.hash = hashlib.blake2b(digest_size=32)
+        self.hash = hashlib.blake2b(digest_size=DIGEST_SIZE)
 
     def readinto(self, buffer: Any) -> int:  # noqa: D102
         count = super().readinto(buffer)
         self.hash.update(memoryview(buffer)[:count])
         self.size += count
         return count
-
-
-def blake2b(path: Path) -> str:
-    """Return the hash of a file's raw bytes, hexadecimal, as reading its documents makes it."""
-    raw = Hashed(path)
-    with io.BufferedReader(raw, BUFFER) as file:
-        while file.read(BUFFER):
-            pass
-    return raw.hash.hexdigest()
 
 
 def decompressed(file: BinaryIO, suffix: str) -> Any:
