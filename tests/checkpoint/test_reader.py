@@ -103,7 +103,7 @@ def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_pat
 def test_a_step_that_is_not_there_names_those_that_are(saved: Path, tmp_path: Path) -> None:
     for step in (20, 30):
         copy(saved, step_dir(tmp_path, step), step)
-    there = "is not there; the steps of its run that are: step-00000020, step-00000030"
+    there = "does not exist; the steps of its run are: step-00000020, step-00000030"
     with pytest.raises(InputError, match=f"step-00000010 {there}"):
         reader.resolve(tmp_path / "step-00000010")
 

@@ -128,7 +128,9 @@ def test_ranks_share_the_files_that_they_verify(steps: Path, ranks: Ranks, tmp_p
         for file in files:
             flip(step / file)
         what = ", ".join(f"{file} does not match its hash" for file in files)
-        said = f"{step} is damaged ({what}): move it out of its folder, and the run goes on from the step before"
+        said = (
+            f"{step} is damaged ({what}): move it out of its folder, and the run resumes from the checkpoint before it"
+        )
         assert ranks("verified", step) == [[said, share] for share in shares]
         for file in files:
             flip(step / file)
@@ -285,7 +287,7 @@ def test_what_was_passed_over_as_damaged_costs_no_good_step(one_step: Path, alon
     assert holds(tmp_path / "step-00000020", 20)
 
 
-def test_saves_that_fail_in_a_row_are_hopeless(alone: Run, tmp_path: Path) -> None:
+def test_saves_that_fail_in_a_row_are_fatal(alone: Run, tmp_path: Path) -> None:
     folder = tmp_path / "folder"
     saver, failures = make(folder), []
     for step, fails in enumerate((True, True, False, True, True, True, True), 1):
@@ -302,7 +304,7 @@ def test_saves_that_fail_in_a_row_are_hopeless(alone: Run, tmp_path: Path) -> No
     assert failures == [*[(False, "")] * 4, *in_a_row]
 
 
-def test_a_read_only_disk_is_hopeless(alone: Run, read_only_disk: Path) -> None:
+def test_a_read_only_disk_is_fatal(alone: Run, read_only_disk: Path) -> None:
     with pytest.raises(CheckpointError, match="Read-only file system") as error:
         alone.save(make(read_only_disk / "checkpoints"), 1)
     assert error.value.fatal

@@ -284,7 +284,7 @@ def test_scales_of_another_model_are_damage(
     (step / "state.json").write_text(json.dumps(reader.read_state(step) | {"float8_exponents": [3] * number}))
     damage = f"{step} is damaged (its state.json has {number} scales of float8, and this model 30)"
     answers = world(2)(*command, "--out_dir", tmp_path / "other", "--train.max_steps", 12, "--train.resume", step)
-    hint = "move it out of its folder, and the run goes on from the step before"
+    hint = "move it out of its folder, and the run resumes from the checkpoint before it"
     assert [answer["problems"] for answer in answers] == [[f"{damage}: {hint}"]] * 2
     said = world(2)(*command, "--out_dir", out, "--train.resume", "auto")[0]["said"]
     assert said.count(f"passed over: {damage}\n") == 1

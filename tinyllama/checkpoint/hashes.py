@@ -1,4 +1,4 @@
-"""Hashes of a step's files: taken as they are written, kept in its state.json, compared before they are loaded.
+"""Hash a checkpoint's files as they are written, keep the hashes in its state.json, and compare them before loading.
 
 They are XXH3-128, as ``xxhsum -H2`` prints them, which is as fast as memory. They find damage, not forgery. The hash of
 state.json itself is of its content without that hash.
@@ -49,7 +49,7 @@ def of_file(path: Path) -> str:
 
 
 def last_files(state: dict[str, Any], config: str, hashes: dict[str, str]) -> dict[str, bytes]:
-    """Return the files that make ``hashes``' files a step, by name: config.yaml, and state.json with all hashes."""
+    """Return the files that complete a checkpoint, by name: config.yaml, and state.json with all hashes."""
     payload = config.encode()
     return {"config.yaml": payload, "state.json": seal(state, hashes | {"config.yaml": of_bytes(payload)})}
 

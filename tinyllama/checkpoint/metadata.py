@@ -1,4 +1,4 @@
-"""Read the .metadata of a step, a pickle of torch.distributed.checkpoint (DCP), without executing or trusting it."""
+"""Read a checkpoint's .metadata, a pickle of torch.distributed.checkpoint (DCP), without executing or trusting it."""
 
 import functools
 import io
@@ -33,8 +33,8 @@ METADATA_CLASSES = {
     },
 }
 
-OVERHEAD = 2**16
-"""Bytes that torch.save may add to those of a tensor; it adds 1.3 kB."""
+MOST_OVERHEAD = 2**16
+"""Largest number of bytes that torch.save may add to those of a tensor; it adds 1.3 kB."""
 
 
 @functools.lru_cache(maxsize=1)
@@ -72,7 +72,7 @@ def file_sizes(payload: bytes) -> dict[str, int]:
         for chunk in tensor.chunks:
             stored = metadata.storage_data[MetadataIndex(name, chunk.offsets)]
             extra = stored.length - math.prod(chunk.sizes) * tensor.properties.dtype.itemsize
-            _require(0 <= extra <= OVERHEAD, f"{name} does not have the bytes of its shape")
+            _require(0 <= extra <= MOST_OVERHEAD, f"{name} does not have the bytes of its shape")
             _require(stored.transform_descriptors is None, f"{name} is transformed")
     ends: dict[str, int] = {}
     for stored in metadata.storage_data.values():

@@ -5,7 +5,7 @@ writes them, ``config.yaml``, and ``state.json``: plain numbers, what the run wa
 There is no state of random generators: the initial weights and the order of the data are functions of their seeds, and
 no pass draws numbers. writer.py writes them.
 
-Nothing in a step is trusted: not that it is whole, not what its names, sizes and numbers say.
+Nothing in a checkpoint is trusted: not that it is complete, nor what its names, sizes and numbers say.
 """
 
 import dataclasses
@@ -36,17 +36,17 @@ from tinyllama.config.model import ModelConfig
 FORMAT_VERSION = 1
 
 MOST_BYTES = {"state.json": 2**24, "config.yaml": 2**24, ".metadata": 2**30}
-"""The first two have kilobytes, .metadata 0.2 MB a rank; what has more than this is none."""
+"""Largest size, in bytes, of a file that is read; the first two take kilobytes, .metadata 0.2 MB per rank."""
 
 GROUPS = [field.name for field in dataclasses.fields(PretrainArgs) if dataclasses.is_dataclass(field.type)]
-"""what config.yaml has settings of"""
+"""groups of settings in a run's config.yaml"""
 
-TO_RESUME = "move it out of its folder, and the run goes on from the step before"
-"""what to do about a damaged step that a run resumes from"""
+TO_RESUME = "move it out of its folder, and the run resumes from the checkpoint before it"
+"""what to do about a damaged checkpoint that a run resumes from"""
 
 
 class DamagedError(InputError):
-    """A step is not what was saved. If there is a process group, every rank raises it."""
+    """A checkpoint's files are not what was saved. With a process group, every rank raises it."""
 
     def __init__(self, problem: str, hint: str) -> None:
         super().__init__(f"{problem}: {hint}")
@@ -125,9 +125,9 @@ def read_model_config(step_dir: Path) -> ModelConfig:
 
 
 def newest(checkpoints: Path, before: Path | None = None) -> tuple[Path | None, list[str]]:
-    """Return the complete step directory of the largest step, and why each larger one was passed over.
+    """Return the newest complete checkpoint in ``checkpoints``, and why each newer one was passed over.
 
-    ``before``, only the steps smaller than that of this directory count.
+    With ``before``, only the checkpoints that come before this directory are considered.
     """
     passed_over: list[str] = []
     found = names.step_dirs(checkpoints)
@@ -154,7 +154,7 @@ def resolve(path: str | Path) -> Path:
         return step_dir
     if not path.is_dir():
         there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
-        raise InputError(f"{path} is not there; the steps of its run that are: {there}")
+        raise InputError(f"{path} does not exist; the steps of its run are: {there}")
     if why := problem(path):
         raise InputError(f"{path} is not a complete checkpoint ({why}): give another step of its run")
     return path
@@ -218,7 +218,7 @@ def verify(step_dir: Path, hint: str) -> None:
 def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist: bool = False) -> None:
     try:
         dcp.load(named, storage_reader=reader, no_dist=no_dist)
-    except CheckpointException as error:  # no Exception, and its text is a trace
+    except CheckpointException as error:  # a BaseException, whose text is a traceback
         cause = str(next(iter(error.failures.values()))[0]).partition(". ")[0].partition("\n")[0]
         raise DamagedError(f"{reader.path} cannot be read ({cause})", hint) from error
 

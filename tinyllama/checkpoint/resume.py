@@ -27,9 +27,9 @@ def write_stopped(out_dir: Path, reason: dict[str, Any]) -> None:
 def to_resume(out_dir: Path, how: str, say: Callable[[str], None] = print) -> Path | None:
     """Return the step directory that ``train.resume`` calls for; None for a fresh start.
 
-    A requeued branch gives the same path again and must resume, so the newest step in ``out_dir`` wins if its run began
-    from there, whether or not that checkpoint still is. ``say`` gets a line for each damaged step that is passed over.
-    Raises InputError when what is in ``out_dir`` allows neither.
+    A requeued branch is started with the same path again and must resume, so the newest step in ``out_dir`` wins if its
+    run began from that path, even if the checkpoint there is gone. ``say`` gets a line for each damaged step that is
+    passed over. Raises InputError when what is in ``out_dir`` allows neither.
     """
     if os.path.lexists(out_dir) and not out_dir.is_dir():
         raise InputError(f"out_dir {out_dir} is not a folder: give another")
@@ -45,22 +45,22 @@ def to_resume(out_dir: Path, how: str, say: Callable[[str], None] = print) -> Pa
         if passed_over and latest is None:
             hint = f"move {out_dir / 'checkpoints'} away to start anew"
             raise InputError(f"{passed_over[0]}, and no step before it is complete: {hint}")
-        return _own(latest, passed_over, say)
+        return _report_passed_over(latest, passed_over, say)
     if how == "never":
         if latest is not None:
             raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
         return None
-    is_back = is_of(out_dir, Path(how))
-    if latest is not None and not is_back and _began_from(latest, Path(how)):
-        return _own(latest, passed_over, say)
+    is_own = is_in_run(out_dir, Path(how))
+    if latest is not None and not is_own and _began_from(latest, Path(how)):
+        return _report_passed_over(latest, passed_over, say)
     chosen = resolve(how)
     if latest is not None and latest.resolve() != chosen.resolve():
-        problem = f"is newer than train.resume {chosen}" if is_back else f"did not branch off from train.resume {how}"
+        problem = f"is newer than train.resume {chosen}" if is_own else f"did not branch off from train.resume {how}"
         raise InputError(f"{latest} {problem}: give another out_dir to branch off there")
     return chosen
 
 
-def is_of(out_dir: Path, path: Path) -> bool:
+def is_in_run(out_dir: Path, path: Path) -> bool:
     """Return whether ``path`` is ``out_dir``, its folder of checkpoints or a step in that."""
     path = path.resolve()
     return (out_dir / "checkpoints").resolve() in (path, path.parent, (path / "checkpoints").resolve())
@@ -86,15 +86,15 @@ def origin_of(step_dir: Path) -> dict[str, str | None]:
 
 
 def origin(out_dir: Path, step_dir: Path | None, train: dict[str, Any]) -> dict[str, str | None]:
-    """Return what the run in ``out_dir`` that starts from ``step_dir`` by the settings ``train`` began from.
+    """Return what the run in ``out_dir`` first began from, for its checkpoints to record (see ``origin_of``).
 
-    Its checkpoints keep that over all its starts. A branch has the step it began from, whichever way train.resume named
-    it, and the weights of the run it continues.
+    ``step_dir`` is the checkpoint that it resumes from now, if any, and ``train`` its present settings. A branch
+    records the checkpoint that it branched off from, and the initial weights of the run that it continues.
     """
     if step_dir is None:
         return _given(train)
     began = origin_of(step_dir)
-    return began if is_of(out_dir, step_dir) else began | {"resume": str(step_dir.resolve())}
+    return began if is_in_run(out_dir, step_dir) else began | {"resume": str(step_dir.resolve())}
 
 
 def _given(train: dict[str, Any]) -> dict[str, str | None]:
@@ -103,7 +103,8 @@ def _given(train: dict[str, Any]) -> dict[str, str | None]:
     return {key: str(Path(str(path)).resolve()) if is_path[key] else None for key, path in paths.items()}
 
 
-def _own(latest: Path | None, passed_over: list[str], say: Callable[[str], None]) -> Path | None:
+def _report_passed_over(latest: Path | None, passed_over: list[str], say: Callable[[str], None]) -> Path | None:
+    """Say why each newer checkpoint was passed over, and return ``latest``."""
     for problem in passed_over:
         say(f"passed over: {printable(problem)}")
     return latest

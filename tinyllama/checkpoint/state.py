@@ -5,14 +5,14 @@ from dataclasses import dataclass, field, fields
 from typing import Any
 
 MOST_EXPONENT = 126
-"""greatest power of two whose inverse fp32 holds without loss, too"""
+"""largest exponent e for which fp32 has both 2^e and 2^-e as normal numbers"""
 MOST_RECENT = 128
-"""steps in ``recent``, by which train/anomaly.py judges the next"""
+"""largest length of ``recent``, the steps that train/anomaly.py compares the next one with"""
 
 
 @dataclass
 class TrainState:
-    """What has been done so far; all that a resumed run needs besides the tensors."""
+    """Progress of a run: all that resuming needs besides the tensors."""
 
     step: int = 0
     """optimizer steps done"""
@@ -23,11 +23,11 @@ class TrainState:
     validated: int = -1
     """the last step that was validated"""
     skipped: int = 0
-    """steps that were kept from the weights, all in all"""
+    """steps skipped so far: their updates were not applied"""
     skipped_in_a_row: int = 0
-    """and how many of them were the last ones"""
+    """consecutive skipped steps, up to the last step"""
     recent: list[list[float]] = field(default_factory=list)
-    """loss and gradient norm of the last steps, which tell a spike (train.skip_spikes)"""
+    """loss and gradient norm of the last accepted steps, to recognize a spike (train.skip_spikes)"""
     warmup_samples: int = -1
     """samples seen when the warm-up ended; -1 before that, and in checkpoints from before it was recorded"""
     decay_batch: float = -1
@@ -38,7 +38,7 @@ class TrainState:
 
 
 def from_json(content: dict[str, Any]) -> TrainState:
-    """Return the numbers in a state.json; those that an earlier version did not save are those of a start."""
+    """Return the numbers in a state.json; a number that an earlier version did not save has its default."""
     return TrainState(**{field.name: content[field.name] for field in fields(TrainState) if field.name in content})
 
 
@@ -124,4 +124,5 @@ FIELDS: dict[str, Callable[[Any], bool]] = {
     "versions": _is_texts,
     "origin": _is_origin,
 }
-"""What each field of a state.json may be; a wandb_id that is none costs no step, wandb_logger.py takes another."""
+"""What each field of a state.json may be. wandb_id is not checked here: a wrong one must not make a checkpoint
+unusable, and wandb_logger.py replaces it."""

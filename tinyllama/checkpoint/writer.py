@@ -35,26 +35,25 @@ from tinyllama.checkpoint import hashes, metadata, names, reader
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.tensors import materialize_optimizer_state, named_tensors
 
-# what a file takes beyond the numbers, a tensor of a rank; measured: 1.3 kB
-OVERHEAD = 4096
-
+TENSOR_OVERHEAD = 4096
+"""bytes allowed for what torch.save adds to each tensor of each rank; measured: 1.3 kB"""
 
 MOST_FAILURES = 3
-"""Saves that may fail in a row, as on a disk that is full for a while."""
+"""consecutive failed saves that end a run; fewer may be due to a disk that is full for a while"""
 
 
 class CheckpointError(RuntimeError):
-    """A step could not be saved. Every rank raises it, the checkpoints before are untouched, and saving can go on."""
+    """A checkpoint could not be saved. Every rank raises it; earlier checkpoints are untouched."""
 
     def __init__(self, text: str, fatal: bool) -> None:
         super().__init__(text)
         self.fatal = fatal
-        """whether there is no hope that the next will succeed"""
+        """whether the next save is expected to fail, too"""
 
 
 @dataclass
 class Checkpointer:
-    """Saves steps of one run, at most one at a time. Every rank makes one, in the same order.
+    """Saves the checkpoints of one run, at most one at a time. Every rank must construct it at the same point.
 
     The run must hold its lock (train/lock.py): temporary directories of an earlier run are removed.
     """
@@ -93,9 +92,9 @@ class Checkpointer:
     ) -> Path | None:
         """Save ``state`` and the tensors as they are now. Collective.
 
-        Waits for the save before. Gives the step directory if it is complete on return: if not asynchronous, or with
-        ``wait``; else None, and what follows may change every tensor. Raises CheckpointError when it fails, and when
-        the one before failed and nobody has waited for it: then this one goes on all the same.
+        Waits for the previous save first. Returns the checkpoint's directory if the checkpoint is complete: if not
+        ``asynchronous``, or with ``wait``. Otherwise returns None, and the caller may change the tensors at once.
+        Raises CheckpointError if this save fails, or if the previous one did unnoticed: then this one is made as well.
         """
         failed = None
         try:
@@ -106,7 +105,7 @@ class Checkpointer:
         materialize_optimizer_state(optimizer)  # of an optimizer that has taken no step yet
         tensors = named_tensors(model, optimizer)
         num_bytes = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())  # of the whole world
-        self._make_room(final, num_bytes + OVERHEAD * len(tensors) * dist.get_world_size())
+        self._make_room(final, num_bytes + TENSOR_OVERHEAD * len(tensors) * dist.get_world_size())
         publish = functools.partial(self._publish, final, self._state_json(state))
         writer = _Writer(_unfinished(final), publish)
         published = None
@@ -122,11 +121,11 @@ class Checkpointer:
         return published
 
     def done(self) -> bool:
-        """Whether a save is in flight and has come to its end on this rank: then wait() does not wait."""
+        """Return whether a background save has ended on this rank, so that ``wait`` returns at once."""
         return self._in_flight is not None and self._in_flight[1].done()
 
     def wait(self) -> Path | None:
-        """Return when nothing is in flight; gives the step directory of what was. Raises CheckpointError if it failed.
+        """Wait for the save in flight, if any, and return its directory. Raises CheckpointError if it failed.
 
         Every rank must call it before the process group ends.
         """
@@ -164,7 +163,7 @@ class Checkpointer:
         return content | {"world_size": dist.get_world_size(), "versions": versions}
 
     def _publish(self, final: Path, state: dict[str, Any], hashed: dict[str, str]) -> None:
-        """Rank 0, when every rank's files, which ``hashed`` names, have reached the disk."""
+        """Complete the checkpoint on rank 0, once every rank's files (those in ``hashed``) have reached the disk."""
         unfinished = _unfinished(final)
         for name, payload in hashes.last_files(state, self.config, hashed).items():
             atomic.write(unfinished / name, payload)  # and the names of all files with it
@@ -180,7 +179,7 @@ class Checkpointer:
                 self._keep_one_aside()
 
     def _keep_one_aside(self) -> None:
-        """Remove all broken steps that were set aside but the last one, and say what that takes."""
+        """Remove all broken checkpoints that were set aside, except the newest, and report the size of that one."""
         aside = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}\.broken-[0-9a-f]{8}", path.name)]
         aside.sort(key=lambda path: path.lstat().st_ctime_ns)  # the time of its renaming
         for path in aside[:-1]:
@@ -207,10 +206,10 @@ class Checkpointer:
 
     def _failure(self, final: Path, why: str, number: int | None) -> CheckpointError:
         self._failures += 1
-        hopeless = self._failures >= MOST_FAILURES
-        if hopeless:
+        too_many = self._failures >= MOST_FAILURES
+        if too_many:
             why += f"; {self._failures} saves in a row have failed"
-        return CheckpointError(f"{final} is not saved: {why}", fatal=hopeless or number == errno.EROFS)
+        return CheckpointError(f"{final} is not saved: {why}", fatal=too_many or number == errno.EROFS)
 
 
 def prune(folder: Path, keep_last: int, keep_every: int | None, upto: int | None = None) -> None:
@@ -248,7 +247,7 @@ def _unfinished(final: Path) -> Path:
 
 
 class HashingWriter(dcp.FileSystemWriter):
-    """Writes a step's tensors and .metadata, and hashes them meanwhile."""
+    """Writes a checkpoint's tensors and .metadata, and hashes them while they are written."""
 
     def __init__(self, path: Path) -> None:
         # copying ahead from the GPU would, in the thread of a save, take memory of the first GPU for every rank

@@ -43,7 +43,7 @@ def write(output: Path, weights: Weights, check: Callable[[Path], None] | None =
             warnings.simplefilter("ignore", UserWarning)
             try:
                 dcp.save(tensors, storage_writer=writer, no_dist=True)
-            except CheckpointException as error:  # it is not an Exception, and its text is a trace
+            except CheckpointException as error:  # a BaseException, whose text is a traceback
                 cause = error.failures[0][0]
                 hidden = cause.__context__  # torch.save hides an OSError behind a RuntimeError
                 raise hidden if isinstance(hidden, OSError) else cause from None

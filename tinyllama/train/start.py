@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from tinyllama import InputError
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.resume import is_of, refuse_changes, to_resume
+from tinyllama.checkpoint.resume import is_in_run, refuse_changes, to_resume
 from tinyllama.checkpoint.state import TrainState, from_json
 from tinyllama.data.metadata import MANIFEST
 from tinyllama.model import GPT
@@ -85,7 +85,7 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
             return run, state
         except reader.DamagedError as error:
             how = run.args.train.resume
-            if how != "auto" and (is_of(run.out_dir, Path(how)) or not is_of(run.out_dir, run.resume)):
+            if how != "auto" and (is_in_run(run.out_dir, Path(how)) or not is_in_run(run.out_dir, run.resume)):
                 raise
             folder = run.resume.parent
             step_dir = from_rank_zero(partial(_before, run.resume))
