@@ -9,7 +9,7 @@ from pathlib import Path
 from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.convert import native
-from tinyllama.convert.verify import verified, written
+from tinyllama.convert.verify import exit_if_wrong, verified_line
 from tinyllama.convert.weights import DTYPES, open_weights
 
 
@@ -30,9 +30,9 @@ def main() -> None:
 
     def check(step_dir: Path) -> None:
         if args.verify:
-            lines.append(verified(args.hf_dir, open_weights(step_dir), weights.dtype, is_foreign=True))
+            lines.append(verified_line(args.hf_dir, open_weights(step_dir), weights.dtype, is_foreign=True))
 
-    with written(args.output):
+    with exit_if_wrong(args.output):
         step_dir = native.write(args.output, weights, check)
     print("\n".join([f"{args.hf_dir} -> {step_dir}", *lines]))
 

@@ -16,7 +16,7 @@ from tinyllama.config.args import ModelArgs
 from tinyllama.convert import hf_folder, hub
 from tinyllama.convert.average import open_average, source
 from tinyllama.convert.tokenizer_files import matching_tokenizer
-from tinyllama.convert.verify import verified, written
+from tinyllama.convert.verify import exit_if_wrong, verified_line
 from tinyllama.convert.weights import DTYPES, open_weights
 from tinyllama.monitor.model_card import model_card
 
@@ -57,9 +57,9 @@ def main() -> None:
 
     def check(folder: Path) -> None:
         if args.verify:
-            lines.append(verified(folder, weights, weights.dtype))
+            lines.append(verified_line(folder, weights, weights.dtype))
 
-    with written(args.output):
+    with exit_if_wrong(args.output):
         hf_folder.write(args.output, weights, tokenizer, check=check, more=card)
     print("\n".join(lines))
     if args.push_to_hub is not None:

@@ -117,7 +117,7 @@ REFUSED = {
     "whole numbers": (int8_norm, "has model.norm.weight in torch.int8: give float32, bfloat16 or float16"),
     "an infinite weight": (
         infinite_norm,
-        "hf in float32 are not finite, nor then are some of its weights: give another",
+        "hf in float32 are not finite: give other weights, or another --dtype",
     ),
     "a shard that is not there": (absent_shard, "hf/passwd is missing, which model.safetensors.index.json names"),
     "a broken mark": (

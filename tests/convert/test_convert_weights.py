@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import re
 
 import pytest
@@ -299,23 +300,29 @@ def test_weights_that_are_no_numbers_do_not_verify(wrong, tmp_path, script):
     code, out, err = script("convert_hf_checkpoint", tmp_path / "hf", tmp_path / "ours", "--verify")
     assert (code, out, err.count("\n")) == (2, "", 1)
     assert err.startswith(f"error: the logits of {tmp_path / 'hf'} in float32 are not finite")
-    assert verify.summarize(difference(tmp_path / "hf"))[1] == 1  # if ours are finite, the conversion is wrong
+    with pytest.raises(verify.VerificationError, match=r"^verify: max \|logit difference\| to transformers nan"):
+        verify.verified_line(tmp_path / "hf", given(), torch.float32)  # if ours are finite, the conversion is wrong
 
 
 def test_one_wrong_row_does_not_verify(tmp_path):
     hf_folder.write(tmp_path / "hf", given())
     other = weights()
     other["lm_head.weight"][7] *= 1.01
-    assert verify.summarize(difference(tmp_path / "hf", other))[1] == 1
-    assert verify.summarize(difference(tmp_path / "hf"))[1] == 0
+    with pytest.raises(verify.VerificationError, match=r"^verify: max \|logit difference\| to transformers \d"):
+        verify.verified_line(tmp_path / "hf", given(other), torch.float32)
+    assert verify.verified_line(tmp_path / "hf", given(), torch.float32).endswith(", tolerance 1e-03")
 
 
-def test_the_result_lies_between_the_noise_of_fp32_and_a_wrong_norm():
-    said = "verify: max |logit difference| to transformers {}, tolerance 1e-03"
-    assert verify.summarize(0.0) == (said.format("0.0e+00"), 0)
-    assert verify.summarize(3e-4) == (said.format("3.0e-04"), 0)
-    for much in (2e-3, 0.06, float("inf"), float("nan")):
-        assert verify.summarize(much)[1] == 1
+@pytest.mark.parametrize(("found", "verifies"), [(0, 1), (3e-4, 1), (2e-3, 0), (0.06, 0), (math.inf, 0), (math.nan, 0)])
+def test_the_tolerance_lies_between_the_noise_of_fp32_and_a_wrong_norm(found, verifies, tmp_path, monkeypatch):
+    monkeypatch.setattr(verify, "verify", lambda *_: found)
+    line = f"verify: max |logit difference| to transformers {found:.1e}, tolerance 1e-03"
+    if verifies:
+        assert verify.verified_line(tmp_path, given(), torch.float32) == line
+    else:
+        with pytest.raises(verify.VerificationError) as error:
+            verify.verified_line(tmp_path, given(), torch.float32)
+        assert str(error.value) == line
 
 
 def test_the_commands_round_to_the_dtype_that_is_asked_for(tmp_path, script, step_dir):

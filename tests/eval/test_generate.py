@@ -177,7 +177,7 @@ def test_weights_that_are_not_finite_are_told_of(gpt, temperature, value):
     model.load_state_dict(gpt.state_dict())
     with torch.no_grad():
         model.transformer["ln_f"].weight[3] = value
-    with pytest.raises(InputError, match="logits are not finite"):
+    with pytest.raises(InputError, match="^the model's logits are not finite: give another checkpoint$"):
         generate(model, [[5, 17]], 6, temperature=temperature)
 
 

@@ -19,16 +19,16 @@ TOLERANCE = 1e-3
 
 
 class VerificationError(RuntimeError):
-    """Report a conversion that is wrong, which is not written."""
+    """A conversion is wrong; it is not written."""
 
 
 def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool = False) -> float:
-    """Return the largest |logit difference| between our model of ``weights`` and transformers' of ``hf_dir``, in fp32.
+    """Return the largest |logit difference|, in fp32, between our model of ``weights`` and transformers' of ``hf_dir``.
 
     Both are first rounded to ``dtype``, that of the written weights, so that only the conversion is measured. Raises
-    VerificationError when transformers finds other parameters in the folder than its model has, and when the folder
-    has a tokenizer that transformers does not read as we do, unless the folder ``is_foreign`` and its own. Raises
-    InputError for logits that are not finite in either, of which no conversion can be right.
+    VerificationError if the folder lacks parameters of transformers' model or has others and, unless it ``is_foreign``,
+    if transformers does not encode text with its tokenizer as we do. Raises InputError if the logits of both models are
+    not finite.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -52,7 +52,7 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
         if not any(logits.isfinite().all() for logits in both):  # in one alone, the conversion is at fault
             raise InputError(
                 f"the logits of {hf_dir if is_foreign else weights.path} in {str(dtype).removeprefix('torch.')} are "
-                "not finite, nor then are some of its weights: give another one, or another --dtype"
+                "not finite: give other weights, or another --dtype"
             )
         difference = (both[0] - both[1]).abs().max().item()
     if not is_foreign and (hf_dir / "tokenizer_config.json").exists():
@@ -66,15 +66,9 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
     return difference
 
 
-def summarize(difference: float) -> tuple[str, int]:
-    """Return the line that a command prints about ``difference`` and its exit code, 1 if not within the tolerance."""
-    text = f"verify: max |logit difference| to transformers {difference:.1e}, tolerance {TOLERANCE:.0e}"
-    return text, int(not difference <= TOLERANCE)
-
-
 @contextlib.contextmanager
-def written(output: Path) -> Iterator[None]:
-    """End the command with 1 if the verification in the block finds a difference, so that ``output`` is not written."""
+def exit_if_wrong(output: Path) -> Iterator[None]:
+    """Exit with 1, and say that ``output`` is not written, if the block raises VerificationError."""
     try:
         yield
     except VerificationError as error:
@@ -83,9 +77,10 @@ def written(output: Path) -> Iterator[None]:
         sys.exit(1)
 
 
-def verified(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool = False) -> str:
-    """Return the line of ``summarize``; raises VerificationError where ``verify`` does and above the tolerance."""
-    text, code = summarize(verify(hf_dir, weights, dtype, is_foreign))
-    if code:
+def verified_line(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool = False) -> str:
+    """Verify, and return the line to print; raises VerificationError above the tolerance, too."""
+    difference = verify(hf_dir, weights, dtype, is_foreign)
+    text = f"verify: max |logit difference| to transformers {difference:.1e}, tolerance {TOLERANCE:.0e}"
+    if not difference <= TOLERANCE:  # NaN is not
         raise VerificationError(text)
     return text

@@ -84,7 +84,7 @@ def stream(
             cache.length = 0
         logits = model(tokens[:, end:position].to(device), cache=cache)[:, 0, : config.vocab_size]  # (B, V)
         if not logits.isfinite().all():
-            raise InputError("the model's logits are not finite, nor then are some of its weights: give another one")
+            raise InputError("the model's logits are not finite: give another checkpoint")
         end = position
         chosen: list[int | None] = []
         for i, row in enumerate(logits.float().cpu()):

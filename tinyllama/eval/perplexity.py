@@ -68,7 +68,7 @@ def _packed(weights: Weights, path: Path, name: str, tokenizer: Tokenizer, batch
     assert total is not None  # no signal stops it
     loss = total[0].item() / total[1].item()
     if math.isnan(loss):
-        raise InputError(f"the loss of {weights.path} is not a number, nor then are some of its weights: give another")
+        raise InputError(f"the loss of {weights.path} is not a number: give another checkpoint")
     values = {"loss": loss, "perplexity": math.exp(min(loss, 700))}
     dataset.num_bytes = dataset.num_bytes or count_bytes(dataset, tokenizer)
     if (bits := bits_per_byte(loss, [dataset])) is not None:
