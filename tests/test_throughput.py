@@ -131,7 +131,7 @@ def test_numbers_of_gpus(script, numbers) -> None:
 def test_a_benchmark_refuses_what_is_no_count(name: str, flag: str, value: str, script) -> None:
     code, said, error = script(name, f"--{flag}={value}")
     assert (code, said) == (2, "")
-    assert error.startswith(f"error: argument --{flag}: '{value}' is no count: give a whole number from 1 to ")
+    assert error.startswith(f"error: argument --{flag}: '{value}' is not a count: give a whole number from 1 to ")
     assert error.count("\n") == 1
 
 

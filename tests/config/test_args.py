@@ -348,7 +348,7 @@ def test_a_weight_that_is_none(weights: tuple[float, float | None]) -> None:
     (problem,) = data(sources=[Source("packed", *weights)], ramp_tokens=ramp)
     last = weights[0] if weights[1] is None else weights[1]
     rule = "both must be finite, none negative and one above 0"
-    assert problem == f"data.sources: packed has weight {weights[0]}, at last {last}: {rule}"
+    assert problem == f"data.sources: packed has weight {weights[0]}, final_weight {last}: {rule}"
 
 
 def test_sources_and_what_belongs_together() -> None:

@@ -64,7 +64,7 @@ def test_a_list_given_as_a_flag_replaces_the_whole_list(yaml_file: str, flag: li
 def test_an_error_names_the_script_that_was_called(monkeypatch: pytest.MonkeyPatch) -> None:
     for script in ("pretrain/one.py", "pretrain/other.py"):
         monkeypatch.setattr("sys.argv", [script])
-        assert problems("--optim.lr")[0].endswith(f"; {Path(script).name} --help lists what there is")
+        assert problems("--optim.lr")[0].endswith(f"; {Path(script).name} --help lists the flags")
 
 
 def test_unknown_keys_and_flags_are_answered_with_the_nearest(tmp_path: Path) -> None:
@@ -105,11 +105,11 @@ def test_yaml_of_another_shape_is_told(text: str, problem: str, tmp_path: Path) 
 @pytest.mark.parametrize(
     ("text", "problem"),
     [
-        ("train: {max_steps: 3}\ndata: {}\ntrain: {max_steps: 2}", "the key train is there twice"),
-        ("optim: {lr: 1, lr: 2}", "the key lr is there twice"),
+        ("train: {max_steps: 3}\ndata: {}\ntrain: {max_steps: 2}", "the key train is given twice"),
+        ("optim: {lr: 1, lr: 2}", "the key lr is given twice"),
         ("[" * 3000, "maximum recursion depth exceeded"),
-        ("model: &a {n_layer: 3}\ntrain: *a", "*a stands for something else: write that out"),
-        ("optim: &a {lr: 3, <<: *a}", "*a stands for something else: write that out"),
+        ("model: &a {n_layer: 3}\ntrain: *a", "*a is an alias: write its value out"),
+        ("optim: &a {lr: 3, <<: *a}", "*a is an alias: write its value out"),
     ],
 )
 def test_yaml_that_is_none_is_told(text: str, problem: str, tmp_path: Path) -> None:
@@ -206,7 +206,7 @@ def test_a_scripts_own_flags() -> None:
             given(*words)
         (said,) = caught.value.args
         assert said.startswith(problem)
-        assert said.startswith("size.") or said.endswith("--help lists what there is")
+        assert said.startswith("size.") or said.endswith("--help lists the flags")
 
 
 @pytest.mark.parametrize("name", cli.UNUSABLE)

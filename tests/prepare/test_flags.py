@@ -256,7 +256,7 @@ def test_what_is_wrong_is_exit_code_2(raw, tokenizer_file, script, one_process, 
 )
 def test_a_choice_of_nothing_is_refused(raw, tokenizer_file, script, name, flag, said):
     required = ["--source", raw / name, "--tokenizer", tokenizer_file, "--output", raw / "out"]
-    line = f"error: argument {flag.partition('=')[0]}: {said}; prepare_{name}.py --help lists what there is\n"
+    line = f"error: argument {flag.partition('=')[0]}: {said}; prepare_{name}.py --help lists the flags\n"
     assert script(f"prepare_{name}", *required, flag) == (2, "", line)
     assert not (raw / "out").exists()
 

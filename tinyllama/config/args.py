@@ -31,7 +31,7 @@ class ModelArgs(all_optional(ModelConfig)):  # type: ignore[misc]  # mypy takes 
     """a named size, which sets every field below that is not given; or a name of your own, with all sizes given"""
 
     def resolve(self) -> ModelConfig:
-        """The model's sizes, every field known; raises InputError for sizes that do not fit together."""
+        """Return the model's sizes, every field known; raises InputError for sizes that do not fit together."""
         return named_config(self.name, **{k: v for k, v in asdict(self).items() if k != "name" and v is not None})
 
 
@@ -101,11 +101,11 @@ class OptimArgs:
     """norm to which the gradient is clipped"""
 
     def state_bytes(self, config: ModelConfig) -> int:
-        """Size of the state in fp32: two moments of a parameter, and of a hidden matrix of Muon one."""
+        """Return the bytes of the optimizer state, fp32: two moments per parameter, but one for Muon's matrices."""
         return 8 * config.num_params() - (4 * config.num_hidden if self.name == "muon" else 0)
 
     def checkpoint_bytes(self, config: ModelConfig) -> int:
-        """Size of a checkpoint: the weights in fp32, and the state."""
+        """Return the bytes of a checkpoint: the weights in fp32, and the optimizer state."""
         return 4 * config.num_params() + self.state_bytes(config)
 
 
@@ -152,7 +152,7 @@ class TrainArgs:
     the weights are used, and a run that has a checkpoint of its own continues from that instead"""
 
     def compiles(self, device_type: str) -> bool:
-        """Whether blocks are compiled for ``cuda`` or ``cpu``."""
+        """Return whether blocks are compiled for ``device_type``, ``cuda`` or ``cpu``."""
         return device_type == "cuda" if self.compile is None else self.compile
 
 
@@ -185,12 +185,13 @@ class ParallelArgs:
     """ranks that share one copy of the weights: full: all; node: those of a node; none: one; or this many"""
     reshard_after_forward: bool = True
     """free a block's gathered weights between forward and backward; false: keep all until the step ends, which takes
-    more memory but less communication"""
+    more memory but less communication; no effect with parallel.shard none"""
     sync_every_micro_batch: bool = False
-    """reduce the gradients after each micro-batch: less memory, more communication; not with parallel.shard none"""
+    """reduce the gradients after each micro-batch, which takes less memory but more communication; no effect with
+    parallel.shard none"""
 
     def keeps_gathered(self, shard: int, nodes: int) -> bool:
-        """Whether ``shard`` ranks keep what they gathered until a step ends (train/gathered.py), or FSDP2 shards."""
+        """Return whether weights stay gathered until a step ends (train/gathered.py); otherwise FSDP2 shards them."""
         return shard == 1 or (nodes == 1 and not (self.reshard_after_forward or self.sync_every_micro_batch))
 
 
@@ -291,7 +292,7 @@ def check(args: PretrainArgs) -> ModelConfig:
         last = source.weight if source.final_weight is None else source.final_weight
         if any(bound_errors(source, "")) or max(source.weight, last) == 0:
             rule = "both must be finite, none negative and one above 0"
-            errors.append(f"data.sources: {source.path} has weight {source.weight}, at last {last}: {rule}")
+            errors.append(f"data.sources: {source.path} has weight {source.weight}, final_weight {last}: {rule}")
     for key, given_once, paths in (
         ("data.sources", "give it once, with both weights' sum", [source.path for source in args.data.sources]),
         ("data.validation", "give it once", [source.path for source in args.data.validation]),

@@ -97,7 +97,7 @@ def leave_signals() -> None:
 
 def print_error(error: str) -> None:
     """Print one error of the input, in one line whatever it quotes."""
-    with stdio.best_effort():  # the exit code is not
+    with stdio.best_effort():  # a message that cannot be printed must not change the exit code
         print(f"error: {printable(error)}", file=sys.stderr, flush=True)
 
 
@@ -113,7 +113,7 @@ def input_errors(error: InputError | OSError) -> Sequence[str] | None:
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}; {self.prog} --help lists what there is")
+        raise InputError(f"{message}; {self.prog} --help lists the flags")
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
@@ -126,7 +126,7 @@ def count(text: str) -> int:
     with contextlib.suppress(ValueError):
         if 0 < (number := int(text)) <= MOST:
             return number
-    raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is no count: give a whole number from 1 to {MOST:,}")
+    raise argparse.ArgumentTypeError(f"{reprlib.repr(text)} is not a count: give a whole number from 1 to {MOST:,}")
 
 
 class _Given(argparse.Action):
@@ -234,7 +234,7 @@ class _Loader(yaml.BaseLoader):
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for a tree of any size
             event = self.peek_event()
             raise yaml.composer.ComposerError(
-                None, None, f"*{event.anchor} stands for something else: write that out", event.start_mark
+                None, None, f"*{event.anchor} is an alias: write its value out", event.start_mark
             )
         return super().compose_node(parent, index)
 
@@ -242,7 +242,7 @@ class _Loader(yaml.BaseLoader):
         keys = [key.value for key, _ in node.value]
         for key in keys:
             if keys.count(key) > 1:
-                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is there twice", node.start_mark)
+                raise yaml.constructor.ConstructorError(None, None, f"the key {key} is given twice", node.start_mark)
         return super().construct_mapping(node, deep)
 
 
