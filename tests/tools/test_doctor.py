@@ -106,8 +106,8 @@ def test_a_gpu_is_compared_with_its_kind(gpu: str, flops: float, copied: float, 
 @pytest.mark.parametrize(
     ("gpus", "measured", "state", "text"),
     [
-        (8, 361e9, "ok", "all-reduce of 1 GiB over 8 GPUs: 361 GB/s (bus); usual are 355"),
-        (4, 40e9, "note", "slow: all-reduce of 1 GiB over 4 GPUs: 40 GB/s (bus); usual are 355"),
+        (8, 361e9, "ok", "all-reduce of 1 GiB over 8 GPUs: 361 GB/s (bus); usual: 355 GB/s"),
+        (4, 40e9, "note", "slow: all-reduce of 1 GiB over 4 GPUs: 40 GB/s (bus); usual: 355 GB/s"),
         (2, 40e9, "ok", "all-reduce of 1 GiB over 2 GPUs: 40 GB/s (bus)"),
         (4, None, "note", "an all-reduce over 4 GPUs was not over after 180 s, at a load of "),
     ],

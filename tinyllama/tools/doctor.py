@@ -34,7 +34,7 @@ OK, NOTE, WRONG = "ok", "note", "wrong"
 
 @dataclass(frozen=True)
 class Finding:
-    """Describe one result of the check."""
+    """One result of the check."""
 
     state: str
     """ok; note: absent or slow, but not needed; wrong: training would fail, or not compute what the settings say"""
@@ -45,7 +45,7 @@ class Finding:
 
 @dataclass(frozen=True)
 class Library:
-    """Describe a package to try."""
+    """A package to try."""
 
     package: str  # its name for pip
     purpose: str  # the setting or command that uses it
@@ -140,7 +140,7 @@ def gpus() -> Iterator[Finding]:
             yield Finding(NOTE, "gpu", "none: training runs on the CPU, for tests and the quickstart")
             return
         built = f"built for CUDA {torch.version.cuda}" if torch.version.cuda else "built without CUDA"
-        hint = "install a torch for CUDA, of no newer a CUDA than the driver's (nvidia-smi shows it)"
+        hint = "install a torch whose CUDA is not newer than the driver's (nvidia-smi shows it)"
         yield Finding(WRONG, "gpu", f"nvidia-smi is there, but torch {torch.__version__} ({built}) sees none", hint)
         return
     if smi:
@@ -162,7 +162,7 @@ def gpus() -> Iterator[Finding]:
         except RuntimeError as error:  # no kernel for so old or so new a GPU, or no free memory
             works, problem = False, _first_line(error)
         if not works:
-            hint = "see in nvidia-smi that it is free, and install a torch built for it; else it is for the repair"
+            hint = "check in nvidia-smi that it is free, and install a torch built for it; otherwise it needs repair"
             yield Finding(WRONG, f"gpu {index}", problem, hint)
     if torch.distributed.is_nccl_available():
         yield Finding(OK, "nccl", ".".join(map(str, torch.cuda.nccl.version())))
@@ -186,7 +186,7 @@ def speed() -> Iterator[Finding]:
         try:
             measured = rates.matmul_flops(gpu, 8192, torch.bfloat16), rates.copy_bytes(gpu, 1024)
         except RuntimeError as error:  # no free memory, or a GPU that does not work, of which gpus() speaks
-            hint = "see in nvidia-smi that nothing else runs on it"
+            hint = "check in nvidia-smi that nothing else runs on it"
             yield Finding(NOTE, f"speed {index}", f"not measured: {_first_line(error)}", hint)
             continue
         torch.cuda.empty_cache()
@@ -201,11 +201,11 @@ def compared(title: str, gpu: str, flops: float, copied: float) -> Finding:
     if (usual := usual_rates(gpu)) is None:
         return Finding(OK, title, f"{text}; what is usual for a {gpu} is not known here")
     usual_flops, _, memory = usual
-    text += f"; usual are {usual_flops / 1e12:,.0f}, and some 90 % of {memory / 1e9:,.0f}"
+    text += f"; usual: {usual_flops / 1e12:,.0f} TFLOP/s, and about 90 % of {memory / 1e9:,.0f} GB/s"
     slow = ["matmul"] * (flops < 0.9 * usual_flops) + ["memory"] * (copied < 0.8 * memory)
     if not slow:
         return Finding(OK, title, text)
-    hint = "see in nvidia-smi -q that nothing else runs on it, and its clocks, power limit, temperature and ECC errors"
+    hint = "check in nvidia-smi -q that nothing else runs on it, and its clocks, power, temperature and ECC errors"
     return Finding(NOTE, title, f"slow {' and '.join(slow)}: {text}", hint)
 
 
@@ -223,10 +223,10 @@ def all_reduce(names: list[str]) -> Finding:
     usual = usual_rates(names[0])
     if usual is None or len(names) < 4:  # two or three were not measured
         return Finding(OK, "speed nccl", text)
-    text += f"; usual are {usual[1] / 1e9:,.0f}"
+    text += f"; usual: {usual[1] / 1e9:,.0f} GB/s"
     if measured >= 0.8 * usual[1]:
         return Finding(OK, "speed nccl", text)
-    hint = "see that nvidia-smi topo -m shows NV between all GPUs, and what NCCL_DEBUG=INFO says of NVLink"
+    hint = "check that nvidia-smi topo -m shows NV between all GPUs, and what NCCL_DEBUG=INFO says about NVLink"
     return Finding(NOTE, "speed nccl", f"slow: {text}", hint)
 
 
