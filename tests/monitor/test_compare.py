@@ -223,7 +223,7 @@ tokens                        A          B          C
 100                      4.0000     3.0000     4.0000
 150                      3.0000     1.0000     4.5000
 
-What a run needs to the last held-out loss of another, and as a share of what that has needed
+What each run needs to reach another's last held-out loss, and as a share of what that run needed
 run                loss             tokens              share           training              share
 B            A's 2.0000                125              0.625                25s              1.667
 C            A's 2.0000              never

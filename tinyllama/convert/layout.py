@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from tinyllama import InputError, printable
+from tinyllama.config.bounds import MOST
 from tinyllama.config.model import NAMED_CONFIGS, ModelConfig, named_config
 from tinyllama.model import GPT
 
@@ -29,8 +30,7 @@ KEYS: dict[str, tuple[str, ...]] = {
     "lm_head.weight": ("lm_head.weight",),
 }
 
-MOST_SIZE = 2**24  # no vocabulary, width or context is as large; RoPE's table of such a context takes gigabytes
-MOST = 10**15  # a larger number is an error: in fp32, it is no number any more
+MOST_SIZE = 2**24  # larger than any vocabulary, width or context; a RoPE table of that length takes gigabytes
 
 # transformers' name in config.json of each size, and ours
 SIZES = {

@@ -33,7 +33,10 @@ def matching_tokenizer(path: str | Path, trained_with: str | None, config: Model
 
 
 def pad_id(tokenizer: Tokenizer) -> int | None:
-    """Return the id that fills up shorter texts of a batch: unk or, without one, eos or bos; a new one has no row."""
+    """Return the id that fills up shorter texts of a batch: unk or, without one, eos or bos.
+
+    A new token would have no row in the embedding.
+    """
     return next((i for i in (tokenizer.unk_id, tokenizer.eos_id, tokenizer.bos_id) if i is not None), None)
 
 

@@ -40,7 +40,7 @@ COUNTS = ("step", "tokens", "eos_id", "bos_id")
 
 @dataclass(frozen=True)
 class Weights:
-    """Locate a model's tensors and read them."""
+    """A model's weights, read one tensor at a time."""
 
     path: Path
     """step directory, file or folder that holds them"""

@@ -25,7 +25,7 @@ from tinyllama.tokenizer import Tokenizer
 
 
 class Task(NamedTuple):
-    """Name a task of lm-eval, and how the paper scores it; None for what lm-eval decides."""
+    """A task of lm-eval, and how the paper scores it; None: as lm-eval does."""
 
     name: str
     shots: int | None = None
@@ -57,7 +57,7 @@ ALIASES = {"bbh": "bbh_fewshot"}
 
 @dataclass(frozen=True)
 class Score:
-    """Hold a row of eval.csv; values are fractions of 1, as lm-eval returns them, not percent."""
+    """A row of eval.csv; values are fractions of 1, as lm-eval returns them, not percent."""
 
     step: int | None
     tokens: int | None
@@ -145,7 +145,10 @@ def evaluate(
 
 
 def prefix_token(weights: Weights, tokenizer: Tokenizer) -> int | None:
-    """Return the token before a document in the training data, whose ids go before the tokenizer's."""
+    """Return the token that precedes a document in the training data.
+
+    Ids that the weights have recorded take precedence over the tokenizer's.
+    """
     bos_id, eos_id = weights.metadata["bos_id"], weights.metadata["eos_id"]
     bos_id = tokenizer.bos_id if bos_id is None else bos_id
     eos_id = tokenizer.eos_id if eos_id is None else eos_id

@@ -316,7 +316,7 @@ def lines(curves: Sequence[Curve], found: dict[str, Any]) -> Iterator[str]:
         rows = [[row["source"], *map(_loss, row["losses"])] for row in sources]
         yield from _table(["source", *names.values()], rows, first=40, column=10)
 
-    yield from ("", "What a run needs to the last held-out loss of another, and as a share of what that has needed")
+    yield from ("", "What each run needs to reach another's last held-out loss, and as a share of what that run needed")
     rows = []
     for row in found["reached"]:
         name, target = names[row["run"]], names[row["target"]]

@@ -1,4 +1,4 @@
-"""What a run was started by and on: recorded at each start, for the report."""
+"""Record what a run was started by and on, at each start, for the report."""
 
 import importlib.metadata
 import platform

@@ -13,7 +13,7 @@ LIMIT = 10.0  # seconds until a command is killed: at the run's end, a signal's 
 
 
 class Hook:
-    """Run ``command`` in a shell, in the background, one at a time; ``say`` hears why it failed.
+    """Runs ``command`` in a shell, in the background, one at a time; ``say`` is called with the reason if it fails.
 
     Its environment has TINYLLAMA_EVENT (started, stopped, failed, finished or anomaly), TINYLLAMA_OUT_DIR and
     TINYLLAMA_MESSAGE, and its output is added to ``out_dir/on_event.log``.

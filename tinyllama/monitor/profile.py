@@ -65,7 +65,7 @@ class Trace:
             profiler.export_chrome_trace(str(unfinished))
             unfinished.replace(self._folder / name)
         except OSError as error:
-            cli.print_error(f"cannot write the trace {self._folder / name} ({error.strerror}): the run goes on without")
+            cli.print_error(f"cannot write the trace {self._folder / name} ({error.strerror}): the run continues")
             return
         steps = f"steps {self._steps.start} to {self._done}"
         text = f"traced {steps} of every rank, in {self._folder}: open the files in {VIEWER}"

@@ -32,7 +32,7 @@ IRRELEVANT = {
 
 
 class Tracker:
-    """Send rows to the wandb run of ``run`` after ``step`` (-1: all); ``say`` hears, once, why it had to give up.
+    """Sends rows to the wandb run of ``run`` after ``step`` (-1: all); ``say`` is called once, with why it gave up.
 
     ``problem`` is what it said then, for the summary at the end.
     """

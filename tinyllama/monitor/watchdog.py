@@ -39,7 +39,7 @@ DIAGNOSIS = "verdict.txt"
 
 @dataclass(frozen=True)
 class Heartbeat:
-    """What a rank's file says."""
+    """The content of a rank's heartbeat file."""
 
     rank: int
     host: str
@@ -78,8 +78,8 @@ class Watchdog:
     """
 
     def __init__(self, out_dir: Path, *, rank: int, world_size: int, first_timeout: float, timeout: float) -> None:
-        """Call it a stall after ``timeout`` seconds without a beat in the steps after the first one, where ranks run
-        evenly, and after ``first_timeout`` until then and in every other phase."""
+        """Watch for a stall: ``timeout`` seconds without a beat in steps after the first one, when ranks run evenly;
+        ``first_timeout`` seconds before that, and in every other phase."""
         self._out_dir, self._folder = out_dir, out_dir / "heartbeat"
         self._name = f"rank-{rank:05d}"
         self._rank, self._world_size = rank, world_size
@@ -90,7 +90,7 @@ class Watchdog:
         self._last = (0.0, 0, "start", 0)  # when, step, phase, beats: replaced whole, so never torn
         self._stalled_at: str | None = None
         self._waiting = False
-        self.on_stall: Callable[[str], None] = lambda text: None  # hears why this process is about to end
+        self.on_stall: Callable[[str], None] = lambda text: None  # called with the reason before this process ends
         self._ended = threading.Event()
         self._writer = threading.Thread(target=self._write, name="heartbeat", daemon=True)
         self._watcher = threading.Thread(target=self._watch, name="watchdog", daemon=True)
@@ -129,7 +129,7 @@ class Watchdog:
         self._last = (time.monotonic(), step, phase, self._last[3] + 1)
 
     def _write(self) -> None:
-        """Write this rank's file every few seconds, and a last time at the end; end it if its folder is gone."""
+        """Write this rank's file every few seconds and once more at the end; end the process if its folder is gone."""
         path = self._folder / f"{self._name}.json"
         unfinished = path.with_suffix(".tmp")
         who = (self._rank, socket.gethostname(), os.getpid())
@@ -193,7 +193,7 @@ class Watchdog:
             time.sleep(self._grace / 5)  # the launcher ends all ranks when the first one exits
             return
         except OSError:
-            pass  # no file can be written, and two that speak are better than none
+            pass  # no file can be written: better that two ranks print it than none
         stdio.write_stderr(b"watchdog: " + line)
 
 

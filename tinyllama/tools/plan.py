@@ -30,7 +30,7 @@ MUON_MFU = 0.57  # share of the dense peak that Muon's matmuls reach: 560 to 590
 
 @dataclass(frozen=True)
 class Gpu:
-    """Describe a kind of GPU."""
+    """A kind of GPU."""
 
     device: str  # the driver's name for it, by which throughput.py knows its peak
     memory: float  # GiB
@@ -52,7 +52,7 @@ GPUS = {
 
 @dataclass(frozen=True)
 class Cluster:
-    """Describe nodes with GPUs of one kind."""
+    """A cluster of nodes with GPUs of one kind."""
 
     gpu: Gpu
     gpus: int
@@ -158,7 +158,7 @@ def largest_micro_batch(args: PretrainArgs, config: ModelConfig, cluster: Cluste
 
 
 class Traffic(NamedTuple):
-    """Hold the seconds of the collectives."""
+    """Seconds of the collectives."""
 
     gather: float
     """all-gather of the weights: before a forward pass and, if they are resharded after it, before the backward pass"""
@@ -188,7 +188,7 @@ def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str 
 
 
 class Muon(NamedTuple):
-    """Hold the seconds that an optimizer step takes longer with Muon than with AdamW."""
+    """Seconds that an optimizer step takes longer with Muon than with AdamW."""
 
     iterations: float
     exchange: float
@@ -228,7 +228,7 @@ def muon(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | i
 
 
 class Speed(NamedTuple):
-    """Hold the figures of one step of a cluster."""
+    """Figures of one step on a cluster."""
 
     compute: float  # seconds
     communication: float  # seconds
