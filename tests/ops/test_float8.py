@@ -9,15 +9,15 @@ from torch._functorch.aot_autograd import make_boxed_compiler
 
 from tinyllama.model import Linear
 from tinyllama.ops import float8, float8_casts
-from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
+from tinyllama.ops.float8_casts import AMAX, ROW, SCALE, SCALE_INV
 from tinyllama.ops.linear import GradientSum
 
 E4M3, E5M2 = float8.E4M3, float8.E5M2
 
 
-def row(device: str, factor: float = 8.0) -> torch.Tensor:
+def row(device: str, scale: float = 8.0) -> torch.Tensor:
     row = torch.zeros(ROW, device=device)
-    row[FACTOR], row[INVERSE] = factor, 1 / factor
+    row[SCALE], row[SCALE_INV] = scale, 1 / scale
     return row
 
 
@@ -32,13 +32,13 @@ def casts(device: str):
 
 @pytest.mark.parametrize("dtype", [E4M3, E5M2])
 @pytest.mark.parametrize("device", ["cpu", gpu])
-def test_a_cast_writes_both_layouts_and_sees_the_largest(device: str, dtype: torch.dtype) -> None:
+def test_a_cast_writes_both_layouts_and_records_amax(device: str, dtype: torch.dtype) -> None:
     x = normal(200, 144, device=device, std=20.0)
     x[0, :4] = torch.tensor([-3000.0, float("inf"), float("-inf"), float("nan")])
     straight, transposed = (torch.zeros(shape, dtype=dtype, device=device) for shape in (x.shape, x.shape[::-1]))
     scale = row(device)
     casts(device).cast(x[1:], scale, straight[1:], None)
-    assert scale[LARGEST] == x[1:].float().abs().max()
+    assert scale[AMAX] == x[1:].float().abs().max()
     casts(device).cast(x[:1], row(device), straight[:1], None)
     casts(device).cast(x, row(device), None, transposed)
     assert torch.equal(straight.float().nan_to_num(7), transposed.T.float().nan_to_num(7))
@@ -64,11 +64,11 @@ def test_the_gate_and_its_gradient_are_autograds(device: str, shape: tuple[int, 
     assert torch.equal(h.float(), h_t.T.float())
     assert torch.equal(d_ab.float(), d_ab_t.T.float())
     for found, of, scale, step in ((h, expected, h_row, 2**-4), (d_ab, d_expected, d_row, 2**-3)):
-        error = (found.double() * scale[INVERSE] - of).abs()
-        smallest = {E4M3: 2**-9, E5M2: 2**-16}[found.dtype] * scale[INVERSE].item()
+        error = (found.double() * scale[SCALE_INV] - of).abs()
+        smallest = {E4M3: 2**-9, E5M2: 2**-16}[found.dtype] * scale[SCALE_INV].item()
         assert (error <= of.abs() * step * 1.01 + smallest).all()  # half of the last digit
         assert error.norm() > 1e-3 * of.norm()  # it has been rounded
-        assert scale[LARGEST].item() == pytest.approx(of.abs().max().item(), rel=1e-5)
+        assert scale[AMAX].item() == pytest.approx(of.abs().max().item(), rel=1e-5)
 
 
 @pytest.mark.gpu
@@ -83,11 +83,11 @@ def test_the_kernels_are_pytorchs_operations() -> None:
 
 def test_zeros_and_tiny_numbers_have_a_scale() -> None:
     rows = torch.zeros(3, ROW)
-    rows[:, FACTOR] = torch.tensor([1.0, 1.0, 4.0])
-    rows[1, LARGEST] = 1e-38
+    rows[:, SCALE] = torch.tensor([1.0, 1.0, 4.0])
+    rows[1, AMAX] = 1e-38
     float8.rescale(rows, E4M3)
-    assert rows[:, FACTOR].tolist() == [1.0, 2.0**100, 4.0]
-    assert rows[:, INVERSE].tolist() == [1.0, 2.0**-100, 0.25]
+    assert rows[:, SCALE].tolist() == [1.0, 2.0**100, 4.0]
+    assert rows[:, SCALE_INV].tolist() == [1.0, 2.0**-100, 0.25]
     assert float8.powers_of_two(torch.tensor([-126, 0, 127], dtype=torch.int32)).tolist() == [2.0**-126, 1.0, 2.0**127]
 
 

@@ -20,7 +20,7 @@ from tinyllama.config.args import ParallelArgs, PretrainArgs, TrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT, OPS
 from tinyllama.ops import float8
-from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST
+from tinyllama.ops.float8_casts import AMAX, SCALE, SCALE_INV
 from tinyllama.train.delayed_scaling import GRADIENT
 from tinyllama.train.optim import local_gradients
 from tinyllama.train.parallel import finish_gradients, parallelize, reshard, sync_gradients
@@ -76,9 +76,9 @@ def test_compiled_passes_see_what_they_cast(mesh, monkeypatch: pytest.MonkeyPatc
         model.scaling.end_step(torch.tensor(False))
         model.scaling.start_step()
         gradients(model, factor=2.0)
-    assert torch.equal(rows(compiled)[..., FACTOR], rows(eager)[..., FACTOR])
-    assert torch.allclose(rows(compiled)[..., LARGEST], rows(eager)[..., LARGEST], rtol=0.1)
-    assert (rows(compiled)[..., LARGEST] > 0).all()
+    assert torch.equal(rows(compiled)[..., SCALE], rows(eager)[..., SCALE])
+    assert torch.allclose(rows(compiled)[..., AMAX], rows(eager)[..., AMAX], rtol=0.1)
+    assert (rows(compiled)[..., AMAX] > 0).all()
 
 
 @pytest.mark.parametrize("swiglu", ["float8", "reference"])
@@ -98,29 +98,29 @@ def test_scales_are_powers_of_two_with_room(mesh) -> None:
     model.scaling.end_step(torch.tensor(False))
     block = model.layers[0]
     weight = block.attn.proj.weight.to_local().bfloat16().abs().max()
-    factor, inverse, largest = block.attn.proj.scales.inputs[float8.WEIGHT, [FACTOR, INVERSE, LARGEST]]
-    assert largest == weight
-    assert factor == 2 ** torch.floor(torch.log2(224 / weight)) == 1 / inverse  # of e4m3's 448, with room for 2
-    factor, largest = block.mlp.swiglu.w1.scales.gradient[0, [FACTOR, LARGEST]]
-    assert 3584 / 2 < factor * largest <= 3584  # of e5m2's 57344, with room for 16
+    scale, scale_inv, amax = block.attn.proj.scales.inputs[float8.WEIGHT, [SCALE, SCALE_INV, AMAX]]
+    assert amax == weight
+    assert scale == 2 ** torch.floor(torch.log2(224 / weight)) == 1 / scale_inv  # of e4m3's 448, with headroom for 2
+    scale, amax = block.mlp.swiglu.w1.scales.gradient[0, [SCALE, AMAX]]
+    assert 3584 / 2 < scale * amax <= 3584  # of e5m2's 57344, with headroom for 16
     assert rows(model).shape[:2] == (2 * MATMULS, 3)
-    assert (rows(model)[:, :, LARGEST] > 0).all()
+    assert (rows(model)[:, :, AMAX] > 0).all()
 
 
 def test_a_step_takes_the_scales_of_the_step_before(mesh) -> None:
     model = built(mesh, "float8", "float8")
     gradients(model)
     model.scaling.end_step(torch.tensor(False))
-    first = rows(model)[:, GRADIENT, FACTOR].clone()
+    first = rows(model)[:, GRADIENT, SCALE].clone()
     model.scaling.start_step()
     gradients(model, factor=8.0)
-    assert torch.equal(rows(model)[:, GRADIENT, FACTOR], first)
+    assert torch.equal(rows(model)[:, GRADIENT, SCALE], first)
     model.scaling.end_step(torch.tensor(True))  # a rejected step says nothing about the next one
-    assert torch.equal(rows(model)[:, GRADIENT, FACTOR], first)
+    assert torch.equal(rows(model)[:, GRADIENT, SCALE], first)
     model.scaling.start_step()
     gradients(model, factor=8.0)
     model.scaling.end_step(torch.tensor(False))
-    assert torch.equal(rows(model)[:, GRADIENT, FACTOR], first / 8)
+    assert torch.equal(rows(model)[:, GRADIENT, SCALE], first / 8)
 
 
 def test_a_first_step_that_was_rejected_leaves_a_first_step_to_do(mesh) -> None:
@@ -154,7 +154,7 @@ def test_scales_are_good_for_another_batch(mesh) -> None:
     gradients(before, factor=1 / (512 * CONFIG.block_size))
     before.scaling.end_step(torch.tensor(False))
     model.scaling.resume(before.scaling.exponents(), Path("step-00000001"))
-    ratio = rows(before)[..., FACTOR] / rows(model)[..., FACTOR]
+    ratio = rows(before)[..., SCALE] / rows(model)[..., SCALE]
     assert torch.equal(ratio, torch.tensor([1.0, 1.0, 256.0]).expand(2 * MATMULS, 3))
     expected = gradients(built(mesh, "bf16"), factor=1 / (2 * CONFIG.block_size))
     assert apart(gradients(model, factor=1 / (2 * CONFIG.block_size)), expected) < 0.2
@@ -163,9 +163,9 @@ def test_scales_are_good_for_another_batch(mesh) -> None:
 def test_exponents_beyond_what_a_checkpoint_may_hold_are_the_last_ones(mesh) -> None:
     model = built(mesh, "float8", "float8", global_batch_size=2**30)  # of 2^34 tokens
     model.scaling.resume([-126, 0, 126] * 2 * MATMULS, Path("step-00000001"))
-    assert rows(model)[0, :, FACTOR].tolist() == [2.0**-126, 1.0, 2.0**126]
+    assert rows(model)[0, :, SCALE].tolist() == [2.0**-126, 1.0, 2.0**126]
     for row in model.scaling._gradients:
-        row[0, FACTOR] = 2.0**-100
+        row[0, SCALE] = 2.0**-100
     assert model.scaling.exponents() == [-126, 0, -126] * 2 * MATMULS
 
 
@@ -177,13 +177,13 @@ def test_what_grows_more_than_its_room_is_cut_and_what_is_not_finite_is_seen() -
     for value, expected in ((1.75, 1.75), (3.5, 3.5), (300.0, 3.5), (-300.0, -3.5)):  # 448 / 2^7 is 3.5
         x[0, 0] = value
         assert float8.linear(x, weight, scales)[0, 0] == expected
-    assert scales.inputs[float8.X, LARGEST] == 300
+    assert scales.inputs[float8.X, AMAX] == 300
     for value in (float("inf"), float("nan")):
         x[0, 0] = value
         assert float8.linear(x, weight, scales)[0, 0].isnan()
-    before = scales.inputs[:, FACTOR].clone()
+    before = scales.inputs[:, SCALE].clone()
     float8.rescale(scales.inputs, float8.E4M3)
-    assert torch.equal(scales.inputs[:, FACTOR], before)  # of an infinite magnitude there is no scale
+    assert torch.equal(scales.inputs[:, SCALE], before)  # of an infinite magnitude there is no scale
 
 
 def test_validation_leaves_no_trace_in_the_scales(mesh) -> None:

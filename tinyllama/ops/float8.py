@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.functional import ScalingType, scaled_mm
 
 from tinyllama.ops import backend, float8_casts
-from tinyllama.ops.float8_casts import FACTOR, INVERSE, LARGEST, ROW
+from tinyllama.ops.float8_casts import AMAX, ROW, SCALE, SCALE_INV
 from tinyllama.ops.linear import GradientSum
 
 CAPABILITY = (8, 9)
@@ -27,8 +27,8 @@ MULTIPLE = 16
 
 E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
 
-ROOM = {E4M3: 2.0, E5M2: 16.0}
-"""How many times as large as the largest magnitude of the step before a number may be, by dtype; beyond it is clamped.
+HEADROOM = {E4M3: 2.0, E5M2: 16.0}
+"""Headroom of a scale, by dtype: a number may be this many times the last step's AMAX before it is clamped.
 
 A factor of two costs one value of the exponent. Gradients change most, and e5m2 has values to spare.
 """
@@ -45,7 +45,7 @@ class Scales(NamedTuple):
     """
 
     inputs: Tensor
-    """(2, ROW) fp32: X and WEIGHT by INVERSE, FACTOR, LARGEST"""
+    """(2, ROW) fp32: X and WEIGHT by SCALE_INV, SCALE, AMAX"""
     gradient: Tensor
     """(1, ROW) fp32: that of the result's gradient"""
     known: Tensor
@@ -70,25 +70,25 @@ def new_scales(known: Tensor, device: torch.device | str) -> Scales:
     """Return scales of 1, which nothing has been cast with."""
     inputs, gradient = (torch.zeros(rows, ROW, device=device) for rows in (2, 1))
     for rows in (inputs, gradient):
-        set_factors(rows, torch.ones(len(rows), device=device))
+        set_scales(rows, torch.ones(len(rows), device=device))
     return Scales(inputs, gradient, known)
 
 
 def rescale(rows: Tensor, dtype: torch.dtype) -> None:
-    """Set the factors in rows (..., ROW) of casts to ``dtype`` from the LARGEST magnitudes.
+    """Set the scales in rows (..., ROW) of casts to ``dtype`` from their AMAX.
 
-    Rows whose magnitude is 0 or not finite keep their factors.
+    Rows whose AMAX is 0 or not finite keep their scales.
     """
-    largest = rows[..., LARGEST]
-    most = (torch.finfo(dtype).max / ROOM[dtype] / largest).clamp(2.0**-100, 2.0**100)
-    usable = largest.isfinite() & (largest > 0)
-    set_factors(rows, torch.where(usable, powers_of_two(torch.frexp(most)[1] - 1), rows[..., FACTOR]))
+    amax = rows[..., AMAX]
+    most = (torch.finfo(dtype).max / HEADROOM[dtype] / amax).clamp(2.0**-100, 2.0**100)
+    usable = amax.isfinite() & (amax > 0)
+    set_scales(rows, torch.where(usable, powers_of_two(torch.frexp(most)[1] - 1), rows[..., SCALE]))
 
 
-def set_factors(rows: Tensor, factors: Tensor) -> None:
-    """Set the factors that rows (..., ROW) cast by to ``factors`` (...), and their inverses."""
-    rows[..., FACTOR] = factors
-    rows[..., INVERSE] = 1 / factors
+def set_scales(rows: Tensor, scales: Tensor) -> None:
+    """Set the scales that rows (..., ROW) cast by to ``scales`` (...), and their inverses."""
+    rows[..., SCALE] = scales
+    rows[..., SCALE_INV] = 1 / scales
 
 
 def powers_of_two(exponents: Tensor) -> Tensor:
@@ -179,7 +179,7 @@ def _(x: Tensor, weight: Tensor, inputs: Tensor, known: Tensor, x_is_kept: bool)
 def _cast_again(x: Tensor, inputs: Tensor) -> Tensor:
     """Return x (N, I) cast and transposed, (I, N)."""
     x_t = _like(x.T, E4M3)
-    _casts(x).cast(x.contiguous(), inputs[X], None, x_t, sees=False)
+    _casts(x).cast(x.contiguous(), inputs[X], None, x_t, record_amax=False)
     return x_t
 
 
@@ -294,7 +294,7 @@ def _matmul(
 ) -> Tensor:
     """Return a b^T of a (n, k) and b (m, k), both in float8; ``fast`` sums with fewer bits, enough for activations."""
     per_tensor = ScalingType.TensorWise
-    inverses = (a_row[INVERSE], per_tensor, b_row[INVERSE], per_tensor)
+    inverses = (a_row[SCALE_INV], per_tensor, b_row[SCALE_INV], per_tensor)
     return scaled_mm(a, b.T, *inverses, output_dtype=dtype, use_fast_accum=fast)
 
 
@@ -313,7 +313,7 @@ def _weight(weight: Tensor, inputs: Tensor, known: Tensor) -> Tensor:
 def _weight_t(weight: Tensor, inputs: Tensor) -> Tensor:
     """Return weight (O, I) cast and transposed, (I, O), by the scale that the forward pass had."""
     out = _like(weight.T, E4M3)
-    _casts(weight).cast(weight.contiguous(), inputs[WEIGHT], None, out, sees=False)
+    _casts(weight).cast(weight.contiguous(), inputs[WEIGHT], None, out, record_amax=False)
     return out
 
 
@@ -324,7 +324,7 @@ def _cast(x: Tensor, row: Tensor, known: Tensor, straight: Tensor, transposed: T
 
 
 def _known_first(cast: Callable[[], None], row: Tensor, dtype: torch.dtype, known: Tensor) -> None:
-    """Call ``cast``; in a run's first step twice, the first time only to find the largest magnitude."""
+    """Call ``cast``; in a run's first step twice, the first time only to find AMAX."""
     cast()
     if not known:
         rescale(row, dtype)

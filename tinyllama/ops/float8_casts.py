@@ -1,40 +1,39 @@
 """Cast to 8-bit floating point with PyTorch's operations: what ops/float8_kernels.py does on a GPU.
 
-Every function multiplies by the FACTOR of a row of scales and raises its LARGEST magnitude. What is beyond the dtype's
-range is clamped; what is not finite becomes NaN, which reaches the loss and the gradients, where train/anomaly.py
-sees it.
+Every function multiplies by the SCALE of a row of scales and raises its AMAX. What is beyond the dtype's range is
+clamped; what is not finite becomes NaN, which reaches the loss and the gradients, where train/anomaly.py sees it.
 """
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-INVERSE, FACTOR, LARGEST = range(3)
-"""of a row of scales: 1 / FACTOR, what a cast multiplies by, and the largest magnitude that was cast in this step"""
+SCALE_INV, SCALE, AMAX = range(3)
+"""columns of a row: 1 / SCALE, what a cast multiplies by, and the largest magnitude that was cast in this step"""
 ROW = 4
-"""numbers of a row: cuBLAS wants an INVERSE in every 16 bytes"""
+"""numbers of a row: cuBLAS needs each SCALE_INV aligned to 16 bytes"""
 
 
 def cast(
-    x: Tensor, row: Tensor, straight: Tensor | None = None, transposed: Tensor | None = None, sees: bool = True
+    x: Tensor, row: Tensor, straight: Tensor | None = None, transposed: Tensor | None = None, record_amax: bool = True
 ) -> None:
     """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both.
 
-    Without ``sees``, the row's largest magnitude stays as it is.
+    Without ``record_amax``, the row's AMAX stays as it is.
     """
-    if sees:
-        _see(x, row)
+    if record_amax:
+        _record_amax(x, row)
     for out, given in ((straight, x), (transposed, x.T)):
         if out is not None:
-            _fit(given, row, out)
+            _scale_and_clamp(given, row, out)
 
 
 def gate(ab: Tensor, row: Tensor, h: Tensor) -> None:
     """Cast ``silu(a) * b`` of ab (N, 2 I), whose columns are a's and b's in turn, into h (N, I)."""
     a, b = ab.float().unflatten(1, (-1, 2)).unbind(2)
     gated = F.silu(a) * b
-    _see(gated, row)
-    _fit(gated, row, h)
+    _record_amax(gated, row)
+    _scale_and_clamp(gated, row, h)
 
 
 def gate_backward(
@@ -47,17 +46,17 @@ def gate_backward(
     a, b = ab.float().unflatten(1, (-1, 2)).unbind(2)
     sigmoid = a.sigmoid()
     silu = a * sigmoid
-    _fit((silu * b).T, h_row, h_t)
+    _scale_and_clamp((silu * b).T, h_row, h_t)
     d_a = dh.float() * b * sigmoid * (1 + a * (1 - sigmoid))
     gradient = torch.stack((d_a, dh.float() * silu), dim=2).flatten(1)
     cast(gradient, d_row, d_ab, d_ab_t)
 
 
-def _see(x: Tensor, row: Tensor) -> None:
-    row[LARGEST] = torch.maximum(row[LARGEST], x.abs().max())
+def _record_amax(x: Tensor, row: Tensor) -> None:
+    row[AMAX] = torch.maximum(row[AMAX], x.abs().max())
 
 
-def _fit(x: Tensor, row: Tensor, out: Tensor) -> None:
+def _scale_and_clamp(x: Tensor, row: Tensor, out: Tensor) -> None:
     most = torch.finfo(out.dtype).max
-    bounded = (x.float() * row[FACTOR]).clamp(-most, most)
+    bounded = (x.float() * row[SCALE]).clamp(-most, most)
     out.copy_(torch.where(x.isfinite(), bounded, torch.nan))

@@ -1,8 +1,8 @@
 """Cast to 8-bit floating point on a GPU: one pass over memory each, in Triton.
 
-Every kernel reads (rows, columns), multiplies by the factor of a row of ``Scales`` (ops/float8.py), writes the result,
-transposed or not or both, and raises the row's largest magnitude. What is not finite becomes NaN, which reaches loss
-and gradients, where train/anomaly.py sees it.
+Every kernel reads (rows, columns), multiplies by the SCALE of a row of ``Scales`` (ops/float8.py), writes the result,
+transposed or not or both, and raises the row's AMAX. What is not finite becomes NaN, which reaches loss and gradients,
+where train/anomaly.py sees it.
 
 What is transposed has rows and columns in multiples of 16, as matmuls in float8 want it. With others, ``gate_backward``
 compiled by Triton 3.6 wrote wrong numbers.
@@ -15,22 +15,22 @@ from torch import Tensor
 
 from tinyllama.ops import float8_casts
 
-_FACTOR, _LARGEST = tl.constexpr(float8_casts.FACTOR), tl.constexpr(float8_casts.LARGEST)
+_SCALE, _AMAX = tl.constexpr(float8_casts.SCALE), tl.constexpr(float8_casts.AMAX)
 
 
 def cast(
-    x: Tensor, row: Tensor, straight: Tensor | None = None, transposed: Tensor | None = None, sees: bool = True
+    x: Tensor, row: Tensor, straight: Tensor | None = None, transposed: Tensor | None = None, record_amax: bool = True
 ) -> None:
     """Cast x (N, K) into ``straight`` (N, K), into ``transposed`` (K, N), or into both.
 
-    Without ``sees``, the row's largest magnitude stays as it is.
+    Without ``record_amax``, the row's AMAX stays as it is.
     """
     out = straight if straight is not None else transposed
     assert out is not None
     grid, block = _blocks(x.shape, 64, 128)
     _cast[grid](
         x, straight, transposed, row, *x.shape, torch.finfo(out.dtype).max,
-        straight is not None, transposed is not None, sees, *block, num_warps=4,
+        straight is not None, transposed is not None, record_amax, *block, num_warps=4,
     )  # fmt: skip
 
 
@@ -58,29 +58,29 @@ def _blocks(shape: torch.Size, *block: int) -> tuple[tuple[int, ...], tuple[int,
 
 
 @triton.jit
-def _fit(x, factor, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
-    bounded = tl.minimum(tl.maximum(x * factor, -MOST), MOST)
+def _scale_and_clamp(x, scale, MOST: tl.constexpr):  # type: ignore[no-untyped-def]
+    bounded = tl.minimum(tl.maximum(x * scale, -MOST), MOST)
     return tl.where(tl.abs(x) < float("inf"), bounded, float("nan"))
 
 
 @triton.jit
-def _see(row, x):  # type: ignore[no-untyped-def]
-    tl.atomic_max(row + _LARGEST, tl.max(tl.max(tl.abs(x), axis=1), axis=0), sem="relaxed")
+def _record_amax(row, x):  # type: ignore[no-untyped-def]
+    tl.atomic_max(row + _AMAX, tl.max(tl.max(tl.abs(x), axis=1), axis=0), sem="relaxed")
 
 
 @triton.jit
 def _cast(  # type: ignore[no-untyped-def]
     x, straight, transposed, row, rows, columns, MOST: tl.constexpr,
-    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, SEES: tl.constexpr,
+    STRAIGHT: tl.constexpr, TRANSPOSED: tl.constexpr, RECORD_AMAX: tl.constexpr,
     BLOCK_ROWS: tl.constexpr, BLOCK_COLUMNS: tl.constexpr,
 ):  # fmt: skip
     m = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     n = tl.program_id(1) * BLOCK_COLUMNS + tl.arange(0, BLOCK_COLUMNS)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     values = tl.load(x + m[:, None] * columns + n[None, :], mask=mask, other=0.0).to(tl.float32)
-    if SEES:
-        _see(row, values)
-    fitting = _fit(values, tl.load(row + _FACTOR), MOST)
+    if RECORD_AMAX:
+        _record_amax(row, values)
+    fitting = _scale_and_clamp(values, tl.load(row + _SCALE), MOST)
     if STRAIGHT:
         tl.store(straight + m[:, None] * columns + n[None, :], fitting.to(straight.dtype.element_ty), mask=mask)
     if TRANSPOSED:
@@ -109,8 +109,8 @@ def _gate(  # type: ignore[no-untyped-def]
     n = first + tl.arange(0, BLOCK_COLUMNS)
     a, b, _, _ = _load_pairs(ab, m, first, rows, columns, BLOCK_ROWS, BLOCK_COLUMNS)
     gated = a * tl.sigmoid(a) * b
-    _see(row, gated)
-    fitting = _fit(gated, tl.load(row + _FACTOR), MOST).to(h.dtype.element_ty)
+    _record_amax(row, gated)
+    fitting = _scale_and_clamp(gated, tl.load(row + _SCALE), MOST).to(h.dtype.element_ty)
     mask = (m < rows)[:, None] & (n < columns)[None, :]
     tl.store(h + m[:, None] * columns + n[None, :], fitting, mask=mask)
 
@@ -130,14 +130,14 @@ def _gate_backward(  # type: ignore[no-untyped-def]
     silu = a * sigmoid
     d_a = gradient * b * sigmoid * (1 + a * (1 - sigmoid))
     d_b = gradient * silu
-    _see(d_row, tl.maximum(tl.abs(d_a), tl.abs(d_b)))
-    factor = tl.load(d_row + _FACTOR)
+    _record_amax(d_row, tl.maximum(tl.abs(d_a), tl.abs(d_b)))
+    scale = tl.load(d_row + _SCALE)
     d_a, d_b = (
-        _fit(d_a, factor, D_MOST).to(d_ab.dtype.element_ty),
-        _fit(d_b, factor, D_MOST).to(d_ab.dtype.element_ty),
+        _scale_and_clamp(d_a, scale, D_MOST).to(d_ab.dtype.element_ty),
+        _scale_and_clamp(d_b, scale, D_MOST).to(d_ab.dtype.element_ty),
     )
     tl.store(d_ab + offsets, tl.reshape(tl.join(d_a, d_b), (BLOCK_ROWS, 2 * BLOCK_COLUMNS)), mask=both_mask)
-    h = _fit(silu * b, tl.load(h_row + _FACTOR), H_MOST).to(h_t.dtype.element_ty)
+    h = _scale_and_clamp(silu * b, tl.load(h_row + _SCALE), H_MOST).to(h_t.dtype.element_ty)
     across = n[:, None].to(tl.int64) * rows + m[None, :]
     mask_t = (n < columns)[:, None] & (m < rows)[None, :]
     tl.store(h_t + across, tl.trans(h), mask=mask_t)

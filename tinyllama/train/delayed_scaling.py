@@ -11,7 +11,7 @@ from tinyllama.checkpoint.reader import TO_RESUME, DamagedError
 from tinyllama.checkpoint.state import MOST_EXPONENT
 from tinyllama.model import Linear, SwiGLU
 from tinyllama.ops import float8
-from tinyllama.ops.float8_casts import FACTOR, LARGEST
+from tinyllama.ops.float8_casts import AMAX, SCALE
 
 GRADIENT = 2
 """column of a matmul's scales in a checkpoint, after those of its inputs"""
@@ -40,7 +40,7 @@ class DelayedScaling:
 
     def start_step(self) -> None:
         """Forget the magnitudes that a validation has seen since the last step: they must not set the next scales."""
-        torch._foreach_zero_([rows[:, LARGEST] for rows in [*self._inputs, *self._gradients]])
+        torch._foreach_zero_([rows[:, AMAX] for rows in [*self._inputs, *self._gradients]])
 
     def end_step(self, rejected: Tensor) -> None:
         """Collective. Set the scales of the next step, unless this step, () bool, was ``rejected``.
@@ -49,9 +49,9 @@ class DelayedScaling:
         """
         inputs, gradients = torch.stack(self._inputs), torch.stack(self._gradients)  # (matmuls, 2 and 1, ROW)
         if dist.get_world_size() > 1:
-            largest = torch.cat((inputs[..., LARGEST], gradients[..., LARGEST]), dim=1)  # (matmuls, 3)
-            dist.all_reduce(largest, dist.ReduceOp.MAX)
-            inputs[..., LARGEST], gradients[..., LARGEST] = largest[:, :GRADIENT], largest[:, GRADIENT:]
+            amax = torch.cat((inputs[..., AMAX], gradients[..., AMAX]), dim=1)  # (matmuls, 3)
+            dist.all_reduce(amax, dist.ReduceOp.MAX)
+            inputs[..., AMAX], gradients[..., AMAX] = amax[:, :GRADIENT], amax[:, GRADIENT:]
         for scales, rows, dtype in (
             (self._inputs, inputs, float8.E4M3),
             (self._gradients, gradients, float8.E5M2),
@@ -63,7 +63,7 @@ class DelayedScaling:
             self._known.copy_(~rejected)
 
     def exponents(self) -> list[int]:
-        """Return the factors as a checkpoint holds them: as powers of two, [] before the first step.
+        """Return the scales as a checkpoint holds them: as exponents of two; [] before the first step.
 
         Those of gradients are as if the loss was not scaled, which depends on the number of ranks and on the batch. It
         waits for the device.
@@ -71,7 +71,7 @@ class DelayedScaling:
         if not self._known:
             return []
         rows = torch.cat((torch.stack(self._inputs), torch.stack(self._gradients)), dim=1)  # (matmuls, 3, ROW)
-        powers = torch.frexp(rows[..., FACTOR])[1] - 1
+        powers = torch.frexp(rows[..., SCALE])[1] - 1
         powers[:, GRADIENT] += self._loss_power
         return powers.clamp(-MOST_EXPONENT, MOST_EXPONENT).flatten().tolist()
 
@@ -87,8 +87,8 @@ class DelayedScaling:
             raise DamagedError(f"{step_dir} is damaged ({found})", TO_RESUME)
         powers = torch.tensor(exponents, dtype=torch.int32).view(-1, 3)
         powers[:, GRADIENT] -= self._loss_power
-        factors = float8.powers_of_two(powers.clamp(-MOST_EXPONENT, MOST_EXPONENT))
-        for inputs, gradient, factor in zip(self._inputs, self._gradients, factors, strict=True):
-            float8.set_factors(inputs, factor[:GRADIENT].to(inputs.device))
-            float8.set_factors(gradient, factor[GRADIENT:].to(gradient.device))
+        scales = float8.powers_of_two(powers.clamp(-MOST_EXPONENT, MOST_EXPONENT))
+        for inputs, gradient, scale in zip(self._inputs, self._gradients, scales, strict=True):
+            float8.set_scales(inputs, scale[:GRADIENT].to(inputs.device))
+            float8.set_scales(gradient, scale[GRADIENT:].to(gradient.device))
         self._known.fill_(True)
