@@ -183,8 +183,8 @@ def test_a_pass_computes_with_what_the_last_step_made_of_the_weights(
         finish_gradients(model)
         fill((parameter.grad for parameter in model.parameters()), step)
         before = [local(parameter).clone() for parameter in model.parameters()]
-        for rows in [] if rejected else gathered.rows:
-            rows.copy.fill_(torch.nan)
+        for bucket in [] if rejected else gathered.buckets:
+            bucket.copy.fill_(torch.nan)
         optimizer.found_inf = torch.tensor(float(rejected), device=device)  # type: ignore[attr-defined]
         optimizer.step()
         assert all(torch.equal(local(p), old) == rejected for p, old in zip(model.parameters(), before, strict=True))

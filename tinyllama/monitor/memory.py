@@ -73,8 +73,8 @@ def known_owners(gpt: GPT, optimizer: torch.optim.Optimizer) -> dict[int, str]:
     """
     kinds: dict[str, list[Tensor]] = {"gathered weights": list(gpt.parameters()), "gradients": []}
     if gpt.gathered is not None:
-        kinds["gathered weights"] = [rows.copy for rows in gpt.gathered.rows]
-        kinds["gradients"] = [rows.gradient.total for rows in gpt.gathered.rows]
+        kinds["gathered weights"] = [bucket.copy for bucket in gpt.gathered.buckets]
+        kinds["gradients"] = [bucket.gradient.total for bucket in gpt.gathered.buckets]
     kinds |= {"weights": [], "optimizer state": []}
     for parameter in (parameter for group in optimizer.param_groups for parameter in group["params"]):
         kinds["weights"].append(parameter)
