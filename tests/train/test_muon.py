@@ -49,7 +49,7 @@ WORLDS: dict[str, tuple[int, object, dict[str, int]]] = {
     "4 ranks, sharded": (4, "full", SHARDS),
     "2 ranks, replicated": (2, "none", {"c10d.allgather_.default": 1}),
     "3 ranks, replicated": (3, "none", {"c10d.allgather_.default": 1}),
-    "4 ranks, two copies": (4, 2, SHARDS | {"c10d.allgather_.default": 1}),
+    "4 ranks, two replicas": (4, 2, SHARDS | {"c10d.allgather_.default": 1}),
 }
 
 
@@ -157,7 +157,7 @@ def test_bf16_iterations_move_weights_as_fp32_ones_do_within_2_percent(
 @pytest.mark.parametrize(
     ("size", "shard", "frees"),
     [(2, "full", True), (2, "none", True), pytest.param(4, 2, False, marks=pytest.mark.slow)],
-    ids=["sharded", "replicated", "two copies, gathered once"],
+    ids=["sharded", "replicated", "two replicas, gathered once"],
 )
 def test_a_resumed_run_is_the_straight_run(world, muon, tmp_path: Path, size: int, shard: object, frees: bool) -> None:
     straight, settings = tmp_path / "straight", ["--config", tmp_path / "muon.yaml", "--parallel.shard", shard]
@@ -177,7 +177,7 @@ def test_a_run_resumes_on_other_ranks_as_adamw_does(world, muon, tmp_path: Path)
     straight, elsewhere = tmp_path / "straight", tmp_path / "elsewhere"
     world(1).train("--config", tmp_path / "muon.yaml", "--out_dir", straight)
     settings = ["--config", tmp_path / "muon.yaml", "--out_dir", elsewhere, "--checkpoint.interval", 5]
-    # by FSDP2 and where all is gathered once, and at last on two copies
+    # by FSDP2 and where all is gathered once, and at last on two replicas
     for size, shard, until, frees in ((2, "full", 5, "false"), (1, "full", 10, "true"), (4, 2, 20, "true")):
         world(size).train(*settings, "--parallel.shard", shard, "--parallel.reshard_after_forward", frees)
         for step, path in step_dirs(elsewhere / "checkpoints"):
@@ -261,20 +261,20 @@ def test_iterations_on_x_x_t_are_those_on_x(shape: tuple[int, ...]) -> None:
 def test_every_matrix_has_one_owner_and_owners_have_about_the_same_to_do() -> None:
     matrices = big()
     assert len(matrices) == 5 * 22
-    for copies, shards in ((1, 1), (1, 16), (2, 8), (16, 1), (3, 5)):
-        assignment = Assignment(matrices, copies, shards)
-        owned = [index for copy in assignment.owned for owner in copy for index in owner]
+    for replicas, shards in ((1, 1), (1, 16), (2, 8), (16, 1), (3, 5)):
+        assignment = Assignment(matrices, replicas, shards)
+        owned = [index for replica in assignment.owned for owner in replica for index in owner]
         assert sorted(owned) == list(range(110))
-        assert max(assignment.loads) < 1.06 * sum(assignment.loads) / (copies * shards)
+        assert max(assignment.loads) < 1.06 * sum(assignment.loads) / (replicas * shards)
 
 
 @pytest.fixture
 def fake_world() -> Iterator[Callable[..., DeviceMesh]]:
     """A function that makes this process a rank of a world whose other ranks there are not, and returns its mesh."""
 
-    def join(rank: int, copies: int, shards: int) -> DeviceMesh:
-        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=copies * shards)
-        return init_device_mesh("cpu", (copies, shards), mesh_dim_names=("replicate", "shard"))
+    def join(rank: int, replicas: int, shards: int) -> DeviceMesh:
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=replicas * shards)
+        return init_device_mesh("cpu", (replicas, shards), mesh_dim_names=("replicate", "shard"))
 
     yield join
     dist.destroy_process_group()
@@ -286,7 +286,7 @@ class Sent(TorchDispatchMode):
 
     def __init__(self, mesh: DeviceMesh) -> None:
         super().__init__()
-        self.copies, (_, self.shard) = mesh.shape[0], mesh.get_coordinate()
+        self.replicas, (_, self.shard) = mesh.shape[0], mesh.get_coordinate()
         self.calls: list[str] = []
         self.bytes = 0
 
@@ -296,46 +296,46 @@ class Sent(TorchDispatchMode):
             _, sent, _, _, sizes, *_ = args
             self.bytes += (len(sent) - sizes[self.shard]) * sent.element_size()
         elif name == "c10d.allgather_.default":
-            self.bytes += (self.copies - 1) * args[1][0].nbytes
+            self.bytes += (self.replicas - 1) * args[1][0].nbytes
         if name.startswith("c10d"):
             self.calls.append(name)
         return func(*args, **(kwargs or {}))
 
 
-def sent_bytes(assignment: Assignment, sizes: list[int], copy: int, shard: int) -> int:
+def sent_bytes(assignment: Assignment, sizes: list[int], replica: int, shard: int) -> int:
     """What a rank sends in a step, in bf16."""
 
     def of_shard(indices: Iterable[int], shard: int) -> int:
         return sum(assignment.numel(index, shard) for index in indices)
 
-    owners = assignment.owned[copy]
+    owners = assignment.owned[replica]
     to_owners = sum(of_shard(owner, shard) for owner in owners) - of_shard(owners[shard], shard)
     back = sum(sizes[index] for index in owners[shard]) - of_shard(owners[shard], shard)
     most = max(sum(of_shard(owner, shard) for owner in other) for other in assignment.owned)
-    return 2 * (to_owners + back + (assignment.copies - 1) * most)
+    return 2 * (to_owners + back + (assignment.replicas - 1) * most)
 
 
 BUSIEST = {(1, 16): 229_376_000, (2, 8): 337_117_184, (16, 1): 1_855_979_520}
-"""Bytes that the busiest rank of 16 sends in a step of the 1.1B, by copies and shards, in bf16. One all-gather of the
+"""Bytes that the busiest rank of 16 sends in a step of the 1.1B, by replicas and shards, in bf16. One all-gather of the
 weights of all parameters takes 2,063 MB of each."""
 
 
-def bytes_by_rank(copies: int, shards: int) -> dict[tuple[int, int], int]:
+def bytes_by_rank(replicas: int, shards: int) -> dict[tuple[int, int], int]:
     matrices = big()
     sizes = [matrix.parameter.numel() for matrix in matrices]
     assert sum(sizes) == 968_884_224
-    assignment = Assignment(matrices, copies, shards)
-    ranks = itertools.product(range(copies), range(shards))
-    return {(copy, shard): sent_bytes(assignment, sizes, copy, shard) for copy, shard in ranks}
+    assignment = Assignment(matrices, replicas, shards)
+    ranks = itertools.product(range(replicas), range(shards))
+    return {(replica, shard): sent_bytes(assignment, sizes, replica, shard) for replica, shard in ranks}
 
 
-@pytest.mark.parametrize(("copies", "shards"), BUSIEST)
-def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(copies: int, shards: int) -> None:
-    assert max(bytes_by_rank(copies, shards).values()) == BUSIEST[copies, shards]
+@pytest.mark.parametrize(("replicas", "shards"), BUSIEST)
+def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(replicas: int, shards: int) -> None:
+    assert max(bytes_by_rank(replicas, shards).values()) == BUSIEST[replicas, shards]
 
 
 @pytest.mark.parametrize(
-    ("copies", "shards", "calls"),
+    ("replicas", "shards", "calls"),
     [
         (2, 8, ["c10d.alltoall_base_.default"] * 2 + ["c10d.allgather_.default"]),
         pytest.param(1, 16, ["c10d.alltoall_base_.default"] * 2, marks=pytest.mark.slow),
@@ -343,11 +343,11 @@ def test_bytes_that_a_rank_of_16_sends_in_a_step_of_the_1_1b(copies: int, shards
     ],
 )
 def test_a_step_of_the_1_1b_on_16_ranks_sends_that_in_at_most_three_collectives(
-    fake_world, copies: int, shards: int, calls: list[str]
+    fake_world, replicas: int, shards: int, calls: list[str]
 ) -> None:
-    by_rank = bytes_by_rank(copies, shards)
-    copy, shard = max(by_rank, key=by_rank.__getitem__)
-    mesh = fake_world(copy * shards + shard, copies, shards)
+    by_rank = bytes_by_rank(replicas, shards)
+    replica, shard = max(by_rank, key=by_rank.__getitem__)
+    mesh = fake_world(replica * shards + shard, replicas, shards)
     with FakeTensorMode(allow_non_fake_inputs=True):
         model = GPT(named_config("tinyllama_1.1b"))
         fully_shard(model, mesh=mesh)
@@ -357,8 +357,8 @@ def test_a_step_of_the_1_1b_on_16_ranks_sends_that_in_at_most_three_collectives(
         optimizer.found_inf = torch.zeros(())
         with Sent(mesh) as sent:
             optimizer.step()
-    print(f"{copies} copies of {shards} shards: {len(sent.calls)} collectives, {sent.bytes / 1e6:.1f} MB")
-    assert (sent.calls, sent.bytes) == (calls, BUSIEST[copies, shards])
+    print(f"{replicas} replicas of {shards} shards: {len(sent.calls)} collectives, {sent.bytes / 1e6:.1f} MB")
+    assert (sent.calls, sent.bytes) == (calls, BUSIEST[replicas, shards])
 
 
 @pytest.mark.parametrize("rows", [1, 5, 16, 37])

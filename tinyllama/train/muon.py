@@ -5,7 +5,7 @@ AdamW's, 0.2, so that one learning rate and weight decay serve both (Moonlight, 
 
 The iteration needs a matrix in full, of which each rank holds some rows. Every matrix is owned by one rank of the
 world, which alone computes its update. A step needs three collectives, however many matrices there are: the shards go
-to the owners in one, the updates come back in another, and the copies of a model (HSDP) exchange theirs in the third.
+to the owners in one, the updates come back in another, and the replicas (HSDP) exchange theirs in the third.
 """
 
 import functools
@@ -42,7 +42,7 @@ RMS = 0.2
 
 @dataclass(frozen=True)
 class Matrix:
-    """Describe a hidden matrix, made of one or more parts that are each orthogonalized separately.
+    """A hidden matrix of one or more parts, each of which is orthogonalized by itself.
 
     Its rows are ``groups`` groups, in each of which are ``sizes`` rows of the parts, in turn.
     """
@@ -100,16 +100,16 @@ def qkv_parts(config: ModelConfig) -> tuple[int, tuple[int, ...]]:
 
 
 class Assignment:
-    """Decide which rank computes the update of which matrix, and say which rows of each matrix a rank holds.
+    """Which rank computes the update of which matrix, and which rows of each matrix a rank holds.
 
-    A rank is a copy of the model and a shard of that copy: ``owned[copy][shard]`` are the numbers of its matrices.
+    Each rank is one shard of one replica of the model: ``owned[replica][shard]`` lists the numbers of its matrices.
     """
 
-    def __init__(self, matrices: Sequence[Matrix], copies: int, shards: int) -> None:
-        self.copies, self.shards = copies, shards
+    def __init__(self, matrices: Sequence[Matrix], replicas: int, shards: int) -> None:
+        self.replicas, self.shards = replicas, shards
         self._shapes = [tuple(matrix.parameter.shape) for matrix in matrices]
-        self.owned: list[list[list[int]]] = [[[] for _ in range(shards)] for _ in range(copies)]
-        loads = [0] * (copies * shards)
+        self.owned: list[list[list[int]]] = [[[] for _ in range(shards)] for _ in range(replicas)]
+        loads = [0] * (replicas * shards)
         # the most expensive first, each to the rank that has least to do
         for index in sorted(range(len(matrices)), key=lambda index: -matrices[index].cost):
             rank = loads.index(min(loads))
@@ -131,9 +131,9 @@ class Assignment:
 class Muon(torch.optim.Optimizer):
     """Use Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
 
-    ``dtype`` is that of the directions, which go to a matrix's owner; the iterations have ``iterated(dtype)``, weights
-    and momenta fp32. As fused AdamW does, ``step`` obeys ``found_inf``: where it is 1, weights and state stay as they
-    are, and the host does not wait to learn it.
+    ``dtype`` is that of the directions, which go to a matrix's owner; iterations are in ``iteration_dtype(dtype)``,
+    weights and momenta in fp32. As fused AdamW does, ``step`` obeys ``found_inf``: where it is 1, weights and state
+    stay as they are, and the host does not wait to learn it.
     """
 
     found_inf: Tensor | None = None
@@ -156,9 +156,9 @@ class Muon(torch.optim.Optimizer):
         self._scales = torch.tensor([matrix.scale for matrix in self._matrices], device=device)
         self._accept = torch.zeros((), device=device)
         self._mesh = hidden[0].device_mesh if isinstance(hidden[0], DTensor) else None
-        copies, shards = self._mesh.shape if self._mesh is not None else (1, 1)
-        self._copy, self._shard = cast(list[int], self._mesh.get_coordinate()) if self._mesh is not None else (0, 0)
-        self.assignment = Assignment(self._matrices, copies, shards)
+        replicas, shards = self._mesh.shape if self._mesh is not None else (1, 1)
+        self._replica, self._shard = cast(list[int], self._mesh.get_coordinate()) if self._mesh is not None else (0, 0)
+        self.assignment = Assignment(self._matrices, replicas, shards)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # type: ignore[override]  # torch overloads it by the closure
@@ -167,7 +167,7 @@ class Muon(torch.optim.Optimizer):
         self._adamw.step()
         found_inf = self._accept if self.found_inf is None else self.found_inf
         directions = self._directions(found_inf)
-        updates = self._return(self._orthogonalized(self._collect(directions)))
+        updates = self._send_back(self._orthogonalized(self._collect(directions)))
         group = self.param_groups[0]
         lr = group["lr"] * (1 - found_inf)
         decay = 1 - lr * group["weight_decay"]
@@ -199,10 +199,10 @@ class Muon(torch.optim.Optimizer):
 
     def _collect(self, shards: list[Tensor]) -> dict[int, Tensor]:
         """Return the matrices that this rank owns, in full and by number, from every rank's ``shards`` of each."""
-        split = self.assignment
-        owners = split.owned[self._copy]
+        assignment = self.assignment
+        owners = assignment.owned[self._replica]
         mine = owners[self._shard]
-        numels = [[split.numel(index, shard) for index in mine] for shard in range(split.shards)]
+        numels = [[assignment.numel(index, shard) for index in mine] for shard in range(assignment.shards)]
         outgoing = [[shards[index] for index in owner] for owner in owners]
         received = self._all_to_all(outgoing, numels, self._dtype)
         full = {
@@ -211,26 +211,29 @@ class Muon(torch.optim.Optimizer):
         }
         return {index: flat.view(self._matrices[index].parameter.shape) for index, flat in full.items()}
 
-    def _return(self, updates: dict[int, Tensor]) -> list[Tensor]:
-        """Return this rank's shard of every matrix's update, flat, from the ``updates`` that each rank has computed."""
-        split = self.assignment
+    def _send_back(self, updates: dict[int, Tensor]) -> list[Tensor]:
+        """Send the ``updates`` that this rank computed; return its shard of every matrix's update, flat."""
+        assignment = self.assignment
         cut = [
-            update.split([split.rows(index, shard) for shard in range(split.shards)])
+            update.split([assignment.rows(index, shard) for shard in range(assignment.shards)])
             for index, update in updates.items()
         ]
-        numels = [[[split.numel(index, self._shard) for index in owner] for owner in copy] for copy in split.owned]
-        outgoing = [[rows[shard] for rows in cut] for shard in range(split.shards)]
-        dtype = iterated(self._dtype)
-        received = self._all_to_all(outgoing, numels[self._copy], dtype)
-        by_copy = self._all_gather(joined(received), [joined(copy) for copy in numels], dtype)
-        order = joined(joined(split.owned))
-        found = dict(zip(order, joined(by_copy), strict=True))
+        numels = [
+            [[assignment.numel(index, self._shard) for index in owner] for owner in replica]
+            for replica in assignment.owned
+        ]
+        outgoing = [[rows[shard] for rows in cut] for shard in range(assignment.shards)]
+        dtype = iteration_dtype(self._dtype)
+        received = self._all_to_all(outgoing, numels[self._replica], dtype)
+        by_replica = self._all_gather(joined(received), [joined(replica) for replica in numels], dtype)
+        order = joined(joined(assignment.owned))
+        found = dict(zip(order, joined(by_replica), strict=True))
         return [found[index] for index in range(len(self._matrices))]
 
     def _all_to_all(
         self, outgoing: list[list[Tensor]], numels: list[list[int]], dtype: torch.dtype
     ) -> list[list[Tensor]]:
-        """Send ``outgoing[shard]`` to each shard of this copy; return what each sends here, flat, in these sizes."""
+        """Send ``outgoing[shard]`` to each shard of this replica; return what each sends here, flat, in these sizes."""
         if self.assignment.shards == 1:
             return [[tensor.flatten() for tensor in outgoing[0]]]
         sent = self._flat(joined(outgoing), dtype)
@@ -241,15 +244,15 @@ class Muon(torch.optim.Optimizer):
         return [list(one.split(of_shard)) for one, of_shard in zip(received.split(sizes), numels, strict=True)]
 
     def _all_gather(self, tensors: list[Tensor], numels: list[list[int]], dtype: torch.dtype) -> list[list[Tensor]]:
-        """Return the tensors of every copy, flat, in these sizes; padded meanwhile, as all_gather takes equal ones."""
-        if self.assignment.copies == 1:
+        """Return the tensors of every replica, flat, in these sizes; sent padded, as all_gather takes equal ones."""
+        if self.assignment.replicas == 1:
             return [tensors]
         flat = self._flat(tensors, dtype)
-        padded = F.pad(flat, (0, max(sum(of_copy) for of_copy in numels) - len(flat)))
+        padded = F.pad(flat, (0, max(sum(of_replica) for of_replica in numels) - len(flat)))
         gathered = [torch.empty_like(padded) for _ in numels]
         dist.all_gather(gathered, padded, self._group("replicate"))
-        by_copy = zip(gathered, numels, strict=True)
-        return [list(one[: sum(of_copy)].split(of_copy)) for one, of_copy in by_copy]
+        by_replica = zip(gathered, numels, strict=True)
+        return [list(one[: sum(of_replica)].split(of_replica)) for one, of_replica in by_replica]
 
     def _flat(self, tensors: list[Tensor], dtype: torch.dtype) -> Tensor:
         """Return one vector of all tensors, of which there may be none."""
@@ -274,13 +277,13 @@ def orthogonalize_all(matrices: list[Tensor], multiply: Multiply = symmetric_mat
 
 
 def orthogonalize(matrices: Sequence[Tensor], multiply: Multiply = symmetric_matmul.reference) -> Tensor:
-    """Take all singular values of B matrices (m, n) to about 1, by Newton-Schulz -> (B, m, n), in fp16 if in bf16.
+    """Take all singular values of B matrices (m, n) to about 1 by Newton-Schulz -> (B, m, n); bf16 becomes fp16.
 
     ``multiply`` is a backend of ops/symmetric_matmul.py.
     """
     rows, cols = matrices[0].shape
     # bfloat16 rounds too much for iterations on x x^T; float16 does not, if x x^T is computed anew after two of them
-    dtype = iterated(matrices[0].dtype)
+    dtype = iteration_dtype(matrices[0].dtype)
     x = torch.empty(len(matrices), rows, cols, dtype=dtype, device=matrices[0].device)
     norms = torch._foreach_norm(list(matrices), dtype=torch.promote_types(dtype, torch.float32))
     into = in_one_pass(normalize_into, x.is_cuda)
@@ -291,8 +294,8 @@ def orthogonalize(matrices: Sequence[Tensor], multiply: Multiply = symmetric_mat
     return iterate_on_matrix(x.mT, multiply).mT if rows > cols else iterate_on_matrix(x, multiply)
 
 
-def iterated(dtype: torch.dtype) -> torch.dtype:
-    """Return the dtype of the iterations on matrices of ``dtype``."""
+def iteration_dtype(dtype: torch.dtype) -> torch.dtype:
+    """Return the dtype that the iterations on matrices of ``dtype`` are computed in."""
     return torch.float16 if dtype == torch.bfloat16 else dtype
 
 
@@ -304,10 +307,11 @@ def iterate_on_matrix(x: Tensor, multiply: Multiply) -> Tensor:
 
 
 def iterate_on_gram(x: Tensor, multiply: Multiply) -> Tensor:
-    """Return the same of x (B, m, n), with fewer operations if its shorter side s is much shorter: most are (B, s, s).
+    """Return what ``iterate_on_matrix`` returns, for x (B, m, n), mostly by matmuls of (B, s, s), s = min(m, n).
 
-    The polynomials are those of one symmetric matrix, so that they and their products commute and are symmetric (Gram
-    Newton-Schulz, dao-lab.ai/blog/2026/gram-newton-schulz).
+    That takes fewer operations if s is much shorter than the other side. The polynomials are those of one symmetric
+    matrix, so they and their products commute and are symmetric (Gram Newton-Schulz,
+    dao-lab.ai/blog/2026/gram-newton-schulz).
     """
     tall = x.shape[1] > x.shape[2]
     for iterations in (2, ITERATIONS - 2):
