@@ -39,14 +39,14 @@ from tinyllama.train.init_from import initial_weights, load_initial_weights, wit
 from tinyllama.train.launch import find_world
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
-from tinyllama.train.preemption import Preemption, was_asked_for
+from tinyllama.train.preemption import Preemption, is_planned
 from tinyllama.train.run import Run, choose_ops, mix
-from tinyllama.train.samples import open_samples
+from tinyllama.train.sample_texts import open_sample_texts
 from tinyllama.train.start import load_checkpoint, start_from
-from tinyllama.train.step import TrainStep, losses_of
+from tinyllama.train.step import TrainStep, loss_function
 from tinyllama.train.step_clock import StepClock
 
-DONE, DEFECT, STOPPED = 0, 1, 75
+DONE, FAILED, RESUMABLE = 0, 1, 75  # exit codes
 
 
 def setup(args: PretrainArgs) -> Run:
@@ -61,8 +61,8 @@ def setup(args: PretrainArgs) -> Run:
     check_datasets([*sources, *validation], vocab_size=config.vocab_size, block_size=config.block_size)
     mixture = mix(args, sources, config.block_size, accumulation)
     ops = choose_ops(args, config, [*sources, *validation])
-    samples = open_samples(args.eval, config, sources[0].tokenizer_sha256)
-    run = Run(args, config, world, sources, validation, mixture, accumulation, ops, samples=samples)
+    sample_texts = open_sample_texts(args.eval, config, sources[0].tokenizer_sha256)
+    run = Run(args, config, world, sources, validation, mixture, accumulation, ops, sample_texts=sample_texts)
     run = start_from(step_dir, run)
     initial_weights(run)  # only for its errors; main() reads the weights, once every rank has started
     return run
@@ -73,7 +73,7 @@ def main(run: Run) -> int:
     args = run.args
     fabric = build_fabric(run.world, args.parallel, args.train)
     fabric.launch()
-    refuse_differences(run.facts())
+    refuse_differences(run.shared_settings())
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)
     dtypes = check_dtypes(gpt, args.train)
@@ -86,18 +86,18 @@ def main(run: Run) -> int:
             show_summary("pretrain", start_summary(run, dtypes, hosts))
         if args.dry_run:
             return DONE
-        rank, times = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
+        rank, timeouts = fabric.global_rank, {"first_timeout": args.train.start_timeout, "timeout": args.train.timeout}
         with (
-            Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **times) as watchdog,
+            Watchdog(run.out_dir, rank=rank, world_size=fabric.world_size, **timeouts) as watchdog,
             RunLog(run, state.step if run.resume else None, is_rank_zero=rank == 0) as log,
         ):
             code = fit(Training(run, fabric, gpt, model, optimizer, state, preemption, watchdog, log))
-    fabric.barrier()  # Fabric's launcher ends a rank that outlives another by more than seconds
+    fabric.barrier()  # Fabric's launcher kills the ranks that are still alive 5 s after another has ended
     return code
 
 
 def build(run: Run, fabric: Fabric) -> tuple[GPT, torch.nn.Module, _FabricOptimizer]:
-    """Return the model, sharded and with its initial weights, the same in Fabric's wrapper, and its optimizer."""
+    """Return the model, sharded and initialized, Fabric's wrapper of it, and Fabric's wrapper of its optimizer."""
     with torch.device("meta"):
         gpt = GPT(run.config, run.ops)
     model = fabric.setup_module(gpt)
@@ -112,11 +112,11 @@ def fit(training: "Training") -> int:
     while not training.failed:
         if training.validation_is_due():
             training.validate()
-        training.finish_save()  # publishes an asynchronous checkpoint that has been written by now
-        training.listen()
+        training.finish_save()  # logs a background save, or its failure, once it has ended
+        training.agree_on_stop()
         if training.save_is_due():
             training.save()
-        if training.is_last or training.stop_asked or training.failed:
+        if training.is_done or training.stop_reason or training.failed:
             break
         training.step()
         training.log_step()
@@ -144,27 +144,27 @@ class Training:
         watchdog.on_stall = log.failed
         self.optimizer = optimizer.optimizer
         self.first_step = self.saved_step = state.step
-        self.stop_asked: str | None = None
-        self.failed = False  # whether a step has ended the run for good
-        self.save_owed = False  # whether a save that was due waits for the end of skipped steps, which may end the run
+        self.stop_reason: str | None = None
+        self.failed = False  # whether skipped steps have ended the run for good
+        self.save_owed = False  # whether a due save waits for an accepted step, as skipped ones may yet end the run
         if fabric.is_global_zero:
             atomic.write(run.out_dir / "config.yaml", settings.encode())
         origin = resume.origin(run.out_dir, run.resume, asdict(args.train))
         self.checkpointer = Checkpointer(
             run.out_dir / "checkpoints",
             config=settings,
-            metadata=run.data_metadata() | run.tokenizer_metadata() | log.metadata() | {"origin": origin},
+            metadata=run.fixed_metadata() | run.tokenizer_metadata() | log.metadata() | {"origin": origin},
             keep_last=args.checkpoint.keep_last,
             keep_every=args.checkpoint.keep_every,
             asynchronous=args.checkpoint.asynchronous,
             say=lambda text: log.event("set_aside", text),
         )
-        self.guard = Guard(args.train, self.optimizer, state, run.world.copies, fabric.device)
-        self.losses = losses_of(model, args.data, run.sources[0].eos_id)
+        self.guard = Guard(args.train, self.optimizer, state, run.world.replicas, fabric.device)
+        self.loss_function = loss_function(model, args.data, run.sources[0].eos_id)
         log.watch_memory(gpt, self.optimizer)
-        tokens = run.tokens_per_step
-        self.train_step = TrainStep(args, fabric, gpt, self.losses, optimizer, self.guard, run.accumulation, tokens)
-        self.micro_batches = {  # the shape and the share of this rank's batches, in training and in validation
+        sizes = run.accumulation, run.tokens_per_step
+        self.train_step = TrainStep(args, fabric, gpt, self.loss_function, optimizer, self.guard, *sizes)
+        self.batch_layout = {  # shape of a micro-batch, and this rank's place; the same in training and validation
             "block_size": run.config.block_size,
             "vocab_size": run.config.vocab_size,
             "micro_batch_size": args.train.micro_batch_size,
@@ -174,7 +174,7 @@ class Training:
         self.loader = Loader(
             run.sources,
             run.mixture,
-            **self.micro_batches,
+            **self.batch_layout,
             global_batch_size=args.train.global_batch_size,
             start_sample=state.samples,
         )
@@ -182,12 +182,12 @@ class Training:
         self.batches = self.clock.timed(on_device(self.loader, fabric.device))
 
     @property
-    def is_last(self) -> bool:
-        """Whether every step is done."""
+    def is_done(self) -> bool:
+        """Whether every step of the run is done."""
         return self.state.step == self.run.max_steps
 
     def step(self) -> None:
-        """Do one optimizer step; nothing in it waits for the device."""
+        """Do one optimizer step. Nothing in it waits for the device, except in the first step in float8."""
         self.watchdog.beat(self.state.step, "step")
         collect_gc(self.state.step)
         self.clock.resume()
@@ -199,9 +199,12 @@ class Training:
             set_timeout(self.run.args.train.timeout + 60, keep=[self.checkpointer.group])
 
     def log_step(self) -> None:
-        """Log skipped steps, a step late so that nothing waits for the device, and a row where one is due, at once."""
+        """Log skipped steps and, every log.interval steps and at the end, a row.
+
+        In steps without a row, results are read one step late, so that nothing waits for the device.
+        """
         run, state = self.run, self.state
-        due = state.step % run.args.log.interval == 0 or self.is_last
+        due = state.step % run.args.log.interval == 0 or self.is_done
         results = self.guard.poll(late=0 if due else 1)
         self.failed = self.log.record_skips(results)
         if due and not self.failed:
@@ -213,67 +216,67 @@ class Training:
         self.clock.pause()
         self.log.trace.after(state.step)
 
-    def listen(self) -> None:
-        """Ask every rank whether a signal, the end of its time or a failed save asks for a stop."""
-        self.stop_asked = self.preemption.asked()
+    def agree_on_stop(self) -> None:
+        """Agree with every rank on whether to stop: for a signal, the end of the time or a failed save."""
+        self.stop_reason = self.preemption.agreed_reason()
 
     def validation_is_due(self) -> bool:
         """Whether to validate now: at the start, every eval.interval steps and at the end, but each step only once."""
-        due = self.state.step % self.run.args.eval.interval == 0 or self.is_last
+        due = self.state.step % self.run.args.eval.interval == 0 or self.is_done
         return bool(self.run.validation) and due and self.state.validated < self.state.step
 
     def validate(self) -> None:
-        """Record the mean losses over the validation tokens of all ranks, unless a stop is asked for meanwhile."""
+        """Log the mean losses on all validation tokens, and sample texts, unless a stop is requested meanwhile."""
         run, step = self.run, self.state.step
 
         def stop() -> bool:
             self.watchdog.beat(step, "validation")
-            return self.preemption.asked() is not None
+            return self.preemption.agreed_reason() is not None
 
-        with self.log.clock("validation", step):
-            batches = validation_batches(run.validation, **self.micro_batches, max_samples=run.args.eval.max_samples)
-            found = evaluate.held_out_losses(self.losses, batches, run.validation, self.fabric.device, stop)
-            texts = run.samples.texts(self.gpt, self.fabric.device, stop) if run.samples else []
+        with self.log.time_spent("validation", step):
+            batches = validation_batches(run.validation, **self.batch_layout, max_samples=run.args.eval.max_samples)
+            found = evaluate.held_out_losses(self.loss_function, batches, run.validation, self.fabric.device, stop)
+            texts = run.sample_texts.texts(self.gpt, self.fabric.device, stop) if run.sample_texts else []
             reshard(self.gpt)
         if found is not None and texts is not None:
             self.state.validated = step
             self.log.row({"step": step, "tokens": self.state.tokens} | found)
-            self.log.samples(step, self.state.tokens, texts)
+            self.log.sample_texts(step, self.state.tokens, texts)
 
     def save_is_due(self) -> bool:
         """Whether to save now: every checkpoint.interval steps, before a stop and at the end."""
         due = self.state.step % self.run.args.checkpoint.interval == 0 or self.save_owed
-        return self.saved_step < self.state.step and bool(due or self.is_last or self.stop_asked)
+        return self.saved_step < self.state.step and bool(due or self.is_done or self.stop_reason)
 
     def save(self) -> None:
-        """Save a checkpoint, in the background if training goes on, unless skipped steps end the run, or may."""
+        """Save a checkpoint, in the background if training continues; not while skipped steps may yet end the run."""
         self.failed = self.log.record_skips(self.guard.poll(late=0))
-        self.save_owed = self.state.skipped_in_a_row > 0 and not (self.is_last or self.stop_asked)
+        self.save_owed = self.state.skipped_in_a_row > 0 and not (self.is_done or self.stop_reason)
         if self.failed or self.save_owed:
             return
         self.watchdog.beat(self.state.step, "checkpoint")
-        wait = bool(self.is_last or self.stop_asked) or not self.run.args.checkpoint.asynchronous
-        with self.failures_recorded(), self.log.clock("checkpoints", self.state.step, is_background=not wait):
+        wait = bool(self.is_done or self.stop_reason) or not self.run.args.checkpoint.asynchronous
+        with self.failures_recorded(), self.log.time_spent("checkpoints", self.state.step, is_background=not wait):
             self.finish_save(wait=True)
             self.state.float8_exponents = self.gpt.scaling.exponents() if self.gpt.scaling else []
             self.checkpointer.save(self.state, self.gpt, self.optimizer, wait=wait)
             self.saved_step = self.state.step
 
     def finish_save(self, wait: bool = False) -> None:
-        """Publish the checkpoint in the background if it has been written; with ``wait``, wait until it has."""
+        """Log the background save, or its failure, if it has ended; with ``wait``, wait for it to end."""
         if wait or self.checkpointer.done():
             with self.failures_recorded():
                 self.log.published(self.checkpointer.wait())
 
     @contextlib.contextmanager
     def failures_recorded(self) -> Iterator[None]:
-        """Log a save that fails; it stops the run if the next would fail, too, or if checkpoint.on_failure is stop."""
+        """Log a failed save; stop the run if the next one would fail, too, or if checkpoint.on_failure is stop."""
         try:
             yield
         except CheckpointError as error:
             self.log.event("checkpoint_failed", f"error: {error}", step=self.state.step, error=str(error))
             if error.fatal or self.run.args.checkpoint.on_failure == "stop":
-                self.preemption.ask(Preemption.FAILED_SAVE)
+                self.preemption.request(Preemption.FAILED_SAVE)
 
     def end(self) -> int:
         """Finish what is being written and say how the run ended; returns the exit code."""
@@ -281,16 +284,16 @@ class Training:
         self.watchdog.beat(self.state.step, "checkpoint")  # writing one may take longer than a step
         self.finish_save(wait=True)
         if self.failed:
-            return DEFECT
+            return FAILED
         if self.saved_step < self.state.step:
             self.log.unsaved(self.state.step)
-            return DEFECT
-        stopped_by = None if self.is_last else self.stop_asked
+            return FAILED
+        stopped_by = None if self.is_done else self.stop_reason
         self.log.end(self.state, stopped_by)
         if stopped_by is None:
             return DONE
         is_saved = self.run.resume is not None or self.state.step > 0  # not if it was stopped before its first step
-        return STOPPED if is_saved and was_asked_for(stopped_by) else DEFECT
+        return RESUMABLE if is_saved and is_planned(stopped_by) else FAILED
 
 
 if __name__ == "__main__":

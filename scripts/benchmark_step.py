@@ -81,7 +81,7 @@ def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpu
     model = fabric.setup_module(gpt)
     optimizer: Any = fabric.setup_optimizers(build_optimizer(gpt, args.optim, args.train.precision))
     state = TrainState()
-    guard = Guard(args.train, optimizer.optimizer, state, world.copies, fabric.device)
+    guard = Guard(args.train, optimizer.optimizer, state, world.replicas, fabric.device)
     accumulation = tokens // config.block_size // micro_batch
     train_step = TrainStep(args, fabric, gpt, model, optimizer, guard, accumulation, tokens * gpus)
 

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 
 from tinyllama.config import cli
 from tinyllama.config.args import DataArgs, PretrainArgs
-from tinyllama.train.step import Losses, losses_of
+from tinyllama.train.step import LossFunction, loss_function
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "pretrain"))
 import train as recipe
@@ -23,12 +23,12 @@ def known_linear(x: torch.Tensor, weight: torch.Tensor, *_: torch.Tensor) -> tor
     return F.linear(x, weight)
 
 
-def autocast(model: torch.nn.Module, data: DataArgs, eos_id: int | None) -> Losses:
+def autocast(model: torch.nn.Module, data: DataArgs, eos_id: int | None) -> LossFunction:
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    return torch.autocast(device, dtype=torch.bfloat16)(losses_of(model, data, eos_id))
+    return torch.autocast(device, dtype=torch.bfloat16)(loss_function(model, data, eos_id))
 
 
 if __name__ == "__main__":
     known = mock.patch("tinyllama.ops.linear._Linear.apply", known_linear)
-    with mock.patch.object(recipe, "losses_of", autocast), known:
+    with mock.patch.object(recipe, "loss_function", autocast), known:
         cli.run(lambda: recipe.main(recipe.setup(cli.parse(PretrainArgs))))

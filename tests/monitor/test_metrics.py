@@ -137,7 +137,7 @@ def test_a_fresh_run_sets_aside_what_it_rewrites(run: Run, capsys: pytest.Captur
             copies |= {copy: before[copy.stem] for copy in new}
             assert read_metrics(files[0]) == []
             log.row({"step": 1, "tokens": 8, "loss": 7.0 + start})
-            log.samples(1, 8, [("a", f"b{start}")])
+            log.sample_texts(1, 8, [("a", f"b{start}")])
         before = {file.name: file.read_bytes() for file in files}
         capsys.readouterr()
     assert {path: path.read_bytes() for path in run.out_dir.glob("*.aside-*")} == copies
@@ -158,10 +158,10 @@ def start(run: Run, *checkpoints: int, step: int | None = None) -> None:
         log.start(step or 0)
         log.row({"step": (step or 0) + 1, "tokens": 8, "loss": 7.0})
         for saved in checkpoints:
-            with log.clock("checkpoints", saved):
+            with log.time_spent("checkpoints", saved):
                 pass
         log.row({"step": (step or 0) + 2, "tokens": 16, "loss": 6.0})
-        log.samples(2, 16, [("a", "b")])
+        log.sample_texts(2, 16, [("a", "b")])
 
 
 def test_a_run_that_is_begun_again_before_its_first_checkpoint_sets_nothing_aside(run: Run) -> None:

@@ -107,7 +107,7 @@ def test_the_clocks_count_and_a_checkpoint_is_an_event(run: Run, monkeypatch: py
     monkeypatch.setattr(time, "perf_counter", lambda: now[0])
     with RunLog(run, None, is_rank_zero=True) as log:
         for what, step, seconds in (("validation", 2, 3.0), ("checkpoints", 2, 1.23456), ("checkpoints", 4, 2.0)):
-            with log.clock(what, step):
+            with log.time_spent(what, step):
                 now[0] += seconds
             now[0] += 10.0
         log.end(TrainState(step=4, tokens=128), "SIGTERM")
@@ -125,7 +125,7 @@ def test_the_waits_are_those_since_the_row_before(run: Run, monkeypatch: pytest.
     with RunLog(run, None, is_rank_zero=True) as log:
         for saves, validations in ((3.0, 5.0), (0.0, 0.0), (1.5, 0.0)):
             for what, seconds in (("checkpoints", saves), ("validation", validations)):
-                with log.clock(what, 2):
+                with log.time_spent(what, 2):
                     now[0] += seconds
             assert log.waits() == {"save_seconds": saves, "validation_seconds": validations}
 

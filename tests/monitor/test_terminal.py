@@ -39,9 +39,9 @@ def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: 
         log.row({"step": 1, "tokens": 100, "loss": 3.0, "tokens_per_second": 10.0})
         log.row({"step": 2, "tokens": 200, "loss": 2.5, "tokens_per_second": 40.0})
         for val_loss in (2.75, 2.25, 2.5):
-            with log.clock("validation", 2):
+            with log.time_spent("validation", 2):
                 log.row({"step": 2, "tokens": 200, "val_loss": val_loss})
-        with log.clock("checkpoints", 2):
+        with log.time_spent("checkpoints", 2):
             pass
         (run.out_dir / "checkpoints" / "step-00000009").mkdir(parents=True)
         log.end(TrainState(step=9, tokens=900), None)

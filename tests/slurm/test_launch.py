@@ -26,6 +26,6 @@ def test_steps_are_launches_whatever_the_job_is(cluster, tmp_path: Path) -> None
         "error: one error",  # of four ranks
         "exit code 2",
         "0" * 32,  # on two nodes rank 0 listens on every interface
-        "error: the job has 4 tasks and this is none of them: start it with srun python ...",
+        "error: the job has 4 tasks, and this is not one of them: start it with srun python ...",
         "exit code 2",
     ]

@@ -24,7 +24,7 @@ def world_of_one(tmp_path: Path) -> Iterator[None]:
 def training(args: TrainArgs, state: TrainState) -> tuple[torch.nn.Parameter, torch.optim.Optimizer, Guard]:
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([weight], lr=0.1, fused=True)
-    return weight, optimizer, Guard(args, optimizer, state, copies=1, device=CPU)
+    return weight, optimizer, Guard(args, optimizer, state, replicas=1, device=CPU)
 
 
 def test_the_norm_and_the_loss_are_what_they_are() -> None:
@@ -106,7 +106,7 @@ def test_what_was_usual_before_it_was_switched_off_says_nothing_when_it_is_on_ag
 def test_the_norm_is_that_of_one_copy_of_the_gradients() -> None:
     weight = torch.nn.Parameter(torch.zeros(3))
     optimizer = torch.optim.AdamW([weight], fused=True)
-    guard = Guard(TrainArgs(), optimizer, TrainState(), copies=4, device=CPU)
+    guard = Guard(TrainArgs(), optimizer, TrainState(), replicas=4, device=CPU)
     # as of four ranks that each hold [3, 4] and report the sum of their squares: 100 in all, 25 of one copy
     assert guard.check(1, torch.tensor(1.0), 1, [torch.tensor([6.0, 8.0])]) == 5
 

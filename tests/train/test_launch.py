@@ -83,12 +83,12 @@ def test_ranks(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 BAD: dict[str, tuple[dict[str, str], int | None, int, str]] = {
-    "in the batch script": (JOB, None, 0, "the job has 16 tasks and this is none of them: start it with srun"),
+    "in the batch script": (JOB, None, 0, "the job has 16 tasks, and this is not one of them: start it with srun"),
     "in a shell of salloc": (
         JOB | {"SLURM_STEP_ID": "4294967290", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_NAME": "interactive"},
         None,
         0,
-        "the job has 16 tasks and this is none of them: start it with srun",
+        "the job has 16 tasks, and this is not one of them: start it with srun",
     ),
     "uneven": (
         SRUN | {"SLURM_STEP_NUM_TASKS": "15", "SLURM_STEP_TASKS_PER_NODE": "8,7"},
@@ -106,8 +106,8 @@ BAD: dict[str, tuple[dict[str, str], int | None, int, str]] = {
     "devices under srun": (SRUN, 4, 0, "parallel.devices is 4 and srun started 8 ranks on each node: leave it out"),
     "devices under torchrun": (TORCHRUN, 8, 0, "parallel.devices is 8 and torchrun started 4 ranks on each node"),
     "devices under another": (FIVE, 1, 4, "parallel.devices is 1 and a launcher started 4 ranks on each node"),
-    "a GPU a task": (SRUN, None, 1, "8 ranks on each node and 1 GPUs to be seen here: start fewer, or give --gpus-per"),
-    "more ranks than GPUs": ({}, 3, 2, "3 ranks on each node and 2 GPUs to be seen here"),
+    "a GPU a task": (SRUN, None, 1, "8 ranks on each node, but only 1 visible GPU: start fewer, or give --gpus-per"),
+    "more ranks than GPUs": ({}, 3, 2, "3 ranks on each node, but only 2 visible GPUs: start fewer"),
     "mpirun": (MPIRUN, None, 0, "mpirun started 8 processes that do not know of each other, so each would train alone"),
     "mpirun in a batch script": (JOB | MPIRUN, None, 0, "use torchrun or srun, or set RANK, LOCAL_RANK, WORLD_SIZE, "),
     "mpirun by Hydra": ({"PMI_SIZE": "4", "PMI_RANK": "0"}, None, 0, "mpirun started 4 processes"),
@@ -161,7 +161,7 @@ def test_ranks_that_share_the_weights(shard: Any, size: int, monkeypatch: pytest
         monkeypatch.setenv(name, value)
     world = find_world(ParallelArgs(shard=shard))
     assert world == World(nodes=2, local_ranks=8, shard=size)
-    assert (world.size, world.copies) == (16, 16 // size)
+    assert (world.size, world.replicas) == (16, 16 // size)
 
 
 def test_ranks_that_do_not_divide(monkeypatch: pytest.MonkeyPatch) -> None:

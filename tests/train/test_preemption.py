@@ -40,17 +40,17 @@ class Clock:
 
 
 @pytest.mark.parametrize("name", SIGNALS)
-def test_a_signal_asks_for_a_stop_by_its_name(name: str) -> None:
+def test_a_signal_requests_a_stop_by_its_name(name: str) -> None:
     preemption = Preemption()
-    assert preemption.asked() is None
+    assert preemption.agreed_reason() is None
     os.kill(os.getpid(), getattr(signal, name))
-    assert preemption.asked() == name
-    assert preemption.asked() == name
+    assert preemption.agreed_reason() == name
+    assert preemption.agreed_reason() == name
 
 
 @pytest.mark.parametrize("name", SIGNALS)
 def test_a_signal_while_the_ranks_agree_is_not_lost(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    asked, reduce = Preemption(), dist.all_reduce
+    preemption, reduce = Preemption(), dist.all_reduce
 
     def interrupted(*args: Any, **how: Any) -> None:
         reduce(*args, **how)
@@ -58,19 +58,19 @@ def test_a_signal_while_the_ranks_agree_is_not_lost(name: str, monkeypatch: pyte
 
     with monkeypatch.context() as patch:
         patch.setattr(dist, "all_reduce", interrupted)
-        assert asked.asked() is None
-    assert asked.asked() == name
+        assert preemption.agreed_reason() is None
+    assert preemption.agreed_reason() == name
 
 
 def test_one_press_of_ctrl_c_may_come_twice_and_a_second_press_stops_at_once(monkeypatch, capfd) -> None:
     preemption, clock = Preemption(), Clock(monkeypatch)
     for clock.now in (1000.0, 1000.001, 1001.9):  # the terminal's to every process, and what a launcher hands on
         os.kill(os.getpid(), signal.SIGINT)
-    assert preemption.asked() == "SIGINT"
+    assert preemption.agreed_reason() == "SIGINT"
     clock.now = 1002.1
     with pytest.raises(KeyboardInterrupt):
         os.kill(os.getpid(), signal.SIGINT)
-    said = "interrupted: saves after this step and stops; Ctrl-C again stops at once\n"
+    said = "interrupted: the run saves after this step and stops; Ctrl-C again stops it at once\n"
     assert capfd.readouterr().err == said  # once
 
 
@@ -78,7 +78,7 @@ def test_only_the_first_rank_tells_of_ctrl_c(monkeypatch, capfd) -> None:
     monkeypatch.setattr(dist, "get_rank", lambda: 1)
     preemption = Preemption()
     os.kill(os.getpid(), signal.SIGINT)
-    assert preemption.asked() == "SIGINT"
+    assert preemption.agreed_reason() == "SIGINT"
     assert capfd.readouterr().err == ""
 
 
@@ -86,24 +86,24 @@ def test_time_runs_out_after_max_time(monkeypatch) -> None:
     clock = Clock(monkeypatch)
     preemption, without = Preemption(max_time=50), Preemption()
     clock.now = 1049.0
-    assert preemption.asked() is None
+    assert preemption.agreed_reason() is None
     clock.now = 1051.0
-    assert preemption.asked() == "train.max_time"
+    assert preemption.agreed_reason() == "train.max_time"
     clock.now = 1e12
-    assert without.asked() is None
+    assert without.agreed_reason() is None
 
 
 def test_a_reason_does_not_hide_the_signal_before_it(monkeypatch) -> None:
     clock = Clock(monkeypatch)
     preemption = Preemption(max_time=50)
-    preemption.ask(Preemption.FAILED_SAVE)
+    preemption.request(Preemption.FAILED_SAVE)
     clock.now = 2000.0
-    assert preemption.asked() == "checkpoint.on_failure"
+    assert preemption.agreed_reason() == "checkpoint.on_failure"
     preemption = Preemption(max_time=50)
     os.kill(os.getpid(), signal.SIGUSR2)
-    preemption.ask(Preemption.FAILED_SAVE)
+    preemption.request(Preemption.FAILED_SAVE)
     clock.now = 3000.0
-    assert preemption.asked() == "SIGUSR2"
+    assert preemption.agreed_reason() == "SIGUSR2"
 
 
 def test_a_run_computes_on_the_cpu_where_lightning_would_take_apples_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -126,6 +126,6 @@ def test_ctrl_c_that_a_script_has_turned_off_stays_off(inherited: Any, by: str |
     signal.signal(signal.SIGINT, inherited)
     preemption = Preemption()
     os.kill(os.getpid(), signal.SIGINT)
-    assert preemption.asked() == by
+    assert preemption.agreed_reason() == by
     os.kill(os.getpid(), signal.SIGTERM)
-    assert preemption.asked() == "SIGTERM"
+    assert preemption.agreed_reason() == "SIGTERM"

@@ -54,10 +54,10 @@ def after(run: Run, steps: int) -> TrainState:
     """What is done ``steps`` steps after the run's start."""
     step, batch, warmup = run.done.step + steps, run.args.train.global_batch_size, run.args.optim.warmup_steps
     samples = run.done.samples + steps * batch
-    settled = run.settled(run.done)
+    state = run.with_schedule(run.done)
     if run.done.step < warmup <= step:
-        settled.warmup_samples = samples - (step - warmup) * batch
-    return replace(settled, step=step, samples=samples, tokens=samples * T)
+        state.warmup_samples = samples - (step - warmup) * batch
+    return replace(state, step=step, samples=samples, tokens=samples * T)
 
 
 # 20 of 40 steps at a batch of 8 are done: 160 of 320 samples

@@ -163,7 +163,7 @@ def test_what_a_run_leaves_behind(world, config: dict[str, Any], config_file: Pa
 
 BAD_RUNS = {
     "no such folder": (["--data.sources", '[{"path": "nowhere"}]'], ["nowhere is not a folder"]),
-    "no batch": (["--train.global_batch_size", 4096], ["blocks of 33 tokens, less than one batch of train.global_b"]),
+    "no batch": (["--train.global_batch_size", 4096], ["blocks of 33 tokens, fewer than one batch of train.global_b"]),
     "no block": (["--model.block_size", 100000], ["up holds", "down holds", "held_out holds"]),
     "batch": (
         ["--train.global_batch_size", 7],

@@ -31,7 +31,7 @@ from tinyllama.data import mixture
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import start_summary
-from tinyllama.train.step import losses_of
+from tinyllama.train.step import loss_function
 
 T = 16  # block_size
 
@@ -112,13 +112,13 @@ def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None
     sources = [{"weight": 0.7, "fingerprint": one}, {"weight": 0.3, "fingerprint": two}]
     order = {"version": 1, "window": 1024}
     of_data = {"seed": 3407, "order": order, "sources": sources}
-    assert run.data_metadata() == {"data": of_data, "model": asdict(run.config)}
+    assert run.fixed_metadata() == {"data": of_data, "model": asdict(run.config)}
     assert run.tokenizer_metadata() == {"tokenizer_sha256": "0" * 64, "bos": False, "bos_id": 1, "eos_id": 2}
     chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
     assert recipe.setup(data(settings, validation=chunks)).tokenizer_metadata() == run.tokenizer_metadata()
-    facts = recipe.setup(ramped(settings, 999, (None, 0.8))).data_metadata()["data"]
+    order_metadata = recipe.setup(ramped(settings, 999, (None, 0.8))).fixed_metadata()["data"]
     sources = [sources[0] | {"final_weight": None}, sources[1] | {"final_weight": 0.8}]
-    assert facts == {"seed": 3407, "order": order, "sources": sources, "ramp_tokens": 999}
+    assert order_metadata == {"seed": 3407, "order": order, "sources": sources, "ramp_tokens": 999}
 
 
 def test_all_sources_together_must_fill_a_batch(recipe, settings) -> None:
@@ -128,7 +128,7 @@ def test_all_sources_together_must_fill_a_batch(recipe, settings) -> None:
     assert recipe.setup(batch(100)).accumulation == 50
     (problem,) = problems(recipe, batch(102))
     assert problem == (
-        "data.sources hold 100 blocks of 17 tokens, less than one batch of train.global_batch_size 102: "
+        "data.sources hold 100 blocks of 17 tokens, fewer than one batch of train.global_batch_size 102: "
         "give more data or --train.global_batch_size 2"
     )
     assert recipe.setup(batch(2)).accumulation == 1
@@ -241,11 +241,11 @@ def test_documents_and_positions_go_to_the_model(recipe, settings, restart: bool
         return args
 
     run = recipe.setup(settings)
-    assert losses_of(model, run.args.data, run.sources[0].eos_id) is model
+    assert loss_function(model, run.args.data, run.sources[0].eos_id) is model
     run = recipe.setup(data(settings, document_mask=True, restart_positions=restart))
     ids = torch.tensor([[5, 2, 6, 1, 2, 2, 8], [2, 0, 0, 3, 3, 4, 2]])
     targets = ids + 1
-    given = losses_of(model, run.args.data, run.sources[0].eos_id)(ids, targets)
+    given = loss_function(model, run.args.data, run.sources[0].eos_id)(ids, targets)
     assert given[0] is ids
     assert given[1] is targets
     # an eos, 2, is its document's last token
@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_the_data_it_had_and_no_other(recipe, settings, saved
 
 
 def test_a_run_resumes_in_the_order_it_had_and_no_other(recipe, settings, saved, monkeypatch) -> None:
-    sources = recipe.setup(settings).data_metadata()["data"]["sources"]
+    sources = recipe.setup(settings).fixed_metadata()["data"]["sources"]
     orders = {"none, as before it was recorded": {}, "today's": {"order": {"version": 1, "window": 1024}}}
     for order in orders.values():
         step = saved(seed=3407, sources=sources, **order)

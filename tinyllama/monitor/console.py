@@ -258,8 +258,8 @@ def _layout(world: World) -> str:
     if world.size == 1:
         return "1 copy on 1 rank"
     if world.shard == 1:
-        return f"{world.copies} copies, one on each rank"
-    copies = "1 copy," if world.copies == 1 else f"{world.copies} copies, each"
+        return f"{world.replicas} copies, one on each rank"
+    copies = "1 copy," if world.replicas == 1 else f"{world.replicas} copies, each"
     return f"{copies} sharded over {world.shard} ranks"
 
 

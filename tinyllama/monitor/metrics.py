@@ -54,7 +54,7 @@ from tinyllama.monitor.run_files import (
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.evaluate import source_names
-from tinyllama.train.preemption import Preemption, was_asked_for
+from tinyllama.train.preemption import Preemption, is_planned
 from tinyllama.train.run import Run
 
 HOOK_EVENTS = {
@@ -96,7 +96,7 @@ class RunLog:
         self._sources = source_columns([source.path for source in run.args.data.sources])
         samples, aside = run.out_dir / "samples.jsonl", []
         config, settings = run.out_dir / "config.yaml", cli.dump(run.resolved())
-        self._data = run.data_metadata()["data"] | {"validation": [one.fingerprint for one in run.validation]}
+        self._data = run.fixed_metadata()["data"] | {"validation": [one.fingerprint for one in run.validation]}
         is_other = step is None and not is_begun_again(run.out_dir, settings, self._data)
         with _rewriting(config):  # which the recipe writes next; it may have been written by hand
             if is_other and config.is_file() and config.read_bytes() != settings.encode():
@@ -186,7 +186,7 @@ class RunLog:
         parts = [console_line(row, self._run.max_steps, None), best, *by_source(row)]
         self._console.line("  ".join(parts), "validation")
 
-    def samples(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:
+    def sample_texts(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:
         """Append prompts and their continuations to samples.jsonl."""
         if self._is_rank_zero and texts:
             samples = [{"step": step, "tokens": tokens, "prompt": prompt, "text": text} for prompt, text in texts]
@@ -198,8 +198,8 @@ class RunLog:
         return {name: self._before[what] - before[what] for name, what in WAITS.items() if what in before}
 
     @contextlib.contextmanager
-    def clock(self, what: str, step: int, is_background: bool = False) -> Iterator[None]:
-        """Count the time in it to ``what``, not to training; a checkpoint is an event of ``step``, too.
+    def time_spent(self, what: str, step: int, is_background: bool = False) -> Iterator[None]:
+        """Count the block's time as ``what`` instead of training, and log a checkpoint as an event of ``step``.
 
         ``is_background`` says that the checkpoint is not yet complete.
         """
@@ -297,7 +297,7 @@ class RunLog:
         """Append an event with its details to events.jsonl, and show ``lines``."""
         if self._is_rank_zero:
             append_json(self._events, {"time": round(time.time(), 3), "event": name, **details})
-            kind = "failure" if name == "stop" and not was_asked_for(details.get("by")) else name
+            kind = "failure" if name == "stop" and not is_planned(details.get("by")) else name
             for line in lines:
                 self._console.line(line, kind)
             if self._hook and kind in HOOK_EVENTS:

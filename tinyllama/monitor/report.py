@@ -34,7 +34,7 @@ from tinyllama.monitor.run_files import (
     tokens_before,
 )
 from tinyllama.throughput import duration
-from tinyllama.train.preemption import was_asked_for
+from tinyllama.train.preemption import is_planned
 
 BUCKETS = 600
 """A curve of more than twice as many points is thinned out to the lowest and the highest in each of as many buckets,
@@ -243,7 +243,7 @@ def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
         if not (0 <= at < 1e12 and 0 <= found < 2**63):  # neither a date nor a step
             continue
         step = found
-        if kind == "stop" and not was_asked_for(event.get("by")):
+        if kind == "stop" and not is_planned(event.get("by")):
             kind = "failure"
         shown = {key: value for key, value in event.items() if key not in ENVIRONMENT and value not in (None, [], {})}
         details = ", ".join(f"{key} {value}" for key, value in shown.items())

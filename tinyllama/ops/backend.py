@@ -23,7 +23,7 @@ INSTALL = {
 
 @dataclass(frozen=True)
 class Backend:
-    """Describe one implementation of an operation."""
+    """One implementation of an operation."""
 
     call: Callable[..., Any]
     cuda: bool = False

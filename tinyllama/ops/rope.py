@@ -2,8 +2,8 @@
 
 Every backend takes qkv (B, T, G, nh/G + 2, hs), where the last heads of a group are its key and its value, and cos and
 sin (T, hs/2) fp32, and returns q (B, nh, T, hs) and k, rotated, and v, (B, G, T, hs) each. cos and sin may be
-(B, 1, T, hs/2), where each sequence has its own positions. The rotation is in fp32 because bf16 angles are off by up to
-2e-3 at 2048 tokens, and by more beyond.
+(B, 1, T, hs/2), where each sequence has its own positions. Tables and rotation are in fp32: cosines and sines rounded
+to bf16 are off by up to 2e-3 at any position, and angles in bf16 by up to 4 radians at 2048 tokens.
 """
 
 import functools

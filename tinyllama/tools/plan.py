@@ -163,7 +163,7 @@ class Traffic(NamedTuple):
     gather: float
     """all-gather of the weights: before a forward pass and, if they are resharded after it, before the backward pass"""
     reduce: float
-    """reduction of the gradients in a backward pass, over the ranks of a shard and over the copies"""
+    """reduction of the gradients in a backward pass, over the ranks of a replica and over the replicas"""
 
 
 def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | int) -> Traffic:
@@ -173,7 +173,7 @@ def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str 
     reduce-scatter, and twice that for an all-reduce (github.com/NVIDIA/nccl-tests, doc/PERFORMANCE.md).
     """
     shard = cluster.shard(how)
-    copies = cluster.gpus // shard
+    replicas = cluster.gpus // shard
     weight_bytes = (4 if args.train.precision == "fp32" else 2) * config.num_params()
     gradient_bytes = 4 * config.num_params()  # always reduced in fp32
 
@@ -183,7 +183,7 @@ def traffic(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str 
 
     gather_s = ring_s(shard, weight_bytes, cluster.bandwidth(shard))
     scatter_s = ring_s(shard, gradient_bytes, cluster.bandwidth(shard))
-    all_reduce_s = 2 * ring_s(copies, gradient_bytes / shard, cluster.bandwidth(copies, apart=shard))
+    all_reduce_s = 2 * ring_s(replicas, gradient_bytes / shard, cluster.bandwidth(replicas, apart=shard))
     return Traffic(gather_s, scatter_s + all_reduce_s)
 
 
@@ -201,9 +201,9 @@ def muon(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | i
     The iterations of each hidden matrix are computed once in the world, by the rank that owns it, and a rank with one
     matrix takes as long as that takes: max(sum / ranks, largest) / (MUON_MFU x peak), of ``newton_schulz_flops``.
 
-    For the exchange, the matrices are divided over the copies of the model. A copy's r ranks send (r - 1) / r of its
-    h / copies hidden parameters to their owners and as many back; then each shard's updates are gathered over the
-    copies. The rest of the step reads and writes as many bytes as AdamW's, and is not counted. Measured for the 1.1B:
+    For the exchange, the matrices are divided over the replicas of the model. A replica's r ranks send (r - 1) / r of
+    its h / replicas hidden parameters to their owners and as many back; then each shard's updates are gathered over the
+    replicas. The rest of the step reads and writes as many bytes as AdamW's, and is not counted. Measured for the 1.1B:
     87 ms more than AdamW on one H100, of which iterations 73; with quack's symmetric products 55, and 36 on two H200s.
     """
     if args.optim.name != "muon":
@@ -216,15 +216,15 @@ def muon(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | i
     assert peak is not None  # a test checks every GPU of the table
 
     shard = cluster.shard(how)
-    copies = cluster.gpus // shard
+    replicas = cluster.gpus // shard
     shard_bytes = (4 if args.train.precision == "fp32" else 2) * config.num_hidden / shard
     near = min(shard, cluster.gpus_per_node)  # ranks of a node, whose link all-to-all shares; the others by the network
-    per_rank = shard_bytes / copies / shard
+    per_rank = shard_bytes / replicas / shard
     to_owners_s = per_rank * (near - 1) / (cluster.gpu.link * 1e9)
     to_owners_s += per_rank * (shard - near) / (NETWORK * cluster.network / 8 * 1e9)
-    to_copies_s = (copies - 1) / copies * shard_bytes / cluster.bandwidth(copies, apart=shard)
-    hops = 2 * (shard - 1) + copies - 1
-    return Muon(busiest / (MUON_MFU * peak), 2 * to_owners_s + to_copies_s + hops * HOP_SECONDS)
+    to_replicas_s = (replicas - 1) / replicas * shard_bytes / cluster.bandwidth(replicas, apart=shard)
+    hops = 2 * (shard - 1) + replicas - 1
+    return Muon(busiest / (MUON_MFU * peak), 2 * to_owners_s + to_replicas_s + hops * HOP_SECONDS)
 
 
 class Speed(NamedTuple):

@@ -54,16 +54,16 @@ class StepResult:
 class Guard:
     """Checks every step, with the same result on every rank; ``state`` carries what it has seen over a restart.
 
-    ``copies`` is how many ranks hold each shard of the gradients.
+    ``replicas`` is how many ranks hold each shard of the gradients.
     """
 
     def __init__(
-        self, args: TrainArgs, optimizer: torch.optim.Optimizer, state: TrainState, copies: int, device: torch.device
+        self, args: TrainArgs, optimizer: torch.optim.Optimizer, state: TrainState, replicas: int, device: torch.device
     ) -> None:
         self._args = args
         self._optimizer = optimizer
         self._state = state
-        self._copies = copies
+        self._replicas = replicas
         if args.skip_spikes is None:
             state.recent = []  # what was usual when a run last looked says nothing once it looks again
         # losses and gradient norms of the last steps not skipped, the newest last
@@ -82,7 +82,7 @@ class Guard:
         squares = torch.stack(torch._foreach_norm(gradients)).square().sum()
         report = torch.zeros(2 + dist.get_world_size(), device=loss_sum.device)
         report[0] = loss_sum / num_tokens
-        report[1] = squares / self._copies
+        report[1] = squares / self._replicas
         report[2 + dist.get_rank()] = ~(loss_sum.isfinite() & squares.isfinite())
         dist.all_reduce(report)
         pair = torch.stack((report[0], report[1].sqrt()))

@@ -14,7 +14,14 @@ import torch.distributed as dist
 
 from tinyllama import InputError, stdio
 from tinyllama.config import cli
-from tinyllama.train.launch import Launch, LaunchError, cluster_environment, find_launch, torchrun_serves
+from tinyllama.train.launch import (
+    OTHER_LAUNCHER,
+    Launch,
+    LaunchError,
+    cluster_environment,
+    find_launch,
+    torchrun_serves,
+)
 
 PATIENCE = 30.0
 """seconds that a rank with an error waits for others that may have the same one"""
@@ -23,9 +30,10 @@ PR_SET_PDEATHSIG = 1
 
 
 def as_rank(main: Callable[[], int]) -> int:
-    """Run ``main`` as one of the ranks: an error that several ranks find is printed by one of them.
+    """Run ``main`` as one of the ranks; an error that several ranks find is printed only once.
 
-    A rank whose launcher is gone ends: by SIGTERM, which saves a checkpoint.
+    When its torchrun, srun or mpirun is gone, a rank ends by SIGTERM, which saves a checkpoint. A rank that rank 0 has
+    started is killed with it: without rank 0 nothing can be saved.
     """
     cli.leave_signals()  # a rank may wait for others in C, where it would not hear them; Preemption takes them later
     try:
@@ -92,7 +100,7 @@ def _end_with_launcher(launch: Launch | None) -> None:
     An unknown launcher is not watched: it may end by design, as a script does that starts ranks in the background.
     """
     child_of_rank_0 = launch is None and "LOCAL_RANK" in os.environ  # by Fabric; without rank 0 nothing can be saved
-    if child_of_rank_0 or (launch and launch.launcher != "a launcher") or "OMPI_COMM_WORLD_SIZE" in os.environ:
+    if child_of_rank_0 or (launch and launch.launcher != OTHER_LAUNCHER) or "OMPI_COMM_WORLD_SIZE" in os.environ:
         number, parent = signal.SIGKILL if child_of_rank_0 else signal.SIGTERM, os.getppid()
         if child_of_rank_0 and sys.platform == "linux":
             ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, number)

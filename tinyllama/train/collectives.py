@@ -21,8 +21,8 @@ reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tens
 def coalesced(group: dist.ProcessGroup, *, async_ops: bool = False) -> AbstractContextManager[Any]:
     """Launch the collectives of a ``with`` block, all of one kind, as one.
 
-    It gives what to ``wait`` for, or None: with TORCH_DISTRIBUTED_DEBUG=DETAIL, of which torch 2.11 knows no coalesced
-    collectives, they are launched one by one, and waited for.
+    With ``async_ops`` the block yields what to ``wait`` for. With TORCH_DISTRIBUTED_DEBUG=DETAIL, for which torch 2.11
+    cannot coalesce, it yields None, and each collective is launched and waited for by itself.
     """
     if dist.get_debug_level() == dist.DebugLevel.DETAIL:
         return contextlib.nullcontext()
@@ -52,13 +52,13 @@ def rank_map() -> list[str]:
     return [f"{host}: {'rank' if len(of) == 1 else 'ranks'} {' '.join(of)}" for host, of in numbers.items()]
 
 
-def refuse_differences(facts: Mapping[str, Any]) -> None:
-    """Collective. Raise InputError on every rank, naming what differs, if any rank has other ``facts`` than rank 0.
+def refuse_differences(shared: Mapping[str, Any]) -> None:
+    """Collective. Raise InputError on every rank, naming what differs, if a rank's ``shared`` is not that of rank 0.
 
     Another node may have other settings, code, packed data or packages: the run would hang, or be wrong silently.
     """
     of_ranks: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(of_ranks, (socket.gethostname(), dict(facts)))
+    dist.all_gather_object(of_ranks, (socket.gethostname(), dict(shared)))
     first_host, first = of_ranks[0]
     for rank, (host, other) in enumerate(of_ranks):
         keys = [key for key in first | other if first.get(key) != other.get(key)]

@@ -1,4 +1,4 @@
-"""How well a model predicts held-out tokens."""
+"""Measure the loss on held-out tokens, in nats per token and bits per byte."""
 
 import itertools
 import math
@@ -23,7 +23,7 @@ def loss_sum(
     device: torch.device,
     stop: Callable[[], bool] = lambda: False,
 ) -> Tensor | None:
-    """This rank's sum of losses over ``batches`` and the number of tokens in it, (2,) fp64; None once ``stop`` says so.
+    """Return this rank's sum of losses over ``batches`` and its number of tokens, (2,) fp64; None if ``stop`` ended it.
 
     The caller sums both over the ranks and then divides: a mean of means would weigh ranks, not tokens.
     """

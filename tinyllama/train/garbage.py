@@ -1,4 +1,4 @@
-"""Python's garbage collection, at the same steps on all ranks."""
+"""Collect Python's garbage at the same steps on all ranks."""
 
 import gc
 

@@ -18,6 +18,8 @@ from tinyllama.config.args import ParallelArgs
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """what a launcher sets for each process, be it torchrun, Kubernetes or a script"""
+OTHER_LAUNCHER = "a launcher"
+"""any other launcher that sets VARIABLES, as messages call it"""
 SHELL_JOB_NAMES = ("bash", "interactive")
 """names of interactive Slurm jobs, in whose single task plain ``python`` starts ranks of its own"""
 INTERFACES = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
@@ -26,15 +28,15 @@ LOOPBACK = ("127.0.0.1", "localhost", "::1")
 
 
 class LaunchError(InputError):
-    """Report a launch that is wrong for all of its processes alike."""
+    """The launch is wrong in the same way for all of its processes."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher of this process has told it."""
+    """What the launcher told this process."""
 
     launcher: str
-    """torchrun, srun, or ``a launcher`` that set VARIABLES"""
+    """torchrun, srun, or OTHER_LAUNCHER"""
     rank: int
     local_rank: int
     size: int
@@ -70,8 +72,8 @@ class World:
         return self.nodes * self.local_ranks
 
     @property
-    def copies(self) -> int:
-        """Copies of the weights."""
+    def replicas(self) -> int:
+        """Number of complete copies of the weights over all ranks (1 unless HSDP or DDP)."""
         return self.size // self.shard
 
 
@@ -90,8 +92,8 @@ def find_world(args: ParallelArgs) -> World:
         )
     if 0 < gpus < local:
         raise InputError(
-            f"{local} ranks on each node and {gpus} GPUs to be seen here: start fewer, or give --gpus-per-node in "
-            "place of --gpus-per-task"
+            f"{local} ranks on each node, but only {gpus} visible {'GPU' if gpus == 1 else 'GPUs'}: start fewer, or "
+            "give --gpus-per-node instead of --gpus-per-task"
         )
     shard = {"full": size, "node": local, "none": 1}.get(str(args.shard)) or int(args.shard)
     if size % shard:
@@ -118,13 +120,13 @@ def find_launch() -> Launch | None:
     if "SLURM_STEP_ID" in env and (tasks > 1 or env.get("SLURM_JOB_NAME") not in SHELL_JOB_NAMES):
         return _launch_by_srun(tasks)
     if (in_job := env_number("SLURM_NTASKS", 1)) > 1:
-        raise LaunchError(f"the job has {in_job} tasks and this is none of them: start it with srun python ...")
+        raise LaunchError(f"the job has {in_job} tasks, and this is not one of them: start it with srun python ...")
     return None
 
 
 def _launch_by_variables(tasks: int) -> Launch:
     env, gpus = os.environ, torch.cuda.device_count()
-    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else "a launcher"
+    launcher = "torchrun" if "TORCHELASTIC_RUN_ID" in env else OTHER_LAUNCHER
     missing = [name for name in VARIABLES if not env.get(name)]
     one_a_node = missing == ["LOCAL_RANK"]  # Kubernetes' PyTorchJob sets the others, for one process in each pod
     if missing and not one_a_node:
@@ -201,10 +203,10 @@ def env_number(name: str, default: int | None = None, *, least: int = 0, below: 
 
 
 def cluster_environment() -> ClusterEnvironment:
-    """Return the launch as Fabric takes it. Rank 0 opens the ranks' store.
+    """Return the launch as Fabric takes it; rank 0 opens the ranks' store.
 
-    On one machine nothing of the ranks listens for others: neither the store, nor gloo or NCCL, unless their interfaces
-    are set.
+    Sets the launch's variables in os.environ for Fabric. On one machine, the store and, unless their interfaces are
+    set, gloo and NCCL use the loopback, so that no rank listens for other machines.
     """
     env, launch = os.environ, find_launch()
     environment = LightningEnvironment() if launch is None else TorchElasticEnvironment()

@@ -27,7 +27,7 @@ from tinyllama.train.launch import World, cluster_environment
 
 
 def build_fabric(world: World, args: ParallelArgs, train: TrainArgs) -> Fabric:
-    """Return Lightning Fabric over every rank, whose ``setup_module`` lays out the model by FSDP2."""
+    """Return Lightning Fabric over every rank, whose ``setup_module`` calls ``parallelize``."""
     for name in ("lightning.fabric", "lightning.pytorch"):  # whichever was imported last speaks for both
         logging.getLogger(name).setLevel(logging.WARNING)  # our summary says what they would
     strategy = ModelParallelStrategy(
@@ -59,18 +59,18 @@ def parallelize(model: GPT, mesh: DeviceMesh, args: ParallelArgs, shard: int, tr
     if train.precision == "float8":
         loss_scale = mesh.size() / (train.global_batch_size * model.config.block_size)  # train/step.py
         model.scaling = DelayedScaling(model.transformer["h"], device, loss_scale)
-    for block in model.transformer["h"].children():
-        block.forward = recomputing(block.forward, train.activation_checkpointing)
+    for block in model.layers:
+        block.forward = recomputing(block.forward, train.activation_checkpointing)  # type: ignore[method-assign]
     if train.compiles(mesh.device_type):
         # the forward, not the module: hooks, FSDP's among them, stay outside, and names stay what they are
         whole = model.ops["swiglu"] != "xformers"  # which torch.compile cannot look into
-        for module in [*model.transformer["h"].children(), model.transformer["ln_f"]]:
+        for module in [*model.layers, model.transformer["ln_f"]]:
             module.forward = torch.compile(module.forward, fullgraph=whole, dynamic=False)
     if args.keeps_gathered(shard, nodes):
         model.to_empty(device=device)
         model.gathered = Gathered(model, replicate_shard, cast(torch.dtype, policy.param_dtype), overlap=nodes > 1)
     else:
-        for block in model.transformer["h"].children():
+        for block in model.layers:
             fully_shard(block, mesh=replicate_shard, mp_policy=policy, reshard_after_forward=args.reshard_after_forward)
         fully_shard(model, mesh=replicate_shard, mp_policy=policy)
         model.to_empty(device=device)

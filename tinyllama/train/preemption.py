@@ -10,28 +10,28 @@ import torch.distributed as dist
 from tinyllama import stdio
 
 
-def was_asked_for(by: object) -> bool:
-    """Return whether ``by`` of a stop event is a signal or setting that asked for it: then the same command resumes."""
+def is_planned(by: object) -> bool:
+    """Return whether ``by`` of a stop event is a signal or train.max_time, after which the same command resumes."""
     return by not in (None, Preemption.NAMES[Preemption.FAILED_SAVE])
 
 
 class Preemption:
-    """A stop that every rank agrees on, whichever of them the signal reached or whose time is over.
+    """Stops every rank at the same step if any rank gets a signal, runs out of time or cannot save.
 
-    Slurm sends SIGTERM before it kills, and what ``#SBATCH --signal`` asks for before a time limit. A second Ctrl-C is
-    a KeyboardInterrupt.
+    Slurm sends SIGTERM before it kills a job, and the signal of ``#SBATCH --signal`` before a time limit. A second
+    Ctrl-C is a KeyboardInterrupt.
     """
 
     MAX_TIME, FAILED_SAVE = 0x100, 0x101  # above every signal's number
     NAMES = {MAX_TIME: "train.max_time", FAILED_SAVE: "checkpoint.on_failure"}
-    ONE_PRESS = 2.0  # seconds; a terminal sends SIGINT to all, and torchrun hands it on
+    ONE_PRESS = 2.0  # seconds; one press may arrive twice, from the terminal and forwarded by torchrun
 
     def __init__(self, max_time: float | None = None) -> None:
-        self._asked = 0
+        self._requested = 0
         self._until = float("inf") if max_time is None else time.monotonic() + max_time
         self._interrupted: float | None = None  # when Ctrl-C was first pressed
         self._is_rank_zero = dist.get_rank() == 0
-        # on the CPU, so that asking does not wait for the GPU
+        # on the CPU, so that agreeing does not wait for the GPU
         self._group = dist.new_group(backend="gloo")
         for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
             signal.signal(number, self._receive)
@@ -43,22 +43,23 @@ class Preemption:
             if self._interrupted is None:
                 self._interrupted = time.monotonic()
                 if self._is_rank_zero:
-                    stdio.write_stderr(b"interrupted: saves after this step and stops; Ctrl-C again stops at once\n")
+                    line = b"interrupted: the run saves after this step and stops; Ctrl-C again stops it at once\n"
+                    stdio.write_stderr(line)
             elif time.monotonic() > self._interrupted + self.ONE_PRESS:
                 raise KeyboardInterrupt
-        self._asked = number
+        self._requested = number
 
-    def ask(self, number: int) -> None:
-        """Ask for a stop, on any rank, as a signal does."""
-        self._asked = self._asked or number
+    def request(self, number: int) -> None:
+        """Request a stop on any rank, as a signal does."""
+        self._requested = self._requested or number
 
-    def asked(self) -> str | None:
-        """Collective. Return the name of the signal or setting that asks any rank for a stop; None if nothing does."""
+    def agreed_reason(self) -> str | None:
+        """Collective. Return the name of the signal or setting that stops the run; None if no rank requests a stop."""
         if time.monotonic() > self._until:
-            self.ask(self.MAX_TIME)
-        number = torch.tensor(self._asked)
+            self.request(self.MAX_TIME)
+        number = torch.tensor(self._requested)
         dist.all_reduce(number, op=dist.ReduceOp.MAX, group=self._group)
         if not (agreed := int(number)):
             return None  # one that has come meanwhile is for the next call
-        self._asked = agreed
+        self._requested = agreed
         return self.NAMES.get(agreed) or signal.Signals(agreed).name

@@ -1,4 +1,4 @@
-"""Resolve a run: what its settings and its data come to is known before the first rank starts."""
+"""Resolve the settings and the data of a run into what training needs, before the ranks connect."""
 
 import hashlib
 import sys
@@ -20,7 +20,7 @@ from tinyllama.data.packed import PackedDataset
 from tinyllama.ops import choice, float8
 from tinyllama.train.budget import samples_of_warmup, smaller_batch, total_steps
 from tinyllama.train.launch import World
-from tinyllama.train.samples import Samples
+from tinyllama.train.sample_texts import SampleTexts
 from tinyllama.train.schedule import lr_at
 
 MOST_RAMP = 2**31
@@ -30,7 +30,7 @@ PACKAGE = Path(__file__).parents[1]
 
 @dataclass(frozen=True)
 class Run:
-    """Hold all that every rank knows alike."""
+    """Everything about a run that is known before training starts; it is the same on every rank."""
 
     args: PretrainArgs
     config: ModelConfig
@@ -39,19 +39,19 @@ class Run:
     validation: list[PackedDataset]
     mixture: Mixture
     accumulation: int
-    """micro-batches a rank passes through in one step"""
+    """micro-batches that each rank processes per step"""
     ops: dict[str, str]
     """backend of each operation"""
     resume: Path | None = None
-    """the step directory to go on from"""
+    """checkpoint directory that the run resumes from; None: a new run"""
     done: TrainState = field(default_factory=TrainState)
-    """what has been done there, at whichever batch it was; everything else of a run is as its settings are today"""
-    samples: Samples | None = None
-    """the prompts to continue at each validation"""
+    """progress saved in that checkpoint, made at any batch size; all else follows from the current settings"""
+    sample_texts: SampleTexts | None = None
+    """continues the prompts of eval.samples at each validation; None: there are none"""
 
     @cached_property
     def max_steps(self) -> int:
-        """Steps that are done and that are left, together."""
+        """Optimizer steps of the whole run: those done and those left."""
         return total_steps(self.args, self.config.block_size, self.num_blocks, self.done)
 
     @property
@@ -107,10 +107,10 @@ class Run:
 
     @property
     def schedule_offset(self) -> int:
-        """Steps by which the schedule is ahead of the run's own count.
+        """Steps to add to the run's own count to find its place on the learning rate schedule.
 
-        A budget in tokens or epochs is spent by the sample. After the warm-up, which is in steps, what was done at
-        other batch sizes therefore counts as the steps of today's that it would have been.
+        A budget in tokens or epochs is counted in samples. After the warm-up, which is counted in steps, the samples
+        seen at another batch size therefore count as the steps that they would make at the current one.
         """
         train, done, warmup = self.args.train, self.done, self.args.optim.warmup_steps
         if train.max_steps is not None or done.step < warmup:
@@ -120,11 +120,11 @@ class Run:
 
     @cached_property
     def decay_batch(self) -> float:
-        """Samples of each of the steps that optim.decay_steps counts.
+        """Batch size, in samples, of the steps that optim.decay_steps counts.
 
-        They are today's, unless a budget in tokens or epochs is resumed at another batch: a decay that is under way
-        stays as long as it was, and one that would have begun at today's batch begins now. None is before the warm-up
-        ends.
+        It is the current one, unless a run with a budget in tokens or epochs resumes at another batch size. Then a
+        decay that has begun keeps its length in samples, and one that should have begun by now begins now. Before the
+        warm-up has ended, no decay has begun.
         """
         batch, optim, done = self.args.train.global_batch_size, self.args.optim, self.done
         decay_steps, has_budget_in_steps = optim.decay_steps, self.args.train.max_steps is not None
@@ -134,8 +134,8 @@ class Run:
         is_under_way = decay_steps * done.decay_batch > left * batch
         return done.decay_batch if is_under_way else min(batch, left * batch / decay_steps)
 
-    def settled(self, state: TrainState) -> TrainState:
-        """Return ``state`` with what fixes the schedule, so that a later resume has it and does not find it anew."""
+    def with_schedule(self, state: TrainState) -> TrainState:
+        """Return ``state`` with the end of the warm-up and the decay's batch size, so that a resume finds them."""
         ended = samples_of_warmup(self.args, self.done)
         decay_batch = -1 if self.args.optim.decay_steps is None else self.decay_batch
         return replace(state, warmup_samples=ended, decay_batch=decay_batch)
@@ -144,8 +144,8 @@ class Run:
         """Return the settings with the model's sizes written out: what config.yaml holds."""
         return asdict(self.args) | {"model": asdict(self.config)}
 
-    def data_metadata(self) -> dict[str, Any]:
-        """Return what fixes the model and the order of the samples: a resumed run must have the same."""
+    def fixed_metadata(self) -> dict[str, Any]:
+        """Return the model and the order of the samples, which checkpoints record and a resumed run must not change."""
         data, ramp = self.args.data, self.args.data.ramp_tokens
         sources = [
             {"weight": source.weight, "fingerprint": dataset.fingerprint}
@@ -153,13 +153,14 @@ class Run:
             for source, dataset in zip(data.sources, self.sources, strict=True)
         ]
         order = {"version": mixture.ORDER_VERSION, "window": mixture.WINDOW}
-        facts = {"seed": data.seed, "order": order, "sources": sources}
-        return {"data": facts if ramp is None else facts | {"ramp_tokens": ramp}, "model": asdict(self.config)}
+        order_metadata = {"seed": data.seed, "order": order, "sources": sources}
+        order_metadata |= {} if ramp is None else {"ramp_tokens": ramp}
+        return {"data": order_metadata, "model": asdict(self.config)}
 
-    def facts(self) -> dict[str, Any]:
-        """Return what all ranks must have found alike, by dotted key; each node may have its packed data elsewhere."""
+    def shared_settings(self) -> dict[str, Any]:
+        """Return what must be equal on all ranks, by dotted key; datasets by fingerprint, as their paths may differ."""
         settings = self.resolved()
-        settings["data"] |= self.data_metadata()["data"] | {"validation": [one.fingerprint for one in self.validation]}
+        settings["data"] |= self.fixed_metadata()["data"] | {"validation": [one.fingerprint for one in self.validation]}
         return leaves(settings | {"ops": self.ops, "torch": torch.__version__, "code": code_sha256()})
 
     def tokenizer_metadata(self) -> dict[str, Any]:
@@ -181,11 +182,11 @@ def code_sha256() -> str:
 
 
 def mix(args: PretrainArgs, sources: list[PackedDataset], block_size: int, accumulation: int) -> Mixture:
-    """Return the order of the samples; raises InputError when the sources hold less than one global batch."""
+    """Return the order of the samples; raises InputError if the sources hold less than one global batch."""
     num_blocks = [source.num_blocks(block_size) for source in sources]
     if sum(num_blocks) < args.train.global_batch_size:
         raise InputError(
-            f"data.sources hold {sum(num_blocks)} blocks of {block_size + 1} tokens, less than one batch of "
+            f"data.sources hold {sum(num_blocks)} blocks of {block_size + 1} tokens, fewer than one batch of "
             f"train.global_batch_size {args.train.global_batch_size}: give more data or "
             f"{smaller_batch(args, sum(num_blocks), block_size, accumulation)}"
         )

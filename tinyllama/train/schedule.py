@@ -1,4 +1,4 @@
-"""The learning rate as a function of the step."""
+"""Compute the learning rate as a function of the step."""
 
 import math
 from collections.abc import Callable

@@ -42,7 +42,7 @@ def start_from(step_dir: Path | None, run: Run) -> Run:
 
 def _check_resume(step_dir: Path, saved: dict[str, Any], run: Run) -> None:
     """Raise InputError for a checkpoint of other data, of another model, or beyond the run's budget."""
-    now = run.data_metadata()
+    now = run.fixed_metadata()
     then = {key: saved.get(key) for key in now}
     if isinstance(then["data"], dict):
         then["data"] = {"order": FIRST_ORDER} | then["data"]
@@ -77,9 +77,9 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
     while True:
         run = start_from(step_dir, run)
         if run.resume is None:
-            return run, run.settled(TrainState())
+            return run, run.with_schedule(TrainState())
         try:
-            state = run.settled(reader.load(run.resume, model, optimizer))
+            state = run.with_schedule(reader.load(run.resume, model, optimizer))
             if model.scaling is not None:
                 model.scaling.resume(state.float8_exponents, run.resume)
             return run, state

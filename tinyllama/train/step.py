@@ -16,12 +16,12 @@ from tinyllama.train.anomaly import Guard
 from tinyllama.train.optim import clip, local_gradients, set_lr
 from tinyllama.train.parallel import finish_gradients, sync_gradients
 
-Losses = Callable[[Tensor, Tensor], Tensor]
-"""Input ids and targets, (B, T) int64 each, to the loss summed over the tokens, ()"""
+LossFunction = Callable[[Tensor, Tensor], Tensor]
+"""Maps input ids and targets, (B, T) int64 each, to the sum of their losses, () fp32."""
 
 
-def losses_of(model: nn.Module, data: DataArgs, eos_id: int | None) -> Losses:
-    """Return the loss of ``model``, which sees one document at a time if ``data.document_mask`` asks for that."""
+def loss_function(model: nn.Module, data: DataArgs, eos_id: int | None) -> LossFunction:
+    """Return the summed loss of ``model``; with ``data.document_mask``, tokens see only their own document."""
     if not data.document_mask or eos_id is None:
         return model
     return lambda ids, targets: model(ids, targets, attention.documents(ids, eos_id), data.restart_positions)
@@ -34,8 +34,8 @@ class TrainStep:
     args: PretrainArgs
     fabric: Fabric
     gpt: GPT
-    losses: Losses
-    """the model as Fabric calls it"""
+    loss_function: LossFunction
+    """summed loss of a micro-batch, by Fabric's wrapper of the model"""
     optimizer: _FabricOptimizer
     guard: Guard
     accumulation: int
@@ -44,9 +44,9 @@ class TrainStep:
     """tokens of a step over the whole world"""
 
     def __call__(self, state: TrainState, batches: Iterator[tuple[Tensor, Tensor]], lr: float) -> None:
-        """Train on the next micro-batches of ``batches`` at the learning rate ``lr``, and count them in ``state``.
+        """Train on the next micro-batches of ``batches``, (B, T) int64 pairs, at ``lr``, and count them in ``state``.
 
-        Nothing here waits for the device; ``guard.poll`` tells what came of the step.
+        Nothing waits for the device, except once in float8 (``DelayedScaling``); ``guard.poll`` returns the result.
         """
         set_lr(self.optimizer.optimizer, lr)
         if self.gpt.scaling is not None:
@@ -55,8 +55,8 @@ class TrainStep:
         for micro_batch in range(self.accumulation):
             input_ids, targets = next(batches)
             sync_gradients(self.gpt, micro_batch == self.accumulation - 1, self.args.parallel)
-            loss = self.losses(input_ids, targets)
-            # FSDP averages gradients over the ranks: what comes out is that of the mean over the step's tokens
+            loss = self.loss_function(input_ids, targets)
+            # gradients are averaged over the ranks; this scale makes them those of the mean loss per token of the step
             self.fabric.backward(loss * (self.fabric.world_size / self.tokens))
             loss_sum += loss.detach()
         finish_gradients(self.gpt)

@@ -1,4 +1,4 @@
-"""Sample texts as a run goes: greedy continuations of fixed prompts, at each validation."""
+"""Continue fixed prompts greedily at each validation (eval.samples), to show what the model has learned."""
 
 from collections.abc import Callable, Sequence
 
@@ -14,22 +14,22 @@ from tinyllama.tokenizer import Tokenizer
 NEW_TOKENS = 64
 
 
-def open_samples(args: EvalArgs, config: ModelConfig, trained_with: str | None) -> "Samples | None":
-    """Return what continues the prompts of ``eval.samples``, if there are any.
+def open_sample_texts(args: EvalArgs, config: ModelConfig, trained_with: str | None) -> "SampleTexts | None":
+    """Return what continues the prompts of ``eval.samples``; None if there are none.
 
-    ``trained_with`` is the hash of the data's tokenizer. Raises InputError where a prompt cannot be continued.
+    ``trained_with`` is the hash of the data's tokenizer. Raises InputError if a prompt cannot be continued.
     """
     if not args.samples:
         return None
     assert args.tokenizer is not None  # check() has seen to it
-    return Samples(args.samples, matching_tokenizer(args.tokenizer, trained_with, config), config)
+    return SampleTexts(args.samples, matching_tokenizer(args.tokenizer, trained_with, config), config)
 
 
-class Samples:
-    """Continue prompts; raises InputError where one cannot be.
+class SampleTexts:
+    """Continues prompts greedily; raises InputError for a prompt that is empty or fills the context.
 
-    It draws no random numbers, and every rank makes as many passes of one shape whatever the tokens are, as collectives
-    and compiled blocks need: each pass reads the whole context again.
+    Nothing is random. Collectives and compiled blocks need the same passes on every rank, so each pass reads the whole
+    context, and the number of passes does not depend on the tokens.
     """
 
     def __init__(self, prompts: Sequence[str], tokenizer: Tokenizer, config: ModelConfig) -> None:
@@ -46,7 +46,7 @@ class Samples:
     def texts(
         self, model: Callable[[Tensor], Tensor], device: torch.device, stop: Callable[[], bool]
     ) -> list[tuple[str, str]] | None:
-        """Collective. Return each prompt and its continuation, up to the document's end; None once ``stop`` says so."""
+        """Collective. Return each prompt and its continuation, up to the document's end; None if ``stop`` ended it."""
         found = []
         for prompt, ids in self._prompts:
             context = torch.zeros(1, self._config.block_size, dtype=torch.int64, device=device)
