@@ -130,7 +130,7 @@ def test_the_waits_are_those_since_the_row_before(run: Run, monkeypatch: pytest.
             assert log.waits() == {"save_seconds": saves, "validation_seconds": validations}
 
 
-def test_a_stop_that_was_asked_for_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_planned_stop_says_how_to_resume(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     (run.out_dir / "checkpoints/step-00000004").mkdir(parents=True)
     with RunLog(run, None, is_rank_zero=True) as log:
         log.end(TrainState(step=4, tokens=128), "SIGTERM")

@@ -24,13 +24,13 @@ LAYOUTS = {
     "sharded over 2": (2, []),
     "replicated over 2": (2, ["--parallel.shard", "none", "--train.micro_batch_size", 4]),
     "sharded over 4": (4, []),
-    "2 shards, 2 copies": (4, ["--parallel.shard", 2]),
+    "2 shards, 2 replicas": (4, ["--parallel.shard", 2]),
     "replicated over 4": (4, ["--parallel.shard", "none"]),
     "selective checkpointing": (2, ["--train.activation_checkpointing", "selective"]),
     "full checkpointing": (4, ["--train.activation_checkpointing", "full", "--train.micro_batch_size", 1]),
     "gathered once": (2, ["--parallel.reshard_after_forward", "false"]),
     "gathered once over 4": (4, ["--parallel.reshard_after_forward", "false"]),
-    "gathered once, 2 shards, 2 copies": (4, ["--parallel.reshard_after_forward", "false", "--parallel.shard", 2]),
+    "gathered once, 2 shards, 2 replicas": (4, ["--parallel.reshard_after_forward", "false", "--parallel.shard", 2]),
     "reduced often": (2, ["--parallel.sync_every_micro_batch", "true", "--train.micro_batch_size", 1]),
 }
 
