@@ -36,7 +36,7 @@ from tinyllama.train.budget import gradient_accumulation
 from tinyllama.train.collectives import rank_map, refuse_differences, set_timeout
 from tinyllama.train.garbage import collect_gc, freeze_gc
 from tinyllama.train.init_from import initial_weights, load_initial_weights, with_sizes
-from tinyllama.train.launch import find_world
+from tinyllama.train.launch import find_world, start_ranks
 from tinyllama.train.optim import build_optimizer, check_optimizer
 from tinyllama.train.parallel import build_fabric, check_dtypes, reshard
 from tinyllama.train.preemption import Preemption, is_planned
@@ -72,7 +72,7 @@ def main(run: Run) -> int:
     """Start every rank, build the model, resume if there is something to resume from, and train."""
     args = run.args
     fabric = build_fabric(run.world, args.parallel, args.train)
-    fabric.launch()
+    start_ranks(fabric, args.train.start_timeout)
     refuse_differences(run.shared_settings())
     preemption = Preemption(args.train.max_time)
     gpt, model, optimizer = build(run, fabric)

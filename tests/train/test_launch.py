@@ -357,6 +357,21 @@ def test_a_port_that_is_none_is_named_without_a_launcher(port: str, monkeypatch:
         launch.cluster_environment()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_rank_that_waits_in_vain_says_where(rank: str, start: Callable[..., Process], config_file: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    env = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+    command = (sys.executable, "pretrain/train.py", "--config", config_file, "--train.start_timeout", 1)
+    code, _, errors = start(env, *command, warm=0).end()
+    assert code == 1  # the job is retried
+    assert errors.splitlines()[-1] == (
+        f"error: the ranks did not meet at localhost:{port} within train.start_timeout 1 s: look for a rank that ended "
+        "or was never started, and check that every node reaches this address"
+    )
+
+
 GONE = "the launcher of this rank is gone: the rank ends\n"
 START_ONE = """
 import os, runpy, sys

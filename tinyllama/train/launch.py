@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 import torch
 import torch.distributed as dist
+from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import (
     ClusterEnvironment,
     LightningEnvironment,
@@ -200,6 +201,19 @@ def env_number(name: str, default: int | None = None, *, least: int = 0, below: 
         limits = f"from {least}" if below is None else f"from {least} to {below - 1}"
         raise InputError(f"the environment variable {name} is {value!r}: it must be a whole number {limits}")
     return int(value)
+
+
+def start_ranks(fabric: Fabric, start_timeout: float) -> None:
+    """Start the ranks that no launcher has started, and let all meet; an error says where they should have met."""
+    try:
+        fabric.launch()
+    except dist.DistError as error:
+        where = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
+        error.add_note(  # the last line of the traceback
+            f"error: the ranks did not meet at {where} within train.start_timeout {start_timeout:g} s: look for a rank "
+            "that ended or was never started, and check that every node reaches this address"
+        )
+        raise
 
 
 def cluster_environment() -> ClusterEnvironment:
