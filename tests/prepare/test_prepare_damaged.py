@@ -126,6 +126,16 @@ def test_a_file_of_another_program_is_named_and_nothing_is_written(prepare, tmp_
     assert prepare(*flags)[0] == 0
 
 
+@pytest.mark.parametrize("name", ["events.jsonl", "metrics.csv"])
+def test_the_folder_of_a_run_takes_no_packed_data(prepare, tmp_path: Path, name: str) -> None:
+    """A run would not resume among them."""
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("of a run\n")
+    assert prepare() == (2, [f"error: {out} is the folder of a run ({name}): give another --output"])
+    assert {path.name: path.read_text() for path in out.iterdir()} == {name: "of a run\n"}
+
+
 def test_another_programs_manifest_is_not_replaced_by_finish(prepare, tmp_path: Path) -> None:
     assert prepare("--task", "0/1")[0] == 0
     manifest = tmp_path / "out/manifest.json"

@@ -342,6 +342,20 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(recipe, settings, saved) -
     assert problem == f"{step} is beyond the run's 11 steps: raise train.max_steps"
 
 
+def test_a_run_with_checkpoints_keeps_its_folder_and_packed_data_leave_it(recipe, settings, saved, tmp_path) -> None:
+    sources = [
+        {"weight": source.weight, "fingerprint": open_packed(source.path).fingerprint}
+        for source in settings.data.sources
+    ]
+    step = saved(seed=3407, sources=sources)
+    (step.parents[1] / "manifest.json").write_text("")
+    (problem,) = problems(recipe, settings)
+    assert problem == (
+        f"out_dir {step.parents[1]} holds packed data: move its manifest.json and its shards (.bin, .idx.npy and "
+        ".json) to another"
+    )
+
+
 @pytest.mark.parametrize("file", ["manifest.json", "chunk.bin"])
 def test_a_folder_of_packed_data_is_no_folder_for_a_run(recipe, settings, tmp_path, file: str) -> None:
     folder = tmp_path / "data"

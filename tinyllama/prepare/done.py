@@ -27,6 +27,8 @@ from tinyllama.prepare.progress import Info
 
 _TMP = re.compile(r"(.+)\.(?:bin|idx\.npy|json|bad)\.[0-9a-f]+\.tmp")
 INDEX = ".idx.npy"
+OF_A_RUN = ("events.jsonl", "metrics.csv")
+"""names that only the out_dir of a run has, which would then refuse to resume among packed data"""
 BAD = ".bad"  # NAME.bad says why an input could not be packed
 # how a NAME.json or a manifest.json of ours begins, and which keys are in both
 _BEGINNINGS = tuple(b'{\n "%s": ' % key for key in (b"added_tokens", b"blake2b", b"bos"))
@@ -93,10 +95,12 @@ def find_done(
 def check_ours(output: Path, todo: Sequence[Input]) -> None:
     """Refuse to replace or remove what another program wrote, before anything is written.
 
-    Raises InputError for a manifest.json, and for a NAME.bin or NAME.bad of an input ``todo``, that are not ours, and
-    FileExistsError for what is no file. A NAME.bin has no marks, so it is taken for ours where there is any other file
-    of ours: it may be of a damaged shard whose NAME.json was deleted.
+    Raises InputError for the folder of a run, and for a manifest.json or a NAME.bin or NAME.bad of an input ``todo``
+    that is not ours, and FileExistsError for what is not a file. A NAME.bin has no marks, so it is taken for ours where
+    there is any other file of ours: it may be of a damaged shard whose NAME.json was deleted.
     """
+    if found := [name for name in OF_A_RUN if (output / name).exists()]:
+        raise InputError(f"{output} is the folder of a run ({found[0]}): give another --output")
     manifest = output / MANIFEST
     check_is_file(manifest)
     if manifest.exists() and not _is_our_json(manifest):

@@ -29,7 +29,9 @@ def start_from(step_dir: Path | None, run: Run) -> Run:
     Raises InputError for an out_dir of packed data, a checkpoint that the run cannot continue, and a wrong length.
     """
     if (run.out_dir / MANIFEST).exists() or any(run.out_dir.glob("*.bin")):
-        raise InputError(f"out_dir {run.out_dir} holds packed data: give the run a folder of its own")
+        move = f"move its {MANIFEST} and its shards (.bin, .idx.npy and .json) to another"
+        hint = "give the run a folder of its own" if step_dir is None else move
+        raise InputError(f"out_dir {run.out_dir} holds packed data: {hint}")
     saved = {} if step_dir is None else reader.read_state(step_dir)
     run = replace(run, resume=step_dir, done=from_json(saved))
     if step_dir is not None:
