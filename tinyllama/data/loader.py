@@ -186,8 +186,8 @@ def _tensor(tokens: np.ndarray) -> torch.Tensor:
 def on_device(batches: Iterable[Batch], device: torch.device) -> Iterator[tuple[Tensor, Tensor]]:
     """Yield input ids and targets (the next tokens) of each batch, (B, T) int64 each, on ``device``.
 
-    Tokens travel as they are packed, two bytes each, and are widened there. To a GPU they are copied on a stream of
-    their own, while the batch before is used. Rows that only fill a batch up have targets IGNORE_INDEX throughout.
+    Tokens are copied in their packed dtype, 2 or 4 bytes each, and widened there. A GPU's are copied on a stream of
+    their own while the previous batch is used. Rows that only fill a batch up have targets IGNORE_INDEX throughout.
     """
     if device.type != "cuda":
         yield from (_widened(batch, device) for batch in batches)

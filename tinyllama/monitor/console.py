@@ -88,7 +88,7 @@ class Console:
 
     @stdio.best_effort()
     def line(self, text: str, kind: str = "") -> None:
-        """Print a line that stays; errors and a stop that nobody asked for are alarms."""
+        """Print a line that stays; errors and a stop that was not planned are alarms."""
         text = printable(text)
         if self._live:
             style = ALARM if text.startswith("error: ") else STYLES.get(kind, "")

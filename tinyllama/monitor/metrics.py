@@ -66,7 +66,7 @@ HOOK_EVENTS = {
     "checkpoint_failed": "anomaly",
     "metrics_failed": "anomaly",
 }
-"""What log.on_event is told of the events in events.jsonl; a failure is a stop that nobody asked for."""
+"""What log.on_event is told of the events in events.jsonl; a failure is a stop that was not planned."""
 
 
 class RunLog:
