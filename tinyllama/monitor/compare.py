@@ -129,7 +129,7 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
     rows, origin = read_rows(out_dir / "metrics.csv"), branched_from(out_dir)
     starts = read_starts(out_dir)
     for row in rows:
-        if is_on_other_data(row, starts, last_validation(starts)):
+        if row.get(VAL_LOSS) is not None and is_on_other_data(row, starts, last_validation(starts)):
             _forget_losses(row)
     if origin is None:
         return rows, True

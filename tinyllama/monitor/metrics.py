@@ -120,8 +120,9 @@ class RunLog:
         self._is_written = True
         starts, now = read_starts(run.out_dir), self._data["validation"]
         self._validates_other_data = bool(rows and now) and last_validation(starts) not in (None, now)
-        losses = [row.get("val_loss") for row in rows if not is_on_other_data(row, starts, now)]
-        self._best = min((loss for loss in losses if loss is not None), default=float("inf"))
+        validated = [row for row in rows if row.get("val_loss") is not None]
+        rivals = [row["val_loss"] for row in validated if not is_on_other_data(row, starts, now)]
+        self._best = min(rivals, default=float("inf"))
         if run.args.log.on_event is not None:
             self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
         for text in aside:

@@ -131,9 +131,9 @@ def last_validation(starts: Sequence[dict[str, Any]]) -> list[str] | None:
 
 
 def is_on_other_data(row: dict[str, Any], starts: Sequence[dict[str, Any]], validation: list[str] | None) -> bool:
-    """Return whether the losses of ``row`` are on other validation data than those with these fingerprints.
+    """Return whether the losses of ``row`` are on other data than those with the fingerprints ``validation``.
 
-    None, which earlier versions recorded, is other than nothing.
+    They are not where either is unknown (None), as in a run of an earlier version.
     """
     began = [start for start in starts if start["step"] < max(row["step"], 1)]
     return None not in (then := last_validation(began), validation) and then != validation
