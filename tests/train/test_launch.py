@@ -310,17 +310,24 @@ INTERFACES: dict[str, tuple[dict[str, str], str | None]] = {
 }
 
 
+@pytest.fixture
+def lo_and_eth1(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The network interfaces of this machine, on which no store is served."""
+    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
+    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
+
+
+@pytest.mark.usefixtures("lo_and_eth1")
 @pytest.mark.parametrize("case", INTERFACES)
 def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     env, expected = INTERFACES[case]
     names = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME")
     monkeypatch.setattr(os, "environ", {name: value for name, value in os.environ.items() if name not in names} | env)
-    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
-    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
     launch.cluster_environment()
     assert [os.environ.get(name) for name in names] == [expected, expected]
 
 
+@pytest.mark.usefixtures("lo_and_eth1")
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
@@ -329,9 +336,7 @@ def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: py
     ],
 )
 def test_an_interface_that_is_not_here_is_named(variable: str, value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
     monkeypatch.setattr(os, "environ", os.environ | {variable: value})
     with pytest.raises(InputError) as error:
         launch.cluster_environment()
@@ -340,11 +345,10 @@ def test_an_interface_that_is_not_here_is_named(variable: str, value: str, monke
     assert problem == f"{said} lo, eth1: name one of these, or unset it"
 
 
+@pytest.mark.usefixtures("lo_and_eth1")
 @pytest.mark.parametrize("value", ["eth1", "eth", "=eth1", "^docker,lo", "ib,eth", "=ib0,eth1"])
 def test_interfaces_as_nccl_takes_them(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(socket, "if_nameindex", lambda: [(1, "lo"), (2, "eth1")])
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(launch, "_loopback_store", lambda port: None)
     monkeypatch.setattr(os, "environ", os.environ | {"NCCL_SOCKET_IFNAME": value})
     launch.cluster_environment()
     assert os.environ["NCCL_SOCKET_IFNAME"] == value

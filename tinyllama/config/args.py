@@ -4,6 +4,7 @@ import importlib.util
 import os
 import reprlib
 from dataclasses import asdict, dataclass, field, fields, is_dataclass
+from fractions import Fraction
 from typing import Literal
 
 from tinyllama import InputError
@@ -150,6 +151,11 @@ class TrainArgs:
     init_from: str | None = None
     """weights that a new run starts from: a Hugging Face folder, a checkpoint of this code or an upstream .pth; only
     the weights are used, and a run that has a checkpoint of its own continues from that instead"""
+
+    def epoch_samples(self, num_blocks: int) -> int:
+        """Return the samples in ``max_epochs`` epochs of ``num_blocks`` blocks; the number counts as it was written."""
+        assert self.max_epochs is not None  # check() has seen to it that one budget is given
+        return int(Fraction(repr(self.max_epochs)) * num_blocks)
 
     def compiles(self, device_type: str) -> bool:
         """Return whether blocks are compiled for ``device_type``, ``cuda`` or ``cpu``."""

@@ -128,8 +128,9 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
     """
     rows, origin = read_rows(out_dir / "metrics.csv"), branched_from(out_dir)
     starts = read_starts(out_dir)
+    now = last_validation(starts)
     for row in rows:
-        if row.get(VAL_LOSS) is not None and is_on_other_data(row, starts, last_validation(starts)):
+        if row.get(VAL_LOSS) is not None and is_on_other_data(row, starts, now):
             _forget_losses(row)
     if origin is None:
         return rows, True
@@ -189,17 +190,12 @@ def validation_of(out_dir: Path) -> Row:
 
 def different(one: Row, other: Row) -> str | None:
     """Return the first setting of two validations that differs; data of one fingerprint may be in two folders."""
-    recorded = [validation[FINGERPRINTS] for validation in (one, other)]
+    folders = "data.validation"
+    ignored = FINGERPRINTS if None in (one[FINGERPRINTS], other[FINGERPRINTS]) else folders  # what was recorded decides
     for key, value in one.items():
-        if key == FINGERPRINTS:
-            is_same = None in recorded or recorded[0] == recorded[1]
-        elif key == "data.validation" and None not in recorded:
-            is_same = True  # the fingerprints tell
-        elif key == "data.validation":
-            is_same = value == other[key] or _fingerprints(value) == _fingerprints(other[key])
-        else:
-            is_same = value == other[key]
-        if not is_same:
+        if key == ignored or value == other[key]:
+            continue
+        if key != folders or _fingerprints(value) != _fingerprints(other[key]):
             return key
     return None
 

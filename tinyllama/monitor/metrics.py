@@ -96,7 +96,7 @@ class RunLog:
         self._sources = source_columns([source.path for source in run.args.data.sources])
         samples, aside = run.out_dir / "samples.jsonl", []
         config, settings = run.out_dir / "config.yaml", cli.dump(run.resolved())
-        self._data = run.fixed_metadata()["data"] | {"validation": [one.fingerprint for one in run.validation]}
+        self._data = run.data_metadata()
         is_other = step is None and not is_begun_again(run.out_dir, settings, self._data)
         with _rewriting(config):  # which the recipe writes next; it may have been written by hand
             if is_other and config.is_file() and config.read_bytes() != settings.encode():

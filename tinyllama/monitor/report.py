@@ -138,17 +138,18 @@ def branched_from(out_dir: Path) -> Path | None:
         try:
             if event["event"] == "checkpoint":
                 saved.add(event["step"])
-            elif event["event"] == "start":
-                if "resumed_from" not in event:  # of a version that did not record it
-                    event |= {"resumed_from": reader.read_settings(out_dir)["train"]["resume"]}
-                if event["resumed_from"] is None:
-                    origin, saved = None, set()
-                    continue
-                step_dir = Path(event["resumed_from"])
-                # the latter of a run whose first events are gone
-                is_own = event["step"] in saved or run_dir(step_dir).resolve() == out_dir.resolve()
-                if not is_own and step_of(step_dir) == event["step"]:
-                    origin = step_dir
+            if event["event"] != "start":
+                continue
+            if "resumed_from" not in event:  # of a version that did not record it
+                event |= {"resumed_from": reader.read_settings(out_dir)["train"]["resume"]}
+            if event["resumed_from"] is None:
+                origin, saved = None, set()
+                continue
+            step_dir = Path(event["resumed_from"])
+            # the latter of a run whose first events are gone
+            is_own = event["step"] in saved or run_dir(step_dir).resolve() == out_dir.resolve()
+            if not is_own and step_of(step_dir) == event["step"]:
+                origin = step_dir
         except (ValueError, KeyError, TypeError, OSError, *TOO_LARGE):
             continue  # it was damaged
     return origin

@@ -8,7 +8,6 @@ import json
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from fractions import Fraction
 from pathlib import Path
 from typing import NamedTuple
 
@@ -343,12 +342,11 @@ def total_tokens(args: PretrainArgs, config: ModelConfig) -> int | None:
         return args.train.max_tokens
     if args.train.max_steps is not None:
         return args.train.max_steps * args.train.global_batch_size * config.block_size
-    assert args.train.max_epochs is not None  # check() has seen to it that one is given
     try:
         (sources,) = open_all([source.path for source in args.data.sources])
     except InputError:
         return None
-    samples = int(Fraction(repr(args.train.max_epochs)) * sum(one.num_blocks(config.block_size) for one in sources))
+    samples = args.train.epoch_samples(sum(source.num_blocks(config.block_size) for source in sources))
     steps = samples // args.train.global_batch_size
     return steps * args.train.global_batch_size * config.block_size or None
 

@@ -1,7 +1,6 @@
 """Turn the budget of a run (steps, tokens or epochs) into optimizer steps, and each of these into micro-batches."""
 
 from dataclasses import replace
-from fractions import Fraction
 
 from tinyllama import InputError
 from tinyllama.checkpoint.state import TrainState
@@ -55,8 +54,7 @@ def total_steps(args: PretrainArgs, block_size: int, num_blocks: int, done: Trai
         left = train.max_tokens - done.samples * block_size
         steps = done.step + max(-(-left // (train.global_batch_size * block_size)), 0)
     else:
-        assert train.max_epochs is not None  # check() has seen to it that one is given
-        left = int(Fraction(repr(train.max_epochs)) * num_blocks) - done.samples
+        left = train.epoch_samples(num_blocks) - done.samples
         steps = done.step + max(left // train.global_batch_size, 0)
         if steps == 0:
             raise InputError(

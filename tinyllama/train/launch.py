@@ -110,7 +110,7 @@ def find_launch() -> Launch | None:
     incomplete set, and for launchers under which every process would train alone.
     """
     env = os.environ
-    tasks = env_number("SLURM_STEP_NUM_TASKS", env_number("SLURM_NTASKS", 1, least=1), least=1)
+    tasks = _of_step("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
     if "RANK" in env:
         return _launch_by_variables(tasks)
     if (processes := _mpi_processes(tasks)) != "1":
@@ -140,7 +140,7 @@ def _launch_by_variables(tasks: int) -> Launch:
             f"RANK is set without LOCAL_RANK, which means one process on each machine, and this one has {gpus} GPUs: "
             "start it with torchrun, or unset RANK to train on this machine alone"
         )
-    nodes = env_number("SLURM_STEP_NUM_NODES", env_number("SLURM_NNODES", 1, least=1), least=1)
+    nodes = _of_step("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     if launcher == "torchrun" and "SLURM_STEP_ID" in env and tasks > nodes:
         raise LaunchError(
             f"srun starts torchrun {tasks} times on {nodes} nodes: give srun --ntasks-per-node 1, or leave torchrun out"
@@ -166,7 +166,7 @@ def _launch_by_variables(tasks: int) -> Launch:
 
 def _launch_by_srun(tasks: int) -> Launch:
     env = os.environ
-    nodes = env_number("SLURM_STEP_NUM_NODES", env_number("SLURM_NNODES", 1, least=1), least=1)
+    nodes = _of_step("SLURM_STEP_NUM_NODES", "SLURM_NNODES")
     if tasks % nodes or "," in env.get("SLURM_STEP_TASKS_PER_NODE", ""):
         raise LaunchError(
             f"srun spreads its {tasks} tasks unevenly over {nodes} nodes: give --nodes and --ntasks-per-node"
@@ -190,6 +190,11 @@ def _mpi_processes(tasks: int) -> str:
     if "SLURM_STEP_ID" in env and env.get("PMI_SIZE") in (None, str(tasks)):
         return "1"
     return env.get("PMI_SIZE", "several" if "PMIX_RANK" in env else "1")
+
+
+def _of_step(step: str, job: str) -> int:
+    """Return the variable ``step`` of a Slurm step, or the variable ``job`` of its job where it is not set; else 1."""
+    return env_number(step, env_number(job, 1, least=1), least=1)
 
 
 def env_number(name: str, default: int | None = None, *, least: int = 0, below: int | None = None) -> int:

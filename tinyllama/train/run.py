@@ -157,10 +157,14 @@ class Run:
         order_metadata |= {} if ramp is None else {"ramp_tokens": ramp}
         return {"data": order_metadata, "model": asdict(self.config)}
 
+    def data_metadata(self) -> dict[str, Any]:
+        """Return the order of the samples, and the fingerprints of the validation data, which a resume may change."""
+        return self.fixed_metadata()["data"] | {"validation": [one.fingerprint for one in self.validation]}
+
     def shared_settings(self) -> dict[str, Any]:
         """Return what must be equal on all ranks, by dotted key; datasets by fingerprint, as their paths may differ."""
         settings = self.resolved()
-        settings["data"] |= self.fixed_metadata()["data"] | {"validation": [one.fingerprint for one in self.validation]}
+        settings["data"] |= self.data_metadata()
         return leaves(settings | {"ops": self.ops, "torch": torch.__version__, "code": code_sha256()})
 
     def tokenizer_metadata(self) -> dict[str, Any]:
