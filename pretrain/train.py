@@ -26,8 +26,9 @@ from tinyllama.config.args import PretrainArgs, check
 from tinyllama.data.loader import Loader, on_device, validation_batches
 from tinyllama.data.packed import check_datasets, open_all
 from tinyllama.model import GPT
-from tinyllama.monitor.console import Row, show_summary, start_summary
+from tinyllama.monitor.console import show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
+from tinyllama.monitor.rows import Row
 from tinyllama.monitor.watchdog import Watchdog
 from tinyllama.train import evaluate, lock
 from tinyllama.train.anomaly import Guard

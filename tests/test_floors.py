@@ -85,6 +85,13 @@ def test_preparation_and_settings_import_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
+def test_what_reads_a_run_imports_nothing_that_trains() -> None:
+    """Lightning and Triton take three times as long to import as all that a report needs."""
+    names = ", ".join(f"tinyllama.monitor.{name}" for name in ("report", "compare", "model_card", "run_files"))
+    code = f"import sys; sys.modules.update(lightning=None, triton=None, transformers=None); import {names}"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
 @pytest.mark.parametrize("path", RECIPES, ids=lambda path: path.name)
 def test_no_script_hides_a_module(path: Path) -> None:
     # Python puts a script's own folder first on sys.path: a script named like a package would be imported in its place

@@ -26,13 +26,9 @@ from tinyllama.config.args import (
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.console import (
-    FORMATS,
     Console,
-    by_source,
     changes_in_words,
     end_summary,
-    mean_speed,
-    numbers,
     same_command,
     show_summary,
     start_summary,
@@ -186,37 +182,6 @@ def test_what_is_kept_of_checkpoints(run: Run, policy: dict[str, Any], said: str
     assert summary["saves"].startswith(f"every {policy.get('interval', 5000):,} steps")
     assert "slow" not in summary
     assert summary["ops"] == "attention sdpa, blocks compiled"
-
-
-def test_numbers_have_their_units() -> None:
-    row = {"loss": 1.23456, "val_loss": 2.34567, "val_bpb": 0.98765, "lr": 4e-4, "grad_norm": 1.23456}
-    row |= {"tokens_per_second": 12345.6, "mfu": 0.5678, "max_memory_gb": 12.346, "skipped": 2}
-    assert numbers(row) == [
-        *("loss 1.2346", "val_loss 2.3457", "val_bpb 0.9877", "lr 4.000e-04", "grad_norm 1.235"),
-        *("12,346 tokens/s", "mfu 56.8%", "memory 12.35 GB", "skipped 2"),
-    ]
-    assert numbers({"loss": 0.0, "mfu": None, "skipped": 0}) == ["loss 0.0000"]
-    times = {"step_seconds": 2.5, "data_seconds": 0.04, "save_seconds": 3.25, "validation_seconds": 12.0}
-    times |= {"forward_seconds_median": 0.5, "forward_seconds_slowest": 0.55, "slowest_rank": 3}
-    assert numbers(times) == ["waited 3.2 s for checkpoints, 12.0 s for validation"]
-    assert numbers(times | {"forward_seconds_slowest": 0.625})[0] == "rank 3 25% slower"
-    assert numbers({"forward_seconds_median": 0.0, "forward_seconds_slowest": 0.0, "slowest_rank": 0}) == []
-    assert list(FORMATS) == [key for key in row if key != "skipped"]
-
-
-def test_several_validation_sources_are_told_apart() -> None:
-    row = {"val_loss": 2.0, "val_loss/web, 7": 1.5, "val_bpb/web, 7": 0.5, "val_loss/code": 2.5, "val_bpb/code": None}
-    assert by_source(row | {"val_loss/none": None}) == ["web, 7 1.5000 (0.5000 bpb)", "code 2.5000"]
-    assert by_source({"val_loss": 2.0, "val_loss/web": 2.0, "val_bpb/web": 1.0}) == []  # which says the same again
-    assert by_source({"loss": 2.0}) == []
-
-
-def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:
-    rows = [{"tokens": 100, "tokens_per_second": 10}, {"tokens": 150, "tokens_per_second": None}]
-    rows += [{"tokens": 550, "tokens_per_second": 40}, {"tokens": 650, "tokens_per_second": 0}]
-    assert mean_speed(rows) == 500 / 20  # 10 s for the first 100 tokens, 10 s for 400
-    assert mean_speed(rows[1:2]) == 0.0
-    assert mean_speed(rows, tokens_before=60) == 440 / 14  # of a branch: 4 s for the first 40 tokens
 
 
 def test_the_same_command_names_who_started_it(monkeypatch: pytest.MonkeyPatch) -> None:

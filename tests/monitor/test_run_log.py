@@ -13,7 +13,6 @@ import torch
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.model import ModelConfig
 from tinyllama.model import GPT
-from tinyllama.monitor.console import mean_speed
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.run import Run
@@ -187,15 +186,6 @@ def test_memory_is_told_in_units_of_a_thousand_million_bytes(monkeypatch: pytest
         assert max_memory_gb(torch.device("cpu")) == peak, system
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: {3: 5e9}[device.index])
     assert max_memory_gb(torch.device("cuda", 3)) == 5.0
-
-
-def test_the_mean_speed_weighs_rows_by_their_tokens() -> None:
-    spoken = [{"tokens": 100, "tokens_per_second": 10.0}, {"tokens": 200, "tokens_per_second": 40.0}]
-    assert mean_speed(spoken) == 200 / 12.5
-    silent = [{"tokens": 300, "tokens_per_second": None}, {"tokens": 400, "tokens_per_second": 50.0}]
-    assert mean_speed([*spoken, *silent]) == 300 / 14.5  # of the tokens from 200 to 300 nobody knows the time
-    assert mean_speed(silent[:1]) == 0
-    assert mean_speed([]) == 0
 
 
 def test_a_gpu_that_has_no_more_memory_is_explained(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,19 +13,11 @@ from typing import Any
 import pytest
 
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.monitor.console import console_line, end_summary, show_summary, start_summary
+from tinyllama.monitor.console import end_summary, show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog
 from tinyllama.train.anomaly import StepResult
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
-
-
-def test_a_console_line() -> None:
-    row: dict[str, float | None] = {"step": 10, "loss": 2.34567, "lr": 4e-4, "grad_norm": 1.25, "mfu": None}
-    row |= {"tokens_per_second": 24000.4, "max_memory_gb": 37.123, "skipped": 0}
-    line = "loss 2.3457  lr 4.000e-04  grad_norm 1.250  24,000 tokens/s  memory 37.12 GB  1d 02h left"
-    assert console_line(row, 1430512, 93784.0) == f"step      10/1430512  {line}"
-    assert console_line({"step": 10, "mfu": 0.561, "skipped": 3}, 20, None) == "step 10/20  mfu 56.1%  skipped 3"
 
 
 def test_the_summaries_say_what_will_happen_and_what_happened(run: Run, capsys: pytest.CaptureFixture[str]) -> None:

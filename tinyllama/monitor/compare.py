@@ -14,6 +14,7 @@ from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.report import branched_from, read_events
+from tinyllama.monitor.rows import Row
 from tinyllama.monitor.run_files import is_on_other_data, last_validation, parse_metrics, read_starts
 from tinyllama.throughput import duration
 
@@ -27,8 +28,6 @@ VAL_LOSS = "val_loss"
 """the column of the held-out loss; that of a validation source is val_loss/NAME"""
 OF_THE_FOLDER = {"out_dir", "train.resume"}
 """settings that differ between any two runs"""
-
-Row = dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -23,30 +23,16 @@ from tinyllama import byte_size, printable, stdio
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.monitor.rows import Row, console_line, last_by_source, mean_speed, numbers
 from tinyllama.ops import choice
 from tinyllama.throughput import duration
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run
 
-Row = dict[str, float | None]
 Summary = Iterator[tuple[str, str]]
 
-FORMATS = {
-    "loss": "loss {:.4f}",
-    "val_loss": "val_loss {:.4f}",
-    "val_bpb": "val_bpb {:.4f}",
-    "lr": "lr {:.3e}",
-    "grad_norm": "grad_norm {:.3f}",
-    "tokens_per_second": "{:,.0f} tokens/s",
-    "mfu": "mfu {:.1%}",
-    "max_memory_gb": "memory {:.2f} GB",
-}
 VIEWER = "https://ui.perfetto.dev"
 """opens the traces of log.profile"""
-WAITS = {"data_seconds": "data", "save_seconds": "checkpoints", "validation_seconds": "validation"}
-"""columns of metrics.csv of what training waits for, and its name"""
-NOTEWORTHY = 1.1
-"""slowest over median rank from where the slowest is named"""
 WIDTH = 100  # columns of a summary in a file
 TO_COPY = ("saved", "next", "")  # keys of a summary whose values are paths and commands: one line each, without a frame
 ALARM = "bold red"
@@ -164,40 +150,6 @@ def show_summary(title: str, summary: Summary) -> None:
         terminal.print(text, soft_wrap=True)
 
 
-def numbers(row: Row) -> list[str]:
-    """Return the values of ``row`` in words, a phrase each."""
-    parts = [text.format(row[name]) for name, text in FORMATS.items() if row.get(name) is not None]
-    if row.get("skipped"):
-        parts.append(f"skipped {row['skipped']}")
-    waits = [f"{(row.get(name) or 0):.1f} s for {what}" for name, what in WAITS.items() if (row.get(name) or 0) >= 0.1]
-    slowest, median = row.get("forward_seconds_slowest") or 0, row.get("forward_seconds_median") or 0
-    if slowest > NOTEWORTHY * median:
-        parts.append(f"rank {row['slowest_rank']} {slowest / median - 1:.0%} slower")
-    return [*parts, f"waited {', '.join(waits)}"] if waits else parts
-
-
-def by_source(row: Row) -> list[str]:
-    """Return the held-out loss of each validation source in a phrase, if there are several."""
-    losses = {name.partition("/")[2]: value for name, value in row.items() if name.startswith("val_loss/")}
-    phrases = []
-    for name, loss in losses.items():
-        if loss is not None:
-            bits = row.get(f"val_bpb/{name}")
-            phrases.append(f"{name} {loss:.4f}" + ("" if bits is None else f" ({bits:.4f} bpb)"))
-    return phrases if len(losses) > 1 else []
-
-
-def last_by_source(rows: list[dict[str, Any]]) -> list[str]:
-    """Return the same of the last of ``rows`` that has any."""
-    return next((parts for row in reversed(rows) if (parts := by_source(row))), [])
-
-
-def console_line(row: Row, max_steps: int, seconds_left: float | None) -> str:
-    """Format ``row`` of a run of ``max_steps`` steps as a line."""
-    parts = [f"step {row['step']:>{len(str(max_steps))}.0f}/{max_steps}", *numbers(row)]
-    return "  ".join(parts if seconds_left is None else [*parts, f"{duration(seconds_left)} left"])
-
-
 def start_summary(run: Run, dtypes: str, hosts: list[str]) -> Summary:
     """Summarize what is about to happen."""
     args, done = run.args, run.done
@@ -291,7 +243,7 @@ def _checkpoint_policy(run: Run) -> str:
 
 def end_summary(
     run: Run,
-    rows: list[dict[str, Any]],
+    rows: list[Row],
     seconds: dict[str, float],
     state: TrainState,
     problems: Sequence[str] = (),
@@ -343,17 +295,3 @@ def same_command(launcher: str | None) -> str:
     """Return the command that started this process, but for its launcher's own flags, which ranks cannot see."""
     started = {None: "python", "torchrun": "torchrun ...", "srun": "srun ... python"}
     return f"{started.get(launcher, 'the same command of your launcher, for python')} {shlex.join(sys.argv)}"
-
-
-def mean_speed(rows: list[dict[str, Any]], tokens_before: int = 0) -> float:
-    """Return the tokens per second of all ``rows`` that have a speed, each weighed by its tokens.
-
-    ``tokens_before`` were done before the first of them.
-    """
-    tokens, seconds, before = 0.0, 0.0, float(tokens_before)
-    for row in rows:
-        if (speed := row.get("tokens_per_second") or 0) > 0:
-            tokens += row["tokens"] - before
-            seconds += (row["tokens"] - before) / speed
-        before = row["tokens"]
-    return tokens / seconds if seconds else 0.0

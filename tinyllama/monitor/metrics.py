@@ -23,20 +23,11 @@ from tinyllama.checkpoint.state import TrainState
 from tinyllama.config import cli
 from tinyllama.model import GPT
 from tinyllama.monitor import memory
-from tinyllama.monitor.console import (
-    WAITS,
-    Console,
-    Row,
-    batch_job,
-    by_source,
-    changes_in_words,
-    console_line,
-    end_summary,
-    show_summary,
-)
+from tinyllama.monitor.console import Console, batch_job, changes_in_words, end_summary, show_summary
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
+from tinyllama.monitor.rows import WAITS, Row, by_source, console_line
 from tinyllama.monitor.run_files import (
     BY_SOURCE,
     COLUMNS,

@@ -24,7 +24,7 @@ from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor import page
-from tinyllama.monitor.console import WAITS, last_by_source, mean_speed
+from tinyllama.monitor.rows import WAITS, Row, last_by_source, mean_speed
 from tinyllama.monitor.run_files import (
     complete_rows,
     read_json_lines,
@@ -46,8 +46,6 @@ ENVIRONMENT = {"command", "commit", "device", "nodes", "tokens", "versions", "ma
 """Keys of a start event that the cards at the top of the page show, so that the timeline need not."""
 TOO_LARGE = RecursionError, MemoryError
 """What reading a file raises that is nested too deep or declares too much."""
-
-Row = dict[str, Any]
 
 
 def write(out_dirs: list[Path], output: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from tinyllama import atomic
 from tinyllama.checkpoint.state import is_count
-from tinyllama.monitor.console import FORMATS, WAITS
+from tinyllama.monitor.rows import FORMATS, WAITS
 
 TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
 COLUMNS = ("step", "tokens", *FORMATS, "skipped", *TIMES, *WAITS)
