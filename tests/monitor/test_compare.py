@@ -372,6 +372,34 @@ def test_losses_on_validation_data_that_were_replaced_during_the_run_do_not_coun
     assert read_curve(run).losses == [8.0, 1.0, 1.5, 3.0, 2.0]
 
 
+@pytest.mark.parametrize(
+    ("changed", "losses"),
+    [
+        ({"eval.max_samples": [2048, 64]}, [3.0, 2.0]),
+        ({"optim.lr": [1e-3, 2e-3], "data.document_mask": [False, True]}, [3.0, 2.0]),
+        ({"optim.lr": [1e-3, 2e-3], "eval.interval": [10, 20]}, [8.0, 1.0, 1.5, 3.0, 2.0]),
+        ("damaged", [8.0, 1.0, 1.5, 3.0, 2.0]),
+    ],
+)
+def test_losses_of_other_samples_or_masks_during_the_run_do_not_count(
+    changed: Any, losses: list[float], make_run: MakeRun
+) -> None:
+    run = make_run("run", {0: 8.0, 10: 1.0, 20: 1.5, 30: 3.0, 40: 2.0}, {40: 10.0})
+    starts = [{"step": step, "changed": change} for step, change in ((0, {}), (20, changed), (30, {}))]
+    starts = [{"time": 1, "event": "start", "resumed_from": None, "world_size": 1} | start for start in starts]
+    (run / "events.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert read_curve(run).losses == losses
+
+
+def test_a_step_that_is_gone_back_to_undoes_a_later_change(make_run: MakeRun) -> None:
+    run = make_run("run", {0: 8.0, 10: 1.0, 15: 1.5, 20: 3.0}, {20: 10.0})
+    changes: list[tuple[int, Any]] = [(0, {}), (20, {"eval.max_samples": [64, 8]}), (12, {})]
+    starts = [{"step": step, "changed": change} for step, change in changes]
+    starts = [{"time": 1, "event": "start", "resumed_from": None, "world_size": 1} | start for start in starts]
+    (run / "events.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    assert read_curve(run).losses == [1.5, 3.0]  # by 64 samples, as those before, which were followed by other ones
+
+
 def test_a_line_that_is_being_written_is_no_damage(make_run: MakeRun) -> None:
     run = make_run("run", {0: 8.0, 10: 4.0}, {10: 10.0})
     with (run / "metrics.csv").open("a") as file:

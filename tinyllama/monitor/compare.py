@@ -15,7 +15,7 @@ from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
 from tinyllama.monitor.report import branched_from, read_events
 from tinyllama.monitor.rows import Row
-from tinyllama.monitor.run_files import is_on_other_data, last_validation, parse_metrics, read_starts
+from tinyllama.monitor.run_files import is_validated_otherwise, last_validation, parse_metrics, read_starts
 from tinyllama.throughput import duration
 
 WIDTH = 100
@@ -123,13 +123,13 @@ def history(out_dir: Path, validation: Row, later: Sequence[Path] = ()) -> tuple
     """Return the rows of a run since its first step, and whether all are there: what it was branched from may be gone.
 
     Rows of a run with another ``validation`` come without its loss, and so do those of this run from before its
-    validation data were replaced.
+    validation data, or what a held-out loss depends on, changed.
     """
     rows, origin = read_rows(out_dir / "metrics.csv"), branched_from(out_dir)
     starts = read_starts(out_dir)
     now = last_validation(starts)
     for row in rows:
-        if row.get(VAL_LOSS) is not None and is_on_other_data(row, starts, now):
+        if row.get(VAL_LOSS) is not None and is_validated_otherwise(row, starts, now):
             _forget_losses(row)
     if origin is None:
         return rows, True

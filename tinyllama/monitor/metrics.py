@@ -33,7 +33,7 @@ from tinyllama.monitor.run_files import (
     COLUMNS,
     failed_save,
     is_begun_again,
-    is_on_other_data,
+    is_validated_otherwise,
     last_validation,
     read_metrics,
     read_samples,
@@ -112,7 +112,9 @@ class RunLog:
         starts, now = read_starts(run.out_dir), self._data["validation"]
         self._validates_other_data = bool(rows and now) and last_validation(starts) not in (None, now)
         validated = [row for row in rows if row.get("val_loss") is not None]
-        rivals = [row["val_loss"] for row in validated if not is_on_other_data(row, starts, now)]
+        self._changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
+        starts.append({"step": step or 0, "changed": self._changed})  # the one that is to come
+        rivals = [row["val_loss"] for row in validated if not is_validated_otherwise(row, starts, now)]
         self._best = min(rivals, default=float("inf"))
         if run.args.log.on_event is not None:
             self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
@@ -214,16 +216,15 @@ class RunLog:
         if not self._is_rank_zero:
             return
         run = self._run
-        changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
         lines = [f"start    {run.origin} at step {step}"]
-        lines += [f"changed  {changes_in_words(changed)}"] if changed else []
+        lines += [f"changed  {changes_in_words(self._changed)}"] if self._changed else []
         if error := failed_save(self._events):
             lines.append(f"before   the last save failed ({error}): check that {run.out_dir} has room")
         if self._validates_other_data:
             lines.append(
                 "before   data.validation was other data: do not compare earlier held-out losses with those to come"
             )
-        recorded = {"tokens": run.done.tokens, "changed": changed, "data": self._data}
+        recorded = {"tokens": run.done.tokens, "changed": self._changed, "data": self._data}
         self.event("start", *lines, step=step, **recorded, **environment(run))
 
     def stop(self, **details: Any) -> None:

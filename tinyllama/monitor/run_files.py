@@ -24,6 +24,8 @@ the longest), for checkpoints and for validations, all in seconds. Then, for eac
 tokens drawn from it so far; and for each validation source its own ``val_loss/FOLDER`` and ``val_bpb/FOLDER``. A cell
 without a value is empty."""
 BY_SOURCE = ("val_loss/", "val_bpb/")
+VALIDATED_BY = ("data.document_mask", "eval.max_samples")
+"""settings that held-out losses depend on, which may change during a run"""
 
 
 def read_until(file: Path, step: int) -> tuple[list[dict[str, Any]], str]:
@@ -130,13 +132,18 @@ def last_validation(starts: Sequence[dict[str, Any]]) -> list[str] | None:
     return found if isinstance(found, list) else None
 
 
-def is_on_other_data(row: dict[str, Any], starts: Sequence[dict[str, Any]], validation: list[str] | None) -> bool:
-    """Return whether the losses of ``row`` are on other data than those with the fingerprints ``validation``.
+def is_validated_otherwise(row: dict[str, Any], starts: Sequence[dict[str, Any]], validation: list[str] | None) -> bool:
+    """Return whether the losses of ``row`` cannot be compared with those of the last of ``starts``.
 
-    They are not where either is unknown (None), as in a run of an earlier version.
+    They are on other data than those with the fingerprints ``validation``, or a later start changed a setting of
+    VALIDATED_BY. Data that are unknown (None), as in a run of an earlier version, are taken for the same.
     """
-    began = [start for start in starts if start["step"] < max(row["step"], 1)]
-    return None not in (then := last_validation(began), validation) and then != validation
+    began = [i for i, start in enumerate(starts) if start["step"] < max(row["step"], 1)]
+    num_begun = began[-1] + 1 if began else 0
+    changes = [change for start in starts[num_begun:] if isinstance(change := start.get("changed"), dict)]
+    if any(key in change for change in changes for key in VALIDATED_BY):
+        return True
+    return None not in (then := last_validation(starts[:num_begun]), validation) and then != validation
 
 
 def tokens_before(rows: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> int:
