@@ -1,4 +1,4 @@
-"""What a new run sets aside of the files in its folder, and what a resume says of replaced validation data."""
+"""What a new run sets aside of the files in its folder, and what a resume says of another validation."""
 
 import dataclasses
 import json
@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from tinyllama.checkpoint.names import step_dir
 from tinyllama.config import cli
 from tinyllama.monitor.metrics import RunLog
 from tinyllama.monitor.run_files import read_metrics, read_samples
@@ -97,6 +98,24 @@ def test_validation_data_that_were_replaced_are_told_once_and_their_losses_are_n
             assert rank in capsys.readouterr().out
     events = [json.loads(line) for line in (run.out_dir / "events.jsonl").read_text().splitlines()]
     assert [event["data"]["validation"] for event in events] == [[one] for one, _, _ in starts]
+
+
+def test_held_out_losses_by_another_number_of_samples_are_no_rivals(
+    run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    starts = [(64, 2.0, "the best so far"), (64, 3.0, "best 2.0000"), (8, 5.0, "the best so far")]
+    starts += [(8, 6.0, "best 5.0000"), (64, 4.0, "the best so far")]
+    for step, (samples, loss, rank) in enumerate(starts):
+        args = dataclasses.replace(run.args, eval=dataclasses.replace(run.args.eval, max_samples=samples))
+        run = dataclasses.replace(run, args=args)
+        with RunLog(run, step or None, is_rank_zero=True) as log:
+            log.start(step)
+            log.row({"step": step + 1, "tokens": 8 * (step + 1), "val_loss": loss})
+            assert rank in capsys.readouterr().out, step
+        saved = step_dir(run.out_dir / "checkpoints", step + 1)
+        saved.mkdir(parents=True)
+        (saved / "config.yaml").write_text(cli.dump(run.resolved()))
+        run = dataclasses.replace(run, resume=saved)
 
 
 def test_a_config_written_by_hand_into_the_folder_of_the_run_is_set_aside(
