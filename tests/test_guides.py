@@ -62,15 +62,18 @@ INSTEAD = [
     (r"(scripts/generate\.py .*)", r"\1 --max_new_tokens 2"),
     (r"(scripts/benchmark_checkpoint\.py)", r"\1 --model quickstart --rounds 1"),
     (r"(scripts/benchmark_data\.py .*)--megabytes 58", r"\1--megabytes 1 --rounds 1"),
-    (r"(scripts/benchmark_step\.py.*) --steps \d", r"\1"),
-    (r"(scripts/benchmark_step\.py) (--gpus 4|--run ours --run ours:train\S+)", r"\1 --gpus 1,2"),
+    # the number of GPUs in one command, the optimizers in another; on a CPU, bf16 takes ten times as long
+    (r"(scripts/benchmark_step\.py) (--gpus 4 .*|--run ours --run ours:train\S+)", r"\1 --gpus 1,2"),
+    (r"(scripts/benchmark_step\.py.*?) --steps \d", r"\1"),
+    (r" --run ours (--run ours:optim.name=muon) .*", r" \1,train.precision=fp32"),
+    (r"(scripts/benchmark_step\.py)(?!.*fp32)", r"\1 --run ours:train.precision=fp32"),
     (r"(scripts/benchmark_step\.py)", r"\1 --model quickstart --tokens 1024 --micro_batch_size 2 --steps 1"),
     (r" 2e-3 4e-3| out/sweep/(18|72)M_[24]e-3", ""),
     # what needs a GPU, or packages that are not ours
     (r" --peers litgpt,hf| --budget", ""),
     (r"(scripts/benchmark_ops\.py)", r"\1 --operation rms_norm --micro_batch_size 1 || [ $? = 2 ]"),
     (r"--tasks commonsense", "--perplexity data/slimpajama_validation"),
-    (r"scripts/doctor\.py(.*)", r"scripts/doctor.py\1 || [ $? = 1 ]"),  # it may find something
+    (r"scripts/doctor\.py.*", "scripts/doctor.py --out_dir out || [ $? = 1 ]"),  # it may find something
 ]
 RUN = re.compile(
     r"(python|torchrun|export MASTER_ADDR=.* exec python|bash -n|make --dry-run|pytest --collect-only|grep|tail"
