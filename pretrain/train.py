@@ -184,7 +184,7 @@ class Training:
 
     @property
     def is_done(self) -> bool:
-        """Whether every step of the run is done."""
+        """Return whether every step of the run is done."""
         return self.state.step == self.run.max_steps
 
     def step(self) -> None:
@@ -222,7 +222,7 @@ class Training:
         self.stop_reason = self.preemption.agreed_reason()
 
     def validation_is_due(self) -> bool:
-        """Whether to validate now: at the start, every eval.interval steps and at the end, but each step only once."""
+        """Return whether a validation is due: at the start, every eval.interval steps and at the end, once a step."""
         due = self.state.step % self.run.args.eval.interval == 0 or self.is_done
         return bool(self.run.validation) and due and self.state.validated < self.state.step
 
@@ -245,7 +245,7 @@ class Training:
             self.log.sample_texts(step, self.state.tokens, texts)
 
     def save_is_due(self) -> bool:
-        """Whether to save now: every checkpoint.interval steps, before a stop and at the end."""
+        """Return whether a save is due: every checkpoint.interval steps, before a stop and at the end."""
         due = self.state.step % self.run.args.checkpoint.interval == 0 or self.save_owed
         return self.saved_step < self.state.step and bool(due or self.is_done or self.stop_reason)
 

@@ -33,7 +33,7 @@ HELD_PROSE, HELD_CODE = ["validation/chunk1/example_holdout_0.jsonl.zst"], ["pyt
 
 
 def docstrings(text: str) -> str:
-    """The docstrings of a module and of what it defines, as one text."""
+    """Return the docstrings of a module and of what it defines, as one text."""
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     try:
         nodes = [node for node in ast.walk(ast.parse(text)) if isinstance(node, kinds)]
@@ -57,7 +57,7 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write(folder: Path, shards: list[str], rows: list[dict[str, Any]]) -> None:
-    """``rows`` dealt out to the shards of ``folder``, in the format that a shard's ending names."""
+    """Deal ``rows`` out to the shards of ``folder``, in the format that a shard's ending names."""
     for i, path in enumerate(folder / shard for shard in shards):
         dealt, buffer = rows[i :: len(shards)], io.BytesIO()
         if path.suffix == ".parquet":

@@ -44,7 +44,7 @@ def locked(path: Path, busy: Callable[[], None], lock: Callable[..., object], *p
 
 
 def _is_last(file: IO[bytes], lock: Callable[..., object]) -> bool:
-    """Whether no other process holds a place of ``file``, or none can."""
+    """Return whether no other process holds a place of ``file``, or none can."""
     try:
         lock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError):

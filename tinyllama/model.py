@@ -39,7 +39,7 @@ class Cache(Protocol):
 
 
 class GPT(nn.Module):
-    """Stack an embedding, ``n_layer`` blocks, a norm and the output matrix, which may be the embedding itself.
+    """The Llama model: an embedding, ``n_layer`` blocks, a norm and an output matrix, which may be the embedding.
 
     ``ops`` names the backend of each operation.
     """
@@ -115,7 +115,7 @@ class GPT(nn.Module):
 
 
 class Block(nn.Module):
-    """Add attention and then the MLP, each of the normalized residual stream, to the residual stream."""
+    """Adds attention and then the MLP, each of the normalized residual stream, to the residual stream."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
 
 class Linear(nn.Linear):
-    """Multiply by a weight (out_features, in_features), without a bias."""
+    """Multiplies by a weight (out_features, in_features), without a bias."""
 
     weight_gradient: GradientSum | None = None
     """where a backward pass adds the weight's gradient; None: autograd keeps it (ops/linear.py)"""
@@ -166,7 +166,7 @@ class Linear(nn.Linear):
 
 
 class CausalSelfAttention(nn.Module):
-    """Attend with nh query heads over G key-value heads; ``attn`` is the fused projection to all of them."""
+    """Attends with nh query heads over G key-value heads; ``attn`` is the fused projection to all of them."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -188,7 +188,7 @@ class CausalSelfAttention(nn.Module):
 
 
 class LLaMAMLP(nn.Module):
-    """Wrap ``swiglu``, as upstream's parameter names require."""
+    """Wraps ``swiglu``, as upstream's parameter names require."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()
@@ -200,7 +200,7 @@ class LLaMAMLP(nn.Module):
 
 
 class SwiGLU(nn.Module):
-    """Compute ``w3(silu(w1 x) * w2 x)``: w1 gates, w2 projects up to intermediate_size and w3 down again."""
+    """Computes ``w3(silu(w1 x) * w2 x)``: w1 gates, w2 projects up to intermediate_size and w3 down again."""
 
     w12: swiglu.Interleaved | None = None
     """w1 and w2 in one tensor, if they lie in memory like that (train/gathered.py)"""
@@ -218,7 +218,7 @@ class SwiGLU(nn.Module):
 
 
 class RMSNorm(nn.Module):
-    """Normalize by the root mean square, with a weight per channel."""
+    """Normalizes by the root mean square, with a weight per channel."""
 
     def __init__(self, config: ModelConfig, ops: Mapping[str, str] = OPS) -> None:
         super().__init__()

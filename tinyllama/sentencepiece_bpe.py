@@ -86,7 +86,7 @@ def user_defined_pieces(processor: Any) -> list[str]:
 
 
 def is_plain(processor: Any) -> bool:
-    """Whether text is segmented as it is, blanks being U+2581, and there is no piece that must not be used."""
+    """Return whether text is segmented as it is, blanks being U+2581, and there is no piece that must not be used."""
     _, normalizer = _specs(processor)
     keeps_blanks = normalizer.get(_ESCAPE_BLANKS, 1) and not normalizer.get(_REMOVE_BLANKS, 1)
     has_unused = any(processor.is_unused(list(range(processor.vocab_size()))))

@@ -68,7 +68,7 @@ def newton_schulz_flops(rows: int, cols: int) -> int:
 
 
 class Meter:
-    """Measure tokens per second over the last ``window`` log intervals.
+    """Measures tokens per second over the last ``window`` log intervals.
 
     The first interval includes compilation, so it is dropped once a second one exists.
     """

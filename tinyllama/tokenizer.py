@@ -94,7 +94,7 @@ class Tokenizer:
         return self._guard(self._encode, text)
 
     def encode_utf8(self, text: bytes) -> np.ndarray:
-        """``encode`` of UTF-8 into an array, without an object for each id."""
+        """Encode UTF-8 into an array of ids, without a Python object for each."""
         if self._processor:
             return self._processor.encode(text, return_type="numpy")
         return np.array(self._guard(self._encode, text.decode()), dtype=np.uint32)
@@ -105,7 +105,7 @@ class Tokenizer:
 
     @property
     def is_plain(self) -> bool:
-        """A sentencepiece model that segments text as it is, and can make every piece of it."""
+        """Return whether this is a sentencepiece model that segments text as it is, and can make every piece of it."""
         return self._processor is not None and sentencepiece_bpe.is_plain(self._processor)
 
     def control_pieces(self) -> list[str]:

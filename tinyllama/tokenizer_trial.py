@@ -49,7 +49,7 @@ _tried: dict[str, str] = {}
 
 
 def is_failure(error: BaseException) -> bool:
-    """Whether a library failed: a panic of one written in Rust is no Exception."""
+    """Return whether a library failed: a panic of one written in Rust is no Exception."""
     return isinstance(error, Exception) or type(error).__name__ == "PanicException"
 
 
@@ -98,7 +98,7 @@ def _is_harmless(content: dict[str, Any]) -> bool:
 
 
 def _are_merges(merges: Any, vocab: Any) -> bool:
-    """Whether each of the merges has two halves, and these and the whole are in the vocabulary."""
+    """Return whether each of the merges has two halves, and these and the whole are in the vocabulary."""
     if not isinstance(merges, list) or not isinstance(vocab, dict):
         return False
     for merge in merges:
@@ -125,7 +125,7 @@ def steps(step: Any) -> Iterator[dict[str, Any]]:
 
 
 def _is_short(step: dict[str, Any]) -> bool:
-    """A step's texts are single characters, its numbers 0 or 1."""
+    """Return whether a step's texts are single characters and its numbers 0 or 1."""
     pattern = step.get("pattern", {"String": " "})
     if not isinstance(pattern, dict) or set(pattern) != {"String"}:
         return False

@@ -226,7 +226,7 @@ def _load(named: dict[str, torch.Tensor], reader: "_Reader", hint: str, no_dist:
 class _Reader(dcp.FileSystemReader):
     @functools.cached_property
     def metadata(self) -> Metadata:
-        """What .metadata holds, checked."""
+        """Return what .metadata holds, once it is checked."""
         payload = _read(Path(self.path) / ".metadata")
         _check_files(Path(self.path), payload)
         return metadata.read(payload)

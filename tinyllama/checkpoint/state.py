@@ -74,7 +74,7 @@ def _is_batch_or_unknown(value: Any) -> bool:
 
 
 def _is_pair(value: Any) -> bool:
-    """Whether ``value`` is two finite numbers of 32 bits."""
+    """Return whether ``value`` is two finite numbers of 32 bits."""
     pair = value if isinstance(value, list) else ()
     return len(pair) == 2 and all(type(number) in (int, float) and abs(number) < 3.4e38 for number in pair)
 
@@ -92,7 +92,7 @@ def _is_texts(value: Any) -> bool:
 
 
 def _is_origin(value: Any) -> bool:
-    """Whether ``value`` is paths, which may hold any character, or None by name."""
+    """Return whether ``value`` is paths, which may hold any character, or None by name."""
     return isinstance(value, dict) and all(path is None or isinstance(path, str) for path in value.values())
 
 

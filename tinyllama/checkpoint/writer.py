@@ -237,7 +237,7 @@ def prune(folder: Path, keep_last: int, keep_every: int | None, upto: int | None
 
 
 def _is_ours(path: Path) -> bool:
-    """Whether ``path`` is named as a Checkpointer names its steps; step-5 is somebody else's."""
+    """Return whether ``path`` is named as a Checkpointer names its steps; step-5 is somebody else's."""
     step = names.step_of(path)
     return step is not None and path == names.step_dir(path.parent, step)
 

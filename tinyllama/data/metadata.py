@@ -38,7 +38,7 @@ def is_text(value: Any) -> bool:
 
 
 def _is_name(value: Any) -> bool:
-    """Whether ``value`` is the name of a file in this folder and in no other."""
+    """Return whether ``value`` is the name of a file in this folder and in no other."""
     try:
         encoded = os.fsencode(value)
     except (TypeError, UnicodeEncodeError):
@@ -144,7 +144,7 @@ def _blake2b(value: dict[str, Any]) -> str:
 
 
 def _read_json(path: Path, kind: dict[str, Any], hint: str, **absent: Any) -> dict[str, Any]:
-    """A NAME.json or manifest.json, with ``absent`` for keys it lacks; InputError when damaged or of another format."""
+    """Read a NAME.json or manifest.json; ``absent`` stands for keys it lacks. InputError if it has another format."""
     try:
         with open_regular(path) as file:
             payload = file.read(_MOST_BYTES + 1)

@@ -188,7 +188,7 @@ def permute(index: np.ndarray, size: np.ndarray, keys: np.ndarray) -> np.ndarray
 
 
 def _feistel(x: np.ndarray, a: np.ndarray, b: np.ndarray, keys: np.ndarray) -> np.ndarray:
-    """A keyed bijection on range(a * b), elementwise on uint64; a and b must be below 2^32."""
+    """Apply a keyed bijection on range(a * b), elementwise on uint64; a and b must be below 2^32."""
     half = np.uint64(32)
     left, right = np.divmod(x, b)  # left < a, right < b
     for number in range(_ROUNDS):

@@ -18,7 +18,7 @@ MOST_NEW_TOKENS = 1_000_000  # their memory is allocated at the start
 
 
 class KVCache:
-    """Cache keys and values of up to ``length_limit`` tokens of ``batch_size`` sequences in pre-allocated memory."""
+    """A cache for keys and values of up to ``length_limit`` tokens of ``batch_size`` sequences, allocated at once."""
 
     length: int
     """number of cached tokens of each sequence"""
@@ -124,7 +124,7 @@ def check(
 
 
 class Text:
-    """Decode a prompt and its continuation piece by piece as the tokens arrive."""
+    """Decodes a prompt and its continuation piece by piece as the tokens arrive."""
 
     def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int]) -> None:
         self._tokenizer = tokenizer

@@ -47,7 +47,7 @@ STYLES = {
 
 
 class Console:
-    """Show a run of ``max_steps`` steps that stands at ``step``; in a terminal, with a bar from start to stop."""
+    """Shows a run of ``max_steps`` steps that stands at ``step``; in a terminal, with a bar from start to stop."""
 
     def __init__(self, max_steps: int, step: int) -> None:
         self.step = step

@@ -12,7 +12,7 @@ from tinyllama.train.run import Run
 
 
 class Trace:
-    """Trace the steps of ``log.profile`` on this rank; without the setting do nothing.
+    """Traces the steps of ``log.profile`` on this rank; without the setting it does nothing.
 
     Every rank writes a file of its own, as the one that is slow may be any. The step before them, if there is one,
     warms the profiler up: starting it takes a GPU's tracer seconds. What happens between two traced steps, as a

@@ -68,7 +68,7 @@ class Heartbeat:
 
 
 class Watchdog:
-    """Watch this rank's training loop, from ``with`` to its end; one at a time in a process.
+    """Watches this rank's training loop, from ``with`` to its end; one at a time in a process.
 
     The main thread may hang in a collective, and the file system may hang as well, so there are two more: one only
     writes heartbeats, the other only looks at the clock. Neither runs while C code holds the interpreter's lock, so

@@ -121,7 +121,7 @@ def _of_another(path: Path) -> InputError:
 
 
 def _is_our_json(path: Path) -> bool:
-    """Whether a NAME.json or a manifest.json is ours, though perhaps damaged or cut short, or has no content to lose.
+    """Return whether a NAME.json or manifest.json is ours, perhaps damaged or cut short, or has no content to lose.
 
     As ours appear complete or not at all, one that begins unlike them and lacks the keys of them all is another's,
     whether it can be parsed or not.
@@ -155,7 +155,7 @@ def set_time(output: Path, shard: str, status: os.stat_result | None) -> None:
 
 
 def _has_time(path: Path, wanted: int) -> bool:
-    """Whether a file bears the time ``wanted`` (ns), or as much of it as its file system keeps: seconds, perhaps."""
+    """Return whether a file bears the time ``wanted`` (ns), or as much of it as its file system keeps (seconds)."""
     there, unit = path.stat().st_mtime_ns, 1
     while unit < 10**9 and there % (10 * unit) == 0:
         unit *= 10
@@ -163,7 +163,7 @@ def _has_time(path: Path, wanted: int) -> bool:
 
 
 def _is_same(one: Input, output: Path, info: Info) -> bool:
-    """Whether an input has the bytes that its shard was made of; if so, it is not read the next time."""
+    """Return whether an input has the bytes that its shard was made of; if so, it is not read the next time."""
     status = status_of(one)
     try:
         is_same = hash_file(Path(one.path)) == info["source"].get("blake2b")
@@ -194,7 +194,7 @@ def remove_stale(output: Path, shards: set[str] | None) -> None:
 
 
 def is_marker(path: Path) -> bool:
-    """Whether a file ``*.bad`` is one of ours, which names its input: other programs call files so, too."""
+    """Return whether a file ``*.bad`` is one of ours, which names its input: other programs call files so, too."""
     shard = path.name.removesuffix(BAD)
     return shard.lower().endswith(ENDINGS) and path.is_file() and shard in reason(path).replace("/", "--")
 

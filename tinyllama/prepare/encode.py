@@ -105,7 +105,7 @@ class Mismatch(RuntimeError):
 
 
 class Encoder:
-    """Documents to ids, uint32 or int32 arrays without bos and eos.
+    """Encodes documents to ids, uint32 or int32 arrays without bos and eos.
 
     Raises InputError when ``choice`` is ``fast`` and gigatoken is missing or does not return this tokenizer's ids.
     """

@@ -43,7 +43,7 @@ def pinned(source: str) -> tuple[str, str | None]:
 
 
 def is_dataset(source: str) -> bool:
-    """Whether ``source``, which is pinned, is a whole dataset and not a folder or a file of it."""
+    """Return whether ``source``, which is pinned, is a whole dataset and not a folder or a file of it."""
     return bool(_DATASET.fullmatch(source))
 
 

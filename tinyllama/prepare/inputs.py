@@ -70,7 +70,7 @@ class Fields:
 
     @property
     def is_drawn(self) -> bool:
-        """Whether a draw decides which documents are kept."""
+        """Return whether a draw decides which documents are kept."""
         return self.fraction < 1 or self.held_out > 0
 
 
@@ -92,7 +92,7 @@ class Input:
 
     @contextmanager
     def fetched(self) -> Iterator[Path]:
-        """The file on this machine; a remote one is copied whole to ``$TMPDIR`` first.
+        """Yield the path of the file on this machine; a remote one is copied whole to ``$TMPDIR`` first.
 
         So it crosses the network once: a parquet file is read at random and then hashed from end to end.
         """
@@ -128,7 +128,7 @@ class NotFetched(RuntimeError):
 
 
 class TmpdirError(OSError):
-    """``$TMPDIR``, to which an input is being fetched, is full."""
+    """An input is being fetched to ``$TMPDIR``, which is full."""
 
 
 class Inputs(list[Input]):
@@ -147,7 +147,7 @@ def find_inputs(
     split: str | None = None,
     config_name: str | None = None,
 ) -> Inputs:
-    """The files in and below ``source`` whose names end so, each real one once, in the order of their shards.
+    """Return the files in and below ``source`` with one of ``endings``, each real one once, in their shards' order.
 
     ``folders`` narrows it to some folders of ``source``, and ``split`` to the folder, or to the files, whose names say
     that split; a ``source`` that is a file is the one input. Of a whole dataset on the Hub, ``config_name`` chooses the
@@ -209,27 +209,27 @@ def find_inputs(
 
 
 def _is_of_datasets(name: str, names: set[str]) -> bool:
-    """Whether ``datasets`` keeps this file beside the data: its notes, or a cache of a dataset that it saved."""
+    """Return whether ``datasets`` keeps this file beside the data: its notes, or a cache of a dataset that it saved."""
     folder, slash, base = name.rpartition("/")
     cached = base.startswith("cache-") and base.endswith(".arrow")
     return base in _OF_DATASETS or (cached and any(f"{folder}{slash}{note}" in names for note in _OF_DATASETS))
 
 
 def _is_packed(name: str, names: set[str], packed: set[str]) -> bool:
-    """Whether this is a file of ours, as where --output is below --source: NAME.json, or a manifest."""
+    """Return whether this is a file of ours, as where --output is below --source: NAME.json, or a manifest."""
     folder, base = os.path.split(name)
     return folder in packed and (base == MANIFEST or f"{name.removesuffix('.json')}.bin" in names)
 
 
 def _ending(name: str) -> str:
-    """How the summary names the ending of a file."""
+    """Return the ending of a file as the summary names it."""
     parts = name.rpartition("/")[2].lower().split(".")
     ending = f".{'.'.join(parts[-2:])}" if len(parts) > 2 and f".{parts[-1]}" in COMPRESSED else f".{parts[-1]}"
     return ending if len(parts) > 1 and len(ending) < 20 else "without an ending"
 
 
 def _is_of_split(name: str, split: str | None) -> bool:
-    """Whether a file's folder is called ``split`` or its own name has that word: train-00000, c4-train.00000."""
+    """Return whether a file's folder is called ``split`` or its own name has that word: train-00000, c4-train.00000."""
     if split is None:
         return True
     *folders, base = name.split("/")
@@ -285,7 +285,7 @@ def some(names: Sequence[str], most: int = 3) -> str:
 
 @contextmanager
 def _folder() -> Iterator[Path]:
-    """A folder of this process in ``$TMPDIR``; those of processes that were killed are removed."""
+    """Yield a folder of this process in ``$TMPDIR``; those of processes that were killed are removed."""
     for left in Path(tempfile.gettempdir()).glob(f"{_FETCHED}*"):
         with suppress(OSError), _held(left):  # not while its process lives
             shutil.rmtree(left, ignore_errors=True)

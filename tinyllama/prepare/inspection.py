@@ -77,7 +77,7 @@ def inspect_packed(
 
 
 def _tokens(dataset: PackedDataset, tokenizer: Tokenizer | None) -> dict[str, Any]:
-    """Of a sample of the stream: the most frequent tokens, and bos and eos that follow one another."""
+    """Count in a sample of the stream: the most frequent tokens, and bos and eos that follow one another."""
     if tokenizer and tokenizer.sha256 != dataset.tokenizer_sha256:
         raise InputError(f"{tokenizer.path} is not what {dataset.path} was made with: give that one")
     count = min(dataset.tokens, 4096)

@@ -32,7 +32,7 @@ class Listing:
 
 
 def is_url(source: str) -> bool:
-    """Whether ``source`` is a URL, perhaps of an archive (``zip://*.jsonl::https://...``), and not a local path."""
+    """Return whether ``source`` is a URL, also of an archive (``zip://*.jsonl::https://...``), not a local path."""
     return ("://" in source or "::" in source) and not os.path.exists(source)
 
 
@@ -65,7 +65,7 @@ def _local(source: str, folders: Collection[str]) -> Listing:
 
 
 def is_folder(source: str) -> bool:
-    """Whether there is a folder at this path or URL."""
+    """Return whether there is a folder at this path or URL."""
     if not is_url(source):
         return os.path.isdir(source)
     fs, path = filesystem(source)

@@ -26,7 +26,7 @@ _BUFFERS, _COMPRESSION = 2, 3  # fields of RecordBatch
 
 
 def is_signed(path: Path, metadata_size: int) -> bool:
-    """Whether a parquet file's metadata is signed, as it is where columns are encrypted; pyarrow aborts at those.
+    """Return whether a parquet file's metadata is signed, as with encrypted columns; pyarrow aborts at those.
 
     ``metadata_size`` is what of the footer is metadata: a signature of 28 bytes (a nonce and a tag) stands behind it.
     """

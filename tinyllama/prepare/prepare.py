@@ -350,5 +350,5 @@ def _figures(counts: Counter[str], long: np.ndarray) -> dict[str, int]:
 
 
 def _is_empty(info: Info) -> bool:
-    """Whether there was nothing in the input, not even something to leave out."""
+    """Return whether there was nothing in the input, not even something to leave out."""
     return not info["documents"] and not any(info["dropped"].values())

@@ -20,7 +20,7 @@ INTERVAL = 5.0
 
 
 class Progress:
-    """Shards, tokens, tokens/s and time left: a bar on a terminal, else lines.
+    """Shows shards, tokens, tokens/s and the time left: as a bar on a terminal, else in lines.
 
     Each of a FEW shards has a line. Of more, one every INTERVAL has, and each that is not packed, and the last.
     """

@@ -23,7 +23,7 @@ class RawFile:
 
     @property
     def suffix(self) -> str:
-        """The last ending of its name, in small letters."""
+        """Return the suffix of its name in lower case."""
         return self.path.suffix.lower()
 
     def error(self, what: str, hint: str = "repair or remove it") -> InputError:

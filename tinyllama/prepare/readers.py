@@ -77,7 +77,7 @@ class DocumentReader(RawFile):
     """documents that had lone surrogates"""
 
     def __iter__(self) -> Iterator[str]:
-        """The text of each document, in the order of the file."""
+        """Yield the text of each document, in the order of the file."""
         parts: list[bytes] = []
         for chunk in self.chunks():
             parts.append(chunk.text)
@@ -120,7 +120,7 @@ class DocumentReader(RawFile):
             raise self.error(f"cannot be read ({type(error).__name__}: {error})".replace("\n", " ")) from error
 
     def _unwanted(self) -> bool:
-        """Whether the next document is none of the fraction that is kept."""
+        """Return whether the next document is none of the fraction that is kept."""
         fields = self.fields
         unwanted = fields.is_drawn and not fields.held_out <= self._draws.random() < fields.fraction
         if unwanted:

@@ -34,7 +34,7 @@ class Hashed(io.FileIO):
 
 
 def decompressed(file: BinaryIO, suffix: str) -> Any:
-    """The text of a file of JSON lines: EOFError or OSError where it is cut short or damaged."""
+    """Return a file of the decompressed bytes; reading raises EOFError or OSError where it is cut short or damaged."""
     if suffix == ".gz":
         return gzip.GzipFile(fileobj=file)
     kinds: dict[str, type[_Frames]] = {".zst": _Zstd, ".zstd": _Zstd, ".xz": _Xz, ".bz2": _Bz2}

@@ -28,7 +28,7 @@ class Table(RawFile):
     """rows of a text column of type ``null``, which tables without rows have, too"""
 
     def batches(self) -> Iterator[tuple[Iterable[Any], Iterable[dict[str, Any]]]]:
-        """The text column, some rows at a time, and what names the subset of each row."""
+        """Yield the text column, some rows at a time, and what names the subset of each row."""
         import pyarrow
         from pyarrow import parquet
 

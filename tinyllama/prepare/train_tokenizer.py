@@ -17,9 +17,10 @@ MAX_BYTES = 4192  # of a line: sentencepiece drops longer ones, without a word
 
 
 def train(sources: list[str], vocab_size: int, split: str | None = None, config_name: str = "") -> bytes:
-    """The ``.model`` of ``vocab_size`` pieces, from text at ``PATH[:KEY]``; InputError if it does not hold as many.
+    """Train a tokenizer of ``vocab_size`` pieces on the text at each ``PATH[:KEY]``, and return its ``.model``.
 
-    Lines too long for sentencepiece are cut, and their number is printed.
+    Lines too long for sentencepiece are cut, and their number is printed. Raises InputError if the text does not hold
+    that many pieces.
     """
     import sentencepiece
 

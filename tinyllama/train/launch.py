@@ -51,7 +51,7 @@ class Launch:
 
     @property
     def on_one_machine(self) -> bool:
-        """Whether every rank is on this machine and reaches rank 0 by its loopback, as far as can be told."""
+        """Return whether every rank is on this machine and reaches rank 0 by its loopback, as far as can be told."""
         return self.size == self.local_size and self.address in LOOPBACK
 
 

@@ -28,7 +28,7 @@ LONGEST = 65_536  # bytes of a file that are read; ours has some hundred
 
 
 class RunLock:
-    """Hold the lock on ``out_dir`` while in the context; for rank 0 only.
+    """Holds the lock on ``out_dir`` while in the context; for rank 0 only.
 
     ``job_id`` is the Slurm job's, None outside one. Entering waits for up to STALE seconds to see whether another
     holder is alive and raises InputError if it is. One on this host whose pid is not running, and one of the same job,

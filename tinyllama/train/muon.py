@@ -53,7 +53,7 @@ class Matrix:
 
     @property
     def shapes(self) -> list[tuple[int, int]]:
-        """The shape of each part, its shorter side first."""
+        """Return the shape of each part, its shorter side first."""
         cols = self.parameter.shape[1]
         rows = [self.groups * size for size in self.sizes]
         return [(min(count, cols), max(count, cols)) for count in rows]
@@ -65,7 +65,7 @@ class Matrix:
 
     @property
     def scale(self) -> float:
-        """The factor that makes a matrix of orthogonal parts as large as an update of AdamW."""
+        """Return the factor that makes a matrix of orthogonal parts as large as an update of AdamW."""
         return RMS * math.sqrt(max(long for _, long in self.shapes))
 
     def split(self, full: Tensor) -> list[Tensor]:
@@ -129,7 +129,7 @@ class Assignment:
 
 
 class Muon(torch.optim.Optimizer):
-    """Use Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
+    """Muon for the hidden matrices of a GPT, sharded or not, and torch's fused AdamW for its other parameters.
 
     ``dtype`` is that of the directions, which go to a matrix's owner; iterations are in ``iteration_dtype(dtype)``,
     weights and momenta in fp32. As fused AdamW does, ``step`` obeys ``found_inf``: where it is 1, weights and state

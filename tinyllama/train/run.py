@@ -92,7 +92,7 @@ class Run:
 
     @property
     def origin(self) -> str:
-        """What it starts from, in words."""
+        """Return what the run starts from, in words."""
         if self.resume is not None:
             return f"resumed from {self.resume}"
         start = self.args.train.init_from
