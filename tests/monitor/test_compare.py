@@ -391,13 +391,13 @@ def test_losses_of_other_samples_or_masks_during_the_run_do_not_count(
     assert read_curve(run).losses == losses
 
 
-def test_a_step_that_is_gone_back_to_undoes_a_later_change(make_run: MakeRun) -> None:
+def test_a_change_after_the_step_that_was_gone_back_to_does_not_count(make_run: MakeRun) -> None:
     run = make_run("run", {0: 8.0, 10: 1.0, 15: 1.5, 20: 3.0}, {20: 10.0})
     changes: list[tuple[int, Any]] = [(0, {}), (20, {"eval.max_samples": [64, 8]}), (12, {})]
     starts = [{"step": step, "changed": change} for step, change in changes]
     starts = [{"time": 1, "event": "start", "resumed_from": None, "world_size": 1} | start for start in starts]
     (run / "events.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
-    assert read_curve(run).losses == [1.5, 3.0]  # by 64 samples, as those before, which were followed by other ones
+    assert read_curve(run).losses == [1.5, 3.0]  # those before are left out, though they are of 64 samples, too
 
 
 def test_a_line_that_is_being_written_is_no_damage(make_run: MakeRun) -> None:
