@@ -46,7 +46,7 @@ INSTEAD = [
     (r"^make (.*)", r"make --dry-run MAKE=true \1"),
     (r"^\.ci/run$", "bash -n .ci/run"),
     (r"^pytest (.*)", r"pytest --collect-only --quiet \1"),
-    (r"(-m gpu)$", r"\1 tests/test_gpu.py"),  # to import every test takes half a minute
+    (r"(-m gpu) -n 6$", r"\1 tests/test_gpu.py"),  # to import every test takes half a minute
     (r"^python -m venv$", "python -m venv --without-pip out/venv"),
     # the names of what is given
     (r"--source hf://\S+ --config_name \S+", "--source my_texts"),
