@@ -51,12 +51,11 @@ lint: .venv/installed  ## ruff, mypy and shellcheck
 	$(BIN)/mypy
 	$(BIN)/shellcheck scripts/*.sh scripts/slurm/*.sbatch tests/slurm/*.sh .ci/run
 
-# --no-compile: Python compiles a module when it is first imported; to compile them all takes a minute
 .venv/installed: pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "error: Python 3.11 or newer is needed: make PYTHON=python3.11")'
 	@echo "installing the package and its development tools into .venv, which takes a few minutes"
 	$(PYTHON) -m venv .venv
-	$(BIN)/pip install --quiet --no-compile --editable '.[dev]'
+	$(BIN)/pip install --quiet --editable '.[dev]'
 	touch $@
 
 clean:  ## remove the environment, the coverage report and what make quickstart wrote
