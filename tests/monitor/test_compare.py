@@ -324,12 +324,15 @@ def test_a_damaged_line_is_named(make_run: MakeRun, three: list[Path], script: A
     assert refused(script, three[0], run) == f"{file} is damaged in line {line}: restore the file, or delete that line"
 
 
+def record_starts(out_dir: Path, *starts: dict[str, Any]) -> None:
+    """Give ``out_dir`` the events of these starts, of a run that is no branch."""
+    common = {"time": 1, "event": "start", "resumed_from": None, "world_size": 1}
+    (out_dir / "events.jsonl").write_text("".join(json.dumps(common | start) + "\n" for start in starts))
+
+
 def record_validation(out_dir: Path, *starts: tuple[int, list[str]]) -> None:
     """Give ``out_dir`` the events of these starts: a step, and the fingerprints of the validation data."""
-    events = [{"event": "start", "step": step, "resumed_from": None, "world_size": 1} for step, _ in starts]
-    for event, (_, fingerprints) in zip(events, starts, strict=True):
-        event |= {"time": 1, "data": {"validation": fingerprints}}
-    (out_dir / "events.jsonl").write_text("".join(json.dumps(event) + "\n" for event in events))
+    record_starts(out_dir, *({"step": step, "data": {"validation": fingerprints}} for step, fingerprints in starts))
 
 
 def test_held_out_losses_of_one_folder_that_held_other_data_are_refused(make_run: MakeRun) -> None:
@@ -385,18 +388,14 @@ def test_losses_of_other_samples_or_masks_during_the_run_do_not_count(
     changed: Any, losses: list[float], make_run: MakeRun
 ) -> None:
     run = make_run("run", {0: 8.0, 10: 1.0, 20: 1.5, 30: 3.0, 40: 2.0}, {40: 10.0})
-    starts = [{"step": step, "changed": change} for step, change in ((0, {}), (20, changed), (30, {}))]
-    starts = [{"time": 1, "event": "start", "resumed_from": None, "world_size": 1} | start for start in starts]
-    (run / "events.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    record_starts(run, {"step": 0, "changed": {}}, {"step": 20, "changed": changed}, {"step": 30, "changed": {}})
     assert read_curve(run).losses == losses
 
 
 def test_a_change_after_the_step_that_was_gone_back_to_does_not_count(make_run: MakeRun) -> None:
     run = make_run("run", {0: 8.0, 10: 1.0, 15: 1.5, 20: 3.0}, {20: 10.0})
-    changes: list[tuple[int, Any]] = [(0, {}), (20, {"eval.max_samples": [64, 8]}), (12, {})]
-    starts = [{"step": step, "changed": change} for step, change in changes]
-    starts = [{"time": 1, "event": "start", "resumed_from": None, "world_size": 1} | start for start in starts]
-    (run / "events.jsonl").write_text("".join(json.dumps(start) + "\n" for start in starts))
+    other = {"eval.max_samples": [64, 8]}
+    record_starts(run, {"step": 0, "changed": {}}, {"step": 20, "changed": other}, {"step": 12, "changed": {}})
     assert read_curve(run).losses == [1.5, 3.0]  # those before are left out, though they are of 64 samples, too
 
 

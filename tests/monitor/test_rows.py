@@ -38,5 +38,10 @@ def test_a_mean_speed_weighs_rows_by_their_tokens() -> None:
     rows = [{"tokens": 100, "tokens_per_second": 10}, {"tokens": 150, "tokens_per_second": None}]
     rows += [{"tokens": 550, "tokens_per_second": 40}, {"tokens": 650, "tokens_per_second": 0}]
     assert mean_speed(rows) == 500 / 20  # 10 s for the first 100 tokens, 10 s for 400
-    assert mean_speed(rows[1:2]) == mean_speed([]) == 0.0  # nobody knows the time of such tokens
+    assert mean_speed(rows[1:2]) == mean_speed([]) == 0.0
     assert mean_speed(rows, tokens_before=60) == 440 / 14  # of a branch: 4 s for the first 40 tokens
+    spoken = [{"tokens": 100, "tokens_per_second": 10.0}, {"tokens": 200, "tokens_per_second": 40.0}]
+    assert mean_speed(spoken) == 200 / 12.5
+    silent = [{"tokens": 300, "tokens_per_second": None}, {"tokens": 400, "tokens_per_second": 50.0}]
+    assert mean_speed([*spoken, *silent]) == 300 / 14.5  # of the tokens from 200 to 300 nobody knows the time
+    assert mean_speed(silent[:1]) == 0
