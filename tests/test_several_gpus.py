@@ -1,4 +1,4 @@
-"""What only several GPUs can show, over NCCL: `pytest -m gpu` on a machine that has two."""
+"""What only several ranks can show, over NCCL: two GPUs, or two ranks that share one."""
 
 import contextlib
 import os
@@ -30,7 +30,7 @@ CONFIG = {
     "log": {"interval": 1},
 }
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 
 Start = Callable[..., "subprocess.Popen[bytes]"]
 
@@ -45,8 +45,10 @@ def start(packed_folder: Callable[..., Path], tmp_path: Path) -> Iterator[Start]
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**CONFIG, "data": data}))
 
     def run(name: str, gpus: int, *flags: object, script: str = "pretrain/train.py") -> "subprocess.Popen[bytes]":
-        command = [sys.executable, script, "--config", tmp_path / "run.yaml"]
-        command += ["--out_dir", tmp_path / name, "--parallel.devices", gpus, *flags]
+        shares = gpus > torch.cuda.device_count()
+        command = [sys.executable, *(["tests/helpers/share_gpu.py"] if shares else []), script]
+        command += ["--config", tmp_path / "run.yaml", "--out_dir", tmp_path / name]
+        command += [*([] if shares else ["--parallel.devices", gpus]), *flags]
         with (tmp_path / "stderr").open("w") as stderr:  # a file, for a rank that stands still never closes a pipe
             started.append(subprocess.Popen([*map(str, command)], cwd=ROOT, stderr=stderr, start_new_session=True))
         return started[-1]
