@@ -9,7 +9,7 @@ import pytest
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.config import cli
 from tinyllama.monitor.metrics import RunLog
-from tinyllama.monitor.run_files import read_metrics, read_samples
+from tinyllama.monitor.run_files import read_metrics, read_samples, read_starts
 from tinyllama.train.run import Run
 
 
@@ -81,6 +81,28 @@ def test_rows_that_are_not_done_again_are_set_aside(run: Run, case: str) -> None
         copies = {copy.stem: copy.read_bytes() for copy in run.out_dir.glob("*.aside-*")}
         assert copies == before
     assert len([*run.out_dir.glob("*.aside-*")]) == len(names)
+
+
+def test_a_branch_in_the_folder_of_another_run_sets_its_rows_aside(run: Run, tmp_path: Path) -> None:
+    start(run)
+    names = ["metrics.csv", "samples.jsonl", "config.yaml"]
+    before = {name: (run.out_dir / name).read_bytes() for name in names}
+    saved = step_dir(tmp_path / "other" / "checkpoints", 40)
+    saved.mkdir(parents=True)
+    (saved / "config.yaml").write_text(cli.dump(run.resolved()))
+    train = dataclasses.replace(run.args.train, resume=str(saved), max_steps=60)
+    branch = dataclasses.replace(run, args=dataclasses.replace(run.args, train=train), resume=saved)
+    for _ in range(2):  # killed before its first checkpoint, it does its own steps again
+        start(branch, step=40)
+        assert {copy.stem: copy.read_bytes() for copy in run.out_dir.glob("*.aside-*")} == before
+        assert [row["step"] for row in read_metrics(run.out_dir / "metrics.csv")] == [41, 42]
+        assert {begun["step"] for begun in read_starts(run.out_dir)} == {40}
+    own = step_dir(run.out_dir / "checkpoints", 41)
+    own.mkdir(parents=True)
+    (own / "config.yaml").write_text(cli.dump(run.resolved()))
+    with RunLog(dataclasses.replace(branch, resume=own), 41, is_rank_zero=True):  # the branch resumes
+        assert [row["step"] for row in read_metrics(run.out_dir / "metrics.csv")] == [41]
+    assert len([*run.out_dir.glob("*.aside-*")]) == 3
 
 
 def test_validation_data_that_were_replaced_are_told_once_and_their_losses_are_no_rivals(

@@ -66,7 +66,7 @@ class RunLog:
     def __init__(self, run: Run, step: int | None, is_rank_zero: bool) -> None:
         """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
 
-        What another run has left in the files that a fresh one rewrites is set aside.
+        What another run has left in the files that a fresh one or a new branch rewrites is set aside.
 
         Raises InputError when metrics.csv or samples.jsonl cannot be read or written.
         """
@@ -88,14 +88,15 @@ class RunLog:
         samples, aside = run.out_dir / "samples.jsonl", []
         config, settings = run.out_dir / "config.yaml", cli.dump(run.resolved())
         self._data = run.data_metadata()
-        is_other = step is None and not is_begun_again(run.out_dir, settings, self._data)
+        is_new = step is None or (run.resume is not None and not resume.is_in_run(run.out_dir, run.resume))
+        is_other = is_new and not is_begun_again(run.out_dir, settings, self._data, step or 0)
         with _rewriting(config):  # which the recipe writes next; it may have been written by hand
             if is_other and config.is_file() and config.read_bytes() != settings.encode():
                 aside += set_aside(config)
         with _rewriting(self._metrics):
             run.out_dir.mkdir(parents=True, exist_ok=True)
             aside += set_aside(self._metrics) if is_other else []
-            rows, damage = ([], "") if step is None else read_until(self._metrics, step)
+            rows, damage = ([], "") if is_new or step is None else read_until(self._metrics, step)
             names = [prefix + name for name in source_names([s.path for s in run.validation]) for prefix in BY_SOURCE]
             earlier = rows[0] if rows else ()  # their sources may have had other names
             names += [name for name in earlier if name.startswith(("tokens_", *BY_SOURCE))]
@@ -104,7 +105,7 @@ class RunLog:
         if samples.exists():
             with _rewriting(samples):
                 aside += set_aside(samples) if is_other else []
-                kept = [sample for sample in read_samples(samples) if step is not None and sample["step"] <= step]
+                kept = [sample for sample in read_samples(samples) if not is_new and sample["step"] <= (step or 0)]
                 atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
         self._tail_at = table.rfind(b"\n", 0, -1) + 1 if rows else len(table)

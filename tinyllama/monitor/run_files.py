@@ -39,17 +39,17 @@ def read_until(file: Path, step: int) -> tuple[list[dict[str, Any]], str]:
     return [row for row in rows if row["step"] <= step], damage
 
 
-def is_begun_again(out_dir: Path, settings: str, data: dict[str, Any]) -> bool:
-    """Return whether the last start in ``out_dir`` was at step 0, with these ``settings`` and ``data``, and unsaved.
+def is_begun_again(out_dir: Path, settings: str, data: dict[str, Any], step: int) -> bool:
+    """Return whether the last start in ``out_dir`` was at ``step``, with these ``settings`` and ``data``, and unsaved.
 
-    Then a fresh run does its steps again, and its rows are dropped as those that a resumed run does again.
+    Then a fresh run, or a branch, does its steps again: its rows are dropped as those that a resumed run does again.
     """
     start: dict[str, Any] = {}
     for event in read_json_lines(out_dir / "events.jsonl"):
         if event.get("event") in ("start", "checkpoint"):
             start = event if event["event"] == "start" else {}
     config = out_dir / "config.yaml"
-    is_same = start.get("step") == 0 and start.get("data") == data
+    is_same = start.get("step") == step and start.get("data") == data
     return is_same and config.is_file() and config.read_text("utf-8", "replace") == settings
 
 
@@ -116,13 +116,17 @@ def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
 
 
 def read_starts(out_dir: Path) -> list[dict[str, Any]]:
-    """Return the events of the run's starts that say at which step and on how many ranks."""
-    events = read_json_lines(out_dir / "events.jsonl")
-    return [
-        event
-        for event in events
-        if event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size"))
-    ]
+    """Return the events of the run's starts that say at which step and on how many ranks.
+
+    Those from before rows were set aside are of another run.
+    """
+    starts: list[dict[str, Any]] = []
+    for event in read_json_lines(out_dir / "events.jsonl"):
+        if event.get("event") == "set_aside":
+            starts = []
+        elif event.get("event") == "start" and is_count(event.get("step")) and is_count(event.get("world_size")):
+            starts.append(event)
+    return starts
 
 
 def last_validation(starts: Sequence[dict[str, Any]]) -> list[str] | None:
