@@ -24,7 +24,7 @@ from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
 from tinyllama.config import cli
 from tinyllama.config.args import PretrainArgs, check
 from tinyllama.data.loader import Loader, on_device, validation_batches
-from tinyllama.data.packed import check_datasets, open_all
+from tinyllama.data.packed import check_datasets, open_all, tokenizer_of
 from tinyllama.model import GPT
 from tinyllama.monitor.console import show_summary, start_summary
 from tinyllama.monitor.metrics import RunLog, max_memory_gb
@@ -62,7 +62,7 @@ def setup(args: PretrainArgs) -> Run:
     check_datasets([*sources, *validation], vocab_size=config.vocab_size, block_size=config.block_size)
     mixture = mix(args, sources, config.block_size, accumulation)
     ops = choose_ops(args, config, [*sources, *validation])
-    sample_texts = open_sample_texts(args.eval, config, sources[0].tokenizer_sha256)
+    sample_texts = open_sample_texts(args.eval, config, tokenizer_of(sources)["tokenizer_sha256"])
     run = Run(args, config, world, sources, validation, mixture, accumulation, ops, sample_texts=sample_texts)
     run = start_from(step_dir, run)
     initial_weights(run)  # only for its errors; main() reads the weights, once every rank has started

@@ -13,7 +13,7 @@ import pytest
 
 from tinyllama import InputError, stdio
 from tinyllama.config import cli
-from tinyllama.config.args import PretrainArgs, Source
+from tinyllama.config.args import PretrainArgs, Source, TrainArgs
 
 ROOT = Path(__file__).parents[2]
 
@@ -173,6 +173,21 @@ def test_a_value_is_what_its_setting_makes_of_it(tmp_path: Path) -> None:
     assert (args.out_dir, args.log.wandb_project, args.log.wandb_entity) == ("2024-01-01", "007", None)
     assert (args.dry_run, args.train.max_steps, args.optim.lr) == (True, 1000, 4e-4)
     assert parse("--train.max_time", "null", "--out_dir", "null") == PretrainArgs(out_dir="null")
+
+
+def test_a_key_without_a_value_is_null(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("train: {init_from: , max_steps: }\nlog:\n  on_event:\neval:\n  tokenizer: # none yet\n")
+    assert parse("--train.max_steps", "3", "--config", str(path)) == PretrainArgs()
+    path.write_text("eval:\n  # samples: [a]\ntrain: {max_steps: 3}\n")
+    assert parse("--config", str(path)) == PretrainArgs(train=TrainArgs(max_steps=3))
+    path.write_text("out_dir:\ntrain: {precision: , seed: ''}\ndata: {sources: }\n")
+    assert problems("--config", str(path)) == (
+        f"{path}: out_dir cannot be '': expected str",
+        f"{path}: train.precision cannot be '': expected bf16 | fp32 | float8",
+        f"{path}: train.seed cannot be '': expected int",
+        f"{path}: data.sources cannot be '': expected [{{path: ...}}, ...]",
+    )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -116,6 +116,10 @@ def test_facts_of_the_data_and_the_tokenizer(recipe, settings, tmp_path) -> None
     assert run.tokenizer_metadata() == {"tokenizer_sha256": "0" * 64, "bos": False, "bos_id": 1, "eos_id": 2}
     chunks = [ValidationSource(lit(tmp_path / "lit", 99))]  # which say nothing
     assert recipe.setup(data(settings, validation=chunks)).tokenizer_metadata() == run.tokenizer_metadata()
+    mixed = recipe.setup(data(settings, sources=[Source(lit(tmp_path / "mixed", 99)), *settings.data.sources]))
+    assert mixed.tokenizer_metadata() == run.tokenizer_metadata()
+    alone = recipe.setup(data(settings, sources=[Source(lit(tmp_path / "alone", 999))]))
+    assert alone.tokenizer_metadata() == dict.fromkeys(("tokenizer_sha256", "bos", "bos_id", "eos_id"))
     order_metadata = recipe.setup(ramped(settings, 999, (None, 0.8))).fixed_metadata()["data"]
     sources = [sources[0] | {"final_weight": None}, sources[1] | {"final_weight": 0.8}]
     assert order_metadata == {"seed": 3407, "order": order, "sources": sources, "ramp_tokens": 999}

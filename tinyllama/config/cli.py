@@ -228,7 +228,10 @@ def _nearest(key: str, kinds: Mapping[str, Any]) -> str:
 
 
 class _Loader(yaml.BaseLoader):
-    """Leaves every value text, and refuses aliases and a key given twice, of which the second would hide the first."""
+    """Leaves every value text, or None where there is none.
+
+    It refuses aliases and a key given twice, of which the second would hide the first.
+    """
 
     def compose_node(self, parent: yaml.Node | None, index: int) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few lines of them can stand for a tree of any size
@@ -237,6 +240,9 @@ class _Loader(yaml.BaseLoader):
                 None, None, f"*{event.anchor} is an alias: write its value out", event.start_mark
             )
         return super().compose_node(parent, index)
+
+    def construct_scalar(self, node: yaml.ScalarNode) -> Any:
+        return None if node.style is None and not node.value else super().construct_scalar(node)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [key.value for key, _ in node.value]
@@ -280,6 +286,8 @@ def _updated(base: Any, content: Any, kinds: Mapping[str, Any], errors: list[str
 
     What is wrong with them is appended to ``errors``.
     """
+    if content is None and prefix:  # a group whose keys are all commented out
+        return base
     if not isinstance(content, dict):
         errors.append(
             f"{prefix[:-1] or 'it'} is not a group of keys but {reprlib.repr(content)}; --help lists the keys"
@@ -319,7 +327,7 @@ def _value(text: Any, kind: Any, key: str, errors: list[str]) -> Any:
     try:
         return _typed(text, kind)
     except ValueError:
-        errors.append(f"{key} cannot be {reprlib.repr(text)}: expected {_name(kind)}")
+        errors.append(f"{key} cannot be {reprlib.repr(text or '')}: expected {_name(kind)}")
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -343,7 +351,9 @@ _WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "false": False}, type(
 
 
 def _typed(text: Any, kind: Any) -> Any:
-    """Return what ``text`` is as a ``kind``; raises ValueError if it is none."""
+    """Return what ``text`` is as a ``kind``; raises ValueError if it is none. None, as in YAML, is null."""
+    if text is None and type(None) in _options(kind):
+        return None
     for option in sorted(_options(kind), key=lambda option: option is str):  # last, because any text is one
         words = _WORDS.get(option) or {word: word for word in typing.get_args(option)}
         if isinstance(text, str) and text.lower() in words:

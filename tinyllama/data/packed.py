@@ -42,6 +42,8 @@ from tinyllama.data.metadata import (
 OPEN_FILES = 32  # of a dataset at a time, however many shards there are
 # shards that differ in one of these must not be read as one stream
 _AGREED = ("dtype", "vocab_size", "tokenizer_sha256", "encoder", "bos", "eos", "bos_id", "eos_id")
+TOKENIZER = ("tokenizer_sha256", "bos", "bos_id", "eos_id")
+"""what a run records of the tokenizer of its data"""
 
 
 class ShardWriter:
@@ -312,6 +314,15 @@ def check_datasets(datasets: Sequence[PackedDataset], *, vocab_size: int, block_
         )
     if errors:
         raise InputError(*errors)
+
+
+def tokenizer_of(datasets: Sequence[PackedDataset]) -> dict[str, Any]:
+    """Return what ``datasets`` that go together state of their tokenizer, by TOKENIZER; None for what none states.
+
+    Upstream's chunks, which may be among them, state nothing.
+    """
+    stated = ((name, getattr(dataset, name)) for dataset in reversed(datasets) for name in TOKENIZER)
+    return dict.fromkeys(TOKENIZER) | {name: value for name, value in stated if value is not None}
 
 
 def _open_manifest(path: Path) -> PackedDataset:

@@ -67,9 +67,10 @@ def initial_weights(run: Run) -> Weights | None:
             f"model.vocab_size {ours.vocab_size} makes {ours.padded_vocab_size} rows and {start} has "
             f"{theirs.padded_vocab_size}: set model.vocab_size and model.padding_multiple to fit"
         )
-    trained_with, prepared_with = weights.metadata["tokenizer_sha256"], run.sources[0].tokenizer_sha256
-    if trained_with and prepared_with and trained_with != prepared_with:
-        errors.append(f"{start} was trained with another tokenizer than {run.sources[0].path} was prepared with")
+    trained_with = weights.metadata["tokenizer_sha256"]
+    others = [source.path for source in run.sources if source.tokenizer_sha256 not in (None, trained_with)]
+    if trained_with and others:
+        errors.append(f"{start} was trained with another tokenizer than {others[0]} was prepared with")
     if errors:
         raise InputError(*errors)
     return weights

@@ -16,7 +16,7 @@ from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import ModelConfig
 from tinyllama.data import mixture
 from tinyllama.data.mixture import Mixture
-from tinyllama.data.packed import PackedDataset
+from tinyllama.data.packed import PackedDataset, tokenizer_of
 from tinyllama.ops import choice, float8
 from tinyllama.train.budget import samples_of_warmup, smaller_batch, total_steps
 from tinyllama.train.launch import World
@@ -169,7 +169,7 @@ class Run:
 
     def tokenizer_metadata(self) -> dict[str, Any]:
         """Return what a converter has to know of the tokenizer."""
-        return {key: getattr(self.sources[0], key) for key in ("tokenizer_sha256", "bos", "bos_id", "eos_id")}
+        return tokenizer_of(self.sources)
 
 
 def code_sha256() -> str:
