@@ -52,7 +52,7 @@ DONE, FAILED, RESUMABLE = 0, 1, 75  # exit codes
 
 def setup(args: PretrainArgs) -> Run:
     """Find every error of the input before anything is started or written."""
-    step_dir = resume.to_resume(Path(args.out_dir), args.train.resume)
+    step_dir = resume.to_resume(Path(args.out_dir), args.train.resume, say=lambda line: None)  # rank 0 says it later
     config = check(args := with_sizes(args, step_dir))
     check_optimizer(args.optim)
     world = find_world(args.parallel)

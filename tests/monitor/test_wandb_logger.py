@@ -375,6 +375,25 @@ def test_which_settings_begin_another_run(
     assert (again == first) is same
 
 
+def test_a_run_is_the_same_without_its_initial_weights_and_with_its_data_in_another_folder(
+    run: Run, wandb: Wandb, step_dir: Path, tmp_path: Path
+) -> None:
+    origin = {"resume": None, "init_from": str(tmp_path / "weights")}
+    run = changed(run, "train", init_from=origin["init_from"])
+    with RunLog(run, None, is_rank_zero=True) as log:
+        log_steps(log, 1, 6)
+        first = log.metadata()["wandb_id"]
+    saved = shutil.copytree(step_dir, run.out_dir / "checkpoints" / step_dir.name)
+    (saved / "state.json").write_text(json.dumps(reader.read_state(saved) | {"origin": origin}))
+    resumed = dataclasses.replace(changed(run, "train", init_from=None), resume=saved)
+    (source,) = run.args.data.sources
+    resumed = changed(resumed, "data", sources=[dataclasses.replace(source, path=str(tmp_path / "moved"))])
+    assert RunLog(resumed, 4, is_rank_zero=True).metadata()["wandb_id"] == first
+    other_data = [dataclasses.replace(run.sources[0], fingerprint="other")]
+    other = dataclasses.replace(resumed, sources=other_data)
+    assert RunLog(other, 3, is_rank_zero=True).metadata()["wandb_id"] != first
+
+
 def test_steps_stand_only_if_all_of_them_had_the_settings_of_now(run: Run, wandb: Wandb) -> None:
     other, ids = changed(run, "optim", lr=1e-3), []
     for settings, after, last in ((run, None, 5), (other, 4, 8), (other, 6, 9), (other, 4, 5), (other, 3, 4)):

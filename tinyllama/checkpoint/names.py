@@ -2,6 +2,7 @@
 
 import os
 import re
+import secrets
 from pathlib import Path
 
 from tinyllama import InputError
@@ -16,6 +17,16 @@ def step_of(path: Path) -> int | None:
     """Return the step that a directory's name says; None for any other name, a temporary directory's among them."""
     named = re.fullmatch(r"step-(\d+)", path.name, re.ASCII)
     return int(named[1]) if named else None
+
+
+def broken_dir(step_dir: Path) -> Path:
+    """Return a name of its own for a broken ``step_dir`` that is set aside: ``step-00005000.broken-1f0a93c2``."""
+    return step_dir.with_name(f"{step_dir.name}.broken-{secrets.token_hex(4)}")
+
+
+def broken_dirs(folder: Path) -> list[Path]:
+    """Return what ``broken_dir`` has named in ``folder``."""
+    return [path for path in folder.iterdir() if re.fullmatch(r"step-\d{8,}\.broken-[0-9a-f]{8}", path.name)]
 
 
 def run_dir(step_dir: Path) -> Path:

@@ -10,8 +10,6 @@ import functools
 import io
 import os
 import platform
-import re
-import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
@@ -169,7 +167,7 @@ class Checkpointer:
             atomic.write(unfinished / name, payload)  # and the names of all files with it
         is_in_the_way = os.path.lexists(final)  # broken, or the run would have resumed from it
         if is_in_the_way:
-            final.rename(final.with_name(f"{final.name}.broken-{secrets.token_hex(4)}"))
+            final.rename(names.broken_dir(final))
         unfinished.rename(final)
         atomic.sync(self.folder)
         with contextlib.suppress(OSError, InputError):  # the step is saved, and the next save tries this again
@@ -180,8 +178,7 @@ class Checkpointer:
 
     def _keep_one_aside(self) -> None:
         """Remove all broken checkpoints that were set aside, except the newest, and report the size of that one."""
-        aside = [path for path in self.folder.iterdir() if re.fullmatch(r"step-\d{8,}\.broken-[0-9a-f]{8}", path.name)]
-        aside.sort(key=lambda path: path.lstat().st_ctime_ns)  # the time of its renaming
+        aside = sorted(names.broken_dirs(self.folder), key=lambda path: path.lstat().st_ctime_ns)  # the time of its renaming
         for path in aside[:-1]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for path in aside[-1:]:

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from typing import Any
 
 from tinyllama import atomic
-from tinyllama.checkpoint import reader
+from tinyllama.checkpoint import reader, resume
 from tinyllama.train.run import Run
 
 INIT_TIMEOUT, FINISH_TIMEOUT = 60, 15
@@ -132,7 +132,9 @@ def is_id(value: Any) -> bool:
 
 
 def settings_digest(run: Run) -> str:
-    """Return a digest of the settings of ``run`` that change what its steps come to."""
+    """Return a digest of the settings of ``run`` that change what its steps come to; of data, not of their paths."""
     settings = {group: run.resolved()[group] for group in ("model", "data", "optim", "train")}
+    settings["data"] |= run.data_metadata()
+    settings["train"] |= resume.origin(run.out_dir, run.resume, settings["train"])  # a resume may leave init_from out
     settings["train"] = {name: value for name, value in settings["train"].items() if name not in IRRELEVANT}
     return hashlib.blake2b(json.dumps(settings, sort_keys=True).encode(), digest_size=8).hexdigest()

@@ -1,4 +1,8 @@
-"""The scales of a model's matmuls in float8 from step to step, the same on every rank and for every world size."""
+"""The scales of a model's matmuls in float8 from step to step, the same on every rank.
+
+From the second step on they are the same for every world size, too: the first step has no maxima of a step before, so
+each rank finds those of its own micro-batches.
+"""
 
 import math
 from pathlib import Path
@@ -76,7 +80,7 @@ class DelayedScaling:
         return powers.clamp(-MOST_EXPONENT, MOST_EXPONENT).flatten().tolist()
 
     def resume(self, exponents: list[int], step_dir: Path) -> None:
-        """Go on from what the checkpoint ``step_dir`` holds; a run not in float8 until then has a first step.
+        """Restore the scales from the checkpoint ``step_dir``; a run that was not in float8 has its first step again.
 
         Raises DamagedError, on every rank.
         """

@@ -75,7 +75,7 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
     out_dir that train.resume does not name is passed over for the one before it. Raises InputError if there is none.
     """
     # on one rank, as a file system may show ranks different newest ones
-    step_dir = from_rank_zero(lambda: to_resume(run.out_dir, run.args.train.resume, say=lambda line: None))
+    step_dir = from_rank_zero(lambda: to_resume(run.out_dir, run.args.train.resume))
     while True:
         run = start_from(step_dir, run)
         if run.resume is None:
