@@ -81,7 +81,7 @@ def main(run: Run) -> int:
     job_id = os.environ.get("SLURM_JOB_ID")
     with contextlib.nullcontext() if args.dry_run else lock.run_lock(run.out_dir, job_id):
         run, state = load_checkpoint(run, gpt, optimizer.optimizer)
-        load_initial_weights(run, gpt)
+        run = load_initial_weights(run, gpt)
         hosts = rank_map()
         if fabric.is_global_zero:
             show_summary("pretrain", start_summary(run, dtypes, hosts))

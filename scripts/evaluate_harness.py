@@ -3,10 +3,11 @@
 python scripts/evaluate_harness.py CHECKPOINT|RUN --tokenizer FILE --tasks commonsense [--watch] [--perplexity DIR]
 """
 
+from functools import partial
 from pathlib import Path
 
 from tinyllama import InputError, printable
-from tinyllama.checkpoint.reader import DamagedError
+from tinyllama.checkpoint.reader import DamagedError, say_passed_over
 from tinyllama.config import cli
 from tinyllama.convert.tokenizer_files import matching_tokenizer
 from tinyllama.convert.weights import open_weights
@@ -67,7 +68,7 @@ def main() -> None:
         try:
             score(step_dir)
         except DamagedError as error:
-            print(f"passed over: {printable(error.problem)}", flush=True)
+            say_passed_over([error.problem], partial(print, flush=True))
         except (InputError, OSError) as error:
             if step_dir.exists():
                 raise

@@ -100,6 +100,29 @@ def test_the_newest_survives_what_lies_beside_it(case: str, saved: Path, tmp_pat
     assert reader.resolve(tmp_path) == seven
 
 
+def test_a_run_says_which_newer_steps_are_passed_over(
+    saved: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    seven, eight, nine = (copy(saved, step_dir(tmp_path / "checkpoints", step), step) for step in (7, 8, 9))
+    cut(eight / "__0_0.distcp")
+    (nine / "config.yaml").unlink()
+    reasons = [f"{nine} is not a complete checkpoint (config.yaml is missing)"]
+    reasons += [f"{eight} is not a complete checkpoint (__0_0.distcp is missing or cut short)"]
+    said: list[str] = []
+    for path in (tmp_path, tmp_path / "checkpoints"):
+        assert reader.resolve(path) == seven
+        assert tuple(capsys.readouterr()) == ("", "".join(f"passed over: {why}\n" for why in reasons))
+        assert reader.resolve(path, said.append) == seven
+    assert said == [f"passed over: {why}" for why in reasons] * 2
+    assert reader.resolve(seven) == seven  # nothing is passed over for a step that is named
+    shutil.rmtree(seven)
+    with pytest.raises(InputError) as error:
+        reader.resolve(tmp_path)
+    hint = "give a step directory (step-00005000) or a run's out_dir"
+    assert str(error.value) == f"{tmp_path} holds no complete checkpoint ({reasons[0]}): {hint}"
+    assert tuple(capsys.readouterr()) == ("", "")
+
+
 def test_a_step_that_is_not_there_names_those_that_are(saved: Path, tmp_path: Path) -> None:
     for step in (20, 30):
         copy(saved, step_dir(tmp_path, step), step)
@@ -277,7 +300,7 @@ def test_what_a_start_resumes(saved: Path, tmp_path: Path, capsys: pytest.Captur
     assert resume.to_resume(other, str(older)) == older
     assert resume.to_resume(other, str(run)) == newest
     step = f"{run}/checkpoints/step-00000030 is not a complete checkpoint (its state.json is of step 20)"
-    assert capsys.readouterr().out == f"passed over: {step}\n"  # of auto, which nobody has told a step
+    assert capsys.readouterr().out == f"passed over: {step}\n" * 3  # wherever a run is named, not a step
     with pytest.raises(InputError, match="step-00000030 is not a complete checkpoint .*: give another step of its run"):
         resume.to_resume(other, f"{run}/checkpoints/step-00000030")
     with pytest.raises(InputError, match="step-00000020 exists and train.resume is never: give another out_dir"):

@@ -160,11 +160,13 @@ def test_a_step_that_is_not_finite_is_refused(group: None, run: Path, tmp_path: 
     assert script("export_checkpoint", copy, tmp_path / "out" / "m.safetensors", "--average", 1)[0] == 0
 
 
-def test_what_cannot_be_averaged_is_refused_in_a_line(group: None, run: Path, tmp_path: Path, script: Any) -> None:
-    def refused(path: Path, count: object, name: str = "convert_lit_checkpoint") -> str:
+def test_what_cannot_be_averaged_is_refused_in_a_line(
+    group: None, run: Path, tmp_path: Path, script: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def refused(path: Path, count: object, name: str = "convert_lit_checkpoint", said: str = "") -> str:
         code, out, err = script(name, path, tmp_path / "out", "--average", count)
         assert (code, out, (tmp_path / "out").exists()) == (2, "", False)
-        (line,) = err.splitlines()
+        (line,) = err.removeprefix(said).splitlines()
         return line.removeprefix("error: ")
 
     folder = run / "checkpoints"
@@ -193,8 +195,12 @@ def test_what_cannot_be_averaged_is_refused_in_a_line(group: None, run: Path, tm
     )
     shutil.rmtree(other)
     (copy / "checkpoints" / "step-00000030" / ".metadata").unlink()  # such a step does not count
+    capsys.readouterr()
     assert open_average(copy, 3).metadata["averaged_steps"] == [10, 20, 40]
-    assert refused(copy, 4).startswith(f"{copy}/checkpoints has 3 complete steps up to step-00000040, not 4")
+    broken = f"{copy}/checkpoints/step-00000030 is not a complete checkpoint (.metadata is missing)"
+    assert tuple(capsys.readouterr()) == ("", said := f"passed over: {broken}\n")
+    problem = f"{copy}/checkpoints has 3 complete steps up to step-00000040, not 4"
+    assert refused(copy, 4, said=said).startswith(problem)
 
 
 def test_a_damaged_step_is_refused_before_anything_is_written(run: Path, tmp_path: Path, script: Any) -> None:

@@ -50,6 +50,18 @@ def test_a_flipped_bit_is_refused(name: str, file: str, copied: Path, tmp_path: 
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_a_newer_step_that_is_passed_over_is_told_beside_the_results(
+    name: str, copied: Path, tmp_path: Path, tokenizer_file, script
+) -> None:
+    newer = shutil.copytree(copied, copied.with_name("step-00000013"))
+    (newer / "__0_0.distcp").unlink()
+    code, out, error = script(name, *SCRIPTS[name](copied.parent, tmp_path, tokenizer_file))
+    assert (code, "passed over" in out) == (0, False)
+    assert error.count("passed over: ") == 1
+    assert error.startswith(f"passed over: {newer} is not a complete checkpoint (")
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_step_without_hashes_is_read_and_that_is_said(
     name: str, copied: Path, tmp_path: Path, tokenizer_file, script
 ) -> None:

@@ -38,6 +38,8 @@ def test_a_flipped_bit_is_passed_over_and_costs_no_more_than_the_steps_since(wor
     said = world(2).train("--config", config_file, "--out_dir", out, *SHORT)
     damage = f"{step_dir(checkpoints, 12)} is damaged (__1_0.distcp does not match its hash)"
     assert said.count(f"passed over: {damage}\n") == 1
+    missing = f"{step_dir(checkpoints, 8)} is not a complete checkpoint (config.yaml is missing)"
+    assert said.count(f"passed over: {missing}\n") == 1
     assert f"resumed from {step_dir(checkpoints, 4)} at step 4" in said
     assert column(out, "loss") == column(straight, "loss")
     after, expected = (tensors(step_dir(run / "checkpoints", 12)) for run in (out, straight))
@@ -46,6 +48,26 @@ def test_a_flipped_bit_is_passed_over_and_costs_no_more_than_the_steps_since(wor
     assert aside.name.startswith("step-00000012.broken-")
     assert said.count(f"set aside: {aside} was not a complete checkpoint; it takes 0.0") == 1
     assert len(events(out, "set_aside")) == 2
+
+
+def test_a_run_that_starts_from_another_says_from_which_step(world, config_file, tmp_path) -> None:
+    trunk, out = tmp_path / "trunk", tmp_path / "run"
+    world(2).train("--config", config_file, "--out_dir", trunk, *SHORT)
+    newest = step_dir(trunk / "checkpoints", 12)
+    kept = (newest / "config.yaml").rename(tmp_path / "kept")
+    start = ["--config", config_file, *SHORT, "--out_dir", out, "--train.init_from", trunk, "--train.max_steps", 8]
+    said = [answer["said"] for answer in world(2)("train", *start)]
+    passed_over = f"passed over: {newest} is not a complete checkpoint (config.yaml is missing)\n"
+    assert [of_rank.count("passed over: ") for of_rank in said] == [1, 0]
+    assert passed_over in said[0]
+    assert f"start    a new run from the weights of {step_dir(trunk / 'checkpoints', 8)} at step 0" in said[0]
+    # the same command resumes, whatever the other run has saved since
+    kept.rename(newest / "config.yaml")
+    said = world(2).train(*start, "--train.max_steps", 12)
+    assert f"resumed from {step_dir(out / 'checkpoints', 8)} at step 8" in said
+    assert [event["started_from"] for event in events(out, "start")] == [str(step_dir(trunk / "checkpoints", 8)), None]
+    origin = {"resume": None, "init_from": str(trunk)}
+    assert reader.read_state(step_dir(out / "checkpoints", 12))["origin"] == origin
 
 
 def test_a_run_whose_every_step_is_damaged_does_not_start_anew(world, config_file, tmp_path) -> None:

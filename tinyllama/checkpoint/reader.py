@@ -14,7 +14,7 @@ import os
 import stat
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -141,16 +141,32 @@ def newest(checkpoints: Path, before: Path | None = None) -> tuple[Path | None, 
     return None, passed_over
 
 
-def resolve(path: str | Path) -> Path:
-    """Return the step directory at ``path``, or the newest complete one of the run there; raises InputError if none."""
+def to_stderr(line: str) -> None:
+    """Print ``line`` where it is not taken for a result."""
+    print(line, file=sys.stderr, flush=True)
+
+
+def say_passed_over(problems: Sequence[str], say: Callable[[str], None]) -> None:
+    """Say in a line each why checkpoints were passed over."""
+    for why in problems:
+        say(f"passed over: {printable(why)}")
+
+
+def resolve(path: str | Path, say: Callable[[str], None] = to_stderr) -> Path:
+    """Return the step directory at ``path``, or the newest complete one of the run there; raises InputError if none.
+
+    ``say`` gets a line for each newer one that is passed over.
+    """
     path = Path(path)
     if names.step_of(path) is None:
         hint = "give a step directory (step-00005000) or a run's out_dir"
         if os.path.lexists(path) and not path.is_dir():
             raise InputError(f"{path} is not a folder: {hint}")
-        step_dir, _ = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
+        step_dir, passed_over = newest(path / "checkpoints" if (path / "checkpoints").is_dir() else path)
         if step_dir is None:
-            raise InputError(f"{path} holds no complete checkpoint: {hint}")
+            reason = f" ({passed_over[0]})" if passed_over else ""
+            raise InputError(f"{path} holds no complete checkpoint{reason}: {hint}")
+        say_passed_over(passed_over, say)
         return step_dir
     if not path.is_dir():
         there = ", ".join(sorted(step.name for step in path.parent.glob("step-*"))) or "none"
@@ -192,7 +208,7 @@ def verify(step_dir: Path, hint: str) -> None:
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if hashed is None:
         if rank == 0:
-            print(f"{step_dir} is of a version that saved no hashes: its tensors are not verified", file=sys.stderr)
+            to_stderr(f"{step_dir} is of a version that saved no hashes: its tensors are not verified")
         return
     mine = sorted(hashed, key=lambda name: (len(name), name))[rank::world_size]
 

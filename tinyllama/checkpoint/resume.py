@@ -6,9 +6,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from tinyllama import InputError, atomic, printable
+from tinyllama import InputError, atomic
 from tinyllama.checkpoint import names
-from tinyllama.checkpoint.reader import newest, read_settings, read_state, resolve
+from tinyllama.checkpoint.reader import newest, read_settings, read_state, resolve, say_passed_over
 
 ORIGINS = ("resume", "init_from")
 """settings of train that say what a run begins from"""
@@ -45,15 +45,17 @@ def to_resume(out_dir: Path, how: str, say: Callable[[str], None] = print) -> Pa
         if passed_over and latest is None:
             hint = f"move {out_dir / 'checkpoints'} away to start anew"
             raise InputError(f"{passed_over[0]}, and no step before it is complete: {hint}")
-        return _report_passed_over(latest, passed_over, say)
+        say_passed_over(passed_over, say)
+        return latest
     if how == "never":
         if latest is not None:
             raise InputError(f"{latest} exists and train.resume is never: give another out_dir, or resume: auto")
         return None
     is_own = is_in_run(out_dir, Path(how))
     if latest is not None and not is_own and _began_from(latest, Path(how)):
-        return _report_passed_over(latest, passed_over, say)
-    chosen = resolve(how)
+        say_passed_over(passed_over, say)
+        return latest
+    chosen = resolve(how, say)
     if latest is not None and latest.resolve() != chosen.resolve():
         problem = f"is newer than train.resume {chosen}" if is_own else f"did not branch off from train.resume {how}"
         raise InputError(f"{latest} {problem}: give another out_dir to branch off there")
@@ -101,13 +103,6 @@ def _given(train: dict[str, Any]) -> dict[str, str | None]:
     paths = {key: train.get(key) for key in ORIGINS}
     is_path = {key: isinstance(path, str) and path not in ("auto", "never") for key, path in paths.items()}
     return {key: str(Path(str(path)).resolve()) if is_path[key] else None for key, path in paths.items()}
-
-
-def _report_passed_over(latest: Path | None, passed_over: list[str], say: Callable[[str], None]) -> Path | None:
-    """Say why each newer checkpoint was passed over, and return ``latest``."""
-    for problem in passed_over:
-        say(f"passed over: {printable(problem)}")
-    return latest
 
 
 def refuse_changes(step_dir: Path, saved: dict[str, Any], now: dict[str, Any]) -> None:

@@ -47,7 +47,8 @@ def _last_steps(last: Path, count: int) -> list[Path]:
     """Return the directories of ``count`` complete steps in their order, of which the last is given."""
     found = [last]
     while len(found) < count:
-        before, _ = reader.newest(last.parent, before=found[0])
+        before, passed_over = reader.newest(last.parent, before=found[0])
+        reader.say_passed_over(passed_over, reader.to_stderr)
         if before is None:
             there = ", ".join(step_dir.name for step_dir in found)
             raise InputError(

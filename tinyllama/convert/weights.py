@@ -71,7 +71,7 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
     Upstream's file lacks the model's sizes, so ``config`` must provide them. Only names and shapes are read. Raises
     InputError for any other path, a file that is truncated or contains code, and tensors that do not fit the sizes.
     """
-    path = Path(path)
+    path = locate(path)
     if path.is_file():
         if config is None:
             raise InputError(
@@ -81,17 +81,25 @@ def open_weights(path: str | Path, config: ModelConfig | None = None) -> Weights
         return _open_upstream(path, config)
     if (path / "config.json").is_file():
         return _open_hf(path)
-    return _open_step_dir(reader.resolve(path))
+    return _open_step_dir(path)
 
 
-def read_config(path: str | Path) -> ModelConfig | None:
-    """Return the sizes of the model at ``path``, as ``open_weights`` takes it; None for a file, which lacks them."""
+def locate(path: str | Path, say: Callable[[str], None] = reader.to_stderr) -> Path:
+    """Return the file, Hugging Face folder or step directory that ``open_weights`` takes for ``path``.
+
+    ``say`` gets a line for each newer step of a run that is passed over. Raises InputError if there is none.
+    """
     path = Path(path)
+    return path if path.is_file() or (path / "config.json").is_file() else reader.resolve(path, say)
+
+
+def read_config(path: Path) -> ModelConfig | None:
+    """Return the sizes of the model at ``path``, which is from ``locate``; None for a file, which lacks them."""
     if path.is_file():
         return None
     if (path / "config.json").is_file():
         return _hf_config(path)
-    return reader.read_model_config(reader.resolve(path))
+    return reader.read_model_config(path)
 
 
 def copy_into(model: nn.Module, weights: Weights) -> None:

@@ -24,6 +24,7 @@ def environment(run: Run) -> dict[str, Any]:
         "world_size": run.world.size,
         "ops": run.ops,
         "resumed_from": str(run.resume) if run.resume else None,
+        "started_from": str(run.start) if run.start else None,
         "max_steps": run.max_steps,
         "nodes": run.world.nodes,
         "device": torch.cuda.get_device_name() if has_gpu else f"CPU ({platform.machine()})",

@@ -1,6 +1,7 @@
 """Load the initial weights of a run that starts from another model (train.init_from)."""
 
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 
 from tinyllama import InputError
@@ -8,8 +9,9 @@ from tinyllama.checkpoint import metadata, reader
 from tinyllama.checkpoint.resume import origin_of
 from tinyllama.config.args import PretrainArgs
 from tinyllama.config.model import NAMED_CONFIGS
-from tinyllama.convert.weights import Weights, copy_into, open_weights, read_config
+from tinyllama.convert.weights import Weights, copy_into, locate, open_weights, read_config
 from tinyllama.model import GPT
+from tinyllama.train.collectives import from_rank_zero
 from tinyllama.train.run import Run
 
 # what a run may change of the model it starts from, if it says so itself
@@ -25,7 +27,7 @@ def with_sizes(args: PretrainArgs, step_dir: Path | None) -> PretrainArgs:
     start = args.train.init_from or (step_dir and origin_of(step_dir)["init_from"])
     if start is None:
         return args
-    config = read_config(start) if step_dir is None else reader.read_model_config(step_dir)
+    config = read_config(locate(start, say=_silent)) if step_dir is None else reader.read_model_config(step_dir)
     if config is None:
         return args
     name = config.name if args.model.name in NAMED_CONFIGS else args.model.name
@@ -51,7 +53,7 @@ def initial_weights(run: Run) -> Weights | None:
                 f"{start}: give another out_dir to start anew, or leave train.init_from out to go on"
             )
         return None
-    weights = open_weights(start, run.config)
+    weights = open_weights(run.start or locate(start, say=_silent), run.config)
     ours, theirs = run.config, weights.config
     errors = []
     for name, there in asdict(theirs).items():
@@ -76,8 +78,19 @@ def initial_weights(run: Run) -> Weights | None:
     return weights
 
 
-def load_initial_weights(run: Run, model: GPT) -> None:
-    """Fill ``model`` with the weights of train.init_from; leave it as it is where ``initial_weights`` returns None."""
+def load_initial_weights(run: Run, model: GPT) -> Run:
+    """Collective. Fill ``model`` with the weights of train.init_from, and return the run with where they are.
+
+    ``model`` is left as it is where ``initial_weights`` returns None. Raises its InputError.
+    """
+    if run.args.train.init_from is not None and run.resume is None:
+        # on one rank, as the run there may be saving: the ranks must not read different steps
+        run = replace(run, start=from_rank_zero(partial(locate, run.args.train.init_from, print)))
     if (weights := initial_weights(run)) is not None:
         copy_into(model, weights)
         metadata.forget()
+    return run
+
+
+def _silent(line: str) -> None:
+    """Say nothing, before the ranks have started: each would say it."""

@@ -48,6 +48,8 @@ class Run:
     """progress saved in that checkpoint, made at any batch size; all else follows from the current settings"""
     sample_texts: SampleTexts | None = None
     """continues the prompts of eval.samples at each validation; None: there are none"""
+    start: Path | None = None
+    """what the initial weights are read from: train.init_from, or a step of the run there; None before it is chosen"""
 
     @cached_property
     def max_steps(self) -> int:
@@ -95,7 +97,7 @@ class Run:
         """Return what the run starts from, in words."""
         if self.resume is not None:
             return f"resumed from {self.resume}"
-        start = self.args.train.init_from
+        start = self.start or self.args.train.init_from
         return f"a new run from the weights of {start}" if start else "a new run"
 
     def lr_at(self, step: int) -> float:

@@ -90,14 +90,9 @@ def load_checkpoint(run: Run, model: GPT, optimizer: torch.optim.Optimizer) -> t
             if how != "auto" and (is_in_run(run.out_dir, Path(how)) or not is_in_run(run.out_dir, run.resume)):
                 raise
             folder = run.resume.parent
-            step_dir = from_rank_zero(partial(_before, run.resume))
+            step_dir, passed_over = from_rank_zero(partial(reader.newest, folder, before=run.resume))
             if step_dir is None:
                 hint = f"no step before it is complete; move {folder} away to start anew"
                 raise InputError(f"{error.problem}: {hint}") from None
             if dist.get_rank() == 0:
-                print(f"passed over: {error.problem}")
-
-
-def _before(step_dir: Path) -> Path | None:
-    """Return the newest step before ``step_dir`` that looks complete."""
-    return reader.newest(step_dir.parent, before=step_dir)[0]
+                reader.say_passed_over([error.problem, *passed_over], print)
