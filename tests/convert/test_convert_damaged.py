@@ -25,13 +25,7 @@ UNREADABLE = ["9" * 5000, "[" * 100_000 + "]" * 100_000, '{"a":' * 10_000 + "1" 
 
 # what may be anything, as a wrong type of it counts as unknown or it says nothing about the weights
 FREE = {
-    "config.json": {
-        "torch_dtype",
-        "dtype",
-        "bos_token_id",
-        "eos_token_id",
-        "rope_theta",
-    },  # rope_parameters has a theta
+    "config.json": {"rope_theta"},  # rope_parameters has a theta
     "generation_config.json": {"bos_token_id", "eos_token_id", "max_length", "suppress_tokens"},
     "export.json": {"tinyllama", "step", "tokens", "bos", "tokenizer_sha256", "files"},
     "tokenizer_config.json": {
@@ -40,13 +34,14 @@ FREE = {
     },
     "model.safetensors.index.json": {"metadata", "metadata/total_size"},
 }
-NOTHING = {"null", "0", "[]", "{}"}
+IDS = {"null", "-1", "0", "9" * 30, "9" * 4000}  # those beyond the vocabulary count as unknown
 # what may be nothing, or another number
 CHOSEN = {
-    "rms_norm_eps": {"null", "2.5"},
-    **dict.fromkeys(("max_position_embeddings", "hidden_act", "tie_word_embeddings"), {"null"}),
-    **dict.fromkeys(("architectures", "head_dim", "rope_scaling", "rope_parameters"), NOTHING),
-    **dict.fromkeys(("bos_token", "eos_token"), {"null"}),
+    "rms_norm_eps": {"2.5"},
+    "architectures": {"null", "0", "[]", "{}"},
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), {"null", "{}"}),
+    **dict.fromkeys(("head_dim", "dtype", "torch_dtype", "bos_token", "eos_token"), {"null"}),
+    **{"bos_token_id": IDS, "eos_token_id": IDS | {"[]"}},
     "model/name": {'"x"', *VALUES[14:16]},
     "model/block_size": set(VALUES),  # config.json has the sizes
 }

@@ -113,6 +113,50 @@ def test_sizes_that_a_config_json_leaves_out_are_transformers_defaults():
     )
 
 
+def test_what_config_of_takes_transformers_takes():
+    from transformers import LlamaConfig
+
+    absent = object()
+    values = [
+        absent,
+        None,
+        0,
+        1,
+        8,
+        -1,
+        8.0,
+        1e-5,
+        "x",
+        "8",
+        "silu",
+        "float16",
+        True,
+        False,
+        [],
+        [2],
+        ["2"],
+        [True],
+        {},
+    ]
+    read = ["architectures", "vocab_size", *layout.SIZES, *layout.TYPES, "dtype", "torch_dtype", "rope_theta"]
+    taken = {key: [] for key in read}
+    for key, value in itertools.product(read, values):
+        content = {name: known for name, known in (HF_CONFIG | {key: value}).items() if known is not absent}
+        try:
+            layout.config_of(content, "config.json", None)
+        except InputError:
+            continue
+        LlamaConfig(**json.loads(json.dumps(content)))
+        taken[key].append(value)
+    assert taken["hidden_act"] == [absent, "silu"]
+    assert taken["rms_norm_eps"] == [absent, 8.0, 1e-5]
+    assert taken["attention_bias"] == [absent, False]
+    assert taken["head_dim"] == [absent, None, 8]
+    assert taken["bos_token_id"] == [absent, None, 0, 1, 8, -1]
+    assert taken["eos_token_id"] == [absent, None, 0, 1, 8, -1, [], [2]]
+    assert taken["torch_dtype"] == taken["dtype"] == [absent, None, "float16"]
+
+
 def test_rope_settings_are_those_that_transformers_reads():
     """Of every mixture of the older and the newer keys, whatever they contradict."""
     from transformers import LlamaConfig

@@ -169,6 +169,30 @@ REFUSED = {
         f"a text for {key}": (lambda path, key=key: hf(path, **{key: "96"}), f"{key} is '96': give a whole number")
         for key in ("hidden_size", "intermediate_size", "num_key_value_heads", "max_position_embeddings")
     },
+    "no activation": (lambda path: hf(path, hidden_act=None), "hf/config.json: hidden_act is None: give silu"),
+    "a null epsilon": (lambda path: hf(path, rms_norm_eps=None), "hf/config.json: rms_norm_eps is None: give a number"),
+    "a whole epsilon": (lambda path: hf(path, rms_norm_eps=1), "rms_norm_eps is 1: give a number with a point"),
+    "no context": (
+        lambda path: hf(path, max_position_embeddings=None),
+        "hf/config.json: max_position_embeddings is None: give a whole number above 0",
+    ),
+    "0 for no biases": (lambda path: hf(path, attention_bias=0), "attention_bias is 0: give false"),
+    "null for no biases": (lambda path: hf(path, mlp_bias=None), "mlp_bias is None: give false"),
+    "heads of 0": (lambda path: hf(path, head_dim=0), "head_dim 0 x 8 heads is not hidden_size 64"),
+    "heads of 8.0": (lambda path: hf(path, head_dim=8.0), "head_dim is 8.0: give a whole number or null"),
+    "a text for eos": (lambda path: hf(path, eos_token_id="2"), "eos_token_id is '2': give a whole number, a list of"),
+    "texts for eos": (lambda path: hf(path, eos_token_id=[2, "3"]), "eos_token_id is [2, '3']: give a whole number"),
+    "a text for bos": (lambda path: hf(path, bos_token_id="x"), "bos_token_id is 'x': give a whole number or null"),
+    "an unknown dtype": (lambda path: hf(path, dtype="junk"), "dtype is 'junk': give float32, bfloat16 or float16"),
+    "no dtype of torch's": (lambda path: hf(path, torch_dtype="zeros", dtype=None), "torch_dtype is 'zeros': give"),
+    "nothing to quantize": (lambda path: hf(path, quantization_config={}), "quantization_config is not supported"),
+    "a list for RoPE": (lambda path: hf(path, rope_parameters=[]), "rope_parameters is []: give an object or null"),
+    # what we do not read, transformers does
+    "a text for a cache": (
+        lambda path: hf(path, use_cache="x"),
+        "hf: transformers cannot use it (Validation error for",
+    ),
+    "a tuple of logits": (lambda path: hf(path, return_dict=False), "hf: transformers cannot use it ("),
     "too large a tokenizer": (small_vocabulary, "the tokenizer beside it has 600 pieces, the model 448"),
 }
 

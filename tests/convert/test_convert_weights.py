@@ -173,8 +173,8 @@ def test_what_is_known_of_the_tokenizer_travels_with_the_weights(tmp_path):
         ({"eos_token_id": [400, 399], "bos_token_id": 398}, 2, 400, [400, 399, 2], 398),
         ({"eos_token_id": 7, "bos_token_id": 5}, [9, 7, 11], 7, [7, 9, 11], 5),
         ({"eos_token_id": 0, "bos_token_id": None}, None, 0, [0], None),
-        ({"eos_token_id": -1, "bos_token_id": True}, "2", None, [], None),
-        ({"eos_token_id": [], "bos_token_id": "1"}, [True, 10**30, {}, 3], None, [3], None),
+        ({"eos_token_id": -1, "bos_token_id": -1}, "2", None, [], None),
+        ({"eos_token_id": [], "bos_token_id": None}, [True, 10**30, {}, 3], None, [3], None),
     ],
 )
 def test_the_ends_of_a_text_are_those_of_both_files(changes, generation, eos_id, eos_ids, bos_id, tmp_path):

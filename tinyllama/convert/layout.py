@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from dataclasses import fields
+from types import NoneType
 from typing import Any
 
 import torch
@@ -40,6 +41,16 @@ SIZES = {
     "num_attention_heads": "n_head",
     "num_key_value_heads": "n_query_groups",
     "max_position_embeddings": "block_size",
+}
+# what else config.json says of a model, with transformers' types of it and what to give in place of another
+TYPES: dict[str, tuple[tuple[type, ...], str]] = {
+    "hidden_act": ((str,), "silu"),
+    "rms_norm_eps": ((float,), "a number with a point or an exponent, such as 1e-05"),
+    **dict.fromkeys(("attention_bias", "mlp_bias"), ((bool,), "false")),
+    "tie_word_embeddings": ((bool,), "true or false"),
+    **dict.fromkeys(("head_dim", "bos_token_id"), ((int, NoneType), "a whole number or null")),
+    "eos_token_id": ((int, list, NoneType), "a whole number, a list of them or null"),
+    **dict.fromkeys(("rope_scaling", "rope_parameters"), ((dict, NoneType), "an object or null")),
 }
 # the fields of ModelConfig that an export writes
 EXPORTED = {"name", "vocab_size", "padding_multiple", "norm_eps", "rope_base", "rope_condense_ratio", "tie_embeddings"}
@@ -156,11 +167,11 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
     as padding. Raises InputError with all problems for a model that is not a Llama or needs what our model lacks.
     """
     try:
-        hf = {key: value for key, value in hf.items() if value is not None}
+        optional = ("num_key_value_heads", "rope_theta", "partial_rotary_factor")  # null is as if they were left out
+        hf = {key: value for key, value in hf.items() if key not in optional or value is not None}
         hf = {"num_key_value_heads": hf["num_attention_heads"], "max_position_embeddings": 2048} | hf
-        if wrong := [key for key in ("vocab_size", *SIZES) if not (type(hf[key]) is int and 0 < hf[key] < MOST_SIZE)]:
-            hint = f"give a whole number above 0, below {MOST_SIZE:,}"
-            raise InputError(*(f"{key} is {printable(repr(hf[key]), 40)}: {hint}" for key in wrong))
+        if wrong := list(_wrong_values(hf)):
+            raise InputError(*wrong)
         # as transformers reads them: an older folder's rope_scaling replaces rope_parameters, its rope_theta included
         rope = hf.get("rope_scaling") or hf.get("rope_parameters") or {}
         rope = {key: hf[key] for key in ("rope_theta", "partial_rotary_factor") if key in hf} | rope
@@ -172,8 +183,6 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         for key, value in (("rms_norm_eps", eps), ("the factor of linear RoPE", ratio)):
             if type(value) not in (int, float) or value > MOST:
                 problems.append(f"{key} is {printable(repr(value), 40)}: give a number")
-        if not isinstance(tied, bool):
-            problems.append(f"tie_word_embeddings is {printable(repr(tied), 40)}: give true or false")
         rows = hf["vocab_size"]
         if pieces is not None and pieces > rows:
             problems.append(f"the tokenizer beside it has {pieces} pieces, the model {rows}: take both from one model")
@@ -201,23 +210,40 @@ def config_of(hf: dict[str, Any], where: str, pieces: int | None) -> ModelConfig
         raise InputError(f"{where} is not a Llama's config.json ({why}): fetch the folder again") from None
 
 
-def _unsupported(hf: dict[str, Any], rope_type: Any, base: Any, rotated: Any) -> Iterator[str]:
+def _wrong_values(hf: dict[str, Any]) -> Iterator[str]:
+    """Yield a problem for another architecture, else for each value of a type or range that none may have."""
     architectures = hf.get("architectures") or ["LlamaForCausalLM"]
     if hf.get("model_type") != "llama" or architectures != ["LlamaForCausalLM"]:
         what = f"{printable(architectures[0], 80)} (model_type {printable(hf.get('model_type'), 80)})"
         yield f"architecture {what} is not supported: give a LlamaForCausalLM"
         return  # the other checks would only repeat that
+    hints = {
+        key: f"a whole number above 0, below {MOST_SIZE:,}"
+        for key in ("vocab_size", *SIZES)
+        if not (type(hf[key]) is int and 0 < hf[key] < MOST_SIZE)
+    }
+    hints |= {key: hint for key, (kinds, hint) in TYPES.items() if key in hf and type(hf[key]) not in kinds}
+    ends = hf.get("eos_token_id")
+    if isinstance(ends, list) and not all(type(end) is int for end in ends):
+        hints["eos_token_id"] = TYPES["eos_token_id"][1]
+    for key in ("dtype", "torch_dtype"):
+        if hf.get(key) is not None and not isinstance(getattr(torch, str(hf[key]), None), torch.dtype):
+            hints[key] = "float32, bfloat16 or float16"
+    yield from (f"{key} is {printable(repr(hf[key]), 40)}: give {hint}" for key, hint in hints.items())
+
+
+def _unsupported(hf: dict[str, Any], rope_type: Any, base: Any, rotated: Any) -> Iterator[str]:
     if rope_type not in ("default", "linear"):
         yield f"RoPE type {printable(rope_type, 80)} is not supported: give a model with default or linear RoPE"
     if rotated != 1:
         yield "partial_rotary_factor is not supported: give a model that rotates whole heads"
     if type(base) not in (int, float) or not (base <= MOST and base % 1 == 0):  # nan % 1 is nan
         yield f"rope_theta {printable(base, 40)} is not a whole number up to {MOST:.0e}: our rope_base is one"
-    for key in ("attention_bias", "mlp_bias", "quantization_config"):
-        if hf.get(key):
+    for key, without in (("attention_bias", False), ("mlp_bias", False), ("quantization_config", None)):
+        if hf.get(key, without) is not without:
             yield f"{key} is not supported: give a model without"
     if hf.get("hidden_act", "silu") != "silu":
         yield f"hidden_act {printable(hf['hidden_act'], 80)} is not supported: give a model with silu"
     width, heads = hf["hidden_size"], hf["num_attention_heads"]
-    if (hf.get("head_dim") or width // heads) * heads != width:
-        yield f"head_dim {printable(hf['head_dim'], 40)} x {heads} heads is not hidden_size {width}: not supported"
+    if (head_dim := hf.get("head_dim")) is not None and head_dim * heads != width:
+        yield f"head_dim {printable(head_dim, 40)} x {heads} heads is not hidden_size {width}: not supported"

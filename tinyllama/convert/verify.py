@@ -28,7 +28,7 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
     Both are first rounded to ``dtype``, that of the written weights, so that only the conversion is measured. Raises
     VerificationError if the folder lacks parameters of transformers' model or has others and, unless it ``is_foreign``,
     if transformers does not encode text with its tokenizer as we do. Raises InputError if the logits of both models are
-    not finite.
+    not finite, and if transformers cannot load or run a folder that ``is_foreign``.
     """
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
     from transformers.utils.logging import disable_progress_bar
@@ -37,9 +37,10 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
     config = weights.config
     ours = from_weights(config, weights.cast(dtype).cast(torch.float32).load())
     how: dict[str, Any] = {"dtype": torch.float32, "output_loading_info": True, "ignore_mismatched_sizes": True}
-    if is_foreign:  # the names in it may be those of a compiled model, which transformers does not read
-        how |= {"config": LlamaConfig.from_pretrained(hf_dir), "state_dict": hf_tensors(hf_dir)}
-    loaded: Any = LlamaForCausalLM.from_pretrained(None if is_foreign else hf_dir, **how)
+    with _refused(hf_dir) if is_foreign else contextlib.nullcontext():
+        if is_foreign:  # the names in it may be those of a compiled model, which transformers does not read
+            how |= {"config": LlamaConfig.from_pretrained(hf_dir), "state_dict": hf_tensors(hf_dir)}
+        loaded: Any = LlamaForCausalLM.from_pretrained(None if is_foreign else hf_dir, **how)
     theirs, info = loaded
     for kind in ("missing_keys", "unexpected_keys", "mismatched_keys"):
         if info[kind]:
@@ -48,7 +49,9 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
     with torch.inference_mode():
         for parameter in theirs.parameters():
             parameter.copy_(parameter.to(dtype))
-        both = ours(ids), theirs(ids).logits
+        with _refused(hf_dir) if is_foreign else contextlib.nullcontext():
+            expected = theirs(ids).logits
+        both = ours(ids), expected
         if not any(logits.isfinite().all() for logits in both):  # in one alone, the conversion is at fault
             raise InputError(
                 f"the logits of {hf_dir if is_foreign else weights.path} in {str(dtype).removeprefix('torch.')} are "
@@ -64,6 +67,20 @@ def verify(hf_dir: Path, weights: Weights, dtype: torch.dtype, is_foreign: bool 
                 name = reference.path.name
                 raise VerificationError(f"verify: AutoTokenizer does not encode {text!r} as {name} in {hf_dir} does")
     return difference
+
+
+@contextlib.contextmanager
+def _refused(hf_dir: Path) -> Iterator[None]:
+    """Raise InputError for what transformers raises of ``hf_dir``, which others have made."""
+    try:
+        yield
+    except InputError:
+        raise
+    except Exception as error:  # it checks what it reads in many ways
+        why = printable(" ".join(str(error).split()) or type(error).__name__, 300)
+        raise InputError(
+            f"{hf_dir}: transformers cannot use it ({why}): mend its config.json, or give --no-verify"
+        ) from error
 
 
 @contextlib.contextmanager
