@@ -294,6 +294,19 @@ def test_an_output_that_cannot_be_is_refused_in_one_line(tmp_path, script, step_
     assert files() == before
 
 
+def test_a_name_that_safetensors_cannot_open_is_refused_in_one_line(tmp_path, script, step_dir):
+    hf(tmp_path / "hf").rename(tmp_path / "hf\udcff")  # a byte that is no UTF-8
+    for name, source, output, where, hint in [
+        ("convert_lit_checkpoint", step_dir, "out\udcff", "out\\udcff", "give another folder"),
+        ("convert_lit_checkpoint", step_dir, "\udcff/out", "\\udcff/out", "give another folder"),
+        ("export_checkpoint", step_dir, "out\udcff", "out\\udcff", "give another file"),
+        ("convert_hf_checkpoint", tmp_path / "hf\udcff", "out", "hf\\udcff/model.safetensors", "rename it"),
+    ]:
+        problem = f"{tmp_path}/{where}: its name is not UTF-8, and safetensors cannot open it: {hint}"
+        assert script(name, source, tmp_path / output) == (2, "", f"error: {problem}\n")
+    assert [path.name for path in tmp_path.iterdir()] == ["hf\udcff"]
+
+
 def test_a_disk_that_fills_up_leaves_nothing(small_disk, tmp_path, script, step_dir):
     if small_disk.resolve() != small_disk:
         pytest.skip("needs root: conversions resolve their paths, and that leads out of another namespace")

@@ -430,6 +430,20 @@ def test_scores_are_kept_where_they_cannot_be_printed(
     assert [row["metric"] for row in rows_of(tmp_path / "run/eval.csv")] == ["loss", "perplexity", "bits_per_byte"]
 
 
+def test_the_scores_of_a_folder_whose_name_is_not_utf8_are_kept(
+    step_dir, packed_folder, tokenizer_file, tmp_path, script
+):
+    copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
+    sha256 = Tokenizer(tokenizer_file).sha256
+    folder = packed_folder([[list(range(3, 250)) * 3]], name="texts\udcff", tokenizer_sha256=sha256)
+    command = ("evaluate_harness", copied, "--tokenizer", tokenizer_file, "--perplexity", folder)
+    for times in (1, 2):
+        code, out, err = script(*command)
+        assert (code, err) == (0, "")
+        assert out.count("texts\\udcff") == 3
+        assert [row["task"] for row in rows_of(tmp_path / "run/eval.csv")] == ["texts\\udcff"] * 3 * times
+
+
 def test_an_eval_csv_that_is_something_else_is_found_before_the_work(step_dir, tmp_path, script, tokenizer_file):
     copied = shutil.copytree(step_dir, tmp_path / "run/checkpoints/step-00000012")
     file = tmp_path / "run/eval.csv"

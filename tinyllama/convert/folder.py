@@ -22,6 +22,14 @@ def read_mark(output: Path) -> dict[str, Any]:
         return {}
 
 
+def check_name(path: Path, hint: str) -> None:
+    """Raise InputError if ``path`` is not UTF-8: safetensors opens no such file."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{path}: its name is not UTF-8, and safetensors cannot open it: {hint}") from None
+
+
 @contextlib.contextmanager
 def create(output: Path, source: Path, metadata: dict[str, Any]) -> Iterator[Path]:
     """Yield a temporary folder that becomes ``output`` when the block succeeds, and is removed when it fails.

@@ -32,6 +32,7 @@ def write(
     """
     config, metadata = weights.config, weights.metadata
     layout.check_model(config)
+    folder.check_name(output.resolve(), "give another folder")
     first, bos_id = (tokenizer.eos_id, tokenizer.bos_id) if tokenizer else (metadata["eos_id"], metadata["bos_id"])
     eos_ids = metadata["eos_ids"]
     eos_id = eos_ids if len(eos_ids) > 1 and first in eos_ids else first

@@ -50,6 +50,7 @@ def export(weights: Weights, file: Path) -> None:
     try:
         if not file.name or (file.exists() and not file.is_file()):
             raise InputError(f"{file} is a folder or a device, not a file: give a file, such as model.safetensors")
+        folder.check_name(file, "give another file")
         if _is_foreign(file):
             raise InputError(f"{file} is there and is not an export, and is left as it is: give another file")
         target = atomic.behind_link(file)

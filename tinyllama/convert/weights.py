@@ -214,6 +214,7 @@ def hf_tensors(path: Path) -> dict[str, Tensor]:
             if not (isinstance(content, dict) and all(isinstance(k, str) and _is_plain(v) for k, v in content.items())):
                 raise InputError(f"{file} is not a state dict: give a file of plain tensors by name")
         else:
+            folder.check_name(file, "rename it")
             try:
                 content = load_file(file)
                 _check_header(file)

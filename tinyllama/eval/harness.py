@@ -202,7 +202,7 @@ def append(path: Path, scores: Sequence[Score]) -> None:
     writer.writeheader()
     writer.writerows([*read_scores(path), *map(asdict, scores)])
     try:
-        atomic.write(path, text.getvalue().encode())
+        atomic.write(path, text.getvalue().encode(errors="backslashreplace"))  # a folder's name may not be UTF-8
     except OSError as error:
         raise InputError(f"cannot write {path} ({error.strerror}): the scores are only those shown above") from None
 
