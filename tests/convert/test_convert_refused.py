@@ -9,11 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from huggingface_hub.errors import StrictDataclassFieldValidationError
 from limits import files_up_to
 from models import CONFIG, given, weights
 
+from tinyllama import InputError
 from tinyllama.checkpoint import reader
 from tinyllama.convert import hf_folder
+from tinyllama.convert.verify import verify
 from tinyllama.tokenizer import Tokenizer
 
 
@@ -224,6 +227,14 @@ def test_a_folder_that_cannot_come_in_is_refused_in_one_line(case, tmp_path, scr
     assert err.startswith("error: ")
     assert problem in err
     assert {path.name for path in tmp_path.iterdir()} == {"hf", "big.model"}
+
+
+def test_what_transformers_refuses_of_our_own_making_keeps_its_traceback(tmp_path):
+    folder = hf(tmp_path / "hf", use_cache="x")
+    with pytest.raises(InputError, match="transformers cannot use it"):
+        verify(folder, given(), torch.float32, is_foreign=True)
+    with pytest.raises(StrictDataclassFieldValidationError):
+        verify(folder, given(), torch.float32)
 
 
 def test_an_upstream_file_that_cannot_be_is_refused_in_one_line(tmp_path, script, step_dir):
