@@ -16,7 +16,7 @@ from runs import metrics
 from tinyllama import InputError
 from tinyllama.config.args import ParallelArgs
 from tinyllama.train import launch
-from tinyllama.train.launch import World, find_launch, find_world
+from tinyllama.train.launch import LaunchError, World, find_launch, find_world
 
 ROOT = Path(__file__).parents[2]
 LAUNCHED = ROOT / "tests" / "helpers" / "launched.py"
@@ -34,6 +34,7 @@ MPIRUN = {"OMPI_COMM_WORLD_SIZE": "8", "OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_W
 SHELL = {"SLURM_NTASKS": "1", "SLURM_NNODES": "1", "SLURM_STEP_ID": "0", "SLURM_JOB_NAME": "bash"}  # srun --pty bash
 ONE_A_NODE = {"SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_TASKS_PER_NODE": "1(x2)"}
 LAUNCHERS = ("SLURM_", "TORCHELASTIC_", "OMPI_", "PMI_", "PMIX_", "MASTER_", "RANK", "LOCAL_", "WORLD_SIZE")
+LAUNCHERS += ("NODE_RANK", "GROUP_RANK", "TINYLLAMA_RANK_0")
 
 
 @pytest.fixture(autouse=True)
@@ -67,6 +68,10 @@ GOOD: dict[str, tuple[dict[str, str], int | None, int, tuple[int, int]]] = {
     "PyTorchJob": (KUBERNETES, None, 1, (1, 8)),
     "PyTorchJob's master": (KUBERNETES | {"RANK": "0", "MASTER_ADDR": "localhost"}, None, 0, (1, 8)),
     "mpirun of one process": ({"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, 2, 0, (2, 1)),
+    "python where an address is exported": (ADDRESS, 2, 0, (2, 1)),
+    "python where a size is exported": ({"WORLD_SIZE": "4", "MASTER_PORT": "29500"}, 2, 0, (2, 1)),
+    "python where a launch of one is exported": (ADDRESS | {"WORLD_SIZE": "1"}, 2, 0, (2, 1)),
+    "srun where a launch is exported": (SRUN | ADDRESS | {"WORLD_SIZE": "16", "NODE_RANK": "1"}, None, 0, (8, 2)),
     "python in a shell of Slurm": (SHELL, 2, 0, (2, 1)),
     "python in a job of one task": ({"SLURM_NTASKS": "1", "SLURM_NNODES": "1"}, None, 0, (1, 1)),
 }
@@ -119,6 +124,27 @@ BAD: dict[str, tuple[dict[str, str], int | None, int, str]] = {
         0,
         "RANK is set without LOCAL_RANK, MASTER_ADDR: a launch sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, ",
     ),
+    "a local rank that is left": (
+        {"LOCAL_RANK": "0"},
+        2,
+        0,
+        "LOCAL_RANK is set without RANK: a launch sets RANK, LOCAL_",
+    ),
+    "a local rank of nothing": ({"LOCAL_RANK": ""}, None, 0, "; unset LOCAL_RANK to train on this machine alone"),
+    "a node that is left": ({"NODE_RANK": "x"}, None, 0, "NODE_RANK is set without RANK: a launch sets RANK, LOCAL_"),
+    "a group that is left": (ADDRESS | {"GROUP_RANK": "1"}, None, 0, "GROUP_RANK is set without RANK: a launch sets "),
+    "a launch without its rank": (
+        ADDRESS | {"WORLD_SIZE": "4", "LOCAL_RANK": "0", "NODE_RANK": "0"},
+        None,
+        0,
+        "LOCAL_RANK and NODE_RANK and WORLD_SIZE are set without RANK: a launch sets RANK, LOCAL_RANK, WORLD_SIZE, ",
+    ),
+    "PyTorchJob without its rank": (
+        ADDRESS | {"WORLD_SIZE": "4"},
+        None,
+        0,
+        "WORLD_SIZE is set without RANK: a launch sets RANK, LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT; unset ",
+    ),
     "PyTorchJob without torchrun": (KUBERNETES, None, 8, "and this one has 8 GPUs: start it with torchrun, or unset"),
     "a rank that is none": (FIVE | {"RANK": "8"}, None, 4, "RANK is '8': it must be a whole number from 0 to 7"),
     "a word for a rank": (FIVE | {"RANK": "one"}, None, 4, "the environment variable RANK is 'one': it must be a"),
@@ -153,6 +179,33 @@ def test_a_launch_that_cannot_be_meant(case: str, monkeypatch: pytest.MonkeyPatc
     (problem,) = error.value.args
     assert said in problem
     assert "\n" not in problem
+
+
+OF_FABRIC = ADDRESS | {"WORLD_SIZE": "2", "NODE_RANK": "0"}
+
+
+@pytest.mark.parametrize(
+    ("local_rank", "rank_0", "is_of_fabric"),
+    [
+        (None, os.getpid, True),  # rank 0, of which a user has exported the others
+        ("0", os.getpid, True),  # rank 0 once it has started the others
+        ("1", os.getppid, True),
+        ("1", os.getpid, False),
+        ("0", os.getppid, False),  # a run that log.on_event of another starts
+        ("1", lambda: 2**22 + 1, False),  # rank 0 is gone
+    ],
+)
+def test_ranks_that_fabric_starts_are_told_from_what_is_left(
+    local_rank: str | None, rank_0: Callable[[], int], is_of_fabric: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    env = OF_FABRIC | {"TINYLLAMA_RANK_0": str(rank_0())} | ({"LOCAL_RANK": local_rank} if local_rank else {})
+    for name, value in env.items():
+        monkeypatch.setenv(name, value)
+    if is_of_fabric:
+        assert find_launch() is None
+    else:
+        with pytest.raises(LaunchError, match="are set without RANK"):
+            find_launch()
 
 
 @pytest.mark.parametrize(("shard", "size"), [("full", 16), ("node", 8), ("none", 1), (4, 4), (16, 16)])
@@ -256,6 +309,31 @@ def test_mpirun_is_refused_in_one_line(start: Callable[..., Process]) -> None:
     assert other == (2, "", "")
 
 
+@pytest.mark.parametrize(
+    ("env", "said"),
+    [
+        ({"RANK": "1"}, "RANK is set without LOCAL_RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT: a launch sets "),
+        ({"RANK": "1", "WORLD_SIZE": "2"}, "RANK is set without LOCAL_RANK, MASTER_ADDR, MASTER_PORT: a launch sets "),
+        ({"LOCAL_RANK": "1"}, "LOCAL_RANK is set without RANK: a launch sets "),
+        ({"SLURM_NTASKS": "2", "SLURM_PROCID": "1"}, "the job has 2 tasks, and this is not one of them: start it "),
+        ({"PMIX_RANK": "1"}, "mpirun started several processes that do not know of each other, so each would train "),
+    ],
+)
+def test_a_number_that_is_left_silences_nobody(start: Callable[..., Process], env: dict[str, str], said: str) -> None:
+    code, out, errors = start(env, sys.executable, LAUNCHED, "wait", warm=0).end()
+    assert (code, out, errors.count("\n")) == (2, "", 1)
+    assert errors.startswith(f"error: {said}")
+
+
+@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "x"), ("LOCAL_RANK", ""), ("RANK", ""), ("RANK", "-1")])
+def test_a_rank_that_lightning_cannot_read_is_named(start: Callable[..., Process], name: str, value: str) -> None:
+    code, out, errors = start({name: value}, sys.executable, "pretrain/train.py").end()
+    said = (
+        f"the environment variable {name} is {value!r}: it must be a whole number, as a launcher sets it; unset it to "
+    )
+    assert (code, out, errors) == (2, "", f"error: {said}train on this machine alone\n")
+
+
 def test_on_one_machine_the_store_is_served_to_that_machine_only(start: Callable[..., Process]) -> None:
     code, said, errors = start({}, sys.executable, LAUNCHED, "served", warm=0).end()
     assert (code, said) == (0, "0100007F\n"), errors  # 127.0.0.1, the bytes reversed
@@ -328,6 +406,12 @@ def test_the_interface_is_the_loopback_on_one_machine(case: str, monkeypatch: py
 
 
 @pytest.mark.usefixtures("lo_and_eth1")
+def test_a_group_that_is_none_does_not_reach_fabric(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", os.environ | TORCHRUN | {"GROUP_RANK": "x"})
+    assert launch.cluster_environment().node_rank() == 1
+
+
+@pytest.mark.usefixtures("lo_and_eth1")
 @pytest.mark.parametrize(
     ("variable", "value"),
     [
@@ -379,6 +463,7 @@ def test_a_rank_that_waits_in_vain_says_where(rank: str, start: Callable[..., Pr
 GONE = "the launcher of this rank is gone: the rank ends\n"
 START_ONE = """
 import os, runpy, sys
+os.environ["TINYLLAMA_RANK_0"] = str(os.getpid())
 if os.fork():
     os.wait()
 else:

@@ -25,6 +25,14 @@ from tinyllama.train.launch import (
 
 PATIENCE = 30.0
 """seconds that a rank with an error waits for others that may have the same one"""
+NUMBERS = {
+    "RANK": "TORCHELASTIC_RUN_ID",
+    "SLURM_PROCID": "SLURM_STEP_ID",
+    "OMPI_COMM_WORLD_RANK": "OMPI_COMM_WORLD_SIZE",
+    "PMI_RANK": "PMI_SIZE",
+    "PMIX_RANK": "PMIX_NAMESPACE",
+}
+"""what launchers call the number of a process, and what each also sets: without that, nobody may be number 0"""
 PR_SET_PDEATHSIG = 1
 """asks Linux for a signal when the parent ends (prctl(2))"""
 
@@ -42,8 +50,8 @@ def as_rank(main: Callable[[], int]) -> int:
         stdio.drop_unprinted()
         return code
     except LaunchError:
-        ranks = ("RANK", "SLURM_PROCID", "OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK")
-        if any(os.environ.get(name, "0") != "0" for name in ranks):
+        env = os.environ
+        if any(env.get(number, "0") != "0" and launcher in env for number, launcher in NUMBERS.items()):
             raise InputError from None  # the first process prints it
         raise
     except (InputError, OSError) as error:

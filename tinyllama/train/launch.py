@@ -19,6 +19,8 @@ from tinyllama.config.args import ParallelArgs
 
 VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 """what a launcher sets for each process, be it torchrun, Kubernetes or a script"""
+RANK_0 = "TINYLLAMA_RANK_0"
+"""its process id, for the ranks that rank 0 starts: Fabric gives them VARIABLES as well, but no RANK"""
 OTHER_LAUNCHER = "a launcher"
 """any other launcher that sets VARIABLES, as messages call it"""
 SHELL_JOB_NAMES = ("bash", "interactive")
@@ -107,7 +109,7 @@ def find_launch() -> Launch | None:
     """Return what a launcher has told this process; None if a user started it by plain ``python``.
 
     A complete set of VARIABLES is a launch, whoever set it; without one, a task of srun is. Raises InputError for an
-    incomplete set, and for launchers under which every process would train alone.
+    incomplete set, be it what is left of another launch, and for launchers under which every process would train alone.
     """
     env = os.environ
     tasks = _of_step("SLURM_STEP_NUM_TASKS", "SLURM_NTASKS")
@@ -122,7 +124,28 @@ def find_launch() -> Launch | None:
         return _launch_by_srun(tasks)
     if (in_job := env_number("SLURM_NTASKS", 1)) > 1:
         raise LaunchError(f"the job has {in_job} tasks, and this is not one of them: start it with srun python ...")
+    _check_nothing_is_left()
     return None
+
+
+def _check_nothing_is_left() -> None:
+    """Raise LaunchError for variables of a launch without RANK, which Fabric would follow, or start a rank of many.
+
+    What users export for other programs does no harm: MASTER_ADDR and MASTER_PORT, or WORLD_SIZE, which Fabric sets
+    anew. Only all three are a launch that lacks its RANK: each of its processes would train alone.
+    """
+    env = os.environ
+    if env.get(RANK_0) == str(os.getpid() if env.get("LOCAL_RANK", "0") == "0" else os.getppid()):
+        return  # Fabric has set them, here in rank 0 or in a rank that it has started
+    left = [name for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK") if name in env]
+    if all(env.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")) and env["WORLD_SIZE"] != "1":
+        left.append("WORLD_SIZE")
+    if left:
+        names = " and ".join(left)
+        raise LaunchError(
+            f"{names} {'is' if len(left) == 1 else 'are'} set without RANK: a launch sets {', '.join(VARIABLES)}; "
+            f"unset {names} to train on this machine alone"
+        )
 
 
 def _launch_by_variables(tasks: int) -> Launch:
@@ -233,11 +256,13 @@ def cluster_environment() -> ClusterEnvironment:
         alone = launch.on_one_machine or env_number("LOCAL_WORLD_SIZE", 0) == launch.size
         values = (launch.rank, launch.local_rank, launch.size, launch.address, launch.port)
         env.update({name: str(value) for name, value in zip(VARIABLES, values, strict=True)})
+        env["GROUP_RANK"] = str(launch.rank // launch.local_size)  # as torchrun does; Fabric reads it
         serves = launch.rank == 0 and launch.on_one_machine and not torchrun_serves()
     else:
         alone, serves = True, not environment.creates_processes_externally
         if serves:
             env.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(env_number("MASTER_PORT", 0, below=2**16)))
+            env[RANK_0] = str(os.getpid())
     if alone:  # gloo and NCCL else listen where every machine can reach them
         for name in INTERFACES:
             env.setdefault(name, _loopback_interface())
