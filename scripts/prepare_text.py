@@ -10,12 +10,13 @@ a folder of it. With --held_out 0.05, a twentieth of the documents goes to DIR_h
 
 from tinyllama.config import cli
 from tinyllama.prepare import flags
+from tinyllama.prepare.done import check_not_held_out
 from tinyllama.prepare.inputs import ENDINGS, find_inputs
-from tinyllama.prepare.prepare import prepare
+from tinyllama.prepare.prepare import check, prepare
 
 
 def main() -> None:
-    """Parse, find the input files, prepare, print the summary."""
+    """Parse, find the input files, check the outputs, prepare, print the summary."""
     parser = cli.arguments(__doc__)
     flags.add_arguments(parser)
     parser.add_argument("--text_key", default="text", help="key or column that holds the text (default: text)")
@@ -23,7 +24,13 @@ def main() -> None:
     flags.add_held_out(parser)
     args = parser.parse_args()
     inputs = find_inputs(args.source, ENDINGS, split=args.split, config_name=args.config_name)
-    for fields, options in flags.parts(args, text_key=args.text_key):
+    parts = list(flags.parts(args, text_key=args.text_key))
+    folder = flags.held_out_folder(args.output)
+    if args.held_out or folder.exists():
+        check(inputs, *parts[-1])  # before the first is written
+    if not args.held_out:
+        check_not_held_out(inputs, args.output, folder)
+    for fields, options in parts:
         print(prepare(inputs, fields, options))
 
 

@@ -1,6 +1,7 @@
 """The flags of the three prepare commands: what each gives, alone and through a whole script."""
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -293,6 +294,62 @@ def test_a_share_of_the_documents_is_held_out_in_a_folder_of_its_own(script, tok
     code, _, err = script("prepare_text", *paths, "--output", tmp_path / "mine")
     assert code == 2
     assert "mine: fraction was [0.2, 1.0] for shard all.jsonl and is 1.0 now" in err
+
+
+@pytest.fixture
+def corpus(tmp_path: Path, tokenizer_file: Path) -> list[object]:
+    """The flags that prepare 200 documents; the folder of the data is mine."""
+    lines = [json.dumps({"text": f"document {number} of a small corpus"}) for number in range(200)]
+    (tmp_path / "texts" / "en").mkdir(parents=True)
+    (tmp_path / "texts" / "en" / "all.jsonl").write_text("\n".join(lines))
+    flags = {"source": tmp_path / "texts", "tokenizer": tokenizer_file, "output": tmp_path / "mine", "workers": 1}
+    return [word for name, value in flags.items() for word in (f"--{name}", value)]
+
+
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("more", [[], ["--task", "0/1"]])
+def test_nothing_is_held_out_of_a_dataset_that_has_all(script, corpus, tmp_path: Path, more: list[str]) -> None:
+    assert script("prepare_text", *corpus)[0] == 0
+    code, out, err = script("prepare_text", *corpus, "--held_out", 0.1, *more)
+    said = f"{tmp_path / 'mine'}: fraction was 1.0 for shard en--all.jsonl and is [0.1, 1.0] now: use another --output"
+    assert (code, out, err) == (2, "", f"error: {said}\n")
+    assert not (tmp_path / "mine_held_out").exists()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_a_file_in_the_place_of_the_data_is_found_before_any_is_held_out(script, corpus, tmp_path: Path) -> None:
+    (tmp_path / "mine").touch()
+    code, out, err = script("prepare_text", *corpus, "--held_out", 0.1)
+    assert (code, out, err) == (2, "", f"error: {tmp_path / 'mine'}: Not a directory: give another --output\n")
+    assert not (tmp_path / "mine_held_out").exists()
+
+
+@pytest.mark.usefixtures("one_process")
+def test_what_was_held_out_is_not_trained_on(script, corpus, tmp_path: Path) -> None:
+    mine, held_out = tmp_path / "mine", tmp_path / "mine_held_out"
+    assert script("prepare_text", *corpus, "--held_out", 0.1)[0] == 0
+    shutil.rmtree(mine)  # as if killed between the two
+    said = f"{held_out} holds documents for validation that {mine} would hold, too (en--all.jsonl): "
+    remedy = "give the same --held_out, or move that folder away"
+    for flags in ([], ["--fraction", 0.5], ["--seed", 1], ["--source", tmp_path / "texts" / "en"]):
+        assert script("prepare_text", *corpus, *flags) == (2, "", f"error: {said}{remedy}\n")
+        assert not mine.exists()
+    assert script("prepare_text", *corpus, "--held_out", 0.1)[0] == 0
+    assert open_packed(mine).documents + open_packed(held_out).documents == 200
+
+
+@pytest.mark.usefixtures("one_process")
+def test_validation_data_of_other_files_do_not_stand_in_the_way(script, corpus, tmp_path: Path) -> None:
+    held_out = ["--output", tmp_path / "mine_held_out"]
+    (tmp_path / "validation").mkdir()
+    shutil.copy(tmp_path / "texts" / "en" / "all.jsonl", tmp_path / "validation" / "some.jsonl")
+    assert script("prepare_text", *corpus, "--source", tmp_path / "validation", *held_out, "--fraction", 0.5)[0] == 0
+    assert script("prepare_text", *corpus)[0] == 0
+    for name in ("mine", "mine_held_out"):
+        shutil.rmtree(tmp_path / name)
+    (tmp_path / "validation" / "some.jsonl").rename(tmp_path / "validation" / "all.jsonl")
+    assert script("prepare_text", *corpus, "--source", tmp_path / "validation", *held_out)[0] == 0  # no share of them
+    assert script("prepare_text", *corpus)[0] == 0
 
 
 @pytest.mark.parametrize("output", [".", "below/.."])

@@ -116,6 +116,26 @@ def check_ours(output: Path, todo: Sequence[Input]) -> None:
             raise _of_another(bad)
 
 
+def check_not_held_out(inputs: Sequence[Input], output: Path, held_out: Path) -> None:
+    """Raise InputError if an earlier run has held out in ``held_out`` what is now going into ``output``, too.
+
+    It has if a shard there is a share of a file that is called as one of ``inputs``, in whatever folder: ``--source``
+    may be a folder above or below by now, and the file may have grown.
+    """
+    names = {one.shard.rpartition("--")[2] for one in inputs}
+    for file in sorted(os.listdir(held_out)) if held_out.is_dir() else []:
+        shard = file.removesuffix(INDEX)
+        if shard == file or shard.rpartition("--")[2] not in names:
+            continue
+        info = read_shard_info(held_out, shard)
+        share = info.get("fraction") if info else None
+        if isinstance(share, float) and share < 1:
+            raise InputError(
+                f"{held_out} holds documents for validation that {output} would hold, too ({some([shard])}): "
+                "give the same --held_out, or move that folder away"
+            )
+
+
 def _of_another(path: Path) -> InputError:
     return InputError(f"{path} was not written by a prepare command: move it away, or give another --output")
 

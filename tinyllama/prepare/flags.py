@@ -111,11 +111,14 @@ def parts(args: argparse.Namespace, **more: Any) -> Iterator[tuple[Fields, Optio
     wanted, how = fields(args, **more), options(args)
     held_out = wanted.fraction * args.held_out
     if held_out:
-        # beside it, which . and .. have no name for
-        output = args.output if args.output.name not in ("", "..") else args.output.resolve()
-        folder = Path(f"{output}_held_out")
-        yield replace(wanted, fraction=held_out), options(argparse.Namespace(**vars(args) | {"output": folder}))
+        beside = argparse.Namespace(**vars(args) | {"output": held_out_folder(args.output)})
+        yield replace(wanted, fraction=held_out), options(beside)
     yield replace(wanted, held_out=held_out), how
+
+
+def held_out_folder(output: Path) -> Path:
+    """Return where documents of ``output`` are held out: beside it, which . and .. have no name for."""
+    return Path(f"{output if output.name not in ('', '..') else output.resolve()}_held_out")
 
 
 def split(text: str) -> str:

@@ -13,7 +13,7 @@ import sys
 import time
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import product
 from pathlib import Path
@@ -115,12 +115,26 @@ def prepare(inputs: Inputs, fields: Fields, options: Options) -> str:
     """
     started = time.monotonic()
     recipe = _recipe(fields, options, inputs.origin)
+    with _working(options, make=not options.finish):
+        return _prepare(inputs, recipe, options, started)
+
+
+def check(inputs: Inputs, fields: Fields, options: Options) -> None:
+    """Raise the InputError that ``prepare`` would raise for what its output folder holds, and write nothing."""
+    recipe = _recipe(fields, options, inputs.origin)
+    with _working(options, make=False):
+        _examine(inputs, recipe, options)
+
+
+@contextlib.contextmanager
+def _working(options: Options, *, make: bool) -> Iterator[None]:
+    """Hold the output folder, which is made first or else may not be there; its errors become InputErrors."""
     try:
-        if not options.finish:
+        if make:
             options.output.mkdir(parents=True, exist_ok=True)
         there = options.output.is_dir()
         with _locked(options.output, options.task) if there else contextlib.nullcontext():
-            return _prepare(inputs, recipe, options, started)
+            yield
     except ConnectionError:  # of a pipe, ours to a worker or the one that is read by `head`
         raise
     except OSError as error:  # the output's: those of the inputs and of the tokenizer are reported as InputErrors
@@ -142,22 +156,9 @@ def _locked(output: Path, task: tuple[int, int] | None) -> contextlib.AbstractCo
 
 def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) -> str:
     output, task = options.output, options.task
-    mine = inputs if task is None else inputs[task[0] :: task[1]]
-    infos = find_done(inputs, mine, output, recipe.facts, options.workers)
-    todo = [one for one in mine if one.shard not in infos]
-    check_ours(output, [] if options.finish else todo)
+    infos, todo, bad = _examine(inputs, recipe, options)
     made: dict[str, Info] = {}
-    bad: dict[str, str] = {}
-    if options.finish:
-        markers = {one.shard: output / f"{one.shard}{BAD}" for one in todo}
-        bad = {shard: reason(marker) for shard, marker in markers.items() if marker.exists()}
-        if missing := sorted(markers.keys() - bad.keys()):
-            raise InputError(
-                f"{output}: {len(missing)} of {len(mine)} shards are missing ({some(missing)}): "
-                "run the tasks that make them first"
-            )
-        todo = []
-    stale = None if task is None else {one.shard for one in mine}
+    stale = None if task is None else {one.shard for one in inputs[task[0] :: task[1]]}
     remove_stale(output, stale)
     if todo:
         if recipe.slow and sum(one.size for one in todo) >= _LONG:
@@ -194,6 +195,28 @@ def _prepare(inputs: Inputs, recipe: _Recipe, options: Options, started: float) 
     shards = "1 shard" if len(infos) == 1 else f"{len(infos):,} shards"
     lines.append(f"{output}: {shards} ({len(made):,} new), {progress.counts(total)}, {took}")
     return "\n".join(lines)
+
+
+def _examine(inputs: Inputs, recipe: _Recipe, options: Options) -> tuple[dict[str, Info], list[Input], dict[str, str]]:
+    """Return the shards that are done, the inputs to pack, and, with ``finish``, why shards will never be there.
+
+    Raises InputError for an output folder of something else, and, with ``finish``, if a shard is missing.
+    """
+    output, task = options.output, options.task
+    mine = inputs if task is None else inputs[task[0] :: task[1]]
+    infos = find_done(inputs, mine, output, recipe.facts, options.workers)
+    todo = [one for one in mine if one.shard not in infos]
+    check_ours(output, [] if options.finish else todo)
+    if not options.finish:
+        return infos, todo, {}
+    markers = {one.shard: output / f"{one.shard}{BAD}" for one in todo}
+    bad = {shard: reason(marker) for shard, marker in markers.items() if marker.exists()}
+    if missing := sorted(markers.keys() - bad.keys()):
+        raise InputError(
+            f"{output}: {len(missing)} of {len(mine)} shards are missing ({some(missing)}): "
+            "run the tasks that make them first"
+        )
+    return infos, [], bad
 
 
 def _recipe(fields: Fields, options: Options, origin: str | None = None) -> _Recipe:
