@@ -20,8 +20,10 @@ from tinyllama import InputError
 from tinyllama.config import cli
 from tinyllama.config.model import ModelConfig, named_config
 from tinyllama.ops.choice import OPERATIONS
+from tinyllama.ops.rope import rope_tables
 
 Call = Callable[[], Any]
+DEVICE = torch.device("cuda")
 
 
 def microseconds(call: Call, repeats: int = 20) -> float:
@@ -40,10 +42,10 @@ def microseconds(call: Call, repeats: int = 20) -> float:
 
 
 def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any, ...], float, float]:
-    """Return inputs, and the TFLOP and GB of a forward pass; the backward pass has twice as many matmuls and bytes."""
+    """Return inputs, and the TFLOP and GB of a forward pass; the backward pass has twice as many matmuls."""
 
     def normal(*shape: int) -> Tensor:
-        return torch.randn(*shape, device="cuda", dtype=torch.bfloat16).requires_grad_()
+        return torch.randn(*shape, device=DEVICE, dtype=torch.bfloat16).requires_grad_()
 
     T, C, H = config.block_size, config.n_embd, config.intermediate_size
     N = samples * T
@@ -51,25 +53,34 @@ def cases(operation: str, config: ModelConfig, samples: int) -> tuple[tuple[Any,
         q = normal(samples, config.n_head, T, config.head_size)
         k, v = (normal(samples, config.n_query_groups, T, config.head_size) for _ in range(2))
         return (q, k, v), 2 * samples * config.n_head * T * T * config.head_size / 1e12, 0
+    if operation == "rope":
+        hs, G = config.head_size, config.n_query_groups
+        qkv = normal(samples, T, G, config.n_head // G + 2, hs)
+        tables = rope_tables(T, hs, config.rope_base, DEVICE)
+        return (qkv, *tables), 0, (2 * qkv.nbytes + sum(table.nbytes for table in tables)) / 1e9
     if operation == "rms_norm":
         return (normal(samples, T, C), normal(C), config.norm_eps, normal(samples, T, C)), 0, 4 * N * C * 2 / 1e9
     if operation == "swiglu":
-        linears = [torch.nn.Linear(*sizes, bias=False, device="cuda", dtype=torch.bfloat16) for sizes in ((C, H),) * 2]
-        linears.append(torch.nn.Linear(H, C, bias=False, device="cuda", dtype=torch.bfloat16))
+        sizes = ((C, H), (C, H), (H, C))
+        linears = [torch.nn.Linear(*size, bias=False, device=DEVICE, dtype=torch.bfloat16) for size in sizes]
         return (normal(samples, T, C), *linears), 6 * N * C * H / 1e12, 0
     if operation == "symmetric_matmul":
         x = normal(config.n_layer, C, H).detach()  # of every block's w1
         return (x, x.mT), 2 * config.n_layer * C * C * H / 1e12, 0
-    V = config.padded_vocab_size
-    targets = torch.randint(config.vocab_size, (samples, T), device="cuda")
-    return (normal(samples, T, C), normal(V, C), targets), 2 * N * C * V / 1e12, 0
+    if operation == "cross_entropy":
+        V = config.padded_vocab_size
+        targets = torch.randint(config.vocab_size, (samples, T), device=DEVICE)
+        return (normal(samples, T, C), normal(V, C), targets), 2 * N * C * V / 1e12, 0
+    raise KeyError(operation)
 
 
 def measure(operation: str, name: str, compiled: bool, config: ModelConfig, samples: int) -> dict[str, Any]:
     """Return the JSON line of one backend."""
     backend = OPERATIONS[operation][name]
     line: dict[str, Any] = {"operation": operation, "backend": name, "compiled": compiled, "library": backend.version()}
-    if problem := backend.problem(torch.device("cuda")):
+    if backend.float8:
+        return line | {"error": "it needs a model's scales: use benchmark_step.py --run ours:train.precision=float8"}
+    if problem := backend.problem(DEVICE):
         return line | {"error": problem}
     call = torch.compile(backend.call, dynamic=False) if compiled else backend.call
     try:

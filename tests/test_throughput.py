@@ -1,11 +1,14 @@
+import importlib.util
 import os
 import time
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 
 from tinyllama.config.model import named_config
+from tinyllama.ops.choice import OPERATIONS
 from tinyllama.throughput import Meter, duration, flops_per_token, peak_flops
 
 
@@ -110,6 +113,58 @@ def test_a_duration_has_two_units(seconds: float, text: str) -> None:
 def test_kernels_are_not_counted_without_a_gpu(script) -> None:
     code, _, said = script("benchmark_step", "--budget")
     assert (code, said) == (2, "error: --budget needs a CUDA GPU, whose kernels it counts: leave it out\n")
+
+
+def benchmark(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, Path(__file__).parents[1] / "scripts" / f"{name}.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def benchmark_ops(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    """The script with every call made on the CPU, once, and said to take a millisecond."""
+    module = benchmark("benchmark_ops")
+    monkeypatch.setattr(module, "DEVICE", torch.device("cpu"))
+    monkeypatch.setattr(module, "microseconds", lambda call: (call(), 1000.0)[1])
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    return module
+
+
+# 2 x 256 tokens, 4 heads of 32 over 2 groups, 128 channels, 384 hidden ones, 4 blocks, a vocabulary of 2,048
+WORK = {
+    "attention": (2 * 2 * 4 * 256 * 256 * 32 / 1e12, 0),
+    "rope": (0, (2 * 2 * 512 * 8 * 32 + 2 * 4 * 256 * 16) / 1e9),
+    "rms_norm": (0, 4 * 512 * 128 * 2 / 1e9),
+    "swiglu": (3 * 2 * 512 * 128 * 384 / 1e12, 0),
+    "symmetric_matmul": (2 * 4 * 128 * 128 * 384 / 1e12, 0),
+    "cross_entropy": (2 * 512 * 128 * 2048 / 1e12, 0),
+}
+
+
+@pytest.mark.parametrize("operation", OPERATIONS)
+def test_every_operation_is_measured_on_inputs_of_its_own(operation: str, benchmark_ops: ModuleType) -> None:
+    config = named_config("quickstart")
+    _, *work = benchmark_ops.cases(operation, config, 2)
+    assert tuple(work) == WORK[operation]
+    for name in ("reference", *{"sdpa", "torch", "chunked"} & OPERATIONS[operation].keys()):
+        line = benchmark_ops.measure(operation, name, False, config, 2)
+        assert "error" not in line
+        assert line["forward_us"] == 1000
+        assert ("forward_backward_us" in line) == (operation != "symmetric_matmul")
+
+
+def test_an_operation_without_inputs_of_its_own_is_not_measured_on_those_of_another(benchmark_ops: ModuleType) -> None:
+    with pytest.raises(KeyError, match="softmax"):
+        benchmark_ops.cases("softmax", named_config("quickstart"), 2)
+
+
+def test_what_needs_the_scales_of_a_model_is_not_measured_alone(benchmark_ops: ModuleType) -> None:
+    line = benchmark_ops.measure("swiglu", "float8", False, named_config("quickstart"), 2)
+    assert line["error"] == "it needs a model's scales: use benchmark_step.py --run ours:train.precision=float8"
 
 
 @pytest.mark.parametrize("numbers", ["0", "two", "1,", "-1"])

@@ -24,7 +24,8 @@ def test_auto_is_what_runs_anywhere_on_a_cpu():
     assert choice.describe(chosen).startswith("attention sdpa, rope reference, rms_norm reference")
 
 
-def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
+def test_a_backend_that_cannot_run_is_refused_with_the_remedy(monkeypatch):
+    monkeypatch.setitem(choice.OPERATIONS["swiglu"], "own", Backend(call=print, float8=True))
     wanted = {"attention": "flash_attn_4", "rms_norm": "nope", "swiglu": "auto", "cross_entropy": "chunked"}
     with pytest.raises(InputError) as error:
         choice.resolve(wanted, CONFIG, CPU, precision="bf16")
@@ -39,6 +40,8 @@ def test_a_backend_that_cannot_run_is_refused_with_the_remedy():
         choice.resolve({"swiglu": "xformers"}, CONFIG, CPU, precision="float8")
     with pytest.raises(InputError, match="swiglu float8 needs train.precision float8: choose auto, reference, quack"):
         choice.resolve({"swiglu": "float8"}, CONFIG, CPU, precision="bf16")
+    with pytest.raises(InputError, match="swiglu own needs train.precision float8: choose auto, reference, quack"):
+        choice.resolve({"swiglu": "own"}, CONFIG, CPU, precision="bf16")
     half = Backend(call=print, half=True)
     assert half.problem(CPU, torch.bfloat16) is None
     assert half.problem(CPU, torch.float32) == "it computes in 16 bits: choose another, auto, or train.precision bf16"
@@ -106,6 +109,7 @@ def test_what_every_backend_needs():
         for name, backend in backends.items():
             found = backend.cuda, backend.half, backend.capability, backend.multiple
             assert found == NEEDS.get((operation, name), (False, False, (0, 0), 1)), (operation, name)
+            assert backend.float8 == (name == "float8")
 
 
 @pytest.mark.parametrize(

@@ -34,6 +34,8 @@ class Backend:
     """least compute capability of that GPU"""
     multiple: int = 1
     """number that must divide the model's sizes"""
+    float8: bool = False
+    """whether it multiplies in float8, by the scales that only a model of train.precision float8 has"""
     deterministic: bool = True
     """whether its gradients repeat bit for bit under torch.use_deterministic_algorithms"""
     module: str | None = None

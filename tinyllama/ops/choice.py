@@ -76,8 +76,8 @@ def resolve(
             able, lack = MASKED, "takes no document mask"
         if operation == "swiglu" and precision == "float8":
             able, lack = FLOAT8, "does not multiply in float8"
-        elif operation == "swiglu" and name == "float8":
-            able, lack = tuple(backend for backend in able if backend != name), "needs train.precision float8"
+        elif name in backends and backends[name].float8:
+            able, lack = tuple(key for key in able if not backends[key].float8), "needs train.precision float8"
         if name == "auto":
             order = able if lack and column != "cpu" else AUTO[column].get(operation, ())
             usable = (name for name in order if backends[name].problem(device, dtype, sizes) is None)

@@ -113,7 +113,7 @@ BACKENDS = {
     "xformers": Backend(
         xformers, cuda=True, module="xformers.ops", package="xformers", note="0.0.34 and newer are not fused"
     ),
-    "float8": Backend(float8.swiglu),
+    "float8": Backend(float8.swiglu, float8=True),
 }
 
 INTERLEAVED = (quack, float8.swiglu)

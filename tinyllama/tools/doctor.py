@@ -317,9 +317,7 @@ def operations(broken: Collection[str] = ()) -> Iterator[Finding]:
         usable = [
             name
             for name, backend in backends.items()
-            if backend.problem(device) is None
-            and not (lack and backend.call is float8.swiglu)
-            and backend.package not in broken
+            if backend.problem(device) is None and not (lack and backend.float8) and backend.package not in broken
         ]
         auto, can_run = chosen[operation], f"can run here: {', '.join(usable)}"
         if (package := backends[auto].package) in broken:
