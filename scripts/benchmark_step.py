@@ -60,6 +60,10 @@ KINDS = {
 }
 
 
+FIXED = ("model.", "train.micro_batch_size", "train.global_batch_size", "parallel.devices")
+"""beginnings of settings that no run can change: batches and speed are of the script's own flags"""
+
+
 def ours(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpus: int) -> tuple[Step, dict[str, Any]]:
     """Build our step from the recipe's parts; ``tokens`` are those of each GPU."""
     from tinyllama.checkpoint.state import TrainState
@@ -170,18 +174,32 @@ def hf(name: str, settings: dict[str, str], tokens: int, micro_batch: int, gpus:
 RUNS = {"ours": ours, "litgpt": litgpt, "hf": hf}
 
 
-def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budget: bool, gpus: int) -> dict[str, Any]:
-    """Measure one run, of which this process is one of ``gpus`` ranks, and return its JSON line."""
+def parsed(run: str, config: ModelConfig, tokens: int, micro_batch: int) -> tuple[str, dict[str, str], int]:
+    """Return a run's name, settings and micro-batch; raises InputError unless ``tokens`` are whole micro-batches."""
     kind, _, text = run.partition(":")
     settings = dict(part.split("=", 1) for part in text.split(",") if "=" in part)
+    if fixed := [key for key in settings if key.startswith(FIXED)]:
+        raise InputError(f"--run {run} cannot set {fixed[0]}: --model, --tokens, --gpus and {kind}:NUMBER do")
     micro_batch = next((int(part) for part in text.split(",") if part.isdecimal()), micro_batch)
+    if not micro_batch:
+        raise InputError(f"--run {run} has a micro-batch of 0: give 1 or more")
+    size = micro_batch * config.block_size
+    if tokens % size:
+        below = tokens // size * size
+        nearest = f"{below} or {below + size}" if below else f"{size}"
+        raise InputError(
+            f"--tokens {tokens} is not a multiple of the {size} of a micro-batch of --run {run}: give {nearest}"
+        )
+    return kind, settings, micro_batch
+
+
+def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budget: bool, gpus: int) -> dict[str, Any]:
+    """Measure one run, of which this process is one of ``gpus`` ranks, and return its JSON line."""
     config = named_config(name)
-    samples = tokens // config.block_size
-    if samples % micro_batch:
-        raise InputError(f"--run {run}: {samples} samples a step are not a multiple of the micro-batch {micro_batch}")
+    kind, settings, micro_batch = parsed(run, config, tokens, micro_batch)
     began = time.perf_counter()
     step, details = RUNS[kind](name, settings, tokens, micro_batch, gpus)
-    batches = _batches(config, samples, micro_batch)
+    batches = _batches(config, tokens // config.block_size, micro_batch)
     step(next(batches))
     _sync()
     compiled = time.perf_counter() - began
@@ -294,6 +312,8 @@ def main() -> int:
     runs += [peer for peer in args.peers.split(",") if peer]
     if unknown := [run for run in runs if run.partition(":")[0] not in RUNS]:
         raise InputError(f"{unknown[0]} is not known: choose {', '.join(RUNS)}")
+    for run in runs:
+        parsed(run, named_config(args.model), args.tokens, args.micro_batch_size)
     if args.budget and DEVICE.type != "cuda":
         raise InputError("--budget needs a CUDA GPU, whose kernels it counts: leave it out")
     counts = args.gpus.split(",")

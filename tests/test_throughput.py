@@ -167,6 +167,25 @@ def test_what_needs_the_scales_of_a_model_is_not_measured_alone(benchmark_ops: M
     assert line["error"] == "it needs a model's scales: use benchmark_step.py --run ours:train.precision=float8"
 
 
+@pytest.mark.parametrize(
+    ("tokens", "run", "problem"),
+    [
+        (1000, "ours", "--tokens 1000 is not a multiple of the 512 of a micro-batch of --run ours: give 512 or 1024"),
+        (100, "litgpt", "--tokens 100 is not a multiple of the 512 of a micro-batch of --run litgpt: give 512"),
+        (800, "ours:3", "--tokens 800 is not a multiple of the 768 of a micro-batch of --run ours:3: give 768 or 1536"),
+        (1024, "ours:0", "--run ours:0 has a micro-batch of 0: give 1 or more"),
+        *(
+            (512, f"ours:{key}=2", f"--run ours:{key}=2 cannot set {key}: --model, --tokens, --gpus and ours:NUMBER do")
+            for key in ("model.block_size", "train.micro_batch_size", "train.global_batch_size", "parallel.devices")
+        ),
+    ],
+)
+@pytest.mark.parametrize("here", [(), ("--here",)])
+def test_only_tokens_that_are_trained_are_counted(tokens: int, run: str, problem: str, here, script) -> None:
+    flags = ["--model", "quickstart", "--micro_batch_size", 2, "--tokens", tokens, "--gpus", 2]
+    assert script("benchmark_step", *flags, "--run", run, *here) == (2, "", f"error: {problem}\n")
+
+
 @pytest.mark.parametrize("numbers", ["0", "two", "1,", "-1"])
 def test_numbers_of_gpus(script, numbers) -> None:
     code, _, said = script("benchmark_step", f"--gpus={numbers}")
