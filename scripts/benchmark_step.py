@@ -5,9 +5,13 @@
     python scripts/benchmark_step.py --run ours:train.precision=float8 --run ours:ops.attention=sdpa_cudnn,8
     python scripts/benchmark_step.py --gpus 1,2 --run ours --run litgpt # each on one GPU, then on two
 
-It prints a JSON line per run: tokens/s (median over the steps), MFU (throughput.py has the formula), peak memory,
-seconds to the end of the first step (compilation), backends and versions. A run is NAME[:SETTING,...]; a number sets
-its micro-batch, key=value a flag of pretrain/train.py (ours only). Tokens are random; master weights are always fp32.
+It prints a JSON line per run: tokens/s, MFU (throughput.py has the formula), peak memory, seconds to the end of the
+first step (compilation), backends and versions. ``tokens_per_second``, and with it the MFU and the time of a step, is
+the greater of two that stand beside it, ours and peers' alike: ``tokens_per_second_synchronized``, by the median of
+--steps steps of which each is waited for, and ``tokens_per_second_in_a_row``, by the mean of as many that follow each
+other as in training. The waits make the first too low, and a disturbance of any step the second.
+A run is NAME[:SETTING,...]; a number sets its micro-batch, key=value a flag of pretrain/train.py (ours only). Tokens
+are random; master weights are always fp32.
 `litgpt` uses the model, loss, precision, optimizer and FSDP strategy of its pretraining loop under torch.compile;
 `litgpt:cudnn=off` without cuDNN's attention, which PyTorch chooses on Hopper and an A100 does not have. `hf` is
 transformers with Liger's kernels. --budget adds the time of a step by kind of kernel. With --gpus, tokens and tokens/s
@@ -218,7 +222,8 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
     for _ in range(steps):
         step(next(batches))
     _sync()
-    speed = max(tokens / statistics.median(times), steps * tokens / (time.perf_counter() - start))
+    synchronized, in_a_row = tokens / statistics.median(times), steps * tokens / (time.perf_counter() - start)
+    speed = max(synchronized, in_a_row)
     peak = peak_flops(torch.cuda.get_device_name()) if DEVICE.type == "cuda" else None
     line = {
         "run": run,
@@ -227,6 +232,8 @@ def measure(run: str, name: str, tokens: int, steps: int, micro_batch: int, budg
         "micro_batch_size": micro_batch,
         "tokens_per_step": tokens,
         "tokens_per_second": round(speed),
+        "tokens_per_second_synchronized": round(synchronized),
+        "tokens_per_second_in_a_row": round(in_a_row),
         "step_ms": round(tokens / speed * 1e3, 1),
         "mfu": round(speed * flops_per_token(config) / peak, 4) if peak else None,
         "mfu_formula": "tokens/s x (6 (N - N_wte) + 12 L d T) / dense bf16 peak",
@@ -297,7 +304,7 @@ def main() -> int:
     )
     parser.add_argument("--tokens", type=cli.count, default=65536, help="tokens per optimizer step (default: 65,536)")
     parser.add_argument(
-        "--steps", type=cli.count, default=10, help="number of measured steps, in two rounds (default: 10)"
+        "--steps", type=cli.count, default=10, help="number of steps of each of the two measurements (default: 10)"
     )
     parser.add_argument(
         "--gpus", default="1", help="numbers of GPUs to measure each run on, such as 1,2,4 (default: 1)"

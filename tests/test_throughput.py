@@ -186,6 +186,26 @@ def test_only_tokens_that_are_trained_are_counted(tokens: int, run: str, problem
     assert script("benchmark_step", *flags, "--run", run, *here) == (2, "", f"error: {problem}\n")
 
 
+@pytest.mark.parametrize(("in_a_row", "speed"), [(10, 102), (2, 512)])  # with a disturbance; without the waits
+def test_the_speed_of_a_step_is_the_greater_of_two_that_are_printed_too(
+    in_a_row: int, speed: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    module, now = benchmark("benchmark_step"), 0
+    seconds = iter([50, 9, 9, *(2, 8, 4), *[in_a_row] * 3])
+
+    def step(batches: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+        nonlocal now
+        assert [x.shape for pair in batches for x in pair] == [(2, 256)] * 4
+        now += next(seconds)
+
+    monkeypatch.setattr(time, "perf_counter", lambda: now)
+    monkeypatch.setitem(module.RUNS, "ours", lambda *_: (step, {}))
+    line = module.measure("ours", "quickstart", 1024, 3, 2, False, 1)
+    assert (line["tokens_per_second_synchronized"], line["tokens_per_second_in_a_row"]) == (256, speed)
+    assert line["tokens_per_second"] == max(256, speed)
+    assert line["step_ms"] == 1000 * min(4, in_a_row)
+
+
 @pytest.mark.parametrize("numbers", ["0", "two", "1,", "-1"])
 def test_numbers_of_gpus(script, numbers) -> None:
     code, _, said = script("benchmark_step", f"--gpus={numbers}")
