@@ -4,7 +4,8 @@ python scripts/plan.py --config F --gpus 16 --gpu a100-40g [--gpus_per_node 8] [
 python scripts/plan.py --config F --gpus 64 --gpu h200 --benchmark FILE [--train.micro_batch_size 16 ...]
 
 F is a run's YAML, and its settings can be given as flags, too, as for pretrain/train.py. FILE holds the output of
-benchmark_step.py. The assumed figures are at the top of tinyllama/tools/plan.py.
+benchmark_step.py, of which the fastest run of this code counts, on one GPU, with AdamW and in train.precision. The
+assumed figures are at the top of tinyllama/tools/plan.py.
 """
 
 from pathlib import Path
@@ -55,7 +56,7 @@ def main() -> None:
         valid = ", ".join(str(number) for number in range(1, ours.gpus + 1) if ours.gpus % number == 0)
         raise InputError(f"parallel.shard {args.parallel.shard} does not divide {ours.gpus} GPUs; valid: {valid}")
     gradient_accumulation(args.train, ours.gpus)  # raises for a batch that train.py would refuse
-    rate, source = plan.rate_of_one(config, gpu, ours.mfu, ours.benchmark)
+    rate, source = plan.rate_of_one(args, config, gpu, ours.mfu, ours.benchmark)
     print(*plan.summary(args, config, cluster, rate, source), sep="\n")
     print()
     print(*plan.scaling(args, config, cluster, rate), sep="\n")

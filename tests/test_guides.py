@@ -174,7 +174,8 @@ def workspace(tmp_path: Path, tokenizer_file: Path) -> Path:
     for number, text in enumerate(texts):
         (tmp_path / "my_texts" / f"{number}.txt").write_text(text)
     (tmp_path / "slurm-tinyllama-1.out").write_text("step 4/4  val_loss 5.0\n")
-    (tmp_path / "steps.jsonl").write_text('{"run": "ours", "model": "tinyllama_1.1b", "tokens_per_second": 61000}\n')
+    measured = {"run": "ours", "model": "tinyllama_1.1b", "gpus": 1, "tokens_per_second": 61000, "precision": "bf16"}
+    (tmp_path / "steps.jsonl").write_text(json.dumps(measured) + "\n")
     (tmp_path / "bin").mkdir()
     for name in ("python", "torchrun"):
         (tmp_path / "bin" / name).symlink_to(Path(sys.executable).parent / name)

@@ -125,7 +125,7 @@ def test_several_gpus_are_met_within_10_percent(
 def test_the_published_run_is_met_within_10_percent() -> None:
     gpu = plan.GPUS["a100-40g"]
     cluster = plan.Cluster(gpu, 16, 8, gpu.network)
-    rate, _ = plan.rate_of_one(CONFIG, gpu, None, None)
+    rate, _ = plan.rate_of_one(settings(), CONFIG, gpu, None, None)
     assert rate == pytest.approx(24_000, rel=0.01)
     speed = plan.speed(settings(), CONFIG, cluster, "full", rate, micro=8).tokens_per_second
     assert 3e12 / speed / 86400 == pytest.approx(90, rel=0.1)  # days for 3T tokens
@@ -229,7 +229,7 @@ def test_the_largest_micro_batch_divides_the_batch_and_is_none_where_nothing_fit
 
 def test_scaling_stops_where_communication_passes_compute() -> None:
     gpu = plan.GPUS["h200"]
-    rate, _ = plan.rate_of_one(CONFIG, gpu, None, None)
+    rate, _ = plan.rate_of_one(settings(), CONFIG, gpu, None, None)
 
     def share(gpus: int, how: str) -> float:
         cluster = plan.Cluster(gpu, gpus, 8, gpu.network)
@@ -287,17 +287,30 @@ def test_every_gpu_has_a_peak() -> None:
     assert all(peak_flops(gpu.device) for gpu in plan.GPUS.values())
 
 
-def test_the_rate_is_taken_from_a_benchmark(tmp_path: Path) -> None:
+def test_the_rate_is_our_best_in_a_benchmark_on_one_gpu_in_the_precision_of_the_run(tmp_path: Path) -> None:
     file = tmp_path / "steps.jsonl"
-    lines = [{"model": "tinyllama_1.1b", "tokens_per_second": speed} for speed in (70_000, 77_000)]
-    lines.append({"model": "tinyllama_120m", "tokens_per_second": 500_000})
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file) == (77_000, f"the best in {file}")
-    for text in ("no JSON\n", '{"model": "tinyllama_1.1b", "tokens_per_second": 0}\n'):
+    line = {"run": "ours", "model": "tinyllama_1.1b", "gpus": 1, "tokens_per_second": 70_000, "precision": "bf16"}
+    others: list[dict[str, Any]] = [
+        {"run": "litgpt", "model": "tinyllama_1.1b", "gpus": 1, "tokens_per_second": 900_000},
+        line | {"model": "tinyllama_120m", "tokens_per_second": 500_000},
+        line | {"gpus": 2, "tokens_per_second": 80_000},
+        line | {"run": "ours:optim.name=muon", "optim.name": "muon", "tokens_per_second": 79_000},
+    ]
+    lines = [line, line | {"run": "ours:8", "tokens_per_second": 77_000}]
+    lines.append(line | {"run": "ours:train.precision=float8", "precision": "float8", "tokens_per_second": 110_000})
+    file.write_text("".join(json.dumps(line) + "\n" for line in (*others, *lines)))
+    for precision, best in (("bf16", 77_000), ("float8", 110_000)):
+        found = plan.rate_of_one(settings(precision=precision), CONFIG, plan.GPUS["h200"], None, file)
+        assert found == (best, f"the best in {file}")
+    for text in (json.dumps(line | {"tokens_per_second": 0}), "no JSON", *map(json.dumps, others)):
         file.write_text(text)
-        with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
-            plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, file)
-    rate, _ = plan.rate_of_one(CONFIG, plan.GPUS["h200"], 0.5, None)
+        with pytest.raises(InputError) as error:
+            plan.rate_of_one(settings(), CONFIG, plan.GPUS["h200"], None, file)
+        assert str(error.value) == (
+            f"--benchmark {file} has no line of benchmark_step.py for tinyllama_1.1b in bf16 with AdamW on one GPU, by "
+            "this code: add what it prints with --model tinyllama_1.1b --run ours:train.precision=bf16"
+        )
+    rate, _ = plan.rate_of_one(settings(), CONFIG, plan.GPUS["h200"], 0.5, None)
     assert rate == 0.5 * 989.5e12 / flops_per_token(CONFIG)
 
 
@@ -414,9 +427,9 @@ def test_sizes_of_clusters_and_batches() -> None:
     assert plan.total_tokens(PretrainArgs(train=TrainArgs(max_steps=10)), CONFIG) == 10 * 1024 * 2048
     assert plan.total_tokens(PretrainArgs(train=TrainArgs(max_epochs=1)), CONFIG) is None
     with pytest.raises(InputError, match=r"--mfu 0 must be in \[0.0001, 1\]"):
-        plan.rate_of_one(CONFIG, gpu, 0, None)
-    assert plan.rate_of_one(CONFIG, gpu, 1, None)[0] == 989.5e12 / flops_per_token(CONFIG)
-    assert plan.rate_of_one(CONFIG, gpu, None, None)[1] == "an MFU of 59.0%"
+        plan.rate_of_one(settings(), CONFIG, gpu, 0, None)
+    assert plan.rate_of_one(settings(), CONFIG, gpu, 1, None)[0] == 989.5e12 / flops_per_token(CONFIG)
+    assert plan.rate_of_one(settings(), CONFIG, gpu, None, None)[1] == "an MFU of 59.0%"
 
 
 def test_the_numbers_of_the_gpus() -> None:
@@ -680,12 +693,13 @@ def test_a_batch_and_a_run_of_any_size_are_planned_at_once(script: Any, monkeypa
 
 @pytest.mark.parametrize("rate", ["Infinity", "NaN", "1e-300"])
 def test_a_benchmark_of_no_gpu_is_refused(rate: str, tmp_path: Path) -> None:
-    (tmp_path / "lines").write_text(f'{{"model": "tinyllama_1.1b", "tokens_per_second": {rate}}}')
+    line = '{"run": "ours", "model": "tinyllama_1.1b", "gpus": 1, "precision": "bf16", "tokens_per_second": %s}'
+    (tmp_path / "lines").write_text(line % rate)
     with pytest.raises(InputError, match="has no line of benchmark_step.py for tinyllama_1.1b"):
-        plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, tmp_path / "lines")
+        plan.rate_of_one(settings(), CONFIG, plan.GPUS["h200"], None, tmp_path / "lines")
 
 
 def test_a_benchmark_that_is_a_pipe_nobody_writes_to_is_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(pipe := tmp_path / "pipe")
     with pytest.raises(InputError, match="pipe has no line of benchmark_step.py for tinyllama_1.1b"):
-        plan.rate_of_one(CONFIG, plan.GPUS["h200"], None, pipe)
+        plan.rate_of_one(settings(), CONFIG, plan.GPUS["h200"], None, pipe)

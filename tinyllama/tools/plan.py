@@ -266,17 +266,28 @@ def speed(args: PretrainArgs, config: ModelConfig, cluster: Cluster, how: str | 
     return Speed(compute_s, communication_s, waiting_s, update, tokens / (compute_s + waiting_s + sum(update)))
 
 
-def rate_of_one(config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Path | None) -> tuple[float, str]:
-    """Return the tokens per second of one GPU, and the source of that figure."""
+def rate_of_one(
+    args: PretrainArgs, config: ModelConfig, gpu: Gpu, mfu: float | None, benchmark: Path | None
+) -> tuple[float, str]:
+    """Return the tokens per second of one GPU with AdamW, and the source of that figure."""
     if benchmark is not None:
+        precision = args.train.precision
         try:
             lines = [json.loads(line) for line in cli.read_text(benchmark).splitlines() if line.strip()]
-            best = max(float(line["tokens_per_second"]) for line in lines if line["model"] == config.name)
+            best = max(
+                float(line["tokens_per_second"])
+                for line in lines
+                if str(line["run"]).partition(":")[0] == "ours"
+                and (line["model"], line["gpus"], line["precision"]) == (config.name, 1, precision)
+                and line.get("optim.name", "adamw") == "adamw"  # Muon's time is added by ``speed``
+            )
             if not 1 <= best <= 10**9:  # no GPU's
                 raise ValueError(best)
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise InputError(
-                f"{benchmark} has no line of benchmark_step.py for {config.name}: run it with --model {config.name}"
+                f"--benchmark {benchmark} has no line of benchmark_step.py for {config.name} in {precision} with AdamW "
+                f"on one GPU, by this code: add what it prints with --model {config.name} "
+                f"--run ours:train.precision={precision}"
             ) from error
         return best, f"the best in {benchmark}"
     share = gpu.mfu if mfu is None else mfu
