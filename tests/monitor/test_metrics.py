@@ -18,8 +18,8 @@ from tinyllama.checkpoint.state import TrainState
 from tinyllama.config.args import DataArgs, OptimArgs, PretrainArgs, Source, TrainArgs
 from tinyllama.data.mixture import Mixture
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.metrics import RunLog, source_columns
-from tinyllama.monitor.run_files import COLUMNS, read_metrics
+from tinyllama.monitor.metrics import RunLog
+from tinyllama.monitor.run_files import COLUMNS, read_metrics, source_columns
 from tinyllama.train.evaluate import source_names
 from tinyllama.train.launch import World
 from tinyllama.train.run import Run

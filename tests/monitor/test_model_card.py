@@ -121,6 +121,18 @@ def test_the_tokens_of_a_single_source_are_those_of_the_checkpoint() -> None:
     assert _data(settings, {}, rows) == [("`mine`", "100.0000%", "2,880")]
 
 
+def test_sources_whose_folders_have_one_name_have_their_own_tokens() -> None:
+    sources = [{"path": path, "weight": 1.0} for path in ("a/web", "b/web", "data/per_second")]
+    rows = [{"step": 10, "tokens": 6000, "tokens_per_second": 7.5, "tokens_web": 1000, "tokens_web_1": 2000}]
+    rows[0]["tokens_per_second_2"] = 3000
+    found = _data({"data": {"sources": sources}}, {"tokens": 6600}, rows)
+    assert [(name, drawn) for name, _, drawn in found] == [
+        ("`web`", "1,000"),
+        ("`web`", "2,000"),
+        ("`per_second`", "3,000"),
+    ]
+
+
 def test_a_constant_learning_rate_has_no_other() -> None:
     optim = {"lr": 4e-4, "min_lr": 4e-5, "warmup_steps": 0, "weight_decay": 0.1, "schedule": "constant"}
     assert dict(_recipe({"optim": optim, "train": {"global_batch_size": 8}}, 32, []))["learning rate"] == (

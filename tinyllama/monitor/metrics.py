@@ -16,7 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from tinyllama import InputError, atomic, printable
+from tinyllama import InputError, atomic
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_of
 from tinyllama.checkpoint.state import TrainState
@@ -40,6 +40,7 @@ from tinyllama.monitor.run_files import (
     read_starts,
     read_until,
     set_aside,
+    source_columns,
     tokens_before,
 )
 from tinyllama.monitor.wandb_logger import Tracker
@@ -356,18 +357,6 @@ def append_json(file: Path, *contents: dict[str, Any]) -> None:
         opened.seek(max(opened.tell() - 1, 0))
         is_half = opened.read() not in (b"", b"\n")  # of the last line: a kill or a full disk cost the rest
         opened.write(b"\n" * is_half + lines.encode())
-
-
-def source_columns(paths: list[str]) -> list[str]:
-    """Return a column's name for each source: its folder's, with a number where another column has it."""
-    names: list[str] = []
-    for path in paths:
-        name = folder = f"tokens_{printable(Path(path).name)}"
-        number = len(names)
-        while name in (*COLUMNS, *names):
-            name, number = f"{folder}_{number}", number + 1
-        names.append(name)
-    return names
 
 
 def max_memory_gb(device: torch.device) -> float:

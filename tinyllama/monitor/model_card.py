@@ -19,7 +19,7 @@ from tinyllama.checkpoint.names import run_dir
 from tinyllama.checkpoint.resume import origin_of
 from tinyllama.checkpoint.state import is_count
 from tinyllama.convert.weights import Weights
-from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics
+from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics, source_columns
 
 CURVES = {"loss": ("training (mean)", "#4477cc"), "val_loss": ("validation", "#dd7733")}
 POINTS = 200  # most of them in the curve of the training loss
@@ -96,12 +96,13 @@ def _run_of(weights: Weights) -> tuple[Path | None, dict[str, Any], dict[str, An
 def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> list[tuple[str, ...]]:
     sources = _of(settings, "data", "sources") or []
     weights = [float(source["weight"]) for source in sources]
+    columns = source_columns([source["path"] for source in sources])
     found: list[tuple[str, ...]] = []
-    for source, weight in zip(sources, weights, strict=True):
+    for source, weight, column in zip(sources, weights, columns, strict=True):
         name = Path(source["path"]).name
         drawn = state.get("tokens") if len(sources) == 1 else None
         if drawn is None and rows:
-            drawn = rows[-1].get(f"tokens_{printable(name)}")
+            drawn = rows[-1].get(column)
         changes = source.get("final_weight") not in (None, source["weight"])
         share = "changes in the run" if changes else f"{weight / sum(weights):.4%}"
         found.append((f"`{_cell(name)}`", share, "" if drawn is None else f"{drawn:,.0f}"))

@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from tinyllama import atomic
+from tinyllama import atomic, printable
 from tinyllama.checkpoint.state import is_count
 from tinyllama.monitor.rows import FORMATS, WAITS
 
@@ -26,6 +26,18 @@ without a value is empty."""
 BY_SOURCE = ("val_loss/", "val_bpb/")
 VALIDATED_BY = ("data.document_mask", "eval.max_samples")
 """settings that held-out losses depend on, which may change during a run"""
+
+
+def source_columns(paths: list[str]) -> list[str]:
+    """Return a column's name for each source: its folder's, with a number where another column has it."""
+    names: list[str] = []
+    for path in paths:
+        name = folder = f"tokens_{printable(Path(path).name)}"
+        number = len(names)
+        while name in (*COLUMNS, *names):
+            name, number = f"{folder}_{number}", number + 1
+        names.append(name)
+    return names
 
 
 def read_until(file: Path, step: int) -> tuple[list[dict[str, Any]], str]:
