@@ -14,7 +14,7 @@ from tinyllama.config.args import DataArgs, PretrainArgs, Source, ValidationSour
 from tinyllama.config.model import named_config
 from tinyllama.monitor import compare, report
 from tinyllama.monitor.compare import read_curve, read_curves
-from tinyllama.monitor.run_files import COLUMNS
+from tinyllama.monitor.run_files import COLUMNS, branched_from
 
 SPEED = COLUMNS.index("tokens_per_second")
 VAL_LOSS = COLUMNS.index("val_loss")
@@ -430,7 +430,7 @@ def test_a_run_whose_folder_was_renamed_is_no_branch_of_the_old_one(make_run: Ma
             events = [{"event": "start", "resumed_from": step_dir, "step": step}, {"event": "checkpoint"}]
             events[1]["step"] = step + 10 if step else 20
             file.write("".join(json.dumps({"time": 1} | event) + "\n" for event in events))
-    assert report.branched_from(renamed) == (Path(first) if first else None)
+    assert branched_from(renamed) == (Path(first) if first else None)
     assert read_curve(renamed).losses == ([9.0, 5.0, 3.0, 2.0] if origin else [8.0, 3.0, 2.0])
 
 
@@ -440,7 +440,7 @@ def test_a_branch_into_the_folder_of_a_run_that_was_never_saved_is_one(make_run:
     branch = make_run("branch", {20: 3.0}, {20: 10.0}, origin=origin)
     begun = json.dumps({"time": 0, "event": "start", "resumed_from": None, "step": 0})
     (branch / "events.jsonl").write_text(begun + "\n" + (branch / "events.jsonl").read_text())
-    assert report.branched_from(branch) == origin
+    assert branched_from(branch) == origin
 
 
 def test_an_earlier_version_recorded_the_origin_in_the_settings_only(make_run: MakeRun) -> None:
@@ -449,7 +449,7 @@ def test_an_earlier_version_recorded_the_origin_in_the_settings_only(make_run: M
     for resume, found in ((str(origin), origin), ("auto", None), (3, None)):
         branch = make_run(f"branch_{resume}".replace("/", ""), {20: 3.0}, {20: 10.0}, train__resume=resume)
         (branch / "events.jsonl").write_text('{"time": 1, "event": "start", "step": 10}\n')
-        assert report.branched_from(branch) == found
+        assert branched_from(branch) == found
         assert read_curve(branch).tokens == ([0, 100, 200] if found else [200])
 
 

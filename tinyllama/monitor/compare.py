@@ -13,9 +13,15 @@ from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.report import branched_from, read_events
 from tinyllama.monitor.rows import Row
-from tinyllama.monitor.run_files import is_validated_otherwise, last_validation, parse_metrics, read_starts
+from tinyllama.monitor.run_files import (
+    branched_from,
+    is_validated_otherwise,
+    last_validation,
+    parse_metrics,
+    read_events,
+    read_starts,
+)
 from tinyllama.throughput import duration
 
 WIDTH = 100

@@ -19,33 +19,28 @@ import numpy as np
 
 from tinyllama import InputError, printable
 from tinyllama.checkpoint import reader
-from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor import page
 from tinyllama.monitor.rows import WAITS, Row, last_by_source, mean_speed
 from tinyllama.monitor.run_files import (
+    TOO_LARGE,
+    branched_from,
     complete_rows,
-    read_json_lines,
+    read_events,
     read_metrics,
     read_samples,
     read_starts,
     tokens_before,
 )
 from tinyllama.throughput import duration
-from tinyllama.train.preemption import is_planned
 
 BUCKETS = 600
 """A curve of more than twice as many points is thinned out to the lowest and the highest in each of as many buckets,
 which the runs of a page share."""
 STRETCHES = 60
 """At most as many stretches of a run, again shared by the runs of a page, have their time divided among its uses."""
-
-ENVIRONMENT = {"command", "commit", "device", "nodes", "tokens", "versions", "max_steps"}
-"""Keys of a start event that the cards at the top of the page show, so that the timeline need not."""
-TOO_LARGE = RecursionError, MemoryError
-"""What reading a file raises that is nested too deep or declares too much."""
 
 
 def write(out_dirs: list[Path], output: Path) -> None:
@@ -125,34 +120,6 @@ def thin_samples(samples: list[Row], most: int = 12) -> list[Row]:
     return [sample for sample in samples if sample["step"] in chosen]
 
 
-def branched_from(out_dir: Path) -> Path | None:
-    """Return the step directory of another run that the run in ``out_dir`` continues, as the path it was given by.
-
-    A step that this run has saved is its own, whatever its folder was called then.
-    """
-    origin: Path | None = None
-    saved: set[int] = set()
-    for event in read_json_lines(out_dir / "events.jsonl"):
-        try:
-            if event["event"] == "checkpoint":
-                saved.add(event["step"])
-            if event["event"] != "start":
-                continue
-            if "resumed_from" not in event:  # of a version that did not record it
-                event |= {"resumed_from": reader.read_settings(out_dir)["train"]["resume"]}
-            if event["resumed_from"] is None:
-                origin, saved = None, set()
-                continue
-            step_dir = Path(event["resumed_from"])
-            # the latter of a run whose first events are gone
-            is_own = event["step"] in saved or run_dir(step_dir).resolve() == out_dir.resolve()
-            if not is_own and step_of(step_dir) == event["step"]:
-                origin = step_dir
-        except (ValueError, KeyError, TypeError, OSError, *TOO_LARGE):
-            continue  # it was damaged
-    return origin
-
-
 def state(events: list[Row], metrics: Path) -> str:
     """Say whether the run has ended, as far as its folder tells."""
     ends = {"failure": "failed", "done": "done"}
@@ -223,35 +190,6 @@ def surroundings(starts: list[Row]) -> dict[str, str]:
         found["software"] = ", ".join(f"{name} {version}" for name, version in versions.items())
     found |= {key: known[key] for key in ("commit", "command") if known.get(key)}
     return {key: printable(text, 1000) for key, text in found.items()}
-
-
-def read_events(file: Path, counts: dict[float, float]) -> list[Row]:
-    """Read the events of a run: kind, step, tokens at that step, time (s since 1970), and details in one line.
-
-    ``counts`` are the tokens at some steps; between those they are interpolated.
-    """
-    steps, tokens = zip(*sorted(counts.items()), strict=True)
-    events: list[Row] = []
-    step, kinds = 0, {"start": "start"}
-    for event in read_json_lines(file):
-        try:
-            kind, at, found = str(event.pop("event")), float(event.pop("time")), event.pop("step", None)
-            found = step if found is None else int(found)
-        except (ValueError, KeyError, TypeError, OverflowError):
-            continue  # it was damaged
-        if not (0 <= at < 1e12 and 0 <= found < 2**63):  # neither a date nor a step
-            continue
-        step = found
-        if kind == "stop" and not is_planned(event.get("by")):
-            kind = "failure"
-        shown = {key: value for key, value in event.items() if key not in ENVIRONMENT and value not in (None, [], {})}
-        details = ", ".join(f"{key} {value}" for key, value in shown.items())
-        done = round(float(np.interp(step, steps, tokens)))
-        event = {"kind": printable(kinds.get(kind, kind), 40), "step": step, "tokens": done}
-        events.append(event | {"time": at, "details": printable(details, 1000)})
-        if kind == "start":
-            kinds["start"] = "restart"  # any later one
-    return events
 
 
 def smooth(rows: list[Row]) -> int:

@@ -8,9 +8,14 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from tinyllama import atomic, printable
+from tinyllama.checkpoint import reader
+from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.state import is_count
 from tinyllama.monitor.rows import FORMATS, WAITS
+from tinyllama.train.preemption import is_planned
 
 TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
 COLUMNS = ("step", "tokens", *FORMATS, "skipped", *TIMES, *WAITS)
@@ -26,6 +31,10 @@ without a value is empty."""
 BY_SOURCE = ("val_loss/", "val_bpb/")
 VALIDATED_BY = ("data.document_mask", "eval.max_samples")
 """settings that held-out losses depend on, which may change during a run"""
+ENVIRONMENT = {"command", "commit", "device", "nodes", "tokens", "versions", "max_steps"}
+"""Keys of a start event that the cards at the top of a report show, so that its timeline need not."""
+TOO_LARGE = RecursionError, MemoryError
+"""What reading a file raises that is nested too deep or declares too much."""
 
 
 def source_columns(paths: list[str]) -> list[str]:
@@ -121,7 +130,7 @@ def _number(cell: str) -> float | None:
 def read_json_lines(file: Path) -> Iterator[dict[str, Any]]:
     """Yield what the lines of a file hold, without those that were damaged or half written."""
     for line in file.read_text("utf-8", "replace").splitlines() if file.is_file() else []:
-        with contextlib.suppress(ValueError, RecursionError, MemoryError):  # nested too deep, or declaring too much
+        with contextlib.suppress(ValueError, *TOO_LARGE):
             content = json.loads(line)
             if isinstance(content, dict):
                 yield content
@@ -169,6 +178,63 @@ def tokens_before(rows: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any
     """
     found: Any = next((start.get("tokens") for start in starts if rows and start["step"] <= rows[0]["step"]), 0)
     return int(found) if is_count(found) else 0
+
+
+def branched_from(out_dir: Path) -> Path | None:
+    """Return the step directory of another run that the run in ``out_dir`` continues, as the path it was given by.
+
+    A step that this run has saved is its own, whatever its folder was called then.
+    """
+    origin: Path | None = None
+    saved: set[int] = set()
+    for event in read_json_lines(out_dir / "events.jsonl"):
+        try:
+            if event["event"] == "checkpoint":
+                saved.add(event["step"])
+            if event["event"] != "start":
+                continue
+            if "resumed_from" not in event:  # of a version that did not record it
+                event |= {"resumed_from": reader.read_settings(out_dir)["train"]["resume"]}
+            if event["resumed_from"] is None:
+                origin, saved = None, set()
+                continue
+            step_dir = Path(event["resumed_from"])
+            # the latter of a run whose first events are gone
+            is_own = event["step"] in saved or run_dir(step_dir).resolve() == out_dir.resolve()
+            if not is_own and step_of(step_dir) == event["step"]:
+                origin = step_dir
+        except (ValueError, KeyError, TypeError, OSError, *TOO_LARGE):
+            continue  # it was damaged
+    return origin
+
+
+def read_events(file: Path, counts: dict[float, float]) -> list[dict[str, Any]]:
+    """Read the events of a run: kind, step, tokens at that step, time (s since 1970), and details in one line.
+
+    ``counts`` are the tokens at some steps; between those they are interpolated.
+    """
+    steps, tokens = zip(*sorted(counts.items()), strict=True)
+    events: list[dict[str, Any]] = []
+    step, kinds = 0, {"start": "start"}
+    for event in read_json_lines(file):
+        try:
+            kind, at, found = str(event.pop("event")), float(event.pop("time")), event.pop("step", None)
+            found = step if found is None else int(found)
+        except (ValueError, KeyError, TypeError, OverflowError):
+            continue  # it was damaged
+        if not (0 <= at < 1e12 and 0 <= found < 2**63):  # neither a date nor a step
+            continue
+        step = found
+        if kind == "stop" and not is_planned(event.get("by")):
+            kind = "failure"
+        shown = {key: value for key, value in event.items() if key not in ENVIRONMENT and value not in (None, [], {})}
+        details = ", ".join(f"{key} {value}" for key, value in shown.items())
+        done = round(float(np.interp(step, steps, tokens)))
+        event = {"kind": printable(kinds.get(kind, kind), 40), "step": step, "tokens": done}
+        events.append(event | {"time": at, "details": printable(details, 1000)})
+        if kind == "start":
+            kinds["start"] = "restart"  # any later one
+    return events
 
 
 def failed_save(file: Path) -> str | None:
