@@ -1,6 +1,8 @@
 """What rows of metrics.csv say in words."""
 
-from tinyllama.monitor.rows import FORMATS, by_source, console_line, mean_speed, numbers
+import math
+
+from tinyllama.monitor.rows import FORMATS, by_source, console_line, is_finite, mean_speed, numbers
 
 
 def test_a_console_line() -> None:
@@ -9,6 +11,11 @@ def test_a_console_line() -> None:
     line = "loss 2.3457  lr 4.000e-04  grad_norm 1.250  24,000 tokens/s  memory 37.12 GB  1d 02h left"
     assert console_line(row, 1430512, 93784.0) == f"step      10/1430512  {line}"
     assert console_line({"step": 10, "mfu": 0.561, "skipped": 3}, 20, None) == "step 10/20  mfu 56.1%  skipped 3"
+
+
+def test_a_cell_may_hold_a_number_that_is_none() -> None:
+    assert all(map(is_finite, (0, -2.5, 2**62)))
+    assert not any(map(is_finite, (None, "", "2.5", math.nan, math.inf, -math.inf)))
 
 
 def test_numbers_have_their_units() -> None:

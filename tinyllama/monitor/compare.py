@@ -1,6 +1,5 @@
 """Compare runs by their held-out loss: at equal tokens, and what one needs to reach the loss that another ends with."""
 
-import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +12,7 @@ from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.resume import leaves
 from tinyllama.data.packed import open_packed
-from tinyllama.monitor.rows import Row
+from tinyllama.monitor.rows import Row, is_finite
 from tinyllama.monitor.run_files import (
     branched_from,
     is_validated_otherwise,
@@ -121,7 +120,7 @@ def read_curve(out_dir: Path) -> Curve:
 
 def validations(rows: list[Row], column: str) -> tuple[list[int], list[float]]:
     """Return the tokens and the losses of the rows that have a finite loss in ``column``."""
-    having = [row for row in rows if _is_finite(row.get(column))]
+    having = [row for row in rows if is_finite(row.get(column))]
     return [row["tokens"] for row in having], [row[column] for row in having]
 
 
@@ -212,7 +211,7 @@ def clock(rows: list[Row]) -> tuple[list[int], list[float]] | None:
     """
     tokens, seconds, speed = [0], [0.0], None
     for row in rows:
-        if _is_finite(row.get("tokens_per_second")) and row["tokens_per_second"] > 0:
+        if is_finite(row.get("tokens_per_second")) and row["tokens_per_second"] > 0:
             speed = row["tokens_per_second"]
             seconds.append(seconds[-1] + (row["tokens"] - tokens[-1]) / speed)
             tokens.append(row["tokens"])
@@ -380,7 +379,3 @@ def _fingerprints(folders: list[str]) -> list[str]:
         except (InputError, OSError):
             found.append(folder)
     return found
-
-
-def _is_finite(value: Any) -> bool:
-    return isinstance(value, int | float) and math.isfinite(value)

@@ -4,10 +4,10 @@ Everything is from the files of the checkpoint and its run; what they do not say
 model_card.md.
 """
 
+import contextlib
 import csv
 import html
 import importlib.resources
-import math
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -19,12 +19,11 @@ from tinyllama.checkpoint.names import run_dir
 from tinyllama.checkpoint.resume import origin_of
 from tinyllama.checkpoint.state import is_count
 from tinyllama.convert.weights import Weights
+from tinyllama.monitor.rows import Row, is_finite
 from tinyllama.monitor.run_files import complete_rows, read_json_lines, read_metrics, source_columns
 
 CURVES = {"loss": ("training (mean)", "#4477cc"), "val_loss": ("validation", "#dd7733")}
 POINTS = 200  # most of them in the curve of the training loss
-
-Rows = list[dict[str, Any]]
 
 
 def model_card(weights: Weights, title: str, model: str, license_id: str | None = None) -> dict[str, str]:
@@ -93,7 +92,7 @@ def _run_of(weights: Weights) -> tuple[Path | None, dict[str, Any], dict[str, An
     return run_dir(weights.path), settings, reader.read_state(weights.path)
 
 
-def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> list[tuple[str, ...]]:
+def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: list[Row]) -> list[tuple[str, ...]]:
     sources = _of(settings, "data", "sources") or []
     weights = [float(source["weight"]) for source in sources]
     columns = source_columns([source["path"] for source in sources])
@@ -109,7 +108,7 @@ def _data(settings: Mapping[str, Any], state: Mapping[str, Any], rows: Rows) -> 
     return found
 
 
-def _recipe(settings: Mapping[str, Any], block_size: int, starts: Rows) -> list[tuple[str, ...]]:
+def _recipe(settings: Mapping[str, Any], block_size: int, starts: list[dict[str, Any]]) -> list[tuple[str, ...]]:
     """Return the recipe as it is in ``settings``, and what a resumed run has changed of its learning rate."""
     optim, train = _of(settings, "optim") or {}, _of(settings, "train") or {}
     if not ({"lr", "min_lr", "warmup_steps", "weight_decay"} <= optim.keys() and "global_batch_size" in train):
@@ -120,9 +119,9 @@ def _recipe(settings: Mapping[str, Any], block_size: int, starts: Rows) -> list[
         decay = f"constant at {optim['lr']:g}"
     changes = {start["step"]: _of(start, "changed", "optim.lr") for start in starts}
     peaks = [
-        f"{peak:g} before step {step:,}"
+        f"{change[0]:g} before step {step:,}"
         for step, change in changes.items()
-        if isinstance(change, list) and change and (peak := _number(change[0])) is not None
+        if isinstance(change, list) and change and is_finite(change[0])
     ]
     before = f"; peak {', '.join(peaks)}" if peaks else ""
     found: list[tuple[str, ...]] = [
@@ -137,14 +136,14 @@ def _recipe(settings: Mapping[str, Any], block_size: int, starts: Rows) -> list[
     return [tuple(map(_cell, row)) for row in found]
 
 
-def _loss(rows: Rows) -> str:
+def _loss(rows: list[Row]) -> str:
     text = "\n## Loss\n\n![Training and validation loss over tokens](loss.svg)\n"
-    validated = [row for row in rows if _number(row.get("val_loss")) is not None]
+    validated = [row for row in rows if is_finite(row.get("val_loss"))]
     if validated:
         last = validated[-1]
         text += f"\nValidation loss {last['val_loss']:.4f} at step {last['step']:,}"
-        bits = _number(last.get("val_bpb"))
-        text += f", {bits:.4f} bits per byte of text.\n" if bits is not None else ".\n"
+        bits = last.get("val_bpb")
+        text += f", {bits:.4f} bits per byte of text.\n" if is_finite(bits) else ".\n"
     return text
 
 
@@ -154,9 +153,9 @@ def _scores(file: Path | None, step: int | None) -> str:
     theirs: dict[str, dict[tuple[str, str], float]] = {}
     published = importlib.resources.files("tinyllama.eval").joinpath("published_scores.csv").read_text("utf-8")
     for row in complete_rows(file.read_text("utf-8", "replace")) if file and file.is_file() else []:
-        value = _number(row.get("value"))
-        if value is not None and row.get("step") == str(step):
-            ours[row.get("task", ""), row.get("metric", "")] = value
+        with contextlib.suppress(KeyError, ValueError):
+            if row["step"] == str(step) and is_finite(value := float(row["value"])):
+                ours[row["task"], row["metric"]] = value
     for row in csv.DictReader(published.splitlines()):
         theirs.setdefault(row["model"], {})[row["task"], row["metric"]] = float(row["value"])
     theirs = {model: scores for model, scores in theirs.items() if scores.keys() & ours.keys()}
@@ -178,11 +177,9 @@ def _table(header: Iterable[str], rows: list[tuple[str, ...]]) -> str:
     return "".join(f"| {' | '.join(cells)} |\n" for cells in lines)
 
 
-def _curve(rows: Rows, width: int = 720, height: int = 320) -> str:
+def _curve(rows: list[Row], width: int = 720, height: int = 320) -> str:
     """Draw the losses over the tokens as an SVG that is legible on light and on dark; "" without two points."""
-    points = {
-        name: [(row["tokens"], loss) for row in rows if (loss := _number(row.get(name))) is not None] for name in CURVES
-    }
+    points = {name: [(row["tokens"], row[name]) for row in rows if is_finite(row.get(name))] for name in CURVES}
     size = -(-len(points["loss"]) // POINTS) or 1
     buckets = [points["loss"][first : first + size] for first in range(0, len(points["loss"]), size)]
     points["loss"] = [(bucket[-1][0], sum(loss / len(bucket) for _, loss in bucket)) for bucket in buckets]
@@ -221,14 +218,6 @@ def _of(settings: Mapping[str, Any], *keys: str) -> Any:
     for key in keys:
         found = found.get(key) if isinstance(found, Mapping) else None
     return found
-
-
-def _number(value: Any) -> float | None:
-    try:
-        number = float(value)
-    except (TypeError, ValueError):
-        return None
-    return number if math.isfinite(number) else None
 
 
 def _cell(text: object) -> str:

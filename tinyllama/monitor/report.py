@@ -23,7 +23,7 @@ from tinyllama.checkpoint.resume import leaves
 from tinyllama.checkpoint.state import is_count
 from tinyllama.config.model import ModelConfig
 from tinyllama.monitor import page
-from tinyllama.monitor.rows import WAITS, Row, last_by_source, mean_speed
+from tinyllama.monitor.rows import WAITS, Row, is_finite, last_by_source, mean_speed
 from tinyllama.monitor.run_files import (
     TOO_LARGE,
     branched_from,
@@ -76,7 +76,10 @@ def short(names: list[str], most: int = 24) -> list[str]:
 
 def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
     """Read all that a page of ``num_runs`` runs shows of the run in ``out_dir``."""
-    rows = [{name: _finite(cell) for name, cell in row.items()} for row in read_metrics(out_dir / "metrics.csv")]
+    rows: list[Row] = [  # without text, and numbers that JSON does not have
+        {name: cell if is_finite(cell) else None for name, cell in row.items()}
+        for row in read_metrics(out_dir / "metrics.csv")
+    ]
     if not rows:
         raise InputError(f"{out_dir} has no metrics.csv with a row in it: give the out_dir of a run that has begun")
     try:
@@ -198,7 +201,7 @@ def smooth(rows: list[Row]) -> int:
     The window is centered, so that the mean does not lag: a fiftieth of the run's rows, but at least five. It shrinks
     towards the ends, where fewer rows are left on one side.
     """
-    trained = [row for row in rows if _finite(row.get("loss")) is not None]
+    trained = [row for row in rows if is_finite(row.get("loss"))]
     losses = np.array([row["loss"] for row in trained], dtype=np.float64)
     half = max(len(trained) // 100, 2)
     scale = max(np.abs(losses).max(initial=0), 1e-300)  # a sum of the largest losses could overflow
@@ -261,10 +264,7 @@ def where_time_goes(rows: list[Row], stretches: int = STRETCHES) -> list[Row]:
 
 def picture(rows: list[Row], width: int = 68, height: int = 12) -> list[str]:
     """Draw training and validation loss over the tokens for a terminal, as lines of braille dots."""
-    curves = [
-        [(row["tokens"], row[name]) for row in rows if _finite(row.get(name)) is not None]
-        for name in ("loss", "val_loss")
-    ]
+    curves = [[(row["tokens"], row[name]) for row in rows if is_finite(row.get(name))] for name in ("loss", "val_loss")]
     losses = [loss for curve in curves for _, loss in curve]
     if not losses:
         return []
@@ -302,11 +302,6 @@ def _loss(loss: float, digits: int = 4) -> str:
     return f"{loss:.{digits}f}" if is_usual else f"{loss:.1e}"
 
 
-def _finite(value: Any) -> Any:
-    """Return ``value``, or None if it is text or a number that JSON does not have."""
-    return value if isinstance(value, int | float) and math.isfinite(value) else None
-
-
 def _rounded(value: Any) -> Any:
     """Return ``value``, a float with six digits: more would not be visible, but double the size of the page."""
     return float(f"{value:.6g}") if isinstance(value, float) else value
@@ -318,6 +313,6 @@ def _table(file: Any) -> list[Row]:
     for row in complete_rows(file.read_text("utf-8", "replace")) if file.is_file() else []:
         with contextlib.suppress(KeyError, ValueError):
             numbers = {name: float(row[name]) for name in ("tokens", "value")}
-            if all(map(math.isfinite, numbers.values())):  # else it was damaged
+            if all(map(is_finite, numbers.values())):  # else it was damaged
                 rows.append(row | numbers)
     return rows

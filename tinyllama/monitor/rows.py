@@ -1,5 +1,6 @@
 """Say in words what rows of metrics.csv hold, for the console and for reports; nothing here imports the trainer."""
 
+import math
 from typing import Any
 
 from tinyllama.throughput import duration
@@ -21,6 +22,11 @@ WAITS = {"data_seconds": "data", "save_seconds": "checkpoints", "validation_seco
 """columns of metrics.csv of what training waits for, and its name"""
 NOTEWORTHY = 1.1
 """slowest over median rank from where the slowest is named"""
+
+
+def is_finite(cell: Any) -> bool:
+    """Return whether ``cell`` is a number, and neither infinite nor NaN."""
+    return isinstance(cell, int | float) and math.isfinite(cell)
 
 
 def numbers(row: Row) -> list[str]:

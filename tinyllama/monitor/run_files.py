@@ -14,7 +14,7 @@ from tinyllama import atomic, printable
 from tinyllama.checkpoint import reader
 from tinyllama.checkpoint.names import run_dir, step_of
 from tinyllama.checkpoint.state import is_count
-from tinyllama.monitor.rows import FORMATS, WAITS
+from tinyllama.monitor.rows import FORMATS, WAITS, Row
 from tinyllama.train.preemption import is_planned
 
 TIMES = ("step_seconds", "forward_seconds_median", "forward_seconds_slowest", "slowest_rank")
@@ -49,7 +49,7 @@ def source_columns(paths: list[str]) -> list[str]:
     return names
 
 
-def read_until(file: Path, step: int) -> tuple[list[dict[str, Any]], str]:
+def read_until(file: Path, step: int) -> tuple[list[Row], str]:
     """Read a metrics.csv up to ``step``, and what to say of it if it is damaged, when a copy of it is kept."""
     content = file.read_bytes() if file.is_file() else b""
     rows, damage = read_metrics(file), ""
@@ -86,7 +86,7 @@ def set_aside(file: Path) -> list[str]:
     return [f"set aside: {copy} is what {file} was before this run, which starts anew"]
 
 
-def read_metrics(file: Path) -> list[dict[str, Any]]:
+def read_metrics(file: Path) -> list[Row]:
     """Read the rows of a metrics.csv, numbers as such and empty cells as None; [] if there is no file.
 
     A row that is, or was when killed, being written is left out, and so is one that was damaged.
@@ -95,7 +95,7 @@ def read_metrics(file: Path) -> list[dict[str, Any]]:
     return parse_metrics(text[: text.rfind("\n") + 1])
 
 
-def parse_metrics(text: str) -> list[dict[str, Any]]:
+def parse_metrics(text: str) -> list[Row]:
     """Return the rows in ``text``, a header and complete lines, without those that were damaged."""
     rows = []
     for cells in complete_rows(text):
@@ -157,7 +157,7 @@ def last_validation(starts: Sequence[dict[str, Any]]) -> list[str] | None:
     return found if isinstance(found, list) else None
 
 
-def is_validated_otherwise(row: dict[str, Any], starts: Sequence[dict[str, Any]], validation: list[str] | None) -> bool:
+def is_validated_otherwise(row: Row, starts: Sequence[dict[str, Any]], validation: list[str] | None) -> bool:
     """Return whether the losses of ``row`` cannot be compared with those of the last of ``starts``.
 
     They are on other data than those with the fingerprints ``validation``, or a later start changed a setting of
@@ -171,7 +171,7 @@ def is_validated_otherwise(row: dict[str, Any], starts: Sequence[dict[str, Any]]
     return None not in (then := last_validation(starts[:num_begun]), validation) and then != validation
 
 
-def tokens_before(rows: Sequence[dict[str, Any]], starts: Sequence[dict[str, Any]]) -> int:
+def tokens_before(rows: Sequence[Row], starts: Sequence[dict[str, Any]]) -> int:
     """Return the tokens that were done before the first of ``rows``, which a branch did not do itself.
 
     They are those of the run's first start; earlier versions recorded none.
