@@ -1,5 +1,6 @@
 """What a person is shown of a run, word by word."""
 
+import math
 import os
 import shlex
 import shutil
@@ -228,6 +229,14 @@ def test_the_end_summary_says_what_there_is_to_start_from(run: Run, monkeypatch:
         ("", f"python scripts/generate.py {run.out_dir} --tokenizer TOKENIZER --prompt TEXT"),
         ("", f"python scripts/report.py {run.out_dir}"),
     ]
+
+
+def test_the_best_of_the_end_summary_is_a_number(run: Run) -> None:
+    rows = [
+        {"step": step, "tokens": step, "val_loss": loss} for step, loss in enumerate((math.nan, -math.inf, 2.0, 3.0))
+    ]
+    for count, said in ((4, "3.0000 at step 3, best 2.0000 at step 2"), (1, "nan at step 0")):
+        assert dict(end_summary(run, rows[:count], {}, TrainState()))["val_loss"] == said
 
 
 def test_commands_of_the_end_summary_can_be_pasted_whatever_the_folder_is_called(run: Run, tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ import csv
 import dataclasses
 import io
 import json
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -319,6 +320,17 @@ def test_the_best_value_outlives_a_restart(run: Run, capsys: pytest.CaptureFixtu
             log.row({"step": step, "tokens": 32 * step, "val_loss": val_loss})
     endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
     assert endings == ["4.2500  best 4.0000", f"3.5000  {best}", "3.5000  best 3.5000"]
+
+
+def test_a_held_out_loss_that_is_no_number_is_not_the_best(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLog(run, None, is_rank_zero=True) as log:
+        for step, loss in enumerate((math.nan, -math.inf, 2.0), start=1):
+            log.row({"step": step, "tokens": 8 * step, "val_loss": loss})
+    for step, loss, rank in ((4, 3.0, "best 2.0000"), (5, 1.5, "the best so far")):
+        with RunLog(run, step - 1, is_rank_zero=True) as log:
+            capsys.readouterr()
+            log.row({"step": step, "tokens": 8 * step, "val_loss": loss})
+            assert capsys.readouterr().out.endswith(f"val_loss {loss:.4f}  {rank}\n")
 
 
 @contextlib.contextmanager

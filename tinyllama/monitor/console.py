@@ -23,7 +23,7 @@ from tinyllama import byte_size, printable, stdio
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
-from tinyllama.monitor.rows import Row, console_line, last_by_source, mean_speed, numbers
+from tinyllama.monitor.rows import Row, console_line, is_finite, last_by_source, mean_speed, numbers
 from tinyllama.ops import choice
 from tinyllama.throughput import duration
 from tinyllama.train.launch import World
@@ -255,8 +255,9 @@ def end_summary(
     """
     losses = [(row["val_loss"], row["step"]) for row in rows if row.get("val_loss") is not None]
     if losses:
-        (last, at), (best, best_at) = losses[-1], min(losses)
-        yield "val_loss", f"{last:.4f} at step {at:,}, best {best:.4f} at step {best_at:,}"
+        (last, at), finite = losses[-1], [pair for pair in losses if is_finite(pair[0])]
+        best = ", best {:.4f} at step {:,}".format(*min(finite)) if finite else ""
+        yield "val_loss", f"{last:.4f} at step {at:,}{best}"
     if bits := [(row["val_bpb"], row["step"]) for row in rows if row.get("val_bpb") is not None]:
         yield "val_bpb", f"{bits[-1][0]:.4f} bits per byte at step {bits[-1][1]:,}"
     if parts := last_by_source(rows):

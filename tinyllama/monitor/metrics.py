@@ -27,7 +27,7 @@ from tinyllama.monitor.console import Console, batch_job, changes_in_words, end_
 from tinyllama.monitor.environment import environment
 from tinyllama.monitor.hook import Hook
 from tinyllama.monitor.profile import Trace
-from tinyllama.monitor.rows import WAITS, Row, by_source, console_line
+from tinyllama.monitor.rows import WAITS, Row, by_source, console_line, is_finite
 from tinyllama.monitor.run_files import (
     BY_SOURCE,
     COLUMNS,
@@ -117,7 +117,7 @@ class RunLog:
         self._changed = resume.changed(run.resume, run.resolved()) if run.resume else {}
         starts.append({"step": step or 0, "changed": self._changed})  # the one that is to come
         rivals = [row["val_loss"] for row in validated if not is_validated_otherwise(row, starts, now)]
-        self._best = min(rivals, default=float("inf"))
+        self._best = min(filter(is_finite, rivals), default=float("inf"))
         if run.args.log.on_event is not None:
             self._hook = Hook(run.args.log.on_event, run.out_dir, self._console.line)
         for text in aside:
