@@ -23,6 +23,7 @@ from tinyllama import byte_size, printable, stdio
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.names import step_dir
 from tinyllama.checkpoint.state import TrainState
+from tinyllama.monitor.profile import PERFETTO
 from tinyllama.monitor.rows import Row, console_line, is_finite, last_by_source, mean_speed, numbers
 from tinyllama.ops import choice
 from tinyllama.throughput import duration
@@ -31,8 +32,6 @@ from tinyllama.train.run import Run
 
 Summary = Iterator[tuple[str, str]]
 
-VIEWER = "https://ui.perfetto.dev"
-"""opens the traces of log.profile"""
 WIDTH = 100  # columns of a summary in a file
 TO_COPY = ("saved", "next", "")  # keys of a summary whose values are paths and commands: one line each, without a frame
 ALARM = "bold red"
@@ -267,7 +266,7 @@ def end_summary(
         yield "tokens", f"{state.tokens:,} in all; {mean_speed(trained, tokens_before):,.0f} tokens/s on average"
     yield "time", "since this start: " + ", ".join(f"{name} {duration(spent)}" for name, spent in seconds.items())
     if traces := sorted(run.profile_dir.glob("steps-*.json.gz")):
-        yield "traces", f"{len(traces)} in {run.profile_dir}, for {VIEWER}"
+        yield "traces", f"{len(traces)} in {run.profile_dir}, for {PERFETTO}"
     yield from (("problem", problem) for problem in problems)
     saved, out_dir = step_dir(run.out_dir / "checkpoints", state.step), shlex.quote(str(run.out_dir))
     yield "saved", str(saved) if saved.exists() else "nothing, as no step was done"

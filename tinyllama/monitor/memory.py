@@ -13,7 +13,7 @@ from tinyllama import atomic
 from tinyllama.model import GPT
 from tinyllama.train.adamw import local
 
-VIEWER = "https://docs.pytorch.org/memory_viz"
+MEMORY_VIZ = "https://docs.pytorch.org/memory_viz"
 HINT = (
     "lower train.micro_batch_size, or set train.activation_checkpointing, parallel.shard full or "
     "parallel.reshard_after_forward true"
@@ -40,7 +40,7 @@ def explain(rank: int, gpt: GPT, optimizer: torch.optim.Optimizer, folder: Path)
     try:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write(file, pickle.dumps(snapshot))
-        where = f"{file} opens in {VIEWER}"
+        where = f"{file} opens in {MEMORY_VIZ}"
     except OSError as error:
         where = f"{file} cannot be written ({error.strerror})"
     return f"{describe(snapshot, rank, known_owners(gpt, optimizer))}: {HINT}; {where}"

@@ -7,8 +7,10 @@ import torch
 from torch.profiler import ProfilerActivity, profile, record_function
 
 from tinyllama.config import cli
-from tinyllama.monitor.console import VIEWER
 from tinyllama.train.run import Run
+
+PERFETTO = "https://ui.perfetto.dev"
+"""opens the traces of log.profile"""
 
 
 class Trace:
@@ -68,5 +70,5 @@ class Trace:
             cli.print_error(f"cannot write the trace {self._folder / name} ({error.strerror}): the run continues")
             return
         steps = f"steps {self._steps.start} to {self._done}"
-        text = f"traced {steps} of every rank, in {self._folder}: open the files in {VIEWER}"
+        text = f"traced {steps} of every rank, in {self._folder}: open the files in {PERFETTO}"
         self._event("profile", text, step=self._done, file=name)
