@@ -65,8 +65,8 @@ def timed(step: int, **waits: float | None) -> dict[str, Any]:
     return {"step": step, "tokens": step * TOKENS, "loss": 3.0, "step_seconds": 0.5, **waits}
 
 
-def test_where_the_time_went_in_each_stretch_of_a_run() -> None:
-    """A stretch of 10 steps of 0.5 s takes 5 s, and what else training waited for."""
+def test_where_the_time_went_in_each_bucket_of_a_run() -> None:
+    """A bucket of 10 steps of 0.5 s takes 5 s, and what else training waited for."""
     rows = [{"step": 0, "tokens": 0, "val_loss": 9.0}, timed(10, validation_seconds=5.0, data_seconds=1.0)]
     rows += [{"step": 15, "tokens": 15 * TOKENS, "val_loss": 8.0}, timed(20, save_seconds=15.0, data_seconds=None)]
     none = {"slowest rank, estimated": 0.0}
@@ -75,7 +75,7 @@ def test_where_the_time_went_in_each_stretch_of_a_run() -> None:
         {"step": 10, "tokens": 10 * TOKENS, "validation": 0.5, "checkpoints": 0.0, "data": 0.1, **none},
         {"step": 20, "tokens": 20 * TOKENS, "validation": 0.0, "checkpoints": 0.75, "data": 0.0, **none},
     ]
-    assert report.where_time_goes(rows, stretches=1)[1:] == [
+    assert report.where_time_goes(rows, buckets=1)[1:] == [
         {"step": 20, "tokens": 20 * TOKENS, "validation": 5 / 30, "checkpoints": 15 / 30, "data": 1 / 30, **none}
     ]
 
@@ -154,7 +154,7 @@ def test_several_runs_share_the_points_of_a_page(make_run: Callable[..., Path], 
     assert len(page) < 2e6
     assert "<title>4 runs ·" in page
     for run in data_of(tmp_path / "report.html")["runs"]:
-        assert 250 < len(run["columns"]["step"]) <= 2 * 250 + 301 + 2  # of 3001, two a stretch and the validations
+        assert 250 < len(run["columns"]["step"]) <= 2 * 250 + 301 + 2  # of 3001, two a bucket and the validations
 
 
 @pytest.mark.parametrize(

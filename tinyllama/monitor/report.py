@@ -39,8 +39,8 @@ from tinyllama.throughput import duration
 BUCKETS = 600
 """A curve of more than twice as many points is thinned out to the lowest and the highest in each of as many buckets,
 which the runs of a page share."""
-STRETCHES = 60
-"""At most as many stretches of a run, again shared by the runs of a page, have their time divided among its uses."""
+TIME_BUCKETS = 60
+"""At most as many buckets of a run, again shared by the runs of a page, have their time divided among its uses."""
 
 
 def write(out_dirs: list[Path], output: Path) -> None:
@@ -109,7 +109,7 @@ def read_run(out_dir: Path, num_runs: int = 1) -> dict[str, Any]:
         "settings": {key: _setting(value) for key, value in leaves(config).items()},
         "columns": {name: [_rounded(row.get(name)) for row in thinned] for name in [*rows[0], "smooth"]},
         "sources": [name for name in rows[0] if name.startswith("tokens_") and name != "tokens_per_second"],
-        "time": where_time_goes(rows, max(STRETCHES // num_runs, 1)),
+        "time": where_time_goes(rows, max(TIME_BUCKETS // num_runs, 1)),
         "events": events,
         "samples": thin_samples(read_samples(out_dir / "samples.jsonl")),
         "evaluations": _table(out_dir / "eval.csv"),
@@ -232,10 +232,10 @@ def thin(rows: list[Row], buckets: int = BUCKETS) -> list[Row]:
     return [rows[i] for i in sorted(kept)]
 
 
-def where_time_goes(rows: list[Row], stretches: int = STRETCHES) -> list[Row]:
-    """Divide a run into at most ``stretches`` stretches, and return which share of each one's time each wait took.
+def where_time_goes(rows: list[Row], buckets: int = TIME_BUCKETS) -> list[Row]:
+    """Divide a run into at most as many ``buckets``, and return which share of each one's time each wait took.
 
-    A stretch has the step and the tokens at its end; the first is there twice, with those at its beginning as well.
+    A bucket has the step and the tokens at its end; the first is there twice, with those at its beginning as well.
     What the slowest rank costs the others is estimated: it is taken to be as slow in all of a step as in the forward
     pass that is timed.
     """
@@ -252,13 +252,13 @@ def where_time_goes(rows: list[Row], stretches: int = STRETCHES) -> list[Row]:
         seconds["slowest rank, estimated"] = (in_steps - seconds["data"]) * share_lost
         total = in_steps + seconds["checkpoints"] + seconds["validation"]
         table.append({"step": row["step"], "tokens": row["tokens"], "total": total} | seconds)
-    size = -(-len(table) // stretches) or 1
+    size = -(-len(table) // buckets) or 1
     found = []
     for first in range(0, len(table), size):
-        stretch = table[first : first + size]
-        total = sum(interval["total"] for interval in stretch)
-        shares = {what: sum(interval[what] for interval in stretch) / total for what in list(table[0])[3:]}
-        found.append({"step": stretch[-1]["step"], "tokens": stretch[-1]["tokens"]} | shares)
+        bucket = table[first : first + size]
+        total = sum(interval["total"] for interval in bucket)
+        shares = {what: sum(interval[what] for interval in bucket) / total for what in list(table[0])[3:]}
+        found.append({"step": bucket[-1]["step"], "tokens": bucket[-1]["tokens"]} | shares)
     return [found[0] | {"step": rows[0]["step"], "tokens": rows[0]["tokens"]}, *found] if found else []
 
 
