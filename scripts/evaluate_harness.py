@@ -63,7 +63,8 @@ def main() -> None:
     if not args.watch:
         score(args.checkpoint)
         return
-    names = [task.name for task in tasks] + ([args.perplexity.name] if args.perplexity is not None else [])
+    names = harness.scored_names(tasks, args.include_path)
+    names |= {args.perplexity.name} if args.perplexity is not None else set()
     for step_dir in harness.watch(args.checkpoint, names, POLL_SECONDS):
         try:
             score(step_dir)

@@ -1,6 +1,7 @@
 """lm-eval for real and without a network: tasks and a model that the test makes."""
 
 import csv
+import functools
 import json
 import math
 import os
@@ -69,7 +70,7 @@ def tasks(tmp_path):
         "metric_list": [{"metric": metric} for metric in ("word_perplexity", "byte_perplexity", "bits_per_byte")],
     }
     for task in (choice, rolling):
-        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(data | task))
+        (folder / f"{task['task']}.yaml").write_text(yaml.safe_dump(data | task | {"tag": "tiny"}))
     return folder
 
 
@@ -485,6 +486,38 @@ def test_a_tag_or_pattern_gives_the_scores_of_each_of_its_tasks():
     ]
     assert rows == [("a", 0.5, 0), ("b", 1.0, 2)]
     assert [score.task for score in harness._scores(given(), found, harness.Task("b"))] == ["b"]
+
+
+@pytest.mark.slow
+def test_a_tag_that_is_watched_is_scored_once(step_dir, tasks, tokenizer_file, tmp_path, script):
+    pytest.importorskip("lm_eval")
+    run = tmp_path / "run"
+    shutil.copytree(step_dir, run / "checkpoints" / step_dir.name)
+    (run / "events.jsonl").write_text('{"event": "done"}\n')
+    args = ("--tokenizer", tokenizer_file, "--tasks", "tiny", "--include_path", tasks, "--watch")
+    assert script("evaluate_harness", run, *args)[0] == 0
+    first = rows_of(run / "eval.csv")
+    assert {row["task"] for row in first} == {"tiny_choice", "tiny_perplexity"}
+    assert script("evaluate_harness", run, *args)[:2] == (0, "")  # what it was restarted for is done
+    assert rows_of(run / "eval.csv") == first
+
+
+def test_scores_have_the_names_of_the_tasks_of_a_tag_or_a_pattern(tasks, monkeypatch):
+    manager = pytest.importorskip("lm_eval.tasks").TaskManager
+    quick = functools.partial(manager, include_defaults=False)  # lm-eval's own tasks take long to read
+    monkeypatch.setattr("lm_eval.tasks.TaskManager", quick)
+    both = {"tiny_choice", "tiny_perplexity"}
+    for given_names, expected in (
+        (["tiny"], both),
+        (["tiny", "tiny_choice", "tiny"], both),
+        (["tiny*"], both),
+        (["tiny_c*", "hellaswag"], {"tiny_choice", "hellaswag"}),
+        (["unknown", "tiny_choice"], {"unknown", "tiny_choice"}),
+        (["commonsense"], {task.name for task in harness.SUITES["commonsense"]}),
+    ):
+        assert harness.scored_names(harness.resolve(given_names, False)[0], tasks) == expected
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
+    assert harness.scored_names([harness.Task("tiny")], tasks) == {"tiny"}
 
 
 @pytest.mark.slow

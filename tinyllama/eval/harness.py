@@ -168,6 +168,31 @@ def _scores(weights: Weights, found: dict[str, Any], task: Task) -> Iterator[Sco
                 yield Score(step, tokens, name, metric, float(value), shots)
 
 
+def scored_names(tasks: Sequence[Task], include_path: Path | None = None) -> set[str]:
+    """Return the names that the scores of ``tasks`` have in eval.csv: for a tag or a pattern, those of all its tasks.
+
+    A task that lm-eval does not know, and each where lm-eval is not installed, keeps its name: ``evaluate`` reports it.
+    """
+    names = {task.name for task in tasks}
+    others = [task.name for task in tasks if task.shots is None]  # a suite has no tag and no pattern
+    if not others:
+        return names
+    try:
+        from lm_eval.tasks import TaskManager
+    except ImportError:
+        return names
+    manager = TaskManager(include_path=str(include_path) if include_path else None)
+    names.difference_update(others)
+    for other in others:
+        for name in manager.match_tasks([other]) or [other]:
+            if name in manager.all_tags:
+                tag = manager.task_index[name]
+                names.update(tag["task"] if isinstance(tag, dict) else tag.tags)  # a dict before lm-eval 0.4.12
+            else:
+                names.add(name)
+    return names
+
+
 def csv_of(weights: Weights) -> Path:
     """Return the path for a checkpoint's scores: eval.csv in its run's folder, or beside the checkpoint."""
     return run_dir(weights.path) / "eval.csv"
