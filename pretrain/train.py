@@ -20,7 +20,6 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer
 
-from tinyllama import atomic
 from tinyllama.checkpoint import resume
 from tinyllama.checkpoint.state import TrainState
 from tinyllama.checkpoint.writer import Checkpointer, CheckpointError
@@ -151,8 +150,6 @@ class Training:
         self.stop_reason: str | None = None
         self.failed = False  # whether skipped steps have ended the run for good
         self.save_owed = False  # whether a due save waits for an accepted step, as skipped ones may yet end the run
-        if fabric.is_global_zero:
-            atomic.write(run.out_dir / "config.yaml", settings.encode())
         origin = resume.origin(run.out_dir, run.resume, asdict(args.train))
         self.checkpointer = Checkpointer(
             run.out_dir / "checkpoints",

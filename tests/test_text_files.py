@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 from tinyllama.prepare.inputs import Input
 
 ROOT = Path(__file__).parents[1]
@@ -46,6 +48,16 @@ def test_what_leaves_the_encoding_to_the_locale_is_found() -> None:
 def test_every_text_file_is_opened_as_utf8() -> None:
     assert len(SOURCES) > 60
     assert {path: found for path in SOURCES if (found := in_locale_encoding(path.read_text(encoding="utf-8")))} == {}
+
+
+@pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C.UTF-8"}])
+def test_letters_that_stdout_lacks_are_escaped(locale: dict[str, str]) -> None:
+    say = "from tinyllama.config import cli; cli.run(lambda: print('größer: 漢字'))"
+    env = os.environ | locale | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    done = subprocess.run([sys.executable, "-c", say], env=env, cwd=ROOT, capture_output=True)
+    said = "größer: 漢字\n"
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert done.stdout == (said.encode() if "UTF-8" in str(locale) else said.encode("ascii", "backslashreplace"))
 
 
 def test_a_reason_is_read_back_in_a_locale_without_its_letters(tokenizer_file: Path, tmp_path: Path) -> None:

@@ -302,6 +302,9 @@ def test_a_rate_may_stay_the_same_but_not_rise() -> None:
     assert problems(with_value("optim.min_lr", 5e-4)) == (
         "optim.min_lr 0.0005 is greater than optim.lr 0.0004: lower it",
     )
+    for lr in (0.0, -1.0, math.nan):  # which is the only error
+        (problem,) = problems(with_value("optim.lr", lr))
+        assert problem.startswith(f"optim.lr is {lr}: ")
 
 
 def test_a_decay_and_its_steps_belong_together() -> None:

@@ -175,6 +175,19 @@ def test_a_value_is_what_its_setting_makes_of_it(tmp_path: Path) -> None:
     assert parse("--train.max_time", "null", "--out_dir", "null") == PretrainArgs(out_dir="null")
 
 
+def test_text_that_names_no_file_is_told(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(r'{out_dir: "r\0", data: {sources: [{path: "d\uD800"}]}, train: {init_from: "\uDFFF"}}')
+    what = "it has a NUL or half of a surrogate pair"
+    assert problems("--config", str(path), "--data.validation", r'[{path: "a\0b"}]') == (
+        f"{path}: out_dir cannot be 'r\\x00': {what}",
+        f"{path}: data.sources.path cannot be 'd\\ud800': {what}",
+        f"{path}: train.init_from cannot be '\\udfff': {what}",
+        f"data.validation.path cannot be 'a\\x00b': {what}",
+    )
+    assert parse("--out_dir", "d\udcff").out_dir == "d\udcff"  # the byte 0xff of a name that is not UTF-8
+
+
 def test_a_key_without_a_value_is_null(tmp_path: Path) -> None:
     path = tmp_path / "run.yaml"
     path.write_text("train: {init_from: , max_steps: }\nlog:\n  on_event:\neval:\n  tokenizer: # none yet\n")

@@ -44,7 +44,7 @@ def test_a_fresh_run_sets_aside_what_it_rewrites(run: Run, capsys: pytest.Captur
 def start(run: Run, *checkpoints: int, step: int | None = None) -> None:
     """What a start of ``run`` leaves that is killed after two steps and, if any, these ``checkpoints``."""
     with RunLog(run, step, is_rank_zero=True) as log:
-        (run.out_dir / "config.yaml").write_text(cli.dump(run.resolved()))
+        assert (run.out_dir / "config.yaml").read_text() == cli.dump(run.resolved())
         log.start(step or 0)
         log.row({"step": (step or 0) + 1, "tokens": 8, "loss": 7.0})
         for saved in checkpoints:

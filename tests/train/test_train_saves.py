@@ -196,6 +196,15 @@ def test_every_rank_refuses_a_folder_that_another_run_holds(world, config_file: 
     assert [path.name for path in out.iterdir()] == ["OWNER.json"]
 
 
+@pytest.mark.parametrize("name", ["metrics.csv", "config.yaml"])
+def test_every_rank_ends_with_the_error_of_the_log(world, config_file: Path, tmp_path: Path, name: str) -> None:
+    (tmp_path / "run" / name).mkdir(parents=True)
+    answers = world(2)("train", "--config", config_file, "--out_dir", tmp_path / "run")
+    problems = [answer["problems"] for answer in answers]
+    assert problems[0] == problems[1]
+    assert problems[0][0].startswith(f"cannot rewrite {tmp_path / 'run' / name} (")
+
+
 def test_an_incomplete_checkpoint_is_passed_over(world, straight, config_file: Path, tmp_path: Path) -> None:
     straight = straight(2)
     broken = tmp_path / "broken"

@@ -326,7 +326,7 @@ def check(args: PretrainArgs) -> ModelConfig:
         settings = getattr(args, group.name)
         if is_dataclass(settings) and not isinstance(settings, ModelArgs):  # whose bounds are those of its ModelConfig
             errors += bound_errors(settings, f"{group.name}.")
-    if args.optim.min_lr > args.optim.lr:
+    if args.optim.min_lr > args.optim.lr > 0:
         errors.append(f"optim.min_lr {args.optim.min_lr} is greater than optim.lr {args.optim.lr}: lower it")
     if (args.optim.schedule == "wsd") != (args.optim.decay_steps is not None):
         errors.append("optim.schedule wsd and optim.decay_steps belong together: give both or neither")

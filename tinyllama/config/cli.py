@@ -4,12 +4,14 @@ Written by hand, because a library's errors, merging of lists and reading of YAM
 """
 
 import argparse
+import codecs
 import contextlib
 import difflib
 import errno
 import functools
 import io
 import os
+import re
 import reprlib
 import select
 import signal
@@ -51,8 +53,8 @@ def run(main: Callable[[], int | None]) -> NoReturn:
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
         if getattr(sys, name) is None:  # closed, as by a daemon: the next file would have its number
             setattr(sys, name, open(os.devnull, mode, encoding="utf-8"))  # noqa: SIM115 (for good)
-    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":
-        sys.stdout.reconfigure(errors="backslashreplace")
+    if isinstance(sys.stdout, io.TextIOWrapper) and (sys.stdout.errors == "strict" or not _is_utf8(sys.stdout)):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of a C locale, it is surrogateescape
     for number in _ENDING:
         if signal.getsignal(number) == signal.SIG_DFL:  # nohup ignores SIGHUP
             signal.signal(number, _end)
@@ -79,6 +81,10 @@ def run(main: Callable[[], int | None]) -> NoReturn:
         sys.exit(2)
     finally:
         leave_signals()
+
+
+def _is_utf8(stream: io.TextIOWrapper) -> bool:
+    return codecs.lookup(stream.encoding).name == "utf-8"
 
 
 def _end(number: int, frame: object) -> NoReturn:
@@ -325,9 +331,13 @@ def _updated(base: Any, content: Any, kinds: Mapping[str, Any], errors: list[str
 def _value(text: Any, kind: Any, key: str, errors: list[str]) -> Any:
     """Return what ``text`` is as a ``kind``; if it is none, append an error of ``key``."""
     try:
-        return _typed(text, kind)
+        value = _typed(text, kind)
     except ValueError:
         errors.append(f"{key} cannot be {reprlib.repr(text or '')}: expected {_name(kind)}")
+        return None
+    if isinstance(value, str) and not _NAMEABLE.fullmatch(value):
+        errors.append(f"{key} cannot be {reprlib.repr(value)}: it has a NUL or half of a surrogate pair")
+    return value
 
 
 def _options(kind: Any) -> tuple[Any, ...]:
@@ -346,6 +356,9 @@ def _name(kind: Any) -> str:
     options = _options(kind)
     return " | ".join(map(_name, options)) if len(options) > 1 else kind.__name__.replace("NoneType", "null")
 
+
+_NAMEABLE = re.compile(r"[^\0\ud800-\udc7f\udd00-\udfff]*")
+"""what a file can be named; U+DC80 to U+DCFF are how Python reads the bytes of a name that is not UTF-8"""
 
 _WORDS: dict[Any, dict[str, Any]] = {bool: {"true": True, "false": False}, type(None): {"null": None, "~": None}}
 

@@ -45,6 +45,7 @@ from tinyllama.monitor.run_files import (
 )
 from tinyllama.monitor.wandb_logger import Tracker
 from tinyllama.train.anomaly import StepResult
+from tinyllama.train.collectives import from_rank_zero
 from tinyllama.train.evaluate import source_names
 from tinyllama.train.preemption import Preemption, is_planned
 from tinyllama.train.run import Run
@@ -65,11 +66,10 @@ class RunLog:
     """Rank 0's log; that of other ranks does nothing. Use it as a context, which closes what it opened."""
 
     def __init__(self, run: Run, step: int | None, is_rank_zero: bool) -> None:
-        """Continue after ``step``: rows of later steps, which will be done again, are dropped; None: a fresh run.
+        """Collective. Continue after ``step``, or begin a fresh run if it is None, and write config.yaml.
 
-        What another run has left in the files that a fresh one or a new branch rewrites is set aside.
-
-        Raises InputError when metrics.csv or samples.jsonl cannot be read or written.
+        Rows of later steps, which will be done again, are dropped. What another run has left in the files that a fresh
+        run or a new branch rewrites is set aside. Raises InputError, on every rank, when a file cannot be read or written.
         """
         self._run = run
         self._is_rank_zero = is_rank_zero
@@ -80,8 +80,13 @@ class RunLog:
         self._owners: tuple[GPT, torch.optim.Optimizer] | None = None
         self.trace = Trace(run, self._rank, self.event)
         self._hook: Hook | None = None
-        if not is_rank_zero:
-            return
+        if dist.is_initialized():
+            from_rank_zero(lambda: self._open(step))
+        elif is_rank_zero:
+            self._open(step)
+
+    def _open(self, step: int | None) -> None:
+        run = self._run
         self._began = time.perf_counter()
         self._console = Console(run.max_steps, step or 0)
         self._metrics, self._events = run.out_dir / "metrics.csv", run.out_dir / "events.jsonl"
@@ -91,9 +96,6 @@ class RunLog:
         self._data = run.data_metadata()
         is_new = step is None or (run.resume is not None and not resume.is_in_run(run.out_dir, run.resume))
         is_other = is_new and not is_begun_again(run.out_dir, settings, self._data, step or 0)
-        with _rewriting(config):  # which the recipe writes next; it may have been written by hand
-            if is_other and config.is_file() and config.read_bytes() != settings.encode():
-                aside += set_aside(config)
         with _rewriting(self._metrics):
             run.out_dir.mkdir(parents=True, exist_ok=True)
             aside += set_aside(self._metrics) if is_other else []
@@ -108,6 +110,10 @@ class RunLog:
                 aside += set_aside(samples) if is_other else []
                 kept = [sample for sample in read_samples(samples) if not is_new and sample["step"] <= (step or 0)]
                 atomic.write(samples, "".join(json.dumps(sample) + "\n" for sample in kept).encode())
+        with _rewriting(config):
+            if is_other and config.is_file() and config.read_bytes() != settings.encode():  # perhaps written by hand
+                aside += set_aside(config)
+            atomic.write(config, settings.encode())
         self._tail = rows[-1:]  # rows that may change yet, or have found no room, and where they begin in the file
         self._tail_at = table.rfind(b"\n", 0, -1) + 1 if rows else len(table)
         self._is_written = True
