@@ -52,10 +52,10 @@ def test_every_text_file_is_opened_as_utf8() -> None:
 
 @pytest.mark.parametrize("locale", [{"LC_ALL": "C"}, {"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C.UTF-8"}])
 def test_letters_that_stdout_lacks_are_escaped(locale: dict[str, str]) -> None:
-    say = "from tinyllama.config import cli; cli.run(lambda: print('größer: 漢字'))"
+    said = "größer: 漢字\n"
+    say = f"from tinyllama.config import cli; cli.run(lambda: print({said!a}, end=''))"
     env = os.environ | locale | {"PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
     done = subprocess.run([sys.executable, "-c", say], env=env, cwd=ROOT, capture_output=True)
-    said = "größer: 漢字\n"
     assert (done.returncode, done.stderr) == (0, b"")
     assert done.stdout == (said.encode() if "UTF-8" in str(locale) else said.encode("ascii", "backslashreplace"))
 

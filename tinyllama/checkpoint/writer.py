@@ -178,7 +178,8 @@ class Checkpointer:
 
     def _keep_one_aside(self) -> None:
         """Remove all broken checkpoints that were set aside, except the newest, and report the size of that one."""
-        aside = sorted(names.broken_dirs(self.folder), key=lambda path: path.lstat().st_ctime_ns)  # the time of its renaming
+        aside = names.broken_dirs(self.folder)
+        aside.sort(key=lambda path: path.lstat().st_ctime_ns)  # the time of its renaming
         for path in aside[:-1]:
             shutil.rmtree(path) if path.is_dir() and not path.is_symlink() else path.unlink()
         for path in aside[-1:]:

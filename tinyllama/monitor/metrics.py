@@ -69,7 +69,7 @@ class RunLog:
         """Collective. Continue after ``step``, or begin a fresh run if it is None, and write config.yaml.
 
         Rows of later steps, which will be done again, are dropped. What another run has left in the files that a fresh
-        run or a new branch rewrites is set aside. Raises InputError, on every rank, when a file cannot be read or written.
+        run or a new branch rewrites is set aside. Raises InputError on every rank if a file cannot be read or written.
         """
         self._run = run
         self._is_rank_zero = is_rank_zero
