@@ -326,6 +326,8 @@ def test_a_held_out_loss_that_is_no_number_is_not_the_best(run: Run, capsys: pyt
     with RunLog(run, None, is_rank_zero=True) as log:
         for step, loss in enumerate((math.nan, -math.inf, 2.0), start=1):
             log.row({"step": step, "tokens": 8 * step, "val_loss": loss})
+    endings = [line.partition("val_loss ")[2] for line in capsys.readouterr().out.splitlines()]
+    assert endings == ["nan", "-inf", "2.0000  the best so far"]
     for step, loss, rank in ((4, 3.0, "best 2.0000"), (5, 1.5, "the best so far")):
         with RunLog(run, step - 1, is_rank_zero=True) as log:
             capsys.readouterr()

@@ -183,9 +183,11 @@ class RunLog:
         if val_loss is None:
             self._console.metrics(row, seconds_left)
             return
-        best = "the best so far" if val_loss < self._best else f"best {self._best:.4f}"
-        self._best = min(self._best, val_loss)
-        parts = [console_line(row, self._run.max_steps, None), best, *by_source(row)]
+        if is_finite(val_loss) and val_loss < self._best:
+            self._best, best = val_loss, ["the best so far"]
+        else:
+            best = [f"best {self._best:.4f}"] if is_finite(self._best) else []
+        parts = [console_line(row, self._run.max_steps, None), *best, *by_source(row)]
         self._console.line("  ".join(parts), "validation")
 
     def sample_texts(self, step: int, tokens: int, texts: list[tuple[str, str]]) -> None:

@@ -1,6 +1,6 @@
 """Say in words what rows of metrics.csv hold, for the console and for reports; nothing here imports the trainer."""
 
-import math
+import sys
 from typing import Any
 
 from tinyllama.throughput import duration
@@ -25,8 +25,8 @@ NOTEWORTHY = 1.1
 
 
 def is_finite(cell: Any) -> bool:
-    """Return whether ``cell`` is a number, and neither infinite nor NaN."""
-    return isinstance(cell, int | float) and math.isfinite(cell)
+    """Return whether ``cell`` is a number that a float can be, and neither infinite nor NaN."""
+    return isinstance(cell, int | float) and abs(cell) <= sys.float_info.max
 
 
 def numbers(row: Row) -> list[str]:
