@@ -13,9 +13,6 @@ from collections.abc import Iterator
 from dataclasses import asdict
 from pathlib import Path
 
-import tinyllama.train.rank_numbers  # noqa: F401 - before Lightning
-
-# isort: split
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.wrappers import _FabricOptimizer

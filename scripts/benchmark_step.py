@@ -33,9 +33,6 @@ from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
-import tinyllama.train.rank_numbers  # noqa: F401 - before Lightning
-
-# isort: split
 import torch
 from torch import Tensor
 

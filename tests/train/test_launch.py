@@ -70,6 +70,7 @@ GOOD: dict[str, tuple[dict[str, str], int | None, int, tuple[int, int]]] = {
     "mpirun of one process": ({"OMPI_COMM_WORLD_SIZE": "1", "PMIX_RANK": "0"}, 2, 0, (2, 1)),
     "python where an address is exported": (ADDRESS, 2, 0, (2, 1)),
     "python where a size is exported": ({"WORLD_SIZE": "4", "MASTER_PORT": "29500"}, 2, 0, (2, 1)),
+    "python where a node is exported": (ADDRESS | {"NODE_RANK": "0", "GROUP_RANK": "0"}, 2, 0, (2, 1)),
     "python where a launch of one is exported": (ADDRESS | {"WORLD_SIZE": "1"}, 2, 0, (2, 1)),
     "srun where a launch is exported": (SRUN | ADDRESS | {"WORLD_SIZE": "16", "NODE_RANK": "1"}, None, 0, (8, 2)),
     "python in a shell of Slurm": (SHELL, 2, 0, (2, 1)),
@@ -137,7 +138,7 @@ BAD: dict[str, tuple[dict[str, str], int | None, int, str]] = {
         ADDRESS | {"WORLD_SIZE": "4", "LOCAL_RANK": "0", "NODE_RANK": "0"},
         None,
         0,
-        "LOCAL_RANK and NODE_RANK and WORLD_SIZE are set without RANK: a launch sets RANK, LOCAL_RANK, WORLD_SIZE, ",
+        "LOCAL_RANK and WORLD_SIZE are set without RANK: a launch sets RANK, LOCAL_RANK, WORLD_SIZE, ",
     ),
     "PyTorchJob without its rank": (
         ADDRESS | {"WORLD_SIZE": "4"},
@@ -323,15 +324,6 @@ def test_a_number_that_is_left_silences_nobody(start: Callable[..., Process], en
     code, out, errors = start(env, sys.executable, LAUNCHED, "wait", warm=0).end()
     assert (code, out, errors.count("\n")) == (2, "", 1)
     assert errors.startswith(f"error: {said}")
-
-
-@pytest.mark.parametrize(("name", "value"), [("LOCAL_RANK", "x"), ("LOCAL_RANK", ""), ("RANK", ""), ("RANK", "-1")])
-def test_a_rank_that_lightning_cannot_read_is_named(start: Callable[..., Process], name: str, value: str) -> None:
-    code, out, errors = start({name: value}, sys.executable, "pretrain/train.py").end()
-    said = (
-        f"the environment variable {name} is {value!r}: it must be a whole number, as a launcher sets it; unset it to "
-    )
-    assert (code, out, errors) == (2, "", f"error: {said}train on this machine alone\n")
 
 
 def test_on_one_machine_the_store_is_served_to_that_machine_only(start: Callable[..., Process]) -> None:

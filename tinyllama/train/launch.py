@@ -137,7 +137,8 @@ def _check_nothing_is_left() -> None:
     env = os.environ
     if env.get(RANK_0) == str(os.getpid() if env.get("LOCAL_RANK", "0") == "0" else os.getppid()):
         return  # Fabric has set them, here in rank 0 or in a rank that it has started
-    left = [name for name in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK") if name in env]
+    of_one_node = {"NODE_RANK": "0", "GROUP_RANK": "0"}  # which some platforms export always
+    left = [n for n in ("LOCAL_RANK", "NODE_RANK", "GROUP_RANK") if n in env and env[n] != of_one_node.get(n)]
     if all(env.get(name) for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")) and env["WORLD_SIZE"] != "1":
         left.append("WORLD_SIZE")
     if left:
